@@ -1,0 +1,34 @@
+"""One file a pipeline family; the class of the pipeline chooses it."""
+
+from diffusers import DiffusionPipeline
+
+from trl_flow.backbones.base import Backbone, Schedule
+from trl_flow.backbones.sd3 import StableDiffusion3Backbone
+
+
+__all__ = ["BACKBONES", "Backbone", "Schedule", "StableDiffusion3Backbone", "get_backbone"]
+
+# The name of the pipeline's class -> the backbone
+BACKBONES: dict[str, type[Backbone]] = {
+    "StableDiffusion3Pipeline": StableDiffusion3Backbone,
+}
+
+
+def get_backbone(pipeline: DiffusionPipeline, **kwargs) -> Backbone:
+    """
+    The backbone for a loaded pipeline, chosen by its class (or a base class of it).
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]): a loaded pipeline.
+        kwargs: sampling settings, passed to the backbone: `height`, `width`, `max_sequence_length`.
+
+    Raises:
+        ValueError: if no backbone is written for the pipeline's class.
+    """
+    for cls in type(pipeline).__mro__:
+        if cls.__name__ in BACKBONES:
+            return BACKBONES[cls.__name__](pipeline, **kwargs)
+    raise ValueError(
+        f"{type(pipeline).__name__} is not supported. Supported pipelines: {', '.join(sorted(BACKBONES))}. "
+        "Load the model as one of these, or write a backbone (one file, see trl_flow/backbones/sd3.py)."
+    )

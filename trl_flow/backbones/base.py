@@ -1,0 +1,125 @@
+"""What the rollout and the trainer need from a pipeline, whatever its family."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """
+    The noise levels of one sampling run of `T` steps.
+
+    Attributes:
+        sigmas (`torch.Tensor`): noise levels `t`, from the noisiest down to the data's, float32, shape `(T + 1,)`.
+        timesteps (`torch.Tensor`): what the transformer is told at each step, shape `(T,)`.
+    """
+
+    sigmas: torch.Tensor
+    timesteps: torch.Tensor
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.timesteps)
+
+
+class Backbone(ABC):
+    """
+    A pipeline family behind five methods, each on the pipeline's own code. A subclass is one file.
+
+    Conditions are dictionaries of tensors whose first dimension is the batch, so that they can be cached, stacked and
+    split without knowing the family.
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]): a loaded pipeline; its modules are used in place.
+        height, width (`int`): size of the images in pixels.
+        max_sequence_length (`int`): prompt tokens, where the pipeline takes this argument.
+
+    Raises:
+        ValueError: if the pipeline can not draw images of this size.
+    """
+
+    component = "transformer"  # the pipeline's module that is trained
+    lora_target_modules: list[str]  # default targets of a LoRA whose config names none
+
+    def __init__(self, pipeline: DiffusionPipeline, *, height: int, width: int, max_sequence_length: int):
+        self.pipeline = pipeline
+        self.height = height
+        self.width = width
+        self.max_sequence_length = max_sequence_length
+        # Read before a LoRA is added, whose weights may have another dtype
+        self.dtype = self.model.dtype
+        self.check_size(height, width)
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The module that is trained, unwrapped."""
+        return getattr(self.pipeline, self.component)
+
+    @property
+    def device(self) -> torch.device:
+        return self.pipeline.vae.device
+
+    @abstractmethod
+    def check_size(self, height: int, width: int) -> None:
+        """Raises `ValueError` if the pipeline can not draw images of this size."""
+
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one image's latents, without the batch."""
+
+    @abstractmethod
+    def encode_prompt(self, prompt: str) -> dict[str, torch.Tensor]:
+        """The condition of one prompt, batch size 1, on the pipeline's device."""
+
+    @abstractmethod
+    def schedule(self, num_inference_steps: int) -> Schedule:
+        """The noise levels that the pipeline's own scheduler takes for this number of steps."""
+
+    @abstractmethod
+    def predict(
+        self, model: torch.nn.Module, latents: torch.Tensor, timestep: torch.Tensor, condition: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """One forward of `model` (the trained module, possibly wrapped) without guidance: the velocity `(B, ...)`."""
+
+    @abstractmethod
+    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
+        """Images of final latents `(B, ...)`."""
+
+    def velocity(
+        self,
+        model: torch.nn.Module,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        condition: dict[str, torch.Tensor],
+        negative_condition: dict[str, torch.Tensor] | None = None,
+        guidance_scale: float = 1.0,
+    ) -> torch.Tensor:
+        """
+        The velocity `v = x_1 - x_0` after guidance.
+
+        Args:
+            model (`torch.nn.Module`): the trained module, possibly wrapped (PEFT, DDP, FSDP).
+            latents (`torch.Tensor`): `x_t`, shape `(B, ...)`.
+            timestep (`torch.Tensor`): one value of the schedule's `timesteps`, a scalar.
+            condition (`dict[str, torch.Tensor]`): the prompts' conditions, batch `B`.
+            negative_condition (`dict[str, torch.Tensor]`, *optional*): the same for the negative prompts. Without it
+                there is no guidance. With it both are run as one batch of `2 B`, as the pipelines do.
+            guidance_scale (`float`): strength of the guidance.
+
+        Returns:
+            `torch.Tensor`: float32, shape `(B, ...)`.
+        """
+        if negative_condition is None:
+            return self.predict(model, latents, timestep, condition).float()
+        both = {key: torch.cat([negative_condition[key], condition[key]]) for key in condition}
+        prediction = self.predict(model, torch.cat([latents, latents]), timestep, both)
+        unconditional, conditional = prediction.float().chunk(2)
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    def uses_guidance(self, guidance_scale: float) -> bool:
+        """Whether the pipeline would run its negative prompt at this scale."""
+        return guidance_scale > 1

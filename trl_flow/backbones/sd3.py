@@ -1,0 +1,79 @@
+"""Stable Diffusion 3 and 3.5."""
+
+import torch
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift, retrieve_timesteps
+from PIL import Image
+
+from trl_flow.backbones.base import Backbone, Schedule
+
+
+class StableDiffusion3Backbone(Backbone):
+    """[`~diffusers.StableDiffusion3Pipeline`]: three text encoders, a joint transformer, rectified flow."""
+
+    # Flow-GRPO's choice: the attention of both streams
+    lora_target_modules = [
+        "attn.add_k_proj",
+        "attn.add_q_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+        "attn.to_k",
+        "attn.to_out.0",
+        "attn.to_q",
+        "attn.to_v",
+    ]
+
+    def check_size(self, height: int, width: int) -> None:
+        multiple = self.pipeline.vae_scale_factor * self.pipeline.patch_size
+        largest = self.model.config.pos_embed_max_size * multiple
+        own = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
+        if height % multiple or width % multiple or max(height, width) > largest:
+            raise ValueError(
+                f"height and width are {height} x {width}, but this model draws sizes that are multiples of {multiple} "
+                f"and at most {largest} pixels; its own size is {own} x {own}. Set height={own} and width={own}."
+            )
+
+    def latent_shape(self) -> tuple[int, ...]:
+        factor = self.pipeline.vae_scale_factor
+        return (self.model.config.in_channels, self.height // factor, self.width // factor)
+
+    def encode_prompt(self, prompt: str) -> dict[str, torch.Tensor]:
+        prompt_embeds, _, pooled_prompt_embeds, _ = self.pipeline.encode_prompt(
+            prompt,
+            prompt_2=None,
+            prompt_3=None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+        )
+        return {"encoder_hidden_states": prompt_embeds, "pooled_projections": pooled_prompt_embeds}
+
+    def schedule(self, num_inference_steps: int) -> Schedule:
+        scheduler = self.pipeline.scheduler
+        kwargs = {}
+        if scheduler.config.get("use_dynamic_shifting", None):
+            _, height, width = self.latent_shape()
+            kwargs["mu"] = calculate_shift(
+                (height // self.pipeline.patch_size) * (width // self.pipeline.patch_size),
+                scheduler.config.get("base_image_seq_len", 256),
+                scheduler.config.get("max_image_seq_len", 4096),
+                scheduler.config.get("base_shift", 0.5),
+                scheduler.config.get("max_shift", 1.16),
+            )
+        timesteps, _ = retrieve_timesteps(scheduler, num_inference_steps, self.device, **kwargs)
+        return Schedule(sigmas=scheduler.sigmas.to(self.device, torch.float32), timesteps=timesteps)
+
+    def predict(
+        self, model: torch.nn.Module, latents: torch.Tensor, timestep: torch.Tensor, condition: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        return model(
+            hidden_states=latents.to(self.dtype),
+            timestep=timestep.expand(len(latents)),
+            return_dict=False,
+            **condition,
+        )[0]
+
+    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
+        vae = self.pipeline.vae
+        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+        pixels = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+        return self.pipeline.image_processor.postprocess(pixels.float(), output_type="pil")

@@ -1,0 +1,132 @@
+"""SLAS, super-linear advantage shaping: large advantages count more, and how much more a trust region allows."""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from trl_flow.functional._checks import check_finite, check_number, promote
+
+
+def super_linear(advantages: torch.Tensor, power: float) -> torch.Tensor:
+    """The shaped advantage `sign(A) |A|^(1 + gamma)` (SLAS Eq. 20, the metric weight `|A|^gamma` of Eq. 17).
+
+    Meant for advantages scaled by the batch's standard deviation. It widens those above 1 and shrinks those below.
+
+    Args:
+        advantages: any shape.
+        power: `gamma`, at least 0; 0 gives the advantages back, bit for bit.
+
+    Returns:
+        The shape of `advantages`.
+
+    Raises:
+        ValueError: `power` is negative or not finite.
+    """
+    check_number("power", power, 0)
+    (values,) = promote(advantages)
+    if power == 0:
+        return values
+    # not A |A|^gamma: its gradient at A = 0 is 0 * inf for gamma below 1
+    return values.sign() * values.abs().pow(1 + power)
+
+
+def max_advantage_power(
+    advantages: torch.Tensor,
+    *,
+    grad_sq_norm: float,
+    fisher_eigenvalue: float,
+    learning_rate: float,
+    max_kl: float,
+) -> float:
+    """The largest power with which an update stays in its trust region (SLAS Theorem 4).
+
+    A first-order update moves the average KL by at most `lr^2 lambda_max B E[|A|^(2 (1 + gamma))] / 2`. So it stays
+    within `max_kl` if
+
+        E[|A|^(2 (1 + gamma))] <= C,  C = 2 max_kl / (lr^2 lambda_max B)
+
+    The left side is log-convex in gamma, so the powers that are allowed form one interval. It need not begin at 0:
+    shaping shrinks advantages below 1, and advantages too large for `C` as they are may fit it once shaped.
+
+    Args:
+        advantages: any shape, the linear ones (before shaping), finite; read on the CPU.
+        grad_sq_norm: `B`, a bound of the expected squared norm of the gradient of the log-probability, at least 0.
+        fisher_eigenvalue: `lambda_max`, the largest eigenvalue of the Fisher matrix, at least 0.
+        learning_rate: `lr`, at least 0.
+        max_kl: the KL an update may cause, above 0.
+
+    Returns:
+        The upper end of the interval: a number at least 0; 0 if no power satisfies the bound (then not even the
+        linear advantages do, or only they); `inf` if there is no upper limit (no advantage is above 1 in magnitude, or
+        an update of length 0).
+
+    Raises:
+        ValueError: there are no advantages, one is NaN or infinite, or a number is out of its domain.
+    """
+    check_number("grad_sq_norm", grad_sq_norm, 0)
+    check_number("fisher_eigenvalue", fisher_eigenvalue, 0)
+    check_number("learning_rate", learning_rate, 0)
+    check_number("max_kl", max_kl, 0)
+    if max_kl == 0:
+        raise ValueError("max_kl is 0: no update at all would be within it. Give the KL that an update may cause.")
+    if advantages.numel() == 0:
+        raise ValueError(f"advantages has shape {tuple(advantages.shape)}: there is nothing to take the mean of.")
+    check_finite("advantages", advantages)
+
+    magnitudes = advantages.detach().to(device="cpu", dtype=torch.float64).abs().flatten()
+    logs = magnitudes[magnitudes > 0].log()  # an advantage of 0 adds nothing to the mean, whatever the power
+    if grad_sq_norm == 0 or fisher_eigenvalue == 0 or learning_rate == 0 or logs.numel() == 0:
+        return math.inf
+    # In logarithms throughout: high powers overflow. p is the exponent 2 (1 + gamma), so it starts at 2.
+    log_count = math.log(magnitudes.numel())
+    log_limit = (
+        math.log(2 * max_kl) - 2 * math.log(learning_rate) - math.log(fisher_eigenvalue) - math.log(grad_sq_norm)
+    )
+
+    def excess(p: float) -> float:
+        """Log of the p-th moment, minus log C: the bound holds where this is not positive."""
+        return torch.logsumexp(p * logs, dim=0).item() - log_count - log_limit
+
+    def slope(p: float) -> float:
+        """Derivative of `excess`: the mean of `log|A|`, weighted by `|A|^p`."""
+        return (torch.softmax(p * logs, dim=0) * logs).sum().item()
+
+    if logs.max() <= 0:
+        # The moments fall towards the share of advantages that are exactly 1 in magnitude, and reach it only if there
+        # are no others: then every power has that moment.
+        ones = int((logs == 0).sum())
+        limit = (math.log(ones) if ones else -math.inf) - log_count - log_limit
+        return math.inf if limit < 0 or (limit == 0 and ones == logs.numel()) else 0.0
+
+    start = 2.0
+    if excess(start) > 0:
+        # Too large as they are. The bound can only hold further up if the moment falls first: look at its minimum.
+        if slope(start) >= 0:
+            return 0.0
+        low, high = _bracket(start, lambda p: slope(p) >= 0)
+        start = _bisect(low, high, lambda p: slope(p) >= 0)
+        if excess(start) > 0:
+            return 0.0
+    low, high = _bracket(start, lambda p: excess(p) > 0)
+    return _bisect(low, high, lambda p: excess(p) > 0) / 2 - 1
+
+
+def _bracket(start: float, is_beyond: Callable[[float], bool]) -> tuple[float, float]:
+    """Doubles the distance from `start` until `is_beyond`: gives the last point before and the first beyond."""
+    low, distance = start, 1.0
+    while not is_beyond(start + distance):
+        low, distance = start + distance, 2 * distance
+    return low, start + distance
+
+
+def _bisect(low: float, high: float, is_beyond: Callable[[float], bool]) -> float:
+    """The largest number in `[low, high]` that is not beyond, given that `low` is not and `high` is."""
+    while True:
+        middle = (low + high) / 2
+        if middle in (low, high):
+            return low
+        if is_beyond(middle):
+            high = middle
+        else:
+            low = middle

@@ -1,0 +1,59 @@
+"""How well an image compresses: the two simplest rewards of DDPO (Black et al., 2023,
+https://huggingface.co/papers/2305.13301, section 5.1). They need neither a model nor data."""
+
+import io
+
+from PIL import Image
+
+
+def jpeg_kilobytes(image: Image.Image, quality: int) -> float:
+    """Size of `image` as a JPEG file, in kilobytes (1000 bytes, as in DDPO). `image` is converted to RGB."""
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, format="JPEG", quality=quality)
+    return buffer.tell() / 1000
+
+
+class JPEGIncompressibilityReward:
+    """
+    Size of the image as a JPEG file in kilobytes: the more detail, the higher.
+
+    Values are positive. They start at the size of an empty JPEG file, about 0.6 kB for the smallest image and growing
+    with its area, and reach about 1.2 kB per 1000 pixels for noise at quality 95.
+
+    Args:
+        quality (`int`, defaults to 95):
+            JPEG quality from 1 to 100. 95 is DDPO's.
+    """
+
+    def __init__(self, quality: int = 95):
+        if not 1 <= quality <= 100:
+            raise ValueError(f"quality={quality} is not a JPEG quality: give a whole number from 1 to 100.")
+        self.quality = quality
+        self.__name__ = "jpeg_incompressibility"
+
+    def __call__(self, prompts: list[str], images: list[Image.Image], **kwargs) -> list[float]:
+        return [jpeg_kilobytes(image, self.quality) for image in images]
+
+
+class JPEGCompressibilityReward:
+    """
+    `offset` minus the size of the image as a JPEG file in kilobytes: the smoother, the higher.
+
+    Without an offset values are negative and at most about -0.6, as in DDPO. Group advantages do not depend on the
+    offset. VGPO's value weights do: they are ratios of rewards and ask for positive ones, so give an offset above the
+    largest size there ([`JPEGIncompressibilityReward`] measures it).
+
+    Args:
+        quality (`int`, defaults to 95):
+            JPEG quality from 1 to 100. 95 is DDPO's.
+        offset (`float`, defaults to 0.0):
+            Added to every reward, in kilobytes.
+    """
+
+    def __init__(self, quality: int = 95, offset: float = 0.0):
+        self._incompressibility = JPEGIncompressibilityReward(quality)
+        self.offset = offset
+        self.__name__ = "jpeg_compressibility"
+
+    def __call__(self, prompts: list[str], images: list[Image.Image], **kwargs) -> list[float]:
+        return [self.offset - size for size in self._incompressibility(prompts, images)]

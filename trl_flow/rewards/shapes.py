@@ -1,0 +1,50 @@
+"""How well an image of the bundled world follows its prompt, judged by rules."""
+
+from typing import Literal, get_args
+
+from PIL import Image
+
+from trl_flow.shapes import check, parse_caption
+
+
+Score = Literal["soft", "strict", "fidelity"]
+
+
+class ShapesReward:
+    """
+    The score that [`trl_flow.shapes.check`] gives each image, in `[0, 1]`.
+
+    What an image should show is taken from the columns `objects` and `relation` of [`trl_flow.shapes.load_prompts`].
+    A data set without an `objects` column will do as well: its prompts are then parsed as captions of that world.
+
+    Args:
+        score (`str`, defaults to `"soft"`):
+            `"soft"` is the share of the parts (count, colour, shape, attributes, relation) that are right, `"strict"`
+            is 1 if all are right and 0 otherwise, and `"fidelity"` is how close the image is to a clean drawing of the
+            shapes found in it, whatever the prompt.
+
+    Raises:
+        ValueError: if `score` is none of the three, and on a call without `objects` if a prompt is not a caption of
+            the bundled world.
+    """
+
+    def __init__(self, score: Score = "soft"):
+        if score not in get_args(Score):
+            raise ValueError(f"score={score!r} is not a score of the shapes checker: give one of {get_args(Score)}.")
+        self.score = score
+        self.__name__ = f"shapes_{score}"
+
+    def __call__(
+        self,
+        prompts: list[str],
+        images: list[Image.Image],
+        objects: list[list[dict]] | None = None,
+        relation: list[str | None] | None = None,
+        **kwargs,
+    ) -> list[float]:
+        if objects is None:
+            targets = [parse_caption(prompt) for prompt in prompts]
+        else:
+            targets = list(zip(objects, relation or [None] * len(objects), strict=True))
+        results = [check(image, *target) for image, target in zip(images, targets, strict=True)]
+        return [getattr(result, self.score) for result in results]

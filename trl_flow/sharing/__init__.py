@@ -1,0 +1,23 @@
+"""What leaves a training run: weights that stock diffusers loads, a model card, and the upload to the Hub."""
+
+from trl_flow.sharing.hub import PushError, upload
+from trl_flow.sharing.model_card import create_model_card, training_settings
+from trl_flow.sharing.papers import PAPERS, Paper, papers_behind
+from trl_flow.sharing.weights import check_lora_config, hub_model_id, load_full, save_adapter, save_full, save_lora
+
+
+__all__ = [
+    "PAPERS",
+    "Paper",
+    "PushError",
+    "check_lora_config",
+    "create_model_card",
+    "hub_model_id",
+    "load_full",
+    "papers_behind",
+    "save_adapter",
+    "save_full",
+    "save_lora",
+    "training_settings",
+    "upload",
+]

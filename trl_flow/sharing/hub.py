@@ -1,0 +1,98 @@
+"""The upload of a training run's folder to the Hugging Face Hub."""
+
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from huggingface_hub import CommitInfo, HfApi
+
+
+# What a run's folder shares. A list of what may leave, not of what may not: the folder may be anyone's, with files
+# beside ours that are nobody's business. "*" matches "/" too, so subfolders are included.
+PUBLISHED = [
+    "README.md",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "adapter_config.json",
+    "results.json",
+    "*.png",
+    "*.jpg",
+    "*events.out.tfevents.*",
+]
+
+# Checkpoints, which hold the optimizer's state, and files that are being written
+NOT_PUBLISHED = ["_*", "*/_*", "checkpoint-*", ".*", "*/.*"]
+
+
+# One at a time: two commits to one branch at once would be in each other's way
+_BACKGROUND = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trl_flow-upload")
+
+
+class PushError(RuntimeError):
+    """An upload to the Hub that did not succeed. Nothing is lost: the message names the local folder."""
+
+
+def upload(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "End of training",
+    path_in_repo: str | None = None,
+    everything: bool = False,
+    blocking: bool = True,
+) -> CommitInfo | Future[CommitInfo]:
+    """
+    Uploads weights, model card, curves and sample pictures of `folder` in one commit; makes the repository if need be.
+
+    Args:
+        folder (`str` or `os.PathLike`): a training run's output folder, or one of its checkpoints.
+        repo_id (`str`): `owner/name`, or `name` in the token's own account.
+        token (`str`, *optional*): a token that may write; by default the one of `hf auth login` or `HF_TOKEN`.
+        private (`bool`, *optional*): whether a repository made here is private. By default the account's setting.
+        revision (`str`, *optional*): branch to commit to, by default `main`.
+        commit_message (`str`): title of the commit.
+        path_in_repo (`str`, *optional*): subfolder of the repository to upload to.
+        everything (`bool`): upload every file of the folder, as for a checkpoint from which others go on training,
+            not only those that `PUBLISHED` names.
+        blocking (`bool`): whether to wait. Otherwise a `Future` is returned, whose result raises what went wrong.
+
+    Returns:
+        `CommitInfo` or `Future[CommitInfo]`: the commit.
+
+    Raises:
+        PushError: if the Hub refuses or can not be reached.
+    """
+    if not blocking:
+        return _BACKGROUND.submit(
+            upload,
+            folder,
+            repo_id,
+            token=token,
+            private=private,
+            revision=revision,
+            commit_message=commit_message,
+            path_in_repo=path_in_repo,
+            everything=everything,
+        )
+    api = HfApi(token=token, library_name="trl_flow")
+    try:
+        repo = api.create_repo(repo_id, private=private, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo.repo_id,
+            folder_path=folder,
+            path_in_repo=path_in_repo,
+            commit_message=commit_message,
+            revision=revision,
+            allow_patterns=None if everything else list(PUBLISHED),
+            ignore_patterns=None if everything else list(NOT_PUBLISHED),
+        )
+    # Whatever the reason (a refusal, no network, a bad card), the user has to be told that the run is not lost.
+    except Exception as error:
+        raise PushError(
+            f"{folder} could not be pushed to {api.endpoint}/{repo_id}: {error}\nNothing is lost: every file is still "
+            f"in {folder}. Check the repository's name and that the token may write to it (`hf auth whoami`), then "
+            f"push again with trainer.push_to_hub() or `hf upload {repo_id} {folder}`."
+        ) from error

@@ -1,0 +1,289 @@
+"""Trained weights on disk: LoRA in diffusers' format, full weights as diffusers saves a model."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from huggingface_hub import save_torch_state_dict
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+
+LORA_WEIGHT_NAME = "pytorch_lora_weights.safetensors"
+
+# What PEFT needs to go on training, beside the file for diffusers
+PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
+
+# Fields of LoraConfig that the exported adapter reproduces exactly (the choice of modules is written out name by
+# name), or that end with training. Any other field, of this PEFT or a later one, must be at its default.
+_HELD_FIELDS = frozenset(
+    {
+        *("r", "lora_alpha", "use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern"),
+        *("lora_dropout", "init_lora_weights"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+        *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+        *("inference_mode", "runtime_config"),
+    }
+)
+
+# The other initialisations (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base weights, which the adapter's user
+# does not have; EVA needs a pass over data first.
+_INITIALISATIONS = (True, False, "gaussian", "orthogonal")
+
+
+def hub_model_id(name_or_path: str | os.PathLike | None) -> str | None:
+    """The id `owner/name` if `name_or_path` is one and no local file or folder, else `None`."""
+    name = "" if name_or_path is None else os.fspath(name_or_path)
+    if name.count("/") != 1 or os.path.exists(name):
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def check_lora_config(peft_config: PeftConfig) -> None:
+    """
+    Refuses an adapter that a stock diffusers pipeline could not load with exactly the same result.
+
+    To be called before training: what is refused here would be lost only when the training is over.
+
+    Raises:
+        ValueError: if `peft_config` is no `LoraConfig`, or has an option that diffusers' LoRA format can not hold.
+    """
+    if not isinstance(peft_config, LoraConfig):
+        raise ValueError(
+            f"peft_config is a {type(peft_config).__name__}. Adapters are saved in diffusers' LoRA format, which only "
+            "holds a LoRA: pass a peft.LoraConfig, or none at all for full fine-tuning."
+        )
+    defaults = LoraConfig()
+    lost = {
+        field.name: getattr(peft_config, field.name)
+        for field in fields(peft_config)
+        if field.name not in _HELD_FIELDS
+        and getattr(peft_config, field.name) != getattr(defaults, field.name, field.default)
+    }
+    if peft_config.init_lora_weights not in _INITIALISATIONS:
+        lost["init_lora_weights"] = peft_config.init_lora_weights
+    if lost:
+        options = ", ".join(f"{name}={value!r}" for name, value in lost.items())
+        raise ValueError(
+            f"peft_config has {options}. diffusers' LoRA format can not hold this: the adapter would not load in a "
+            "diffusers pipeline, or would draw other images than it did here. Leave these options at their defaults; "
+            f"init_lora_weights may be any of {', '.join(map(repr, _INITIALISATIONS))}."
+        )
+
+
+def save_lora(
+    pipeline_class: type[DiffusionPipeline],
+    model: PeftModel,
+    output_dir: str | os.PathLike,
+    *,
+    component: str = "transformer",
+    adapter_name: str = "default",
+    weight_name: str = LORA_WEIGHT_NAME,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> Path:
+    """
+    Writes an adapter so that `pipeline.load_lora_weights(output_dir)` draws the images that `model` draws, exactly.
+
+    An earlier file is replaced only when the new one is complete. To be called on the main process.
+
+    Args:
+        pipeline_class (`type[DiffusionPipeline]`): class of the pipeline that `model` was taken from; its own
+            `save_lora_weights` writes the file.
+        model ([`~peft.PeftModel`]): the trained module as `get_peft_model` wrapped it.
+        output_dir (`str` or `os.PathLike`): folder to write to; made if need be.
+        component (`str`): name of the module in the pipeline, `"transformer"` or `"unet"`.
+        adapter_name (`str`): which of the model's adapters.
+        weight_name (`str`): name of the file.
+        state_dict (`dict[str, torch.Tensor]`, *optional*): the model's whole state dict where the model itself holds
+            only shards (FSDP, ZeRO-3).
+
+    Returns:
+        `Path`: the file.
+
+    Raises:
+        ValueError: if the adapter is one that `check_lora_config` refuses.
+        RuntimeError: if there are no LoRA weights, or only empty shards of them.
+        OSError: if the folder can not be written, or the disk is full.
+    """
+    config = model.peft_config[adapter_name]
+    check_lora_config(config)
+    weights = {
+        name.removeprefix("base_model.model."): tensor
+        for name, tensor in _adapter_weights(model, adapter_name, state_dict).items()
+    }
+    with _staged(Path(output_dir)) as staging:
+        pipeline_class.save_lora_weights(
+            staging,
+            weight_name=weight_name,
+            **{
+                f"{component}_lora_layers": weights,
+                f"{component}_lora_adapter_metadata": _adapter_metadata(config, weights),
+            },
+        )
+    return Path(output_dir) / weight_name
+
+
+def save_adapter(
+    model: PeftModel,
+    output_dir: str | os.PathLike,
+    *,
+    adapter_name: str = "default",
+    state_dict: dict[str, torch.Tensor] | None = None,
+    base_model: str | os.PathLike | None = None,
+) -> None:
+    """
+    Writes PEFT's own two files, `adapter_model.safetensors` and `adapter_config.json`, from which training goes on.
+
+    They may stand beside the file of `save_lora`, which `load_lora_weights` prefers. Unlike `PeftModel.save_pretrained`
+    this writes no model card (PEFT's says that the adapter is to be loaded with PEFT), and replaces earlier files only
+    when the new ones are complete. To be called on the main process.
+
+    Args:
+        model ([`~peft.PeftModel`]): the trained module as `get_peft_model` wrapped it.
+        output_dir (`str` or `os.PathLike`): folder to write to; made if need be.
+        adapter_name (`str`): which of the model's adapters.
+        state_dict (`dict[str, torch.Tensor]`, *optional*): as in `save_lora`.
+        base_model (`str` or `os.PathLike`, *optional*): what the pipeline was loaded from. Noted in
+            `adapter_config.json` if it is a Hub id.
+
+    Raises:
+        RuntimeError: if there are no weights, or only empty shards of them.
+        OSError: if the folder can not be written, or the disk is full.
+    """
+    _adapter_weights(model, adapter_name, state_dict)
+    model.peft_config[adapter_name].base_model_name_or_path = hub_model_id(base_model)
+    with _staged(Path(output_dir)) as staging:
+        model.save_pretrained(staging / "peft", selected_adapters=[adapter_name], state_dict=state_dict)
+        folder = staging / "peft" if adapter_name == "default" else staging / "peft" / adapter_name
+        # The model card, at the root of "peft", goes with the staging folder.
+        for name in PEFT_FILES:
+            os.replace(folder / name, staging / name)
+
+
+def _adapter_weights(
+    model: PeftModel, adapter_name: str, state_dict: dict[str, torch.Tensor] | None
+) -> dict[str, torch.Tensor]:
+    """The adapter's tensors under PEFT's names, on the CPU and contiguous, as safetensors wants them."""
+    weights = get_peft_model_state_dict(
+        model, state_dict=state_dict, adapter_name=adapter_name, save_embedding_layers=False
+    )
+    empty = [name for name, tensor in weights.items() if tensor.numel() == 0]
+    if empty or not weights:
+        raise RuntimeError(
+            f"The adapter '{adapter_name}' has {f'empty weights ({empty[0]}, …)' if empty else 'no weights'}. "
+            "When the model is sharded (FSDP, ZeRO-3), pass the gathered state dict, "
+            "state_dict=accelerator.get_state_dict(model)."
+        )
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+
+
+def _adapter_metadata(config: LoraConfig, weights: dict[str, torch.Tensor]) -> dict[str, object]:
+    """
+    What `LoraConfig` needs to rebuild the adapter, and no more: a key that another release of PEFT does not know
+    makes `load_lora_weights` fail there. Without metadata diffusers takes alpha to be the rank.
+    """
+    return {
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "lora_bias": config.lora_bias,
+        "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": dict(config.alpha_pattern),
+        # Sorted: two saves of one adapter are the same bytes
+        "target_modules": sorted({name.partition(".lora_")[0] for name in weights}),
+    }
+
+
+def save_full(
+    model: ModelMixin, output_dir: str | os.PathLike, *, state_dict: dict[str, torch.Tensor] | None = None
+) -> None:
+    """
+    Writes a fully fine-tuned transformer or U-Net so that `type(model).from_pretrained(output_dir)` loads it:
+    `config.json` and `diffusion_pytorch_model.safetensors` (in shards of 10 GB with an index, when it is larger).
+
+    Files of an earlier save are replaced only when all the new ones are complete. To be called on the main process.
+
+    Args:
+        model ([`~diffusers.ModelMixin`]): the module, unwrapped.
+        output_dir (`str` or `os.PathLike`): folder to write to; made if need be.
+        state_dict (`dict[str, torch.Tensor]`, *optional*): the model's whole state dict where the model itself holds
+            only shards (FSDP, ZeRO-3).
+
+    Raises:
+        RuntimeError: if a weight is missing from `state_dict`, or has another shape than in the model.
+        OSError: if the folder can not be written, or the disk is full.
+    """
+    state_dict = model.state_dict() if state_dict is None else state_dict
+    _check_names(model, state_dict, "the state dict to be saved")
+    with _staged(Path(output_dir)) as staging:
+        model.save_config(staging)
+        save_torch_state_dict(
+            state_dict,
+            staging,
+            filename_pattern=SAFETENSORS_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors"),
+            max_shard_size="10GB",
+        )
+
+
+def load_full(model: ModelMixin, folder: str | os.PathLike) -> None:
+    """
+    Loads what `save_full` wrote into `model`, in place, to go on training.
+
+    Raises:
+        FileNotFoundError: if the folder holds no such weights.
+        RuntimeError: if the weights are not this model's.
+    """
+    stem = SAFETENSORS_WEIGHTS_NAME.removesuffix(".safetensors")
+    files = [Path(folder) / SAFETENSORS_WEIGHTS_NAME]
+    if not files[0].is_file():
+        files = sorted(Path(folder).glob(f"{stem}-*-of-*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}, nor shards of one.")
+    state_dict = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    _check_names(model, state_dict, str(folder))
+    model.load_state_dict(state_dict)
+
+
+def _check_names(model: ModelMixin, state_dict: dict[str, torch.Tensor], source: str) -> None:
+    wrong = sorted(model.state_dict().keys() ^ state_dict.keys())
+    if wrong:
+        raise RuntimeError(
+            f"{source} has not the weights of this {type(model).__name__}: {len(wrong)} names stand on one side only, "
+            f"the first is {wrong[0]}."
+        )
+
+
+@contextmanager
+def _staged(output_dir: Path) -> Iterator[Path]:
+    """
+    A folder to write to, whose files are moved to `output_dir` once the block is through.
+
+    It lies inside `output_dir`, as moving a file is atomic on one file system only, and its name begins with an
+    underscore, which uploads to the Hub leave out.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="_saving-", dir=output_dir) as staging:
+            yield Path(staging)
+            for file in sorted(Path(staging).iterdir()):
+                if file.is_file():
+                    os.replace(file, output_dir / file.name)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"The weights could not be written to {output_dir}: {error}. What was saved there before is unchanged. "
+            "Is there space left on the disk, and may this user write there?"
+        ) from error

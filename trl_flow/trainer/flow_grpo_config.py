@@ -1,0 +1,404 @@
+"""[`FlowGRPOConfig`]: every switch of the trainer. The presets beside it only change defaults."""
+
+from dataclasses import dataclass, field
+
+from transformers.utils import is_torch_bf16_gpu_available
+
+from trl_flow.trainer.trl_compat import _BaseConfig
+
+
+SDE_TYPES = ("flow", "dance", "cps")
+IMPORTANCE_RATIOS = ("standard", "mean_revised", "ratio_norm")
+TIMESTEP_WEIGHTINGS = ("none", "temp", "inverse_dt", "beta_over_dt", "inverse_beta_dt")
+SCALE_REWARDS = ("group", "batch", "none")
+
+
+@dataclass
+class FlowGRPOConfig(_BaseConfig):
+    r"""
+    Configuration of [`FlowGRPOTrainer`].
+
+    This class includes only the parameters that are specific to training flow-matching image models with GRPO. For a
+    full list of training arguments, see [`~transformers.TrainingArguments`]. Defaults that differ from it:
+    `learning_rate` is 3e-4, `lr_scheduler_type` `"constant"`, `weight_decay` 1e-4, `max_grad_norm` 1.0 (Flow-GRPO's
+    published settings for LoRA), `remove_unused_columns` is off (further columns reach the rewards), and
+    `ddp_find_unused_parameters` and `dataloader_pin_memory` are off. `bf16` defaults to `True` on GPUs that have it and to `False` elsewhere.
+
+    Parameters:
+        > Parameters that control the model
+
+        model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for [`~diffusers.DiffusionPipeline.from_pretrained`], used when the `model` argument of
+            the trainer is a string. By default the frozen parts are loaded in bfloat16 when `bf16` is on (the VAE and
+            a fully trained transformer in float32), and everything in float32 otherwise.
+        disable_dropout (`bool`, *optional*, defaults to `True`):
+            Whether to disable dropout in the trained model, LoRA's included. With dropout the training forward differs
+            from the rollout, so that the importance ratio is not 1 before the first update.
+        use_ema (`bool`, *optional*, defaults to `False`):
+            Whether to keep an exponential moving average of the trained weights. Evaluation, the saved adapter in
+            diffusers' format and what is pushed then use the average.
+        ema_decay (`float`, *optional*, defaults to `0.9`):
+            Decay of the average per update, in [0, 1).
+
+        > Parameters that control the data and the groups
+
+        num_generations (`int`, *optional*, defaults to `8`):
+            Images per prompt, a group (`G` in the papers). `generation_batch_size` must be divisible by it.
+        num_generations_eval (`int`, *optional*, defaults to `1`):
+            Images per prompt in evaluation.
+        generation_batch_size (`int`, *optional*):
+            Images sampled before they are trained on, over all processes. If `None`,
+            `per_device_train_batch_size * num_processes * steps_per_generation`. Mutually exclusive with
+            `steps_per_generation`.
+        steps_per_generation (`int`, *optional*):
+            Micro-batches that one sampling phase provides. If `None`, `gradient_accumulation_steps`: one update for
+            each sampling phase.
+        num_iterations (`int`, *optional*, defaults to `1`):
+            Times that each sampled batch is trained on (μ in the GRPO paper).
+        shuffle_dataset (`bool`, *optional*, defaults to `True`):
+            Whether to shuffle the training prompts.
+
+        > Parameters that control sampling
+
+        num_inference_steps (`int`, *optional*, defaults to `10`):
+            Sampling steps while training (`T`).
+        guidance_scale (`float`, *optional*, defaults to `4.5`):
+            Classifier-free guidance, as the pipeline defines it; 1 is none.
+        negative_prompt (`str`, *optional*):
+            Prompt to steer away from; with `None` the pipeline's own (empty) one.
+        height (`int`, *optional*, defaults to `512`), width (`int`, *optional*, defaults to `512`):
+            Size of the images in pixels.
+        max_sequence_length (`int`, *optional*, defaults to `128`):
+            Prompt tokens for the pipelines that take this argument (T5 in Stable Diffusion 3).
+        eval_num_inference_steps (`int`, *optional*, defaults to `40`):
+            Sampling steps in evaluation, which follows the ODE.
+        eval_guidance_scale (`float`, *optional*):
+            Guidance in evaluation; `None` means `guidance_scale`.
+
+        > Parameters that control the dynamics
+
+        sde_type (`str`, *optional*, defaults to `"flow"`):
+            `"flow"` (Flow-GRPO), `"dance"` (DanceGRPO: constant diffusion) or `"cps"` (coefficients-preserving
+            sampling, whose last step is deterministic and not trained).
+        noise_level (`float`, *optional*, defaults to `0.7`):
+            Strength of the noise, η.
+        sde_window_size (`int`, *optional*):
+            Number of consecutive steps that are stochastic and trained, the rest being ODE steps. `None`: all.
+        sde_window_range (`list[int]`, *optional*):
+            `[first, end]`: the window lies in steps `first ... end - 1`, its start drawn anew for each generation
+            batch. `None`: anywhere.
+        timestep_fraction (`float`, *optional*, defaults to `1.0`):
+            Share of the stochastic steps that are trained, drawn anew for each generation batch, in (0, 1].
+        share_initial_noise (`bool`, *optional*, defaults to `False`):
+            Whether all images of a group start from the same noise.
+
+        > Parameters that control the loss
+
+        importance_ratio (`str`, *optional*, defaults to `"standard"`):
+            `"standard"`, `"mean_revised"` or `"ratio_norm"` (GRPO-Guard, Eq. 8).
+        timestep_weighting (`str`, *optional*, defaults to `"none"`):
+            `"none"`, `"temp"` (the transition's standard deviation), `"inverse_dt"` (GRPO-Guard, Eq. 12),
+            `"beta_over_dt"` or `"inverse_beta_dt"` (for `sde_type="dance"`).
+        epsilon (`float`, *optional*, defaults to `1e-4`):
+            Clip range. Log-probabilities are means over the latent's dimensions, so it is far smaller than for text,
+            and it depends on the latent's size.
+        epsilon_high (`float`, *optional*):
+            Upper clip range; `None` means `epsilon`.
+        beta (`float`, *optional*, defaults to `0.0`):
+            KL coefficient towards the initial model. With `0.0` no reference forward is run.
+
+        > Parameters that control the advantages
+
+        reward_weights (`list[float]`, *optional*):
+            Weight of each reward function; `None`: 1 each.
+        scale_rewards (`str` or `bool`, *optional*, defaults to `"batch"`):
+            `"batch"` (Flow-GRPO, SLAS), `"group"` (GRPO, GRPO-Guard) or `"none"`: which standard deviation divides.
+        advantage_power (`float`, *optional*, defaults to `0.0`):
+            SLAS's γ: advantages become `sign(A) |A|^(1 + γ)`; 0 is linear.
+        advantage_clip (`float`, *optional*, defaults to `5.0`):
+            Advantages are clamped to ± this value before SLAS's shaping.
+        dense_rewards (`bool`, *optional*, defaults to `False`):
+            VGPO's reward for each step, from the one-step projection to the image.
+        value_discount (`float`, *optional*, defaults to `0.9`):
+            VGPO's discount, in [0, 1).
+        value_scale (`float`, *optional*, defaults to `0.0`):
+            VGPO's k: share of the absolute value in the advantage. Needs `dense_rewards`.
+        reward_timeout (`float`, *optional*):
+            Seconds after which a reward function that has not returned ends training with an error naming it. `None`:
+            wait for ever.
+
+        > Parameters that control the update
+
+        backward_per_timestep (`bool`, *optional*, defaults to `True`):
+            One backward pass for each trained step, so that memory does not grow with their number. `False` builds
+            one graph over all steps (same gradients, more memory, for debugging).
+        diagnostics_steps (`int`, *optional*, defaults to `0`):
+            Log the gradient norm of each trained step (`grad_norm/step_{i}`) every that many updates; 0 is never. Costs
+            one copy of the trained parameters' gradients.
+
+        > Parameters that control the logging
+
+        log_images (`bool`, *optional*, defaults to `True`):
+            Whether to write a grid of the latest images with their prompts and rewards to `output_dir/images` whenever
+            metrics are logged, and to the trackers of `report_to` that take images.
+        num_images_to_log (`int`, *optional*, defaults to `16`):
+            Pictures in such a grid.
+    """
+
+    _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs"]
+
+    # Defaults of TrainingArguments that do not fit
+    learning_rate: float = field(
+        default=3e-4, metadata={"help": "Initial learning rate; Flow-GRPO's published value for LoRA."}
+    )
+    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay, as in Flow-GRPO."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule."})
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Whether to drop every column but `prompt`: the rewards then get no others."}
+    )
+    dataloader_pin_memory: bool = field(
+        default=False, metadata={"help": "Rows are text and plain values: there is no memory to pin."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Every trained parameter is used in every step, so there is nothing to find."}
+    )
+
+    # Model
+    model_init_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments for `DiffusionPipeline.from_pretrained` when the model is a string."},
+    )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Disable dropout, so that training and rollout are the same function."}
+    )
+    use_ema: bool = field(default=False, metadata={"help": "Keep a moving average of the trained weights."})
+    ema_decay: float = field(default=0.9, metadata={"help": "Decay of the moving average per update, in [0, 1)."})
+
+    # Data and groups
+    num_generations: int = field(default=8, metadata={"help": "Images per prompt (the group)."})
+    num_generations_eval: int = field(default=1, metadata={"help": "Images per prompt in evaluation."})
+    generation_batch_size: int | None = field(
+        default=None, metadata={"help": "Images sampled before they are trained on, over all processes."}
+    )
+    steps_per_generation: int | None = field(
+        default=None,
+        metadata={"help": "Micro-batches that one sampling phase provides; default `gradient_accumulation_steps`."},
+    )
+    num_iterations: int = field(default=1, metadata={"help": "Times that each sampled batch is trained on."})
+    shuffle_dataset: bool = field(default=True, metadata={"help": "Whether to shuffle the training prompts."})
+
+    # Sampling
+    num_inference_steps: int = field(default=10, metadata={"help": "Sampling steps while training."})
+    guidance_scale: float = field(default=4.5, metadata={"help": "Classifier-free guidance while training; 1: none."})
+    negative_prompt: str | None = field(default=None, metadata={"help": "Prompt to steer away from."})
+    height: int = field(default=512, metadata={"help": "Height of the images in pixels."})
+    width: int = field(default=512, metadata={"help": "Width of the images in pixels."})
+    max_sequence_length: int = field(default=128, metadata={"help": "Prompt tokens, where the pipeline takes this."})
+    eval_num_inference_steps: int = field(default=40, metadata={"help": "Sampling steps in evaluation (ODE)."})
+    eval_guidance_scale: float | None = field(
+        default=None, metadata={"help": "Guidance in evaluation; default: as in training."}
+    )
+
+    # Dynamics
+    sde_type: str = field(default="flow", metadata={"help": "`flow`, `dance` or `cps`.", "choices": SDE_TYPES})
+    noise_level: float = field(default=0.7, metadata={"help": "Strength of the noise (eta)."})
+    sde_window_size: int | None = field(
+        default=None, metadata={"help": "Number of consecutive steps that are stochastic and trained; default: all."}
+    )
+    sde_window_range: list[int] | None = field(
+        default=None, metadata={"help": "`first end`: the window lies in steps first ... end - 1."}
+    )
+    timestep_fraction: float = field(default=1.0, metadata={"help": "Share of the stochastic steps that is trained."})
+    share_initial_noise: bool = field(default=False, metadata={"help": "One initial noise for the whole group."})
+
+    # Loss
+    importance_ratio: str = field(
+        default="standard",
+        metadata={"help": "`standard`, `mean_revised` or `ratio_norm`.", "choices": IMPORTANCE_RATIOS},
+    )
+    timestep_weighting: str = field(
+        default="none",
+        metadata={
+            "help": "`none`, `temp`, `inverse_dt`, `beta_over_dt` or `inverse_beta_dt`.",
+            "choices": TIMESTEP_WEIGHTINGS,
+        },
+    )
+    epsilon: float = field(default=1e-4, metadata={"help": "Clip range."})
+    epsilon_high: float | None = field(default=None, metadata={"help": "Upper clip range; default: epsilon."})
+    beta: float = field(default=0.0, metadata={"help": "KL coefficient."})
+
+    # Advantages
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of each reward function; default: 1 each."}
+    )
+    scale_rewards: str = field(
+        default="batch", metadata={"help": "`group`, `batch` or `none`: which standard deviation divides."}
+    )
+    advantage_power: float = field(default=0.0, metadata={"help": "SLAS's gamma; 0 is linear."})
+    advantage_clip: float = field(default=5.0, metadata={"help": "Clamp of the advantages."})
+    dense_rewards: bool = field(default=False, metadata={"help": "VGPO's reward for each step."})
+    value_discount: float = field(default=0.9, metadata={"help": "VGPO's discount gamma, in [0, 1)."})
+    value_scale: float = field(default=0.0, metadata={"help": "VGPO's k; needs dense_rewards."})
+    reward_timeout: float | None = field(
+        default=None, metadata={"help": "Seconds after which a reward function that hangs ends training."}
+    )
+
+    # Update
+    backward_per_timestep: bool = field(
+        default=True, metadata={"help": "One backward for each trained step: memory does not grow with their number."}
+    )
+    diagnostics_steps: int = field(
+        default=0, metadata={"help": "Log the gradient norm of each step every that many updates; 0: never."}
+    )
+
+    # Logging
+    log_images: bool = field(default=True, metadata={"help": "Write a grid of images whenever metrics are logged."})
+    num_images_to_log: int = field(default=16, metadata={"help": "Pictures in such a grid."})
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            # bfloat16 autocast is slower than float32 on most CPUs, and Apple's GPUs are left to the user
+            self.bf16 = not self.fp16 and is_torch_bf16_gpu_available()
+        if getattr(self, "activation_checkpointing", self) is None:
+            # TRL sets the old name, which transformers warns of
+            self.activation_checkpointing = self.gradient_checkpointing
+        super().__post_init__()
+        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
+        # HfArgumentParser reads a missing list as None, YAML as a list: one form from here on
+        if self.sde_window_range is not None:
+            self.sde_window_range = list(self.sde_window_range)
+
+        self._check_choices()
+        self._check_ranges()
+        self._check_window()
+        self._resolve_batches()
+
+    def _check_choices(self) -> None:
+        for name, choices in (
+            ("sde_type", SDE_TYPES),
+            ("importance_ratio", IMPORTANCE_RATIOS),
+            ("timestep_weighting", TIMESTEP_WEIGHTINGS),
+            ("scale_rewards", SCALE_REWARDS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be one of {', '.join(choices)}.")
+        if self.timestep_weighting in ("beta_over_dt", "inverse_beta_dt") and self.sde_type != "dance":
+            raise ValueError(
+                f"timestep_weighting={self.timestep_weighting!r} needs the beta of Dance-SDE, but sde_type is "
+                f"{self.sde_type!r}. Use timestep_weighting='inverse_dt', or sde_type='dance'."
+            )
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size is not supported: a smaller batch would break the groups apart. Set it to False "
+                "and lower per_device_train_batch_size."
+            )
+
+    def _check_ranges(self) -> None:
+        def check(name: str, ok: bool, wanted: str) -> None:
+            if not ok:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be {wanted}.")
+
+        for name in ("num_inference_steps", "eval_num_inference_steps", "height", "width", "max_sequence_length"):
+            check(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "a whole number of at least 1")
+        for name in ("num_iterations", "num_generations_eval", "num_images_to_log"):
+            check(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "a whole number of at least 1")
+        check(
+            "num_generations",
+            isinstance(self.num_generations, int) and self.num_generations >= 2,
+            "at least 2: an advantage compares the images of one prompt with each other",
+        )
+        check(
+            "noise_level",
+            self.noise_level > 0,
+            "above 0: without noise there is no log-probability to train on (evaluation always follows the ODE)",
+        )
+        if self.sde_type == "cps":
+            check("noise_level", self.noise_level <= 1, "at most 1 for sde_type='cps'")
+        check("guidance_scale", self.guidance_scale >= 0, "0 or more")
+        check("timestep_fraction", 0 < self.timestep_fraction <= 1, "in (0, 1]")
+        check("epsilon", self.epsilon > 0, "above 0")
+        check("epsilon_high", self.epsilon_high is None or self.epsilon_high > 0, "above 0, or None")
+        check("beta", self.beta >= 0, "0 or more")
+        check("advantage_power", self.advantage_power >= 0, "0 or more")
+        check("advantage_clip", self.advantage_clip > 0, "above 0")
+        check("value_discount", 0 <= self.value_discount < 1, "in [0, 1)")
+        check("value_scale", self.value_scale >= 0, "0 or more")
+        if self.value_scale > 0 and not self.dense_rewards:
+            raise ValueError(
+                f"value_scale is {self.value_scale}, but dense_rewards is False: there are no values per step that it "
+                "could scale. Set dense_rewards=True, or value_scale=0."
+            )
+        check("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
+        check("reward_timeout", self.reward_timeout is None or self.reward_timeout > 0, "above 0 seconds, or None")
+        check("diagnostics_steps", self.diagnostics_steps >= 0, "0 or more")
+
+    @property
+    def num_stochastic_steps(self) -> int:
+        """Steps that can be stochastic: all, but for the last of CPS, which is deterministic."""
+        return self.num_inference_steps - (1 if self.sde_type == "cps" else 0)
+
+    def _check_window(self) -> None:
+        if self.num_stochastic_steps < 1:
+            raise ValueError(
+                f"num_inference_steps is {self.num_inference_steps}, and the last step of sde_type='cps' is "
+                "deterministic: no step is left to train. Use at least 2 steps."
+            )
+        if self.sde_window_size is None:
+            if self.sde_window_range is not None:
+                raise ValueError(
+                    f"sde_window_range is {self.sde_window_range}, but sde_window_size is not set. Say how many steps "
+                    "the window has, or leave both out to train all steps."
+                )
+            return
+        if self.sde_window_range is None:
+            self.sde_window_range = [0, self.num_stochastic_steps]
+        if len(self.sde_window_range) != 2:
+            raise ValueError(f"sde_window_range is {self.sde_window_range}, but must be two numbers: [first, end].")
+        first, end = self.sde_window_range
+        if not 0 <= first < end <= self.num_inference_steps:
+            raise ValueError(
+                f"sde_window_range is {self.sde_window_range}, but must be [first, end] with "
+                f"0 <= first < end <= num_inference_steps ({self.num_inference_steps})."
+            )
+        if end > self.num_stochastic_steps:
+            raise ValueError(
+                f"sde_window_range is {self.sde_window_range}, which includes the last step; with sde_type='cps' it is "
+                f"deterministic and can not be trained. Use an end of at most {self.num_stochastic_steps}."
+            )
+        if not 1 <= self.sde_window_size <= end - first:
+            raise ValueError(
+                f"sde_window_size is {self.sde_window_size}, but the window must have at least 1 step and fit into "
+                f"sde_window_range {self.sde_window_range}, which has {end - first}."
+            )
+
+    def _resolve_batches(self) -> None:
+        # The arithmetic of TRL's GRPOConfig, with what to change in the messages
+        global_batch = self.per_device_train_batch_size * self.world_size
+        sizes = (
+            f"per_device_train_batch_size ({self.per_device_train_batch_size}) x processes ({self.world_size}) = "
+            f"{global_batch}"
+        )
+        if self.generation_batch_size is not None and self.steps_per_generation is not None:
+            raise ValueError(
+                f"generation_batch_size ({self.generation_batch_size}) and steps_per_generation "
+                f"({self.steps_per_generation}) can not both be set: one follows from the other. Remove one."
+            )
+        if self.generation_batch_size is not None:
+            if self.generation_batch_size < 1 or self.generation_batch_size % global_batch != 0:
+                raise ValueError(
+                    f"generation_batch_size ({self.generation_batch_size}) must be a multiple of {sizes}."
+                )
+            self.steps_per_generation = self.generation_batch_size // global_batch
+        else:
+            if self.steps_per_generation is None:
+                self.steps_per_generation = self.gradient_accumulation_steps
+            if self.steps_per_generation < 1:
+                raise ValueError(f"steps_per_generation is {self.steps_per_generation}, but must be at least 1.")
+            self.generation_batch_size = global_batch * self.steps_per_generation
+        if self.generation_batch_size % self.num_generations != 0:
+            raise ValueError(
+                f"generation_batch_size is {self.generation_batch_size} = {sizes} x steps_per_generation "
+                f"({self.steps_per_generation}), which is not divisible by num_generations ({self.num_generations}): "
+                "each prompt's group must be complete. Change num_generations, per_device_train_batch_size, or "
+                "gradient_accumulation_steps (or steps_per_generation)."
+            )

@@ -1,0 +1,1233 @@
+"""[`FlowGRPOTrainer`]: GRPO for flow-matching text-to-image pipelines, on TRL's base trainer.
+
+The method names and their order are those of TRL's `GRPOTrainer`, so that a reader of one finds the way in the other.
+"""
+
+import contextlib
+import copy
+import json
+import math
+import os
+import random
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from accelerate.utils import DistributedType, gather_object
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from diffusers.training_utils import EMAModel, cast_training_params
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback, set_seed
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
+from transformers.utils import logging
+
+from trl_flow import sharing
+from trl_flow.backbones import Backbone, get_backbone
+from trl_flow.evaluation.pictures import image_grid
+from trl_flow.functional import (
+    clipped_loss,
+    cumulative_values,
+    dual_advantages,
+    gaussian_kl,
+    group_advantages,
+    log_ratio,
+    super_linear,
+    timestep_weight,
+)
+from trl_flow.rewards.calling import RewardError, call_reward_funcs, check_reward_func, reward_names
+from trl_flow.rollout import Dynamics, draw_noise, rollout, sample_generator
+from trl_flow.trainer.callbacks import EMACallback, FlowProgressCallback
+from trl_flow.trainer.diffusers_compat import make_trainable
+from trl_flow.trainer.flow_grpo_config import FlowGRPOConfig
+from trl_flow.trainer.prompt_cache import PromptCache
+from trl_flow.trainer.ratio_statistics import RatioStatistics
+from trl_flow.trainer.trl_compat import (
+    EpochRepeatSampler,
+    _BaseTrainer,
+    disable_dropout_in_model,
+    identity,
+)
+
+
+logger = logging.get_logger(__name__)
+
+RewardFunc = Callable[..., list[float | None]]
+
+# Names under which reward functions are given something other than a column
+RESERVED_COLUMNS = ("prompts", "images", "trainer_state", "log_metric", "log_extra")
+
+# What the trainer needs beside transformers' own files to go on exactly where it stopped
+STATE_NAME = "flow_grpo_state.json"
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """
+    What one forward and backward pass is run on: `B` samples of one sampling phase.
+
+    Attributes:
+        prompts (`list[str]`): length `B`.
+        steps (`tuple[int, ...]`): the trained steps, length `S`.
+        latents, next_latents, means, log_probs: as in [`~trl_flow.rollout.Trajectory`].
+        advantages (`torch.Tensor`): `(B, S)`, float32.
+    """
+
+    prompts: list[str]
+    steps: tuple[int, ...]
+    latents: torch.Tensor
+    next_latents: torch.Tensor
+    means: torch.Tensor
+    log_probs: torch.Tensor
+    advantages: torch.Tensor
+
+    TENSORS = ("latents", "next_latents", "means", "log_probs", "advantages")
+
+
+class FlowGRPOTrainer(_BaseTrainer):
+    """
+    Trainer for Flow-GRPO and, by its configuration, DanceGRPO, GRPO-Guard, SLAS, VGPO and their combinations.
+
+    Example:
+
+    ```python
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl_flow import FlowGRPOTrainer, GuardConfig
+
+
+    def darkness(prompts, images, **kwargs):
+        return [1 - sum(image.convert("L").resize((1, 1)).getdata()) / 255 for image in images]
+
+
+    trainer = FlowGRPOTrainer(
+        model="stabilityai/stable-diffusion-3.5-medium",
+        reward_funcs=darkness,
+        args=GuardConfig(output_dir="sd35-dark", per_device_train_batch_size=8),
+        train_dataset=Dataset.from_dict({"prompt": ["a street at night", "a cat on a sofa"]}),
+        peft_config=LoraConfig(r=32, lora_alpha=64),
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~diffusers.DiffusionPipeline`]):
+            Hub id or folder of a pipeline, or a loaded one, whose transformer is trained in place.
+        reward_funcs (`Callable` or `list[Callable]`):
+            Called by keyword as `func(prompts=..., images=..., **columns, trainer_state=..., log_metric=...,
+            log_extra=...)`, with lists of one entry for each image; returns a list of numbers, `None` where the
+            function does not apply. May be `async`.
+        args ([`FlowGRPOConfig`], *optional*):
+            Configuration; defaults to `FlowGRPOConfig("{name of the model}-Flow-GRPO")`.
+        train_dataset ([`~datasets.Dataset`]):
+            A column `"prompt"` of non-empty strings; all other columns reach the reward functions.
+        eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
+            Prompts to evaluate on: always the same seeds, along the ODE.
+        callbacks (list of [`~transformers.TrainerCallback`], *optional*): further callbacks.
+        optimizers (`tuple`, *optional*): an optimizer and a scheduler, as in [`~transformers.Trainer`].
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Trains an adapter; without it all weights of the transformer are trained.
+        backbone ([`Backbone`], *optional*):
+            Instead of the one chosen by the pipeline's class, for pipelines of your own.
+
+    Raises:
+        TypeError, ValueError: for anything that would make training fail later; nothing has been written then.
+    """
+
+    loss_is_scaled_for_ga = True
+    _tag_names = ["trl_flow"]
+    _name = "Flow-GRPO"
+
+    def __init__(
+        self,
+        model: str | os.PathLike | DiffusionPipeline,
+        reward_funcs: RewardFunc | list[RewardFunc],
+        args: FlowGRPOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: PeftConfig | None = None,
+        backbone: Backbone | None = None,
+    ):
+        # Args
+        if args is None:
+            name = model if isinstance(model, str | os.PathLike) else model.config.get("_name_or_path") or "model"
+            args = FlowGRPOConfig(f"{Path(name).name}-Flow-GRPO")
+        if not isinstance(args, FlowGRPOConfig):
+            raise TypeError(
+                f"args is a {type(args).__name__}, but must be a FlowGRPOConfig (or GuardConfig, SLASConfig, "
+                "VGPOConfig)."
+            )
+
+        # Data and rewards first: they are cheap to check, a model is not cheap to load
+        self.reward_funcs = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        if not self.reward_funcs:
+            raise ValueError("reward_funcs is empty. Pass at least one reward function.")
+        self._check_dataset(train_dataset, "train_dataset")
+        for name, dataset in self._named_eval_datasets(eval_dataset):
+            self._check_dataset(dataset, name)
+        for func in self.reward_funcs:
+            check_reward_func(func, [c for c in train_dataset.column_names if c != "prompt"])
+        self.reward_func_names = reward_names(self.reward_funcs)
+        weights = args.reward_weights if args.reward_weights is not None else [1.0] * len(self.reward_funcs)
+        if len(weights) != len(self.reward_funcs):
+            raise ValueError(
+                f"reward_weights has {len(weights)} entries, but there are {len(self.reward_funcs)} reward functions: "
+                f"{', '.join(self.reward_func_names)}. Give one weight for each."
+            )
+        self.reward_weights = torch.tensor(weights, dtype=torch.float32)
+        self._check_output_dir(args)
+        if peft_config is not None:
+            sharing.check_lora_config(peft_config)
+
+        # Model. A LoRA draws its initial weights at random, so the seed comes first.
+        set_seed(args.seed)
+        pipeline = self._load_pipeline(model, args, peft_config) if isinstance(model, str | os.PathLike) else model
+        if not isinstance(pipeline, DiffusionPipeline):
+            raise TypeError(
+                f"model is a {type(pipeline).__name__}, but must be the hub id or folder of a diffusers pipeline, or a "
+                "loaded DiffusionPipeline."
+            )
+        self.pipeline = pipeline
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.backbone = backbone or get_backbone(
+            pipeline, height=args.height, width=args.width, max_sequence_length=args.max_sequence_length
+        )
+        self.model_id = str(model) if isinstance(model, str | os.PathLike) else pipeline.config.get("_name_or_path")
+        policy = self._prepare_model(args, peft_config)
+
+        # A set smaller than one sampling phase would give TRL's sampler no full batch at all
+        prompts_per_generation = args.generation_batch_size // args.num_generations
+        if len(train_dataset) < prompts_per_generation:
+            copies = math.ceil(prompts_per_generation / len(train_dataset))
+            logger.warning(
+                f"The data set has {len(train_dataset)} prompts, but each sampling phase takes "
+                f"{prompts_per_generation} (generation_batch_size / num_generations): it is repeated {copies} times."
+            )
+            train_dataset = datasets.concatenate_datasets([train_dataset] * copies)
+
+        # Multi-step
+        self.num_generations = args.num_generations
+        self.num_iterations = args.num_iterations
+        self.epsilon_low = args.epsilon
+        self.epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+        self.beta = args.beta
+        # Micro-batches so far, over all accumulation cycles; with it comes the buffer of sampled ones
+        self._step = 0
+        self._buffered_inputs: list[MicroBatch] | None = None
+        self._ratio_checked = False
+
+        super().__init__(
+            model=policy,
+            args=args,
+            data_collator=identity,  # rows stay dictionaries
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible to one process, and nn.DataParallel is not supported. Launch with "
+                "`accelerate launch` or `torchrun`, or show one GPU with CUDA_VISIBLE_DEVICES."
+            )
+        if not args.disable_tqdm:
+            self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
+            self.add_callback(FlowProgressCallback())
+        self._place_frozen_modules()
+        self.ref_model = self._make_reference(policy)
+        self.prompt_cache = PromptCache(self.backbone)
+        self.ema: EMAModel | None = None
+        if args.use_ema:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError("use_ema is not supported with FSDP or DeepSpeed, which shard the weights.")
+            self.ema = EMAModel(self._trained_parameters(), decay=args.ema_decay)
+            self.add_callback(EMACallback(self.ema, self._trained_parameters()))
+
+        # The schedules of training and evaluation, and the random streams' root. The same on all processes: each
+        # sample's generator is made from its place in the global batch.
+        self.seed = args.seed
+        self.dynamics = Dynamics(
+            schedule=self.backbone.schedule(args.num_inference_steps),
+            sde_type=args.sde_type,
+            noise_level=args.noise_level,
+            # Flow-CPS publishes its clip ranges for a log-probability without the variance; RatioNorm needs the latter
+            variance_free=args.sde_type == "cps" and args.importance_ratio == "standard",
+        )
+        self.eval_dynamics = replace(self.dynamics, schedule=self.backbone.schedule(args.eval_num_inference_steps))
+
+        # Metrics
+        self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._ratio_statistics = RatioStatistics(args.num_inference_steps, self.accelerator.device)
+        self._current_train_step_time = 0.0
+        self._logs: dict[str, list] = {"images": [], "captions": []}
+        self._pending_metrics: dict[str, list[float]] = defaultdict(list)
+        self._pending_extra_logs: dict[str, list] = defaultdict(list)
+
+    # ---- Construction ----
+
+    @staticmethod
+    def _named_eval_datasets(eval_dataset: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(eval_dataset, dict):
+            for name, dataset in eval_dataset.items():
+                yield f"eval_dataset[{name!r}]", dataset
+        elif eval_dataset is not None:
+            yield "eval_dataset", eval_dataset
+
+    @staticmethod
+    def _check_dataset(dataset: Any, name: str) -> None:
+        if isinstance(dataset, dict):
+            raise TypeError(f"{name} is a {type(dataset).__name__} of splits {list(dataset)}. Pass one: {name}[split].")
+        if not isinstance(dataset, Dataset):
+            raise TypeError(
+                f"{name} is {'missing' if dataset is None else 'a ' + type(dataset).__name__}, but must be a "
+                "datasets.Dataset with a 'prompt' column, such as Dataset.from_dict({'prompt': [...]}) or "
+                "load_dataset(..., split='train') without streaming."
+            )
+        if "prompt" not in dataset.column_names:
+            raise ValueError(
+                f"{name} has no column 'prompt'; its columns are {dataset.column_names}. Rename the one that holds the "
+                "prompts: dataset.rename_column(old, 'prompt')."
+            )
+        if len(dataset) == 0:
+            raise ValueError(f"{name} is empty: there is no prompt to train on or to draw.")
+        for index, prompt in enumerate(dataset["prompt"]):
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise ValueError(
+                    f"{name} has prompt {prompt!r} in row {index}, but every prompt must be a non-empty string. "
+                    "Filter such rows out, or convert them."
+                )
+        reserved = [column for column in dataset.column_names if column in RESERVED_COLUMNS]
+        if reserved:
+            raise ValueError(
+                f"{name} has columns {reserved}, whose names reward functions get other things under. Rename them."
+            )
+
+    @staticmethod
+    def _check_output_dir(args: FlowGRPOConfig) -> None:
+        """Training that can not save is refused now, not at its first checkpoint."""
+        if not args.should_save:
+            return
+        probe = Path(args.output_dir)
+        while not probe.exists():
+            probe = probe.parent
+        if not probe.is_dir() or not os.access(probe, os.W_OK | os.X_OK):
+            raise ValueError(
+                f"output_dir {args.output_dir!r} can not be written to ({probe} is "
+                f"{'read-only for this user' if probe.is_dir() else 'not a folder'}). Choose another."
+            )
+
+    @staticmethod
+    def _load_pipeline(
+        model: str | os.PathLike, args: FlowGRPOConfig, peft_config: PeftConfig | None
+    ) -> DiffusionPipeline:
+        kwargs = dict(args.model_init_kwargs or {})
+        if "torch_dtype" not in kwargs:
+            half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+            # The VAE loses accuracy in half precision; weights that are trained need float32
+            kwargs["torch_dtype"] = {"default": half, "vae": torch.float32}
+            if peft_config is None:
+                kwargs["torch_dtype"] |= {"transformer": torch.float32, "unet": torch.float32}
+        if os.path.isdir(model) and not os.path.isfile(os.path.join(model, "model_index.json")):
+            raise ValueError(
+                f"The folder {os.fspath(model)!r} is not a diffusers pipeline: it has no model_index.json. It holds "
+                f"{sorted(os.listdir(model))[:10]}. Pass the folder that DiffusionPipeline.save_pretrained wrote, or a "
+                "hub id."
+            )
+        try:
+            return DiffusionPipeline.from_pretrained(os.fspath(model), **kwargs)
+        except (OSError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"The model {os.fspath(model)!r} could not be loaded as a diffusers pipeline: {error}. Pass a hub id "
+                "such as 'stabilityai/stable-diffusion-3.5-medium' (log in with `hf auth login` if it is gated), a "
+                "local folder, or a loaded pipeline."
+            ) from error
+
+    def _prepare_model(self, args: FlowGRPOConfig, peft_config: PeftConfig | None) -> torch.nn.Module:
+        """Freezes the pipeline and makes its transformer (or U-Net) trainable; returns what `Trainer` trains."""
+        for module in self.pipeline.components.values():
+            if isinstance(module, torch.nn.Module):
+                module.requires_grad_(False).eval()
+        model = self.backbone.model
+        if getattr(model, "peft_config", None):
+            raise ValueError(
+                f"The pipeline's {self.backbone.component} already has adapters ({', '.join(model.peft_config)}). Fuse "
+                "them with pipeline.fuse_lora() and pipeline.unload_lora_weights(), or unload them, and pass a "
+                "peft_config to train a new one."
+            )
+        make_trainable(model)
+        if args.gradient_checkpointing:
+            # transformers would call a method that diffusers' models do not have
+            model.enable_gradient_checkpointing()
+            args.gradient_checkpointing = False
+            args.activation_checkpointing = False
+        if peft_config is None:
+            model.requires_grad_(True)
+            policy = model
+        else:
+            peft_config = copy.deepcopy(peft_config)
+            peft_config.task_type = None  # PEFT's task types are for language models
+            if getattr(peft_config, "target_modules", None) is None:
+                peft_config.target_modules = list(self.backbone.lora_target_modules)
+            policy = get_peft_model(model, peft_config)
+        cast_training_params(policy, dtype=torch.float32)
+        if args.disable_dropout:
+            disable_dropout_in_model(policy)
+        return policy
+
+    def _place_frozen_modules(self) -> None:
+        trained = self.backbone.model
+        for module in self.pipeline.components.values():
+            if isinstance(module, torch.nn.Module) and module is not trained:
+                module.to(self.accelerator.device)
+
+    def _make_reference(self, policy: torch.nn.Module) -> torch.nn.Module | None:
+        """A frozen copy for the KL of full fine-tuning; an adapter is switched off instead."""
+        if self.beta == 0 or isinstance(policy, PeftModel):
+            return None
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "beta > 0 with full fine-tuning under FSDP or DeepSpeed would need a second sharded model, which is "
+                "not supported. Train an adapter (peft_config), or set beta=0."
+            )
+        return copy.deepcopy(policy).requires_grad_(False).eval()
+
+    def _send_telemetry(self) -> None:
+        """None: TRL's would be sent under TRL's name, and fails on diffusers' configs."""
+
+    def _trained_parameters(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.accelerator.unwrap_model(self.model).parameters() if p.requires_grad]
+
+    # ---- Data ----
+
+    def _set_signature_columns_if_needed(self):
+        # Only used with `remove_unused_columns=True`
+        if self._signature_columns is None:
+            self._signature_columns = ["prompt"]
+
+    # As in TRL, the loader yields whole generation batches, each as often as there are micro-batches in it: they are
+    # sampled from at the first time and buffered, see `_prepare_inputs`.
+    def get_train_dataloader(self):
+        return self._get_dataloader(
+            dataset=self.train_dataset,
+            description="Training",
+            batch_size=self._train_batch_size * self.args.steps_per_generation,
+            sampler_fn=self._get_train_sampler,
+            is_training=True,
+        )
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> torch.utils.data.Sampler:
+        return EpochRepeatSampler(
+            self.train_dataset if dataset is None else dataset,
+            mini_repeat_count=self.num_generations,
+            batch_size=self.args.generation_batch_size // self.num_generations,
+            repeat_count=self.num_iterations * self.args.steps_per_generation,
+            shuffle=self.args.shuffle_dataset,
+            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+            epoch=lambda: int(self.state.epoch or 0),
+        )
+
+    # ---- Training ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """
+        Trains, then saves the adapter (or model) and the trainer's state to `output_dir` unless `save_strategy` is
+        `"no"`.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                A checkpoint's folder, or `True` for the last complete one in `output_dir`.
+
+        Raises:
+            ValueError: if there is no complete checkpoint to resume from.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self._last_complete_checkpoint()
+        elif isinstance(resume_from_checkpoint, str | os.PathLike):
+            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
+            if not self._is_complete(resume_from_checkpoint):
+                raise ValueError(
+                    f"{resume_from_checkpoint!r} is not a complete checkpoint of this trainer. Pass True to resume "
+                    "from the last complete one in output_dir."
+                )
+        self._step = 0
+        self._buffered_inputs = None
+        self._ratio_checked = False
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if self.args.save_strategy != "no":
+            self.save_model(_internal_call=True)
+            self.save_state()
+        return output
+
+    @staticmethod
+    def _is_complete(checkpoint: str) -> bool:
+        # The trainer's state is written last; a process that was killed meanwhile leaves it out, or half of it
+        try:
+            json.loads(Path(checkpoint, "trainer_state.json").read_text())
+            return Path(checkpoint, STATE_NAME).is_file()
+        except (OSError, ValueError):
+            return False
+
+    def _last_complete_checkpoint(self) -> str:
+        found = sorted(
+            (path for path in Path(self.args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()),
+            key=lambda path: int(path.name.rsplit("-", 1)[1]) if path.name.rsplit("-", 1)[1].isdigit() else -1,
+        )
+        for path in reversed(found):
+            if self._is_complete(str(path)):
+                return str(path)
+            logger.warning(f"{path} is not complete (its writing was interrupted) and is passed over.")
+        raise ValueError(
+            f"resume_from_checkpoint=True, but {self.args.output_dir!r} has no complete checkpoint. Train from the "
+            "start (resume_from_checkpoint=None)."
+        )
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        start = time.perf_counter()
+        model.train()
+        if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
+            self.optimizer.train()
+        batch = self._prepare_inputs(inputs)
+        self._show_stage("updating")
+        loss = self._backward(model, batch)
+        self._check_ratio()
+        self._step += 1
+        self._current_train_step_time += time.perf_counter() - start
+        if self.accelerator.sync_gradients:
+            self._metrics["train"]["step_time"].append(self._current_train_step_time)
+            self._current_train_step_time = 0.0
+        return loss
+
+    def _backward(self, model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
+        """Forward and backward over the trained steps of one micro-batch; returns its loss, detached, a scalar."""
+        condition, negative_condition = self._conditions(batch.prompts, self.args.guidance_scale)
+        scale = len(batch.steps) * self.current_gradient_accumulation_steps
+        kwargs = {}
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            kwargs["scale_wrt_gas"] = False
+        measure = self.args.diagnostics_steps and self.state.global_step % self.args.diagnostics_steps == 0
+        total = torch.zeros((), device=self.accelerator.device)
+        graph: torch.Tensor | float = 0.0
+        for index in range(len(batch.steps)):
+            with self.compute_loss_context_manager():
+                loss = self._compute_loss(model, batch, index, condition, negative_condition) / scale
+            total += loss.detach()
+            if not self.args.backward_per_timestep:
+                graph = graph + loss
+                continue
+            last = index == len(batch.steps) - 1
+            before = self._gradients() if measure else None
+            with self._defer_sync(model, defer=not last):
+                self.accelerator.backward(loss, **kwargs)
+            if before is not None:
+                squares = [
+                    (new - old).square().sum() if old is not None else new.square().sum()
+                    for new, old in zip(self._gradients(), before, strict=True)
+                    if new is not None
+                ]
+                norm = torch.stack(squares).sum().sqrt() * scale
+                self._metrics["train"][f"grad_norm/step_{batch.steps[index]}"].append(norm.item())
+        if not self.args.backward_per_timestep:
+            self.accelerator.backward(graph, **kwargs)
+        return total
+
+    @contextlib.contextmanager
+    def _defer_sync(self, model: torch.nn.Module, defer: bool) -> Iterator[None]:
+        """Holds back the gradients' reduction over processes until the last trained step."""
+        if not defer:
+            yield
+        elif self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            # DeepSpeed's engine steps after each backward pass that it takes for the last
+            state = self.accelerator.gradient_state
+            sync = state.sync_gradients
+            state._set_sync_gradients(False)
+            try:
+                yield
+            finally:
+                state._set_sync_gradients(sync)
+        else:
+            with self.accelerator.no_sync(model):
+                yield
+
+    def _gradients(self) -> list[torch.Tensor | None]:
+        return [None if p.grad is None else p.grad.clone() for p in self._trained_parameters()]
+
+    def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> MicroBatch:
+        # The local part of a generation batch comes in; it is sampled from once, and its micro-batches are handed out
+        # one by one, `num_iterations` times.
+        if self._step % self._generate_every == 0 or self._buffered_inputs is None:
+            self._buffered_inputs = self._generate_and_score(generation_batch)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    @property
+    def _generate_every(self) -> int:
+        return self.args.steps_per_generation * self.num_iterations
+
+    def _conditions(
+        self, prompts: list[str], guidance_scale: float
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
+        condition = self.prompt_cache(prompts)
+        if not self.backbone.uses_guidance(guidance_scale):
+            return condition, None
+        return condition, self.prompt_cache([self.args.negative_prompt or ""] * len(prompts))
+
+    def _choose_steps(self, generation: int) -> tuple[list[int], list[int]]:
+        """The stochastic and the trained steps of one generation batch, equal on all processes."""
+        rng = np.random.default_rng([self.seed, generation, 1])
+        stochastic = list(range(self.args.num_stochastic_steps))
+        if self.args.sde_window_size is not None:
+            first, end = self.args.sde_window_range
+            start = int(rng.integers(first, end - self.args.sde_window_size + 1))
+            stochastic = list(range(start, start + self.args.sde_window_size))
+        number = max(1, round(self.args.timestep_fraction * len(stochastic)))
+        trained = sorted(rng.choice(stochastic, size=number, replace=False).tolist())
+        return stochastic, trained
+
+    @property
+    def _sampling_model(self) -> torch.nn.Module:
+        # Sharded weights are only whole inside the wrapped forward; DDP's wrapper would only add synchronisation
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return self.model_wrapped
+        return self.accelerator.unwrap_model(self.model)
+
+    def _generate_and_score(self, inputs: list[dict[str, Any]]) -> list[MicroBatch]:
+        """Samples the local part of a generation batch, scores it, and splits it into micro-batches."""
+        generation = self._step // self._generate_every
+        stochastic, trained = self._choose_steps(generation)
+        # Micro-batch k takes every K-th sample from the k-th on. All groups are then in all micro-batches, and the
+        # k-th micro-batches of all processes together hold the same samples however many processes there are.
+        number = self.args.steps_per_generation
+        offset = self.accelerator.process_index * len(inputs)
+        trajectories = []
+        images: list[Image.Image] = [None] * len(inputs)
+        projected: list[list[Image.Image]] = [None] * len(inputs)
+        model = self._sampling_model
+        for chunk in range(number):
+            indices = list(range(chunk, len(inputs), number))
+            prompts = [inputs[i]["prompt"] for i in indices]
+            condition, negative_condition = self._conditions(prompts, self.args.guidance_scale)
+            places = [offset + i for i in indices]
+            with self.accelerator.autocast():
+                trajectory = rollout(
+                    self.backbone,
+                    model,
+                    self.dynamics,
+                    condition,
+                    negative_condition,
+                    guidance_scale=self.args.guidance_scale,
+                    initial_noise=self._initial_noise(generation, places),
+                    generators=[sample_generator(self.seed, generation, 3, place) for place in places],
+                    stochastic_steps=stochastic,
+                    trained_steps=trained,
+                    keep_projections=self.args.dense_rewards,
+                    on_step=lambda step, chunk=chunk: self._show_stage(
+                        f"sampling {chunk * self.args.num_inference_steps + step + 1}"
+                        f"/{number * self.args.num_inference_steps}"
+                    ),
+                )
+            self._show_stage("decoding")
+            for i, image in zip(indices, self._decode(trajectory.final), strict=True):
+                images[i] = image
+            if self.args.dense_rewards:
+                columns = [self._decode(trajectory.projections[:, t]) for t in range(trajectory.projections.shape[1])]
+                for row, i in enumerate(indices):
+                    projected[i] = [column[row] for column in columns]
+            trajectories.append((indices, prompts, replace(trajectory, projections=None)))
+
+        advantages = self._score(inputs, images, projected if self.args.dense_rewards else None, trained)
+        return [
+            MicroBatch(
+                prompts=prompts,
+                steps=trajectory.steps,
+                latents=trajectory.latents,
+                next_latents=trajectory.next_latents,
+                means=trajectory.means,
+                log_probs=trajectory.log_probs,
+                advantages=advantages[indices],
+            )
+            for indices, prompts, trajectory in trajectories
+        ]
+
+    def _initial_noise(self, generation: int, places: list[int]) -> torch.Tensor:
+        """`x_1` for samples at `places` of the global generation batch."""
+        if self.args.share_initial_noise:
+            places = [place // self.num_generations for place in places]
+        generators = [sample_generator(self.seed, generation, 2, place) for place in places]
+        return draw_noise(self.backbone.latent_shape(), generators, self.accelerator.device)
+
+    @torch.no_grad()
+    def _decode(self, latents: torch.Tensor) -> list[Image.Image]:
+        size = self.args.per_device_train_batch_size
+        return [image for part in latents.split(size) for image in self.backbone.decode(part)]
+
+    # ---- Rewards and advantages ----
+
+    def _log_metric(self, name: str, value: float) -> None:
+        """Logs a scalar from within a reward function; averaged over calls and processes until the next log."""
+        self._pending_metrics[name].append(float(value))
+
+    def _log_extra(self, column: str, values: list) -> None:
+        """Adds one value for each image to the captions of the logged grid, from within a reward function."""
+        self._pending_extra_logs[column].extend(values)
+
+    def _calculate_rewards(self, inputs: list[dict[str, Any]], images: list[Image.Image]) -> torch.Tensor:
+        """
+        Rewards of the local samples by every function.
+
+        Returns:
+            `torch.Tensor`: `(N, number of functions)`, float32, NaN where a function does not apply.
+        """
+        columns = {key: [row[key] for row in inputs] for key in inputs[0] if key != "prompt"}
+        rewards = call_reward_funcs(
+            self.reward_funcs,
+            self.reward_func_names,
+            [row["prompt"] for row in inputs],
+            images,
+            columns,
+            timeout=self.args.reward_timeout,
+            trainer_state=self.state,
+            log_metric=self._log_metric,
+            log_extra=self._log_extra,
+        ).to(self.accelerator.device)
+        unscored = rewards.isnan().all(dim=1)
+        if unscored.any():
+            row = int(unscored.nonzero()[0])
+            logger.warning(
+                f"Every reward function returned None for the prompt {inputs[row]['prompt']!r}: the sample is left out "
+                "of its group."
+            )
+        return rewards
+
+    def _gathered_rewards(self, inputs: list[dict[str, Any]], images: list[Image.Image]) -> torch.Tensor:
+        """`_calculate_rewards` of all processes. An error in one of them is raised in all, so that none waits."""
+        error, rewards = None, torch.zeros(len(inputs), len(self.reward_funcs), device=self.accelerator.device)
+        try:
+            rewards = self._calculate_rewards(inputs, images)
+        except RewardError as reward_error:
+            error = reward_error
+        if self.accelerator.num_processes > 1:
+            errors = [e for e in gather_object([None if error is None else str(error)]) if e is not None]
+            if errors and error is None:
+                raise RewardError(f"On another process: {errors[0]}")
+        if error is not None:
+            raise error
+        return self.accelerator.gather(rewards)
+
+    def _combine(self, rewards_per_func: torch.Tensor) -> torch.Tensor:
+        """Weighted sum over the functions that apply; NaN where none does. `(..., functions)` to `(...)`."""
+        weights = self.reward_weights.to(rewards_per_func.device)
+        rewards = (rewards_per_func * weights).nansum(dim=-1)
+        return rewards.masked_fill(rewards_per_func.isnan().all(dim=-1), torch.nan)
+
+    def _score(
+        self,
+        inputs: list[dict[str, Any]],
+        images: list[Image.Image],
+        projected: list[list[Image.Image]] | None,
+        trained: list[int],
+    ) -> torch.Tensor:
+        """Rewards, their metrics, and the advantages of the local samples, `(N, S)`."""
+        self._show_stage("rewards")
+        rewards_per_func = self._gathered_rewards(inputs, images)
+        rewards = self._combine(rewards_per_func)
+        if projected is None:
+            advantages = self._shape(
+                group_advantages(rewards, self.num_generations, scale_rewards=self.args.scale_rewards)
+            )
+            advantages = advantages[:, None].expand(-1, len(trained))
+        else:
+            instant = [
+                self._combine(self._gathered_rewards(inputs, [row[t] for row in projected]))
+                for t in range(len(projected[0]) - 1)
+            ]
+            advantages = self._dense_advantages(torch.stack([*instant, rewards], dim=1))
+            advantages = self._shape(advantages)[:, [step - trained[0] for step in trained]]
+        self._log_rewards(rewards_per_func, rewards)
+        self._log_samples(inputs, images, rewards_per_func)
+        local = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
+        return advantages[local].contiguous()
+
+    def _dense_advantages(self, instant_rewards: torch.Tensor) -> torch.Tensor:
+        """VGPO's advantages from rewards `(N, T)` of all processes."""
+        if (instant_rewards < 0).any():
+            negative = instant_rewards[instant_rewards < 0].min().item()
+            raise RewardError(
+                f"With dense_rewards, VGPO's weights need rewards of one sign, but {' + '.join(self.reward_func_names)} "
+                f"gave {negative:g}. Add an offset to the reward function that makes all its values positive, or set "
+                "dense_rewards=False."
+            )
+        # A sample that no function applies to takes its group's mean: no signal, and the others keep theirs
+        grouped = instant_rewards.unflatten(0, (-1, self.num_generations))
+        mean = grouped.nanmean(dim=1, keepdim=True).nan_to_num(0.0)
+        filled = torch.where(grouped.isnan(), mean, grouped).flatten(0, 1)
+        values = cumulative_values(filled, self.args.value_discount)
+        return dual_advantages(values, self.num_generations, scale=self.args.value_scale)
+
+    def _shape(self, advantages: torch.Tensor) -> torch.Tensor:
+        """Clamped, then SLAS's power: the bound of the clamp is the one that Corollary 1 of SLAS asks for."""
+        clipped = advantages.clamp(-self.args.advantage_clip, self.args.advantage_clip)
+        return super_linear(clipped, self.args.advantage_power)
+
+    def _log_rewards(self, rewards_per_func: torch.Tensor, rewards: torch.Tensor) -> None:
+        metrics = self._metrics["train"]
+        self._append_reward_metrics(rewards_per_func, rewards, metrics)
+        groups = rewards.view(-1, self.num_generations)
+        highest = groups.nan_to_num(nan=-math.inf).amax(dim=1)
+        lowest = groups.nan_to_num(nan=math.inf).amin(dim=1)
+        metrics["frac_reward_zero_std"].append((highest <= lowest).float().mean().item())
+        for name in sorted(set(gather_object(list(self._pending_metrics)))):
+            values = self._pending_metrics.get(name, [])
+            sums = torch.tensor([[sum(values), len(values)]], dtype=torch.float64, device=self.accelerator.device)
+            total, count = self.accelerator.gather(sums).sum(dim=0).tolist()
+            metrics[name].append(total / count)
+        self._pending_metrics.clear()
+
+    def _append_reward_metrics(
+        self, rewards_per_func: torch.Tensor, rewards: torch.Tensor, metrics: dict[str, list[float]]
+    ) -> None:
+        """Appends `reward`, `reward_std` and `rewards/{name}/mean` and `/std` to the lists of `metrics`."""
+        columns = {f"rewards/{name}": rewards_per_func[:, i] for i, name in enumerate(self.reward_func_names)}
+        for name, values in {"reward": rewards, **columns}.items():
+            values = values[~values.isnan()]
+            mean_name, std_name = ("reward", "reward_std") if name == "reward" else (f"{name}/mean", f"{name}/std")
+            metrics[mean_name].append(values.mean().item() if len(values) else math.nan)
+            metrics[std_name].append(values.std().item() if len(values) > 1 else math.nan)
+
+    def _log_samples(
+        self, inputs: list[dict[str, Any]], images: list[Image.Image], rewards_per_func: torch.Tensor
+    ) -> None:
+        # The latest samples of this process, from as many groups as fit
+        number = min(self.args.num_images_to_log, len(images))
+        chosen = sorted(range(len(images)), key=lambda i: (i % self.num_generations, i))[:number]
+        offset = self.accelerator.process_index * len(inputs)
+        self._logs["images"] = [images[i] for i in sorted(chosen)]
+        self._logs["captions"] = [
+            "\n".join(
+                [inputs[i]["prompt"]]
+                + [
+                    f"{name} {value:.3g}"
+                    for name, value in zip(
+                        self.reward_func_names, rewards_per_func[offset + i].tolist(), strict=True
+                    )
+                ]
+                + [
+                    f"{column} {values[i]}"
+                    for column, values in self._pending_extra_logs.items()
+                    if len(values) >= len(images)
+                ]
+            )
+            for i in sorted(chosen)
+        ]
+        self._pending_extra_logs.clear()
+
+    # ---- Loss ----
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        raise NotImplementedError("The loss is computed for one trained step at a time, see `_compute_loss`.")
+
+    def _compute_loss(
+        self,
+        model: torch.nn.Module,
+        batch: MicroBatch,
+        index: int,
+        condition: dict[str, torch.Tensor],
+        negative_condition: dict[str, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """
+        Loss of one trained step, a mean over the samples (Flow-GRPO Eq. 5; GRPO-Guard Eq. 12).
+
+        Args:
+            model (`torch.nn.Module`): the wrapped policy.
+            batch ([`MicroBatch`]): the samples.
+            index (`int`): which of the batch's `S` trained steps.
+            condition, negative_condition (`dict[str, torch.Tensor]`): of the prompts.
+
+        Returns:
+            `torch.Tensor`: a scalar.
+        """
+        args = self.args
+        step = batch.steps[index]
+        latents, next_latents, old_mean = batch.latents[:, index], batch.next_latents[:, index], batch.means[:, index]
+        advantages = batch.advantages[:, index]
+
+        def transition_of(module: torch.nn.Module):
+            velocity = self.backbone.velocity(
+                module,
+                latents,
+                self.dynamics.schedule.timesteps[step],
+                condition,
+                negative_condition,
+                args.guidance_scale,
+            )
+            return self.dynamics.transition(velocity, latents, step)
+
+        transition = transition_of(model)
+        log_ratios = log_ratio(
+            self.dynamics.log_prob(next_latents, transition),
+            batch.log_probs[:, index],
+            transition.mean,
+            old_mean,
+            transition.std,
+            kind=args.importance_ratio,
+        )
+        dt = self.dynamics.dt(step)
+        weight = timestep_weight(
+            args.timestep_weighting, std=transition.std, dt=dt, beta=self.dynamics.beta(step)
+        )
+        losses = clipped_loss(
+            log_ratios, advantages, epsilon=self.epsilon_low, epsilon_high=self.epsilon_high, weight=weight
+        )
+        kl = None
+        if self.beta > 0:
+            with torch.no_grad(), self._reference() as reference:
+                ref_mean = transition_of(reference).mean
+            kl = gaussian_kl(transition.mean, ref_mean, transition.std / dt.sqrt())
+            losses = losses + self.beta * kl
+            kl = kl.detach()
+        self._ratio_statistics.add(
+            step, log_ratios.detach(), advantages, self.epsilon_low, self.epsilon_high, kl, losses.detach()
+        )
+        self._note_first_ratio(log_ratios)
+        return losses.mean()
+
+    @contextlib.contextmanager
+    def _reference(self) -> Iterator[torch.nn.Module]:
+        """The model as it was before training."""
+        if self.ref_model is not None:
+            yield self.ref_model
+        else:
+            with self.accelerator.unwrap_model(self.model).disable_adapter():
+                yield self._sampling_model
+
+    def _note_first_ratio(self, log_ratios: torch.Tensor) -> None:
+        if not self._ratio_checked:
+            deviation = torch.expm1(log_ratios.detach()).abs().max()
+            self._first_deviation = max(getattr(self, "_first_deviation", 0.0), deviation.item())
+
+    def _check_ratio(self) -> None:
+        """Before the first update the policy is the one that sampled: every ratio must be 1."""
+        # A run that resumes in the middle of a generation batch has updated since it sampled: the next one is checked
+        if self._ratio_checked or self._step % self._generate_every >= self.current_gradient_accumulation_steps:
+            self._first_deviation = 0.0
+            return
+        if not self.accelerator.sync_gradients:
+            return
+        self._ratio_checked = True
+        deviation, allowed = self._first_deviation, 0.1 * min(self.epsilon_low, self.epsilon_high)
+        self._metrics["train"]["ratio/first_update_deviation"].append(deviation)
+        if deviation > allowed:
+            logger.warning(
+                f"Before the first update the importance ratio should be exactly 1, but it is off by up to "
+                f"{deviation:.2e} (clip range {self.epsilon_low:g}): clipping will act on noise. Training and rollout "
+                "run different arithmetic. Likely causes: dropout that is still on, a model that keeps state between "
+                "calls or draws random numbers, batches of different shapes, torch.compile, or half precision. Try "
+                "bf16=False and fp16=False, and compare."
+            )
+
+    # ---- Evaluation ----
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """
+        Draws every evaluation prompt along the ODE, with seeds that depend on the prompt's row alone, and scores it.
+
+        Training is not affected: all random states are as before.
+
+        Args:
+            eval_dataset ([`~datasets.Dataset`], `dict` of them or a key of the trainer's, *optional*): prompts;
+                default: the trainer's.
+            ignore_keys (`list[str]`, *optional*): unused.
+            metric_key_prefix (`str`): prefix of the metrics.
+
+        Returns:
+            `dict[str, float]`: `{prefix}_reward`, `{prefix}_rewards/{name}/mean` and so on.
+        """
+        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if eval_dataset is None:
+            raise ValueError("There is no eval_dataset: pass one here or to the trainer.")
+        if isinstance(eval_dataset, dict):
+            metrics = {}
+            for name, dataset in eval_dataset.items():
+                metrics |= self.evaluate(dataset, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        self._check_dataset(eval_dataset, "eval_dataset")
+
+        start = time.time()
+        was_training = self.model.training
+        self.model.eval()
+        with self._unchanged_random_state(), self._averaged_weights():
+            rows, images, rewards_per_func = self._draw_and_score(eval_dataset)
+        lists: dict[str, list[float]] = defaultdict(list)
+        self._append_reward_metrics(rewards_per_func, self._combine(rewards_per_func), lists)
+        metrics = {f"{metric_key_prefix}_{name}": values[0] for name, values in lists.items()}
+        metrics = {name: None if math.isnan(value) else value for name, value in metrics.items()}
+        metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(rewards_per_func))
+        self._write_grid(
+            images,
+            [row["prompt"] for row in rows],
+            f"{metric_key_prefix}-{self.state.global_step:06d}",
+        )
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if was_training:
+            self.model.train()
+        return metrics
+
+    def _draw_and_score(
+        self, dataset: Dataset
+    ) -> tuple[list[dict[str, Any]], list[Image.Image], torch.Tensor]:
+        """Rows and images of this process, and the rewards of all in the data set's order."""
+        total = len(dataset) * self.args.num_generations_eval
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        size = self.args.per_device_eval_batch_size
+        # Every process takes the same number of samples, so that sharded forwards stay in step: some twice
+        each = math.ceil(total / world)
+        places = [min(rank * each + i, total - 1) for i in range(each)]
+        rows = [dataset[place // self.args.num_generations_eval] for place in places]
+        guidance_scale = self.args.eval_guidance_scale
+        guidance_scale = self.args.guidance_scale if guidance_scale is None else guidance_scale
+        images: list[Image.Image] = []
+        for first in range(0, each, size):
+            chunk = places[first : first + size]
+            condition, negative_condition = self._conditions(
+                [row["prompt"] for row in rows[first : first + size]], guidance_scale
+            )
+            generators = [sample_generator(self.seed, 4, place) for place in chunk]
+            with self.accelerator.autocast():
+                trajectory = rollout(
+                    self.backbone,
+                    self._sampling_model,
+                    self.eval_dynamics,
+                    condition,
+                    negative_condition,
+                    guidance_scale=guidance_scale,
+                    initial_noise=draw_noise(self.backbone.latent_shape(), generators, self.accelerator.device),
+                    generators=generators,
+                    stochastic_steps=[],
+                    trained_steps=[],
+                    on_step=lambda step, first=first: self._show_stage(
+                        f"evaluating {first + 1}/{each}, step {step + 1}/{self.args.eval_num_inference_steps}"
+                    ),
+                )
+            images += self._decode(trajectory.final)
+        self._show_stage("evaluation rewards")
+        rewards = self._gathered_rewards(rows, images)[:total]
+        self._pending_metrics.clear()
+        self._pending_extra_logs.clear()
+        return rows, images, rewards
+
+    @contextlib.contextmanager
+    def _unchanged_random_state(self) -> Iterator[None]:
+        """Reward functions may draw random numbers; training after an evaluation must not notice."""
+        python, numpy = random.getstate(), np.random.get_state()
+        with torch.random.fork_rng(devices=None if torch.cuda.is_available() else []):
+            try:
+                yield
+            finally:
+                random.setstate(python)
+                np.random.set_state(numpy)
+
+    @contextlib.contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        """With `use_ema`, the averaged weights in place of the trained ones."""
+        if self.ema is None:
+            yield
+            return
+        parameters = self._trained_parameters()
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(parameters)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys: list[str] | None = None):
+        raise NotImplementedError("Evaluation draws and scores images, see `evaluate`; there is nothing to predict.")
+
+    # ---- Logging ----
+
+    def _show_stage(self, stage: str) -> None:
+        """Says beside the progress bar what is going on."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, FlowProgressCallback):
+                callback.show_stage(stage)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:
+            metrics = {}
+            for name, values in self._metrics["train"].items():
+                valid = [value for value in values if not math.isnan(value)]
+                metrics[name] = sum(valid) / len(valid) if valid else None
+            sums = self.accelerator.reduce(self._ratio_statistics.sums, reduction="sum")
+            metrics |= self._ratio_statistics.metrics(sums, with_kl=self.beta > 0)
+            self._ratio_statistics.sums.zero_()
+            self._metrics["train"].clear()
+            logs.update(metrics)
+            if self.args.log_images and self._logs["images"]:
+                self._write_grid(self._logs["images"], self._logs["captions"], f"step-{self.state.global_step:06d}")
+                self._logs = {"images": [], "captions": []}
+        super().log(logs, start_time)
+
+    def _write_grid(self, images: list[Image.Image], captions: list[str], name: str) -> None:
+        """A grid of pictures as `output_dir/images/{name}.png` and in the trackers."""
+        if not self.args.log_images or not self.is_world_process_zero():
+            return
+        number = self.args.num_images_to_log
+        folder = Path(self.args.output_dir, "images")
+        folder.mkdir(parents=True, exist_ok=True)
+        grid = image_grid(images[:number], captions[:number], path=folder / f"{name}.png")
+        tag = name.rsplit("-", 1)[0]
+        for tracker in self.args.report_to:
+            if tracker in ("wandb", "trackio"):
+                module = __import__(tracker)
+                if tracker == "trackio" or module.run is not None:
+                    module.log({f"images/{tag}": module.Image(grid)})
+        for callback in self.callback_handler.callbacks:
+            writer = getattr(callback, "tb_writer", None)
+            if writer is not None:
+                writer.add_image(f"images/{tag}", np.asarray(grid), self.state.global_step, dataformats="HWC")
+
+    # ---- Saving, resuming, sharing ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The adapter in diffusers' format (or the full model), and PEFT's own files, which resuming needs."""
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        if not self.args.should_save:
+            return
+        os.makedirs(output_dir, exist_ok=True)
+        model = self.accelerator.unwrap_model(self.model)
+        is_checkpoint = Path(output_dir).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+
+        # What is shared is the average, where there is one; a checkpoint goes on from the trained weights themselves
+        lora = isinstance(model, PeftModel)
+        with contextlib.nullcontext() if is_checkpoint and not lora else self._averaged_weights():
+            if lora:
+                sharing.save_lora(
+                    type(self.pipeline),
+                    model,
+                    output_dir,
+                    component=self.backbone.component,
+                    state_dict=state_dict,
+                    base_model=self.model_id,
+                )
+            else:
+                sharing.save_full(model, output_dir, state_dict=state_dict)
+        if lora and is_checkpoint and self.ema is not None:
+            save_file(get_peft_model_state_dict(model), Path(output_dir, "adapter_model.safetensors"))
+        Path(output_dir, "training_args.json").write_text(self.args.to_json_string())
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.push_to_hub and self.args.hub_strategy != "end":
+            self.create_model_card()
+        try:
+            # A folder left by a process that was killed while writing it would mix with this one
+            if self.is_world_process_zero() and folder.exists():
+                shutil.rmtree(folder)
+            self.accelerator.wait_for_everyone()
+            self._save_rollouts(folder)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            if self.is_world_process_zero():
+                shutil.rmtree(folder, ignore_errors=True)
+            free = shutil.disk_usage(Path(self.args.output_dir)).free / 2**20
+            raise RuntimeError(
+                f"The checkpoint {folder} could not be written ({type(error).__name__}: {error}); {free:.0f} MiB are "
+                "free there. What had been written of it is removed; earlier checkpoints are untouched. Make room and "
+                "resume with train(resume_from_checkpoint=True)."
+            ) from error
+
+    def _save_rollouts(self, folder: Path) -> None:
+        """The count of micro-batches and, in the middle of a generation batch, the rest of it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.is_world_process_zero():
+            state = {"step": self._step, "num_processes": self.accelerator.num_processes}
+            if self.ema is not None:
+                state["ema_step"] = self.ema.optimization_step
+                save_file(
+                    {str(i): p.contiguous() for i, p in enumerate(self.ema.shadow_params)},
+                    folder / "ema.safetensors",
+                )
+            (folder / STATE_NAME).write_text(json.dumps(state))
+        if self._step % self._generate_every:
+            rank = self.accelerator.process_index
+            save_file(
+                {
+                    f"{k}.{name}": getattr(batch, name).contiguous()
+                    for k, batch in enumerate(self._buffered_inputs)
+                    for name in MicroBatch.TENSORS
+                },
+                folder / f"rollouts-{rank}.safetensors",
+            )
+            lists = [{"prompts": batch.prompts, "steps": batch.steps} for batch in self._buffered_inputs]
+            (folder / f"rollouts-{rank}.json").write_text(json.dumps(lists))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not Path(checkpoint, STATE_NAME).is_file():
+            return
+        state = json.loads(Path(checkpoint, STATE_NAME).read_text())
+        self._step = state["step"]
+        device = self.accelerator.device
+        if self.ema is not None and "ema_step" in state:
+            shadow = load_file(Path(checkpoint, "ema.safetensors"), device=str(device))
+            self.ema.shadow_params = [shadow[str(i)] for i in range(len(shadow))]
+            self.ema.optimization_step = state["ema_step"]
+        if self._step % self._generate_every:
+            if state["num_processes"] != self.accelerator.num_processes:
+                raise ValueError(
+                    f"{checkpoint} was written in the middle of a generation batch by {state['num_processes']} "
+                    f"processes, and can not be resumed by {self.accelerator.num_processes}. Use as many, or a "
+                    "checkpoint at the end of a generation batch."
+                )
+            rank = self.accelerator.process_index
+            tensors = load_file(Path(checkpoint, f"rollouts-{rank}.safetensors"), device=str(device))
+            lists = json.loads(Path(checkpoint, f"rollouts-{rank}.json").read_text())
+            self._buffered_inputs = [
+                MicroBatch(
+                    prompts=entry["prompts"],
+                    steps=tuple(entry["steps"]),
+                    **{name: tensors[f"{k}.{name}"] for name in MicroBatch.TENSORS},
+                )
+                for k, entry in enumerate(lists)
+            ]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        policy = self.accelerator.unwrap_model(self.model if model is None else model)
+        if isinstance(policy, PeftModel) and not self.is_fsdp_enabled:
+            # Into the adapter that is there: PEFT's load_adapter would add a second one with a config of its own
+            weights = load_file(Path(resume_from_checkpoint, "adapter_model.safetensors"))
+            set_peft_model_state_dict(policy, weights)
+        elif not isinstance(policy, PeftModel) and not self.is_fsdp_enabled:
+            sharing.load_full(policy, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """Writes `README.md` for diffusers users, with the reward's curve and the latest pictures."""
+        if not self.is_world_process_zero():
+            return
+        raise NotImplementedError

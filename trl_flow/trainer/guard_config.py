@@ -1,0 +1,34 @@
+"""GRPO-Guard's published recipe (arXiv 2510.22319) as defaults of [`FlowGRPOConfig`]."""
+
+from dataclasses import dataclass, field
+
+from trl_flow.trainer.flow_grpo_config import FlowGRPOConfig
+
+
+@dataclass
+class GuardConfig(FlowGRPOConfig):
+    """
+    [`FlowGRPOConfig`] with GRPO-Guard's defaults: the normalised ratio (RatioNorm, Eq. 8), the gradient reweighting of
+    Eq. 12, advantages scaled by the group, a clip range of 2e-6 and a learning rate of 1e-4 (Stable Diffusion 3.5
+    Medium; 2e-4 for FLUX.1-dev).
+
+    The weight is `"inverse_dt"` for `sde_type="flow"` and `"cps"`. With `sde_type="dance"` it becomes
+    `"inverse_beta_dt"`, whose weight cancels the factor `beta * dt` that the gradient of the transition's mean carries;
+    the paper prints `"beta_over_dt"`, which can be set by hand.
+
+    The clip range belongs to latents of 65,536 dimensions (512 x 512 images in Stable Diffusion 3.5): the ratio is a
+    mean over dimensions, so that smaller latents, whose mean fluctuates more, need a larger range.
+    """
+
+    importance_ratio: str = field(default="ratio_norm", metadata=FlowGRPOConfig.__dataclass_fields__["importance_ratio"].metadata)
+    timestep_weighting: str | None = field(
+        default=None, metadata={"help": "`inverse_dt`, or `inverse_beta_dt` with `sde_type=dance`, unless set."}
+    )
+    epsilon: float = field(default=2e-6, metadata={"help": "Clip range; 4e-6 for PickScore."})
+    scale_rewards: str = field(default="group", metadata=FlowGRPOConfig.__dataclass_fields__["scale_rewards"].metadata)
+    learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate; 2e-4 for FLUX.1-dev."})
+
+    def __post_init__(self):
+        if self.timestep_weighting is None:
+            self.timestep_weighting = "inverse_beta_dt" if self.sde_type == "dance" else "inverse_dt"
+        super().__post_init__()
