@@ -66,7 +66,8 @@ def hub_server(monkeypatch, tmp_path):
         )
         monkeypatch.setattr(f"{constants}.HF_HUB_OFFLINE", False)
         monkeypatch.setattr(f"{constants}.HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-        # transformers keeps one client, with the address of the time it was made
+        # Clients that are kept, with the address of the time when they were made
+        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", server.url)
         monkeypatch.setattr("transformers.utils.hub._hf_api", None)
         monkeypatch.setattr("diffusers.loaders.lora_base.HF_HUB_OFFLINE", False)
         for name, value in server.environment.items():

@@ -146,7 +146,9 @@ def rollout(
         ValueError: if a trained step is not stochastic.
     """
     if not set(trained_steps) <= set(stochastic_steps):
-        raise ValueError(f"trained_steps {list(trained_steps)} must all be in stochastic_steps {list(stochastic_steps)}.")
+        raise ValueError(
+            f"trained_steps {list(trained_steps)} must all be in stochastic_steps {list(stochastic_steps)}."
+        )
     schedule = dynamics.schedule
     latents = initial_noise
     stored: dict[str, list[torch.Tensor]] = {"latents": [], "next_latents": [], "means": [], "log_probs": []}

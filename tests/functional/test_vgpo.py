@@ -81,8 +81,8 @@ def test_weights_of_a_sample_average_to_one_and_do_not_see_its_scale(rows, facto
     torch.testing.assert_close(value_weights(factor * double(rows)), weights)
 
 
-@pytest.mark.parametrize("value", [0.0, 1e-38, 1e-44, 1e37])
-def test_equal_values_weigh_one_each_however_small(value):
+@pytest.mark.parametrize("value", [0.0, 1e-38, 3e38])  # four times 3e38 is more than float32 holds
+def test_equal_values_weigh_one_each_however_small_or_large(value):
     assert value_weights(torch.full((1, 4), value)).tolist() == [[1.0] * 4]
 
 
@@ -92,6 +92,12 @@ def test_negative_values_are_refused_with_place_and_remedy(bad):
         value_weights(torch.tensor([[1.0, 2.0], bad]))
     with pytest.raises(ValueError, match="offset"):
         dual_advantages(torch.tensor([[1.0, 2.0], bad]), 2, scale=0.1)
+
+
+def test_values_that_are_all_negative_are_refused_too():
+    # their shares would be positive, and the worst step would weigh the most
+    with pytest.raises(ValueError, match="offset"):
+        value_weights(torch.tensor([[-1.0, -2.0]]))
 
 
 def test_values_that_are_no_numbers_are_refused():

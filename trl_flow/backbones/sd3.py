@@ -28,8 +28,8 @@ class StableDiffusion3Backbone(Backbone):
         own = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
         if height % multiple or width % multiple or max(height, width) > largest:
             raise ValueError(
-                f"height and width are {height} x {width}, but this model draws sizes that are multiples of {multiple} "
-                f"and at most {largest} pixels; its own size is {own} x {own}. Set height={own} and width={own}."
+                f"height and width are {height} x {width}, but this model draws multiples of {multiple} pixels up to "
+                f"{largest}; its own size is {own} x {own}. Set height={own} and width={own}."
             )
 
     def latent_shape(self) -> tuple[int, ...]:

@@ -57,9 +57,8 @@ def max_advantage_power(
         max_kl: the KL an update may cause, above 0.
 
     Returns:
-        The upper end of the interval: a number at least 0; 0 if no power satisfies the bound (then not even the
-        linear advantages do, or only they); `inf` if there is no upper limit (no advantage is above 1 in magnitude, or
-        an update of length 0).
+        The upper end of the interval: a number at least 0. 0 if no power satisfies the bound, or none above 0 does;
+        `inf` if there is no upper limit, because no advantage is above 1 in magnitude or the update has length 0.
 
     Raises:
         ValueError: there are no advantages, one is NaN or infinite, or a number is out of its domain.

@@ -59,7 +59,7 @@ def value_weights(values: torch.Tensor) -> torch.Tensor:
             "the sample's values, which has no meaning when they are negative or differ in sign. Add an offset to "
             "the reward function, so that no reward is below 0."
         )
-    # Scaling by the row's largest value first keeps the mean from underflowing when all values are tiny.
+    # Scaling by the row's largest value first keeps the mean from overflowing or underflowing.
     largest = q.amax(dim=1, keepdim=True)
     shares = torch.where(largest > 0, q / largest, torch.ones_like(q))
     return shares / shares.mean(dim=1, keepdim=True)

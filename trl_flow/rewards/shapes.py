@@ -19,9 +19,9 @@ class ShapesReward:
 
     Args:
         score (`str`, defaults to `"soft"`):
-            `"soft"` is the share of the parts (count, colour, shape, attributes, relation) that are right, `"strict"`
-            is 1 if all are right and 0 otherwise, and `"fidelity"` is how close the image is to a clean drawing of the
-            shapes found in it, whatever the prompt.
+            A field of [`trl_flow.shapes.CheckResult`]. `"soft"` is the mean of the parts (count, colours, shapes, the
+            right pairs of them, relation), `"strict"` is 1 if all of them are right and 0 otherwise, and `"fidelity"`
+            is how close the image is to a clean drawing of the shapes found in it, whatever the prompt.
 
     Raises:
         ValueError: if `score` is none of the three, and on a call without `objects` if a prompt is not a caption of

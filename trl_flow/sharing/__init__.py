@@ -3,7 +3,15 @@
 from trl_flow.sharing.hub import PushError, upload
 from trl_flow.sharing.model_card import create_model_card, training_settings
 from trl_flow.sharing.papers import PAPERS, Paper, papers_behind
-from trl_flow.sharing.weights import check_lora_config, hub_model_id, load_full, save_adapter, save_full, save_lora
+from trl_flow.sharing.weights import (
+    check_lora_config,
+    copy_weights,
+    hub_model_id,
+    load_full,
+    save_adapter,
+    save_full,
+    save_lora,
+)
 
 
 __all__ = [
@@ -11,6 +19,7 @@ __all__ = [
     "Paper",
     "PushError",
     "check_lora_config",
+    "copy_weights",
     "create_model_card",
     "hub_model_id",
     "load_full",

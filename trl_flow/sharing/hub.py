@@ -1,5 +1,6 @@
 """The upload of a training run's folder to the Hugging Face Hub."""
 
+import logging
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -7,13 +8,15 @@ from huggingface_hub import CommitInfo, HfApi
 
 
 # What a run's folder shares. A list of what may leave, not of what may not: the folder may be anyone's, with files
-# beside ours that are nobody's business. "*" matches "/" too, so subfolders are included.
+# beside ours that are nobody's business. A "*" matches "/" too, so pictures and curves in subfolders are included.
 PUBLISHED = [
     "README.md",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "config.json",
+    "pytorch_lora_weights.safetensors",
+    "adapter_model.safetensors",
     "adapter_config.json",
+    "diffusion_pytorch_model*.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "config.json",
     "results.json",
     "*.png",
     "*.jpg",
@@ -23,6 +26,7 @@ PUBLISHED = [
 # Checkpoints, which hold the optimizer's state, and files that are being written
 NOT_PUBLISHED = ["_*", "*/_*", "checkpoint-*", ".*", "*/.*"]
 
+logger = logging.getLogger(__name__)
 
 # One at a time: two commits to one branch at once would be in each other's way
 _BACKGROUND = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trl_flow-upload")
@@ -57,7 +61,8 @@ def upload(
         path_in_repo (`str`, *optional*): subfolder of the repository to upload to.
         everything (`bool`): upload every file of the folder, as for a checkpoint from which others go on training,
             not only those that `PUBLISHED` names.
-        blocking (`bool`): whether to wait. Otherwise a `Future` is returned, whose result raises what went wrong.
+        blocking (`bool`): whether to wait. Otherwise a `Future` is returned, whose result raises what went wrong;
+            that is also logged, as a push in the background is no reason to stop training.
 
     Returns:
         `CommitInfo` or `Future[CommitInfo]`: the commit.
@@ -67,7 +72,7 @@ def upload(
     """
     if not blocking:
         return _BACKGROUND.submit(
-            upload,
+            _upload_and_log,
             folder,
             repo_id,
             token=token,
@@ -94,5 +99,13 @@ def upload(
         raise PushError(
             f"{folder} could not be pushed to {api.endpoint}/{repo_id}: {error}\nNothing is lost: every file is still "
             f"in {folder}. Check the repository's name and that the token may write to it (`hf auth whoami`), then "
-            f"push again with trainer.push_to_hub() or `hf upload {repo_id} {folder}`."
+            f"push again with `trainer.push_to_hub()` or `hf upload {repo_id} {folder}`."
         ) from error
+
+
+def _upload_and_log(*args: object, **kwargs: object) -> CommitInfo:
+    try:
+        return upload(*args, **kwargs)
+    except PushError as error:
+        logger.warning(str(error))
+        raise

@@ -1,6 +1,8 @@
 """The model card: `README.md` of a trained model, as the Hub and diffusers' users expect it."""
 
 import html
+import inspect
+import json
 import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -13,11 +15,22 @@ from trl_flow.sharing.papers import papers_behind
 from trl_flow.sharing.weights import hub_model_id
 
 
+# Fields of the config that are also arguments of a pipeline's call
+_SAMPLING_SETTINGS = (
+    "num_inference_steps",
+    "guidance_scale",
+    "negative_prompt",
+    "height",
+    "width",
+    "max_sequence_length",
+)
+
 # Fields of the config that a reader needs to judge or repeat a run; the rest is in training_args.json
 _SETTINGS = (
-    *("num_generations", "num_inference_steps", "guidance_scale", "negative_prompt", "height", "width"),
-    *("max_sequence_length", "sde_type", "noise_level", "sde_window_size", "sde_window_range", "timestep_fraction"),
-    *("share_initial_noise", "importance_ratio", "timestep_weighting", "epsilon", "epsilon_high", "beta"),
+    "num_generations",
+    *_SAMPLING_SETTINGS,
+    *("sde_type", "noise_level", "sde_window_size", "sde_window_range", "timestep_fraction", "share_initial_noise"),
+    *("importance_ratio", "timestep_weighting", "epsilon", "epsilon_high", "beta"),
     *("scale_rewards", "advantage_power", "advantage_clip", "dense_rewards", "value_discount", "value_scale"),
     *("reward_weights", "num_iterations", "generation_batch_size", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "optim", "weight_decay", "max_grad_norm"),
@@ -115,7 +128,7 @@ def create_model_card(
         "## How to load",
         "```python\n"
         + _loading_code(
-            pipeline_class.__name__,
+            pipeline_class,
             base_model,
             source=repo_id or f"path/to/{output_dir.resolve().name}",
             is_lora=is_lora,
@@ -131,7 +144,9 @@ def create_model_card(
         parts += ["## Samples", *(f"![{_text(prompt or 'Samples')}]({link})" for link, prompt in shown)]
     parts += [
         "## Training settings",
-        "\n".join(["| setting | value |", "| --- | --- |", *(f"| {_text(k)} | {_value(v)} |" for k, v in settings.items())]),
+        "\n".join(
+            ["| setting | value |", "| --- | --- |", *(f"| {_text(k)} | {_value(v)} |" for k, v in settings.items())]
+        ),
         "## Framework versions",
         "\n".join(f"- {package}: {number}" for package, number in _versions().items()),
         "## Citations",
@@ -144,7 +159,7 @@ def create_model_card(
 
 
 def _loading_code(
-    pipeline: str,
+    pipeline_class: type[DiffusionPipeline],
     base_model: str | os.PathLike | None,
     *,
     source: str,
@@ -154,7 +169,7 @@ def _loading_code(
     settings: Mapping[str, object],
 ) -> str:
     """Lines that load the trained model into a stock pipeline and draw a picture as it was drawn in training."""
-    base_id = hub_model_id(base_model)
+    base_id, pipeline = hub_model_id(base_model), pipeline_class.__name__
     imports, on_gpu, dtype = [f"from diffusers import {pipeline}"], "", ""
     if not is_lora:
         imports = [f"from diffusers import {', '.join(sorted([component_class, pipeline]))}"]
@@ -164,20 +179,21 @@ def _loading_code(
         on_gpu, dtype = '.to("cuda")', ", torch_dtype=torch.bfloat16"
     if _is_bundled(base_model):
         imports.append("from trl_flow.shapes import pipeline_path")
-    base = "pipeline_path()" if _is_bundled(base_model) else repr(base_id or f"path/to/{_folder_name(base_model)}")
+    base = "pipeline_path()" if _is_bundled(base_model) else _quoted(base_id or f"path/to/{_folder_name(base_model)}")
+    accepted = inspect.signature(pipeline_class.__call__).parameters
     arguments = "".join(
         f", {name}={settings[name]!r}"
-        for name in ("num_inference_steps", "guidance_scale", "height", "width")
-        if settings.get(name) is not None
+        for name in _SAMPLING_SETTINGS
+        if settings.get(name) is not None and name in accepted
     )
     if is_lora:
         load = [
             f"pipeline = {pipeline}.from_pretrained({base}{dtype}){on_gpu}",
-            f"pipeline.load_lora_weights({source!r})",
+            f"pipeline.load_lora_weights({_quoted(source)})",
         ]
     else:
         load = [
-            f"{component} = {component_class}.from_pretrained({source!r}{dtype})",
+            f"{component} = {component_class}.from_pretrained({_quoted(source)}{dtype})",
             f"pipeline = {pipeline}.from_pretrained({base}, {component}={component}{dtype}){on_gpu}",
         ]
     draw = f'image = pipeline("a prompt"{arguments}).images[0]'
@@ -215,6 +231,10 @@ def _link(output_dir: Path, path: str | os.PathLike) -> str:
 def _quote(part: str) -> str:
     # Spaces and brackets would end the link
     return "".join(c if c.isalnum() or c in "-_." else "".join(f"%{b:02X}" for b in c.encode()) for c in part)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _one_line(text: str) -> str:

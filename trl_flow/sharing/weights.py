@@ -1,6 +1,7 @@
 """Trained weights on disk: LoRA in diffusers' format, full weights as diffusers saves a model."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ from safetensors.torch import load_file
 
 
 LORA_WEIGHT_NAME = "pytorch_lora_weights.safetensors"
+
+# diffusers' name of a model's weights, without the suffix
+_FULL_STEM = SAFETENSORS_WEIGHTS_NAME.removesuffix(".safetensors")
 
 # What PEFT needs to go on training, beside the file for diffusers
 PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
@@ -93,11 +97,14 @@ def save_lora(
     adapter_name: str = "default",
     weight_name: str = LORA_WEIGHT_NAME,
     state_dict: dict[str, torch.Tensor] | None = None,
+    base_model: str | os.PathLike | None = None,
 ) -> Path:
     """
     Writes an adapter so that `pipeline.load_lora_weights(output_dir)` draws the images that `model` draws, exactly.
 
-    An earlier file is replaced only when the new one is complete. To be called on the main process.
+    Beside the file for diffusers stand PEFT's own two (see `save_adapter`), from which training goes on;
+    `load_lora_weights` prefers the former. Files of an earlier save are replaced only when all the new ones are
+    complete. To be called on the main process.
 
     Args:
         pipeline_class (`type[DiffusionPipeline]`): class of the pipeline that `model` was taken from; its own
@@ -106,12 +113,14 @@ def save_lora(
         output_dir (`str` or `os.PathLike`): folder to write to; made if need be.
         component (`str`): name of the module in the pipeline, `"transformer"` or `"unet"`.
         adapter_name (`str`): which of the model's adapters.
-        weight_name (`str`): name of the file.
+        weight_name (`str`): name of the file for diffusers.
         state_dict (`dict[str, torch.Tensor]`, *optional*): the model's whole state dict where the model itself holds
             only shards (FSDP, ZeRO-3).
+        base_model (`str` or `os.PathLike`, *optional*): what the pipeline was loaded from. Noted in
+            `adapter_config.json` if it is a Hub id.
 
     Returns:
-        `Path`: the file.
+        `Path`: the file for diffusers.
 
     Raises:
         ValueError: if the adapter is one that `check_lora_config` refuses.
@@ -133,6 +142,7 @@ def save_lora(
                 f"{component}_lora_adapter_metadata": _adapter_metadata(config, weights),
             },
         )
+        _write_peft_files(model, staging, adapter_name, state_dict, base_model)
     return Path(output_dir) / weight_name
 
 
@@ -147,9 +157,10 @@ def save_adapter(
     """
     Writes PEFT's own two files, `adapter_model.safetensors` and `adapter_config.json`, from which training goes on.
 
-    They may stand beside the file of `save_lora`, which `load_lora_weights` prefers. Unlike `PeftModel.save_pretrained`
-    this writes no model card (PEFT's says that the adapter is to be loaded with PEFT), and replaces earlier files only
-    when the new ones are complete. To be called on the main process.
+    `save_lora` writes them too; alone they are for weights that training goes on from but that are not shared, when
+    an average of them is. Unlike `PeftModel.save_pretrained` this writes no model card (PEFT's tells how to load the
+    adapter with PEFT), and replaces earlier files only when the new ones are complete. To be called on the main
+    process.
 
     Args:
         model ([`~peft.PeftModel`]): the trained module as `get_peft_model` wrapped it.
@@ -164,13 +175,26 @@ def save_adapter(
         OSError: if the folder can not be written, or the disk is full.
     """
     _adapter_weights(model, adapter_name, state_dict)
-    model.peft_config[adapter_name].base_model_name_or_path = hub_model_id(base_model)
     with _staged(Path(output_dir)) as staging:
-        model.save_pretrained(staging / "peft", selected_adapters=[adapter_name], state_dict=state_dict)
-        folder = staging / "peft" if adapter_name == "default" else staging / "peft" / adapter_name
-        # The model card, at the root of "peft", goes with the staging folder.
-        for name in PEFT_FILES:
-            os.replace(folder / name, staging / name)
+        _write_peft_files(model, staging, adapter_name, state_dict, base_model)
+
+
+def _write_peft_files(
+    model: PeftModel,
+    staging: Path,
+    adapter_name: str,
+    state_dict: dict[str, torch.Tensor] | None,
+    base_model: str | os.PathLike | None,
+) -> None:
+    model.peft_config[adapter_name].base_model_name_or_path = hub_model_id(base_model)
+    # `save_embedding_layers`: by default PEFT asks the Hub for the base model's vocabulary
+    model.save_pretrained(
+        staging / "peft", selected_adapters=[adapter_name], state_dict=state_dict, save_embedding_layers=False
+    )
+    folder = staging / "peft" if adapter_name == "default" else staging / "peft" / adapter_name
+    # The model card, at the root of "peft", goes with the staging folder.
+    for name in PEFT_FILES:
+        os.replace(folder / name, staging / name)
 
 
 def _adapter_weights(
@@ -195,16 +219,15 @@ def _adapter_metadata(config: LoraConfig, weights: dict[str, torch.Tensor]) -> d
     What `LoraConfig` needs to rebuild the adapter, and no more: a key that another release of PEFT does not know
     makes `load_lora_weights` fail there. Without metadata diffusers takes alpha to be the rank.
     """
+    switches = ("use_rslora", "use_dora", "lora_bias")
     return {
         "r": config.r,
         "lora_alpha": config.lora_alpha,
-        "use_rslora": config.use_rslora,
-        "use_dora": config.use_dora,
-        "lora_bias": config.lora_bias,
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": dict(config.alpha_pattern),
-        # Sorted: two saves of one adapter are the same bytes
+        # Sorted: a set comes in another order in each process
         "target_modules": sorted({name.partition(".lora_")[0] for name in weights}),
+        **{name: True for name in switches if getattr(config, name)},
     }
 
 
@@ -234,7 +257,7 @@ def save_full(
         save_torch_state_dict(
             state_dict,
             staging,
-            filename_pattern=SAFETENSORS_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors"),
+            filename_pattern=_FULL_STEM + "{suffix}.safetensors",
             max_shard_size="10GB",
         )
 
@@ -247,15 +270,34 @@ def load_full(model: ModelMixin, folder: str | os.PathLike) -> None:
         FileNotFoundError: if the folder holds no such weights.
         RuntimeError: if the weights are not this model's.
     """
-    stem = SAFETENSORS_WEIGHTS_NAME.removesuffix(".safetensors")
     files = [Path(folder) / SAFETENSORS_WEIGHTS_NAME]
     if not files[0].is_file():
-        files = sorted(Path(folder).glob(f"{stem}-*-of-*.safetensors"))
+        files = sorted(Path(folder).glob(f"{_FULL_STEM}-*-of-*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}, nor shards of one.")
     state_dict = {name: tensor for file in files for name, tensor in load_file(file).items()}
     _check_names(model, state_dict, str(folder))
     model.load_state_dict(state_dict)
+
+
+def copy_weights(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """
+    Copies the weights that `save_lora` or `save_full` wrote, from a checkpoint to a run's output folder, say; nothing
+    else that lies there. Files in `target` are replaced only when all copies are complete.
+
+    Raises:
+        FileNotFoundError: if `source` holds no such weights.
+        OSError: if the folder can not be written, or the disk is full.
+    """
+    names = (LORA_WEIGHT_NAME, *PEFT_FILES, "config.json", f"{_FULL_STEM}*.safetensors", f"{_FULL_STEM}*.index.json")
+    files = [file for name in names for file in sorted(Path(source).glob(name))]
+    if not any(file.suffix == ".safetensors" for file in files):
+        raise FileNotFoundError(
+            f"{source} holds no weights: neither {LORA_WEIGHT_NAME} nor {SAFETENSORS_WEIGHTS_NAME}."
+        )
+    with _staged(Path(target)) as staging:
+        for file in files:
+            shutil.copy(file, staging / file.name)
 
 
 def _check_names(model: ModelMixin, state_dict: dict[str, torch.Tensor], source: str) -> None:

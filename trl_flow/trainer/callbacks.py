@@ -22,7 +22,9 @@ class FlowProgressCallback(ProgressCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, desc="Training", dynamic_ncols=True)
+            self.training_bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc="Training", dynamic_ncols=True
+            )
         self.current_step = state.global_step
 
     def on_log(self, args, state, control, logs=None, **kwargs):

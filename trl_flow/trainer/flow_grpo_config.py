@@ -299,9 +299,13 @@ class FlowGRPOConfig(_BaseConfig):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but must be {wanted}.")
 
         for name in ("num_inference_steps", "eval_num_inference_steps", "height", "width", "max_sequence_length"):
-            check(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "a whole number of at least 1")
+            check(
+                name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "a whole number of at least 1"
+            )
         for name in ("num_iterations", "num_generations_eval", "num_images_to_log"):
-            check(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "a whole number of at least 1")
+            check(
+                name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "a whole number of at least 1"
+            )
         check(
             "num_generations",
             isinstance(self.num_generations, int) and self.num_generations >= 2,

@@ -10,9 +10,11 @@ import math
 import os
 import random
 import shutil
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from accelerate.utils import DistributedType, gather_object
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel, cast_training_params
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, set_seed
@@ -45,6 +47,7 @@ from trl_flow.functional import (
     super_linear,
     timestep_weight,
 )
+from trl_flow.functional.grpo import STD_EPSILON
 from trl_flow.rewards.calling import RewardError, call_reward_funcs, check_reward_func, reward_names
 from trl_flow.rollout import Dynamics, draw_noise, rollout, sample_generator
 from trl_flow.trainer.callbacks import EMACallback, FlowProgressCallback
@@ -206,6 +209,7 @@ class FlowGRPOTrainer(_BaseTrainer):
         )
         self.model_id = str(model) if isinstance(model, str | os.PathLike) else pipeline.config.get("_name_or_path")
         policy = self._prepare_model(args, peft_config)
+        self._probe_output_dir(args, sum(p.numel() for p in policy.parameters() if p.requires_grad))
 
         # A set smaller than one sampling phase would give TRL's sampler no full batch at all
         prompts_per_generation = args.generation_batch_size // args.num_generations
@@ -267,6 +271,9 @@ class FlowGRPOTrainer(_BaseTrainer):
         )
         self.eval_dynamics = replace(self.dynamics, schedule=self.backbone.schedule(args.eval_num_inference_steps))
 
+        # Uploads that go on in the background
+        self._uploads: list[Future] = []
+
         # Metrics
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._ratio_statistics = RatioStatistics(args.num_inference_steps, self.accelerator.device)
@@ -288,7 +295,9 @@ class FlowGRPOTrainer(_BaseTrainer):
     @staticmethod
     def _check_dataset(dataset: Any, name: str) -> None:
         if isinstance(dataset, dict):
-            raise TypeError(f"{name} is a {type(dataset).__name__} of splits {list(dataset)}. Pass one: {name}[split].")
+            raise TypeError(
+                f"{name} is a {type(dataset).__name__} of splits {list(dataset)}. Pass one: {name}[split]."
+            )
         if not isinstance(dataset, Dataset):
             raise TypeError(
                 f"{name} is {'missing' if dataset is None else 'a ' + type(dataset).__name__}, but must be a "
@@ -326,6 +335,28 @@ class FlowGRPOTrainer(_BaseTrainer):
             raise ValueError(
                 f"output_dir {args.output_dir!r} can not be written to ({probe} is "
                 f"{'read-only for this user' if probe.is_dir() else 'not a folder'}). Choose another."
+            )
+
+    @staticmethod
+    def _probe_output_dir(args: FlowGRPOConfig, num_parameters: int) -> None:
+        """Writes a file and removes it again, and sees that a checkpoint will fit."""
+        if not args.should_save:
+            return
+        try:
+            os.makedirs(args.output_dir, exist_ok=True)
+            with tempfile.TemporaryFile(dir=args.output_dir) as file:
+                file.write(b"0" * 4096)
+        except OSError as error:
+            raise ValueError(
+                f"output_dir {args.output_dir!r} can not be written to: {error}. Choose another."
+            ) from error
+        # Weights in two formats, and Adam's two moments, in float32
+        needed, free = 16 * num_parameters, shutil.disk_usage(args.output_dir).free
+        if args.save_strategy != "no" and free < needed:
+            raise ValueError(
+                f"output_dir {args.output_dir!r} has {free / 2**20:.0f} MiB left, but one checkpoint of "
+                f"{num_parameters:,} trained parameters takes about {needed / 2**20:.0f} MiB. Make room, choose another "
+                "folder, or train fewer parameters (a LoRA of lower rank)."
             )
 
     @staticmethod
@@ -742,10 +773,7 @@ class FlowGRPOTrainer(_BaseTrainer):
         rewards_per_func = self._gathered_rewards(inputs, images)
         rewards = self._combine(rewards_per_func)
         if projected is None:
-            advantages = self._shape(
-                group_advantages(rewards, self.num_generations, scale_rewards=self.args.scale_rewards)
-            )
-            advantages = advantages[:, None].expand(-1, len(trained))
+            advantages = self._shape(self._group_advantages(rewards))[:, None].expand(-1, len(trained))
         else:
             instant = [
                 self._combine(self._gathered_rewards(inputs, [row[t] for row in projected]))
@@ -757,6 +785,24 @@ class FlowGRPOTrainer(_BaseTrainer):
         self._log_samples(inputs, images, rewards_per_func)
         local = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
         return advantages[local].contiguous()
+
+    def _group_advantages(self, rewards: torch.Tensor) -> torch.Tensor:
+        """Advantages from rewards `(N,)` of all processes; a NaN is left out of its group and gets 0, as in TRL."""
+        missing = rewards.isnan()
+        if not missing.any():
+            return group_advantages(rewards, self.num_generations, scale_rewards=self.args.scale_rewards)
+        groups = rewards.view(-1, self.num_generations)
+        # At its group's mean a sample neither has an advantage nor changes the others'; only the spread must leave it out
+        filled = torch.where(groups.isnan(), groups.nanmean(dim=1, keepdim=True).nan_to_num(0.0), groups)
+        centred = group_advantages(filled.flatten(), self.num_generations, scale_rewards="none").view_as(groups)
+        if self.args.scale_rewards == "group":
+            number = (~groups.isnan()).sum(dim=1, keepdim=True)
+            std = (centred.square().sum(dim=1, keepdim=True) / (number - 1).clamp(min=1)).sqrt()
+            centred = centred / (std + STD_EPSILON)
+        elif self.args.scale_rewards == "batch":
+            present = rewards[~missing]
+            centred = centred / ((present.std() if len(present) > 1 else 0.0) + STD_EPSILON)
+        return centred.flatten()
 
     def _dense_advantages(self, instant_rewards: torch.Tensor) -> torch.Tensor:
         """VGPO's advantages from rewards `(N, T)` of all processes."""
@@ -817,9 +863,7 @@ class FlowGRPOTrainer(_BaseTrainer):
                 [inputs[i]["prompt"]]
                 + [
                     f"{name} {value:.3g}"
-                    for name, value in zip(
-                        self.reward_func_names, rewards_per_func[offset + i].tolist(), strict=True
-                    )
+                    for name, value in zip(self.reward_func_names, rewards_per_func[offset + i].tolist(), strict=True)
                 ]
                 + [
                     f"{column} {values[i]}"
@@ -882,9 +926,7 @@ class FlowGRPOTrainer(_BaseTrainer):
             kind=args.importance_ratio,
         )
         dt = self.dynamics.dt(step)
-        weight = timestep_weight(
-            args.timestep_weighting, std=transition.std, dt=dt, beta=self.dynamics.beta(step)
-        )
+        weight = timestep_weight(args.timestep_weighting, std=transition.std, dt=dt, beta=self.dynamics.beta(step))
         losses = clipped_loss(
             log_ratios, advantages, epsilon=self.epsilon_low, epsilon_high=self.epsilon_high, weight=weight
         )
@@ -990,9 +1032,7 @@ class FlowGRPOTrainer(_BaseTrainer):
             self.model.train()
         return metrics
 
-    def _draw_and_score(
-        self, dataset: Dataset
-    ) -> tuple[list[dict[str, Any]], list[Image.Image], torch.Tensor]:
+    def _draw_and_score(self, dataset: Dataset) -> tuple[list[dict[str, Any]], list[Image.Image], torch.Tensor]:
         """Rows and images of this process, and the rewards of all in the data set's order."""
         total = len(dataset) * self.args.num_generations_eval
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -1060,6 +1100,9 @@ class FlowGRPOTrainer(_BaseTrainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys: list[str] | None = None):
         raise NotImplementedError("Evaluation draws and scores images, see `evaluate`; there is nothing to predict.")
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     # ---- Logging ----
 
@@ -1130,7 +1173,7 @@ class FlowGRPOTrainer(_BaseTrainer):
             else:
                 sharing.save_full(model, output_dir, state_dict=state_dict)
         if lora and is_checkpoint and self.ema is not None:
-            save_file(get_peft_model_state_dict(model), Path(output_dir, "adapter_model.safetensors"))
+            sharing.save_adapter(model, output_dir, state_dict=state_dict, base_model=self.model_id)
         Path(output_dir, "training_args.json").write_text(self.args.to_json_string())
 
     def _save_checkpoint(self, model, trial):
@@ -1227,7 +1270,111 @@ class FlowGRPOTrainer(_BaseTrainer):
         dataset_name: str | None = None,
         tags: str | list[str] | None = None,
     ) -> None:
-        """Writes `README.md` for diffusers users, with the reward's curve and the latest pictures."""
+        """
+        Writes `README.md` for diffusers users: how to load the model, the rewards' curve, the latest pictures, the
+        settings and the papers.
+
+        Args:
+            model_name (`str`, *optional*): title; default: the repository's or the folder's name.
+            dataset_name (`str`, *optional*): Hub id of the prompts.
+            tags (`str` or `list[str]`, *optional*): further tags.
+        """
         if not self.is_world_process_zero():
             return
-        raise NotImplementedError
+        folder = Path(self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        curves = None
+        if any("reward" in entry for entry in self.state.log_history):
+            from trl_flow.evaluation.plots import reward_curves  # matplotlib takes a second to import
+
+            curves = "rewards.png"
+            reward_curves(self.state.log_history, folder / curves)
+        grids = sorted(folder.glob("images/*.png"), key=lambda path: path.stat().st_mtime)
+        model = self.accelerator.unwrap_model(self.model)
+        settings = sharing.training_settings(self.args)
+        if isinstance(model, PeftModel):
+            lora = model.peft_config["default"]
+            settings |= {"lora_r": lora.r, "lora_alpha": lora.lora_alpha}
+        sharing.create_model_card(
+            folder,
+            pipeline_class=type(self.pipeline),
+            base_model=self.model_id,
+            settings=settings,
+            is_lora=isinstance(model, PeftModel),
+            component=self.backbone.component,
+            component_class=type(self.backbone.model).__name__,
+            repo_id=self.hub_model_id,
+            model_name=model_name,
+            reward_names=self.reward_func_names,
+            dataset_name=dataset_name,
+            tags=[tags] if isinstance(tags, str) else list(tags or []),
+            curves=curves,
+            samples=[(grid.relative_to(folder), None) for grid in grids[-1:]],
+        )
+
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ):
+        """
+        Saves the model, writes its card and uploads both, with curves and pictures, to `args.hub_model_id` (default:
+        the name of `output_dir`).
+
+        Args:
+            commit_message (`str`): title of the commit.
+            blocking (`bool`): whether to wait for the upload.
+            token, revision, private: default to `hub_token`, `hub_revision` and `hub_private_repo` of the config.
+            kwargs: for `create_model_card`.
+
+        Raises:
+            PushError: if the Hub refuses or can not be reached. Nothing local is lost.
+        """
+        if self.hub_model_id is None:
+            self.hub_model_id = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        return sharing.upload(
+            self.args.output_dir,
+            self.hub_model_id,
+            token=token or self.args.hub_token,
+            private=self.args.hub_private_repo if private is None else private,
+            revision=revision or self.args.hub_revision,
+            commit_message=commit_message,
+            blocking=blocking,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Uploads a new checkpoint's weights in the background, as `hub_strategy` says."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == "end":
+            return
+        if any(not upload.done() for upload in self._uploads) and not self.args.hub_always_push:
+            return
+        checkpoint, folder = Path(checkpoint_folder), Path(self.args.output_dir)
+        sharing.copy_weights(checkpoint, folder)
+        common = {
+            "token": self.args.hub_token,
+            "private": self.args.hub_private_repo,
+            "revision": self.args.hub_revision,
+            "commit_message": f"Training in progress, step {self.state.global_step}",
+            "blocking": False,
+        }
+        self._uploads = [sharing.upload(folder, self.hub_model_id, **common)]
+        if self.args.hub_strategy in ("checkpoint", "all_checkpoints"):
+            name = "last-checkpoint" if self.args.hub_strategy == "checkpoint" else checkpoint.name
+            self._uploads.append(
+                sharing.upload(checkpoint, self.hub_model_id, path_in_repo=name, everything=True, **common)
+            )
+
+    def _finish_current_push(self) -> None:
+        """Waits for uploads in the background. A failed one has been warned of, and stops nothing."""
+        for upload in self._uploads:
+            upload.exception()
+        self._uploads = []

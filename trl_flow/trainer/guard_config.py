@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from trl_flow.trainer.flow_grpo_config import FlowGRPOConfig
+from trl_flow.trainer.flow_grpo_config import IMPORTANCE_RATIOS, SCALE_REWARDS, TIMESTEP_WEIGHTINGS, FlowGRPOConfig
 
 
 @dataclass
@@ -20,12 +20,21 @@ class GuardConfig(FlowGRPOConfig):
     mean over dimensions, so that smaller latents, whose mean fluctuates more, need a larger range.
     """
 
-    importance_ratio: str = field(default="ratio_norm", metadata=FlowGRPOConfig.__dataclass_fields__["importance_ratio"].metadata)
+    importance_ratio: str = field(
+        default="ratio_norm", metadata={"help": "RatioNorm, Eq. 8.", "choices": IMPORTANCE_RATIOS}
+    )
     timestep_weighting: str | None = field(
-        default=None, metadata={"help": "`inverse_dt`, or `inverse_beta_dt` with `sde_type=dance`, unless set."}
+        default=None,
+        metadata={
+            "help": "`inverse_dt`, or `inverse_beta_dt` with `sde_type=dance`, unless set.",
+            "choices": TIMESTEP_WEIGHTINGS,
+        },
     )
     epsilon: float = field(default=2e-6, metadata={"help": "Clip range; 4e-6 for PickScore."})
-    scale_rewards: str = field(default="group", metadata=FlowGRPOConfig.__dataclass_fields__["scale_rewards"].metadata)
+    scale_rewards: str = field(
+        default="group",
+        metadata={"help": "Which standard deviation divides the advantages.", "choices": SCALE_REWARDS},
+    )
     learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate; 2e-4 for FLUX.1-dev."})
 
     def __post_init__(self):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from trl_flow.trainer.flow_grpo_config import FlowGRPOConfig
+from trl_flow.trainer.flow_grpo_config import SDE_TYPES, FlowGRPOConfig
 
 
 @dataclass
@@ -13,7 +13,7 @@ class SLASConfig(FlowGRPOConfig):
     deviation of the whole batch and raised to the power `1 + advantage_power` (Eq. 20).
     """
 
-    sde_type: str = field(default="dance", metadata=FlowGRPOConfig.__dataclass_fields__["sde_type"].metadata)
+    sde_type: str = field(default="dance", metadata={"help": "Dynamics while sampling.", "choices": SDE_TYPES})
     noise_level: float = field(default=0.3, metadata={"help": "Strength of the noise (eta)."})
     timestep_fraction: float = field(default=0.6, metadata={"help": "Share of the stochastic steps that is trained."})
     share_initial_noise: bool = field(default=True, metadata={"help": "One initial noise for the whole group."})

@@ -8,9 +8,9 @@ from trl_flow.trainer.flow_grpo_config import FlowGRPOConfig
 @dataclass
 class VGPOConfig(FlowGRPOConfig):
     """
-    [`FlowGRPOConfig`] with VGPO's defaults: a reward for each step from the one-step projection (Eq. 9, 10), discounted
-    values (Eq. 11), and advantages that keep a share of the absolute value (Eq. 14); one initial noise for each group
-    (Algorithm 1).
+    [`FlowGRPOConfig`] with VGPO's defaults: a reward for each step from the one-step projection (Eq. 9, 10),
+    discounted values (Eq. 11), and advantages that keep a share of the absolute value (Eq. 14); one initial noise for
+    each group (Algorithm 1).
     """
 
     dense_rewards: bool = field(default=True, metadata={"help": "VGPO's reward for each step."})

@@ -1,0 +1,124 @@
+"""`torchrun --nproc_per_node 2 distributed_run.py FOLDER`: what two processes make of `SCENARIOS`, for comparison.
+
+The same program with one process has the same global batch. Each process writes `FOLDER/{name}-{rank}.json`, and what
+happened in it beside training `FOLDER/report-{rank}.json`.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tiny_training
+sys.path.insert(0, str(Path(__file__).parents[2]))  # trl_flow, where it is not installed
+
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from tiny_training import assert_equal, brightness, prompts, tiny_trainer, trained_weights  # noqa: E402
+
+from trl_flow.rewards.calling import RewardError  # noqa: E402
+
+
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+# Plain gradient descent: Adam makes a whole step of a gradient that is 0 but for rounding
+SGD = {"optim": "sgd", "learning_rate": 10.0, "weight_decay": 0.0}
+SCENARIOS = {
+    "flow": {},
+    "accumulation": {"batch": 4, "gradient_accumulation_steps": 2},
+    "shared noise in a window": {"share_initial_noise": True, "sde_window_size": 1},
+    "dense and kl": {"dense_rewards": True, "value_scale": 0.1, "beta": 0.1},
+    # groups of 8: each prompt's group is split over the processes
+    "large groups and second epoch": {"num_generations": 8, "max_steps": 5, "data_seed": 1},
+    "all weights": {"lora": None, "learning_rate": 0.01},
+}
+
+
+def run(folder: str, name: str) -> tuple[dict[str, torch.Tensor], dict]:
+    """Trains a scenario; returns the weights, and what was drawn, scored and logged in this process."""
+    fields = dict(SCENARIOS[name])
+    batch = fields.pop("batch", 8)
+    drawn = []
+
+    def reward(prompts, images, **kwargs):
+        values = brightness(prompts, images)
+        drawn.append([prompts, values])
+        return values
+
+    trainer = tiny_trainer(
+        os.path.join(folder, name),
+        per_device_train_batch_size=batch // WORLD_SIZE,
+        reward_funcs=reward,
+        eval_dataset=prompts(3),  # which two processes can not share evenly
+        eval_strategy="steps",
+        eval_steps=1,
+        **SGD | fields,
+    )
+    assert trainer.accelerator.num_processes == WORLD_SIZE
+    assert trainer.args.world_size == WORLD_SIZE
+    trainer.train()
+    return trained_weights(trainer), {"drawn": drawn, "log_history": trainer.state.log_history}
+
+
+def error_on_the_last_process(folder: str) -> str:
+    """A reward that fails in one process: the message in this one."""
+
+    def picky(prompts, images, **kwargs):
+        if RANK == WORLD_SIZE - 1:
+            raise OSError("the scorer is gone")
+        return brightness(prompts, images)
+
+    try:
+        tiny_trainer(folder, per_device_train_batch_size=4, reward_funcs=picky).train()
+    except RewardError as error:
+        return str(error)
+    return "none"
+
+
+def only_on_the_last_process(folder: str) -> list[dict]:
+    """A reward that applies, and logs a metric, in one process alone: the logs."""
+
+    def partial(prompts, images, log_metric, **kwargs):
+        if RANK < WORLD_SIZE - 1:
+            return [None] * len(prompts)
+        log_metric("scored", 2.0)
+        return brightness(prompts, images)
+
+    trainer = tiny_trainer(folder, per_device_train_batch_size=4, reward_funcs=[brightness, partial])
+    trainer.train()
+    return trainer.state.log_history
+
+
+def resume_in_the_middle(folder: str) -> None:
+    """Resuming in the middle of a generation batch equals going on, in every process."""
+    fields = {
+        "per_device_train_batch_size": 2,
+        "steps_per_generation": 2,
+        "max_steps": 3,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    whole = tiny_trainer(folder, **fields)
+    whole.train()
+    rest = tiny_trainer(folder, **fields)
+    rest.train(resume_from_checkpoint=os.path.join(folder, "checkpoint-1"))
+    assert_equal(trained_weights(rest), trained_weights(whole))
+
+
+def main(folder: str) -> None:
+    torch.set_num_threads(1)
+    for name in SCENARIOS:
+        weights, record = run(folder, name)
+        save_file(weights, Path(folder, f"{name}-{RANK}.safetensors"))
+        Path(folder, f"{name}-{RANK}.json").write_text(json.dumps(record))
+    report = {
+        "error": error_on_the_last_process(os.path.join(folder, "error")),
+        "only": only_on_the_last_process(os.path.join(folder, "only")),
+    }
+    resume_in_the_middle(os.path.join(folder, "resume"))
+    Path(folder, f"report-{RANK}.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,111 @@
+"""Two processes and one with the same global batch draw, score and train the same."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import distributed_run
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_training import assert_equal, distance, tiny_trainer, trained_weights
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    """The folder that two processes have written into."""
+    folder = tmp_path_factory.mktemp("two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    command += [distributed_run.__file__, str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-5000:]
+    return folder
+
+
+def records(two: Path, name: str) -> list[dict]:
+    return [json.loads((two / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """What one process makes of a scenario, once for each."""
+    folder = tmp_path_factory.mktemp("one")
+    results = {}
+
+    def of(name: str):
+        if name not in results:
+            results[name] = distributed_run.run(str(folder), name)
+        return results[name]
+
+    return of
+
+
+@pytest.mark.parametrize("name", distributed_run.SCENARIOS)
+def test_two_processes_draw_and_score_what_one_does(name, two, one):
+    _, expected = one(name)
+    ranks = records(two, name)
+    for call, (expected_prompts, expected_rewards) in enumerate(expected["drawn"]):
+        drawn_prompts, rewards = (sum((rank["drawn"][call][i] for rank in ranks), []) for i in (0, 1))
+        # In an evaluation of three prompts the second process draws one of them twice
+        assert drawn_prompts[: len(expected_prompts)] == expected_prompts
+        assert len(drawn_prompts) in (len(expected_prompts), 4)
+        torch.testing.assert_close(rewards[: len(expected_rewards)], expected_rewards, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", distributed_run.SCENARIOS)
+def test_two_processes_train_what_one_does(name, two, one, tmp_path):
+    expected, _ = one(name)
+    first, second = (load_file(two / f"{name}-{rank}.safetensors") for rank in (0, 1))
+    assert_equal(first, second)
+    start = trained_weights(tiny_trainer(tmp_path, lora=distributed_run.SCENARIOS[name].get("lora", "default")))
+    moved = distance(expected, start)
+    assert moved > 1e-4
+    # A pixel that falls on the other side of 1/2 changes a reward by 1e-3 of the rewards' spread
+    assert distance(first, expected) < 5e-3 * moved
+
+
+@pytest.mark.parametrize("name", distributed_run.SCENARIOS)
+def test_two_processes_log_what_one_does(name, two, one):
+    _, expected = one(name)
+    logged = records(two, name)[0]["log_history"]
+    assert len(logged) == len(expected["log_history"])
+    for logs, expected_logs in zip(logged, expected["log_history"], strict=True):
+        timed = ("time", "per_second", "memory", "flos")
+        names = {key for key in expected_logs if not any(part in key for part in timed)}
+        assert names == {key for key in logs if not any(part in key for part in timed)}
+        for key in names - {"grad_norm", "loss", "train_loss"}:
+            assert logs[key] == pytest.approx(expected_logs[key], rel=2e-2, abs=1e-5), key
+        if "grad_norm" in names:
+            assert logs["grad_norm"] == pytest.approx(expected_logs["grad_norm"], rel=1e-2)
+
+
+def test_an_error_in_one_process_ends_both(two):
+    first, second = (json.loads((two / f"report-{rank}.json").read_text())["error"] for rank in (0, 1))
+    assert "'picky' raised OSError: the scorer is gone" in second
+    assert first == f"On another process: {second}"
+
+
+def test_a_reward_that_applies_in_one_process_is_averaged_over_its_own_samples(two):
+    logs = json.loads((two / "report-0.json").read_text())["only"][0]
+    assert logs["scored"] == 2.0
+    assert 0.4 < logs["rewards/partial/mean"] < 0.6
+    # half of the samples have twice the reward
+    assert logs["reward"] == pytest.approx(
+        logs["rewards/brightness/mean"] + logs["rewards/partial/mean"] / 2, rel=1e-4
+    )
+
+
+def test_the_middle_of_a_generation_batch_is_resumed_by_as_many_processes_only(two):
+    # that two can do it, they have checked themselves
+    checkpoint = two / "resume" / "checkpoint-1"
+    assert {path.name for path in checkpoint.glob("rollouts-*.safetensors")} == {
+        "rollouts-0.safetensors",
+        "rollouts-1.safetensors",
+    }
+    trainer = tiny_trainer(two / "resume", per_device_train_batch_size=4, steps_per_generation=2, max_steps=3)
+    with pytest.raises(ValueError, match="by 2 processes, and can not be resumed by 1"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))

@@ -1,0 +1,521 @@
+"""The command `trl-flow`. Libraries are imported where they are needed, so that `--help` and errors come at once."""
+
+import argparse
+import contextlib
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from trl import ModelConfig, ScriptArguments, TrlParser
+
+    from trl_flow.trainer import FlowGRPOConfig
+
+METHODS = ("flow_grpo", "guard", "slas", "vgpo")
+BUNDLED_MODELS = ("bundled", "shapes")
+ACCELERATE_CONFIGS = Path(__file__).parent / "accelerate_configs"
+
+# Set for the processes that `--accelerate_config` starts, which must not start others
+_LAUNCHED = "TRL_FLOW_LAUNCHED"
+_TRACEBACK = "TRL_FLOW_DEBUG"
+
+# Fields of TRL's ModelConfig for language models and quantisation. Options that did nothing would mislead.
+_UNSUPPORTED_MODEL_OPTIONS = (
+    *("attn_implementation", "lora_task_type", "load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type"),
+    *("use_bnb_nested_quant", "bnb_4bit_quant_storage"),
+)
+
+_TRAIN_DESCRIPTION = """\
+Train a text-to-image pipeline by online reinforcement learning.
+
+  trl-flow train --config recipe.yaml
+  trl-flow train --config recipe.yaml --learning_rate 1e-4 --output_dir other-run
+  trl-flow train --config recipe.yaml --accelerate_config multi_gpu --num_processes 4
+
+A recipe is a YAML file of the options below; options on the command line come before those of the recipe. Beside them:
+
+  --config PATH              the recipe
+  --accelerate_config NAME   start one process for each GPU: single_gpu, multi_gpu, fsdp2, zero2, zero3 or the path of
+                             an accelerate config; options of `accelerate launch`, such as --num_processes, go with it.
+                             On CPUs: torchrun --nproc_per_node 2 -m trl_flow train --config recipe.yaml --use_cpu true
+"""
+
+
+class UsageError(Exception):
+    """Something that the user asked for can not be done; the message says what to change. No traceback is shown."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Runs the command line.
+
+    Args:
+        argv (`Sequence[str]`, *optional*): arguments after the command's name; default: those of this process.
+
+    Returns:
+        `int`: exit code; 0 for success, 2 for a mistake in what was asked for, 130 for Ctrl-C.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if argv[:1] == ["train"]:
+            return _train(argv[1:])
+        arguments = _parser().parse_args(argv)
+        if arguments.command is None:
+            _parser().print_help()
+            return 0
+        return {"demo": _demo, "env": _env}[arguments.command](arguments)
+    except UsageError as error:
+        if os.environ.get(_TRACEBACK):
+            raise
+        # All processes of a distributed run find the same mistake; one of them tells
+        if os.environ.get("RANK", "0") == "0":
+            command = f"trl-flow {argv[0]}" if argv else "trl-flow"
+            print(f"{command}: error: {error}\n({_TRACEBACK}=1 shows where it was found.)", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"\nInterrupted. {interrupt}".rstrip(), file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    from trl_flow import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="trl-flow",
+        description="Online reinforcement learning for text-to-image flow and diffusion models.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"trl_flow {__version__}")
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND", parser_class=_Parser)
+
+    demo = commands.add_parser(
+        "demo",
+        help="train the bundled model for about three minutes and show it before and after (no network needed)",
+        description="Trains the bundled text-to-image model to follow its prompts better, on any machine and without "
+        "network. Prints a table of scores before and after on prompts never trained on, and writes pictures, curves, "
+        "results.json and the adapter.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    demo.add_argument("--full", action="store_true", help="train longer: under 40 minutes on two cores")
+    demo.add_argument("--method", choices=("guard", "flow_grpo"), default="guard", help="the algorithm")
+    demo.add_argument("--output-dir", "--output_dir", default="trl-flow-demo", metavar="DIR", help="where to write")
+    demo.add_argument("--seed", type=_seed, default=0, help="of the training; pictures are drawn from fixed seeds")
+
+    commands.add_parser(
+        "train",
+        help="train a model by a recipe: trl-flow train --config recipe.yaml (train --help lists all options)",
+        add_help=False,
+    )
+    commands.add_parser(
+        "env",
+        help="print the versions and devices that a bug report should name",
+        description="Prints the versions and devices that a bug report should name.",
+        allow_abbrev=False,
+    )
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Names the option that was probably meant, as `_train` does."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, unknown = super().parse_known_args(args, namespace)
+        for token in unknown:
+            if token.startswith("--"):
+                self.error(_unknown_option(token, self._option_string_actions))
+        return namespace, unknown
+
+
+def _seed(text: str) -> int:
+    seed = int(text)
+    if not 0 <= seed < 2**32:
+        raise ValueError
+    return seed
+
+
+def _unknown_option(token: str, known: Sequence[str]) -> str:
+    option = token.split("=")[0]
+    message = f"there is no option {option}"
+    if near := difflib.get_close_matches(option, known, n=1):
+        return f"{message}. Did you mean {near[0]}?"
+    return f"{message}. --help lists those that there are."
+
+
+# ---- demo ----
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from trl_flow.demo import FULL, QUICK, DemoError, run_demo
+
+    try:
+        run_demo(
+            FULL if arguments.full else QUICK,
+            method=arguments.method,
+            output_dir=arguments.output_dir,
+            seed=arguments.seed,
+        )
+    except DemoError as error:
+        raise UsageError(str(error)) from error
+    return 0
+
+
+# ---- env ----
+
+
+def _env(arguments: argparse.Namespace) -> int:
+    import platform
+
+    import torch
+
+    from trl_flow.evaluation.report import versions
+
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    if not devices and torch.accelerator.is_available():
+        devices = [str(torch.accelerator.current_accelerator())]
+    lines = {"platform": platform.platform(), **versions()}
+    lines["devices"] = ", ".join(devices) or "CPU"
+    lines["CPU threads of torch"] = str(torch.get_num_threads())
+    print("\n".join(f"- {name}: {value}" for name, value in lines.items()))
+    return 0
+
+
+# ---- train ----
+
+
+@contextlib.contextmanager
+def _mistakes() -> Iterator[None]:
+    """What is wrong with options, data or model is told without a traceback. Not for training itself: a failure there
+    may be a fault of the program, whose place one has to see."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError, AttributeError) as error:
+        raise UsageError(str(error) or type(error).__name__) from error
+
+
+def _train(argv: list[str]) -> int:
+    argv = [part for token in argv for part in (token.split("=", 1) if token.startswith("--config=") else [token])]
+    if not argv:
+        raise UsageError("nothing to train. Give a recipe, --config recipe.yaml, or options; --help lists them.")
+    recipe = _read_recipe(argv)
+    with _mistakes():
+        parser = _train_parser(_method(argv, recipe), bundled=_option(argv, recipe, "model_name_or_path"))
+        # Exits here on -h and on values that do not fit
+        *parsed, unknown_in_recipe, unknown = parser.parse_args_and_config(
+            argv, return_remaining_strings=True, separate_remaining_strings=True
+        )
+    launch_options = unknown_in_recipe + unknown
+    if "--accelerate_config" in launch_options:
+        if not os.environ.get(_LAUNCHED):
+            return _launch(launch_options, _without(argv, unknown), parser)
+    elif launch_options:
+        raise UsageError(
+            _unknown_option(
+                next((token for token in launch_options if token.startswith("--")), launch_options[0]),
+                [*parser._option_string_actions, "--config", "--accelerate_config"],
+            )
+        )
+    _run_training(*parsed)
+    return 0
+
+
+def _read_recipe(argv: list[str]) -> dict[str, Any]:
+    if "--config" not in argv:
+        return {}
+    import yaml
+
+    index = argv.index("--config")
+    if index + 1 == len(argv):
+        raise UsageError("--config needs the path of a YAML file.")
+    path = argv[index + 1]
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"the recipe {path!r} can not be read: {error.strerror or error}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"the recipe {path!r} is not valid YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise UsageError(
+            f"the recipe {path!r} must be a YAML mapping of options, such as `learning_rate: 1e-4`, but holds "
+            f"{'nothing' if recipe is None else f'a {type(recipe).__name__}'}."
+        )
+    return recipe
+
+
+def _option(argv: list[str], recipe: dict[str, Any], name: str) -> Any:
+    """An option's value before everything is parsed: on it depends what there is to parse."""
+    for index, token in enumerate(argv):
+        if token.startswith(f"--{name}="):
+            return token.split("=", 1)[1]
+        if token == f"--{name}" and index + 1 < len(argv):
+            return argv[index + 1]
+    return recipe.get(name)
+
+
+def _method(argv: list[str], recipe: dict[str, Any]) -> str:
+    method = _option(argv, recipe, "method") or "flow_grpo"
+    if method not in METHODS:
+        near = difflib.get_close_matches(str(method), METHODS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UsageError(f"method is {method!r}, but must be one of {', '.join(METHODS)}.{hint}")
+    return method
+
+
+def _train_parser(method: str, *, bundled: str | None = None) -> "TrlParser":
+    from dataclasses import dataclass, field
+
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+    from trl_flow.trainer import FlowGRPOConfig, GuardConfig, SLASConfig, VGPOConfig
+
+    @dataclass
+    class FlowScriptArguments(ScriptArguments):
+        method: str = field(
+            default="flow_grpo",
+            metadata={"help": "Published recipe whose defaults are used.", "choices": METHODS},
+        )
+        reward_funcs: list[str] | None = field(
+            default=None,
+            metadata={
+                "help": "Reward functions: `shapes_soft`, `shapes_strict`, `shapes_fidelity`, `jpeg_compressibility`, "
+                "`jpeg_incompressibility`, or any dotted import path, such as `my_rewards.brightness`, looked for in "
+                "the current folder too; a class is called without arguments."
+            },
+        )
+
+    configs = {"flow_grpo": FlowGRPOConfig, "guard": GuardConfig, "slas": SLASConfig, "vgpo": VGPOConfig}
+    parser = TrlParser(
+        (FlowScriptArguments, configs[method], ModelConfig, DatasetMixtureConfig),
+        prog="trl-flow train",
+        usage="trl-flow train --config recipe.yaml [--option value ...]",
+        description=_TRAIN_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    # The trainer chooses dtypes and turns dropout off; TRL's defaults are for language models
+    parser.set_defaults(dtype=None, lora_dropout=0.0, lora_task_type=None)
+    if bundled in BUNDLED_MODELS:
+        from trl_flow.shapes import PICTURE_SIZE
+        from trl_flow.shapes.model import T5_TOKENS
+
+        parser.set_defaults(height=PICTURE_SIZE, width=PICTURE_SIZE, max_sequence_length=T5_TOKENS)
+    return parser
+
+
+def _without(tokens: list[str], removed: list[str]) -> list[str]:
+    """`tokens` less the ordered subsequence `removed`."""
+    rest = iter(removed)
+    awaited = next(rest, None)
+    kept = []
+    for token in tokens:
+        if awaited is not None and token == awaited:
+            awaited = next(rest, None)
+        else:
+            kept.append(token)
+    return kept
+
+
+def _launch(launch_options: list[str], training_options: list[str], parser: "TrlParser") -> int:
+    """Starts `trl-flow train` anew in the processes of `accelerate launch`."""
+    import torch
+    import yaml
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    index = launch_options.index("--accelerate_config")
+    if index + 1 == len(launch_options):
+        raise UsageError("--accelerate_config needs a name or the path of a file.")
+    name = launch_options[index + 1]
+    others = launch_options[:index] + launch_options[index + 2 :]
+    path = Path(name) if Path(name).is_file() else ACCELERATE_CONFIGS / f"{name}.yaml"
+    if not path.is_file():
+        names = sorted(path.stem for path in ACCELERATE_CONFIGS.glob("*.yaml"))
+        raise UsageError(f"accelerate_config is {name!r}, which is neither a file nor one of {', '.join(names)}.")
+    launch_parser = launch_command_parser()
+    known = set(launch_parser._option_string_actions)
+    for token in others:
+        if token.startswith("--") and token.split("=")[0] not in known:
+            raise UsageError(_unknown_option(token, [*parser._option_string_actions, *sorted(known)]))
+
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    gpus = torch.accelerator.device_count()
+    if not config.get("use_cpu") and gpus == 0:
+        raise UsageError(
+            f"accelerate_config {name!r} is for GPUs, and torch sees none here. For processes on CPUs use "
+            "`torchrun --nproc_per_node 2 -m trl_flow train ... --use_cpu true`."
+        )
+    if config.get("num_processes") is None and not any(o.split("=")[0] == "--num_processes" for o in others):
+        others = ["--num_processes", str(gpus), *others]
+    arguments = launch_parser.parse_args(
+        ["--config_file", str(path), *others, "--module", "trl_flow", "train", *training_options]
+    )
+    os.environ[_LAUNCHED] = "1"
+    launch_command(arguments)
+    return 0
+
+
+def _run_training(
+    script_args: "ScriptArguments", args: "FlowGRPOConfig", model_args: "ModelConfig", mixture_args: Any
+) -> None:
+    from trl import get_peft_config
+    from trl.trainer import ModelConfig
+
+    from trl_flow import FlowGRPOTrainer
+
+    with _mistakes():
+        if model_args.model_name_or_path is None:
+            raise ValueError("model_name_or_path is missing: a hub id, a folder, or `bundled` for the model shipped.")
+        for field in _UNSUPPORTED_MODEL_OPTIONS:
+            default = None if field == "lora_task_type" else ModelConfig.__dataclass_fields__[field].default
+            if getattr(model_args, field) != default:
+                raise ValueError(f"{field} is an option of TRL's for language models and has no effect here. Remove it.")
+        bundled = model_args.model_name_or_path in BUNDLED_MODELS
+        model = model_args.model_name_or_path
+        if bundled:
+            from trl_flow.shapes import pipeline_path
+
+            model = pipeline_path()
+        args.model_init_kwargs = _model_init_kwargs(args.model_init_kwargs, model_args, bundled=bundled)
+        reward_funcs = _reward_funcs(script_args.reward_funcs)
+        train_dataset, eval_dataset = _datasets(
+            script_args, mixture_args, bundled=bundled, evaluate=args.eval_strategy != "no"
+        )
+        resume = args.resume_from_checkpoint
+        if isinstance(resume, str) and resume.lower() in ("true", "last"):
+            resume = True
+        trainer = FlowGRPOTrainer(
+            model=model,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            peft_config=get_peft_config(model_args),
+        )
+
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_last_checkpoint(args.output_dir)) from None
+    trainer.save_model(args.output_dir)
+    trainer.accelerator.print(f"Saved to {args.output_dir}.")
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.accelerator.print(f"Pushed to {trainer.hub_model_id}.")
+
+
+def _last_checkpoint(output_dir: str) -> str:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+    if last is None:
+        return f"No checkpoint had been written to {output_dir} (save_steps says how often that happens)."
+    return f"The last checkpoint is {last}. Go on from it with the same command and --resume_from_checkpoint true."
+
+
+def _model_init_kwargs(given: dict | None, model_args: "ModelConfig", *, bundled: bool) -> dict[str, Any]:
+    kwargs = dict(given or {})
+    if not bundled and model_args.model_revision != "main":
+        kwargs.setdefault("revision", model_args.model_revision)
+    if model_args.dtype is not None:
+        import torch
+
+        dtype = getattr(torch, model_args.dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype is {model_args.dtype!r}, but must be float32, bfloat16 or float16.")
+        kwargs.setdefault("torch_dtype", dtype)
+    return kwargs
+
+
+def _reward_funcs(names: list[str] | None) -> list[Any]:
+    from trl_flow.rewards import JPEGCompressibilityReward, JPEGIncompressibilityReward, ShapesReward
+
+    own = {
+        "shapes_soft": lambda: ShapesReward("soft"),
+        "shapes_strict": lambda: ShapesReward("strict"),
+        "shapes_fidelity": lambda: ShapesReward("fidelity"),
+        "jpeg_compressibility": JPEGCompressibilityReward,
+        "jpeg_incompressibility": JPEGIncompressibilityReward,
+    }
+    if not names:
+        raise ValueError(f"reward_funcs is missing. Name at least one of {', '.join(own)}, or a dotted import path.")
+    funcs = []
+    for name in [names] if isinstance(names, str) else names:
+        if name in own:
+            funcs.append(own[name]())
+        elif "." in name:
+            funcs.append(_imported_reward(name))
+        else:
+            near = difflib.get_close_matches(name, own, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(own)}."
+            raise ValueError(f"there is no reward function {name!r}. {hint} Others are given by a dotted import path.")
+    return funcs
+
+
+def _imported_reward(name: str) -> Any:
+    module_name, attribute = name.rsplit(".", 1)
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"the reward function {name!r} can not be imported: {error}.") from error
+    if not hasattr(module, attribute):
+        raise ValueError(f"the reward function {name!r} does not exist: {module.__file__} has no {attribute!r}.")
+    func = getattr(module, attribute)
+    return func() if isinstance(func, type) else func
+
+
+def _datasets(
+    script_args: "ScriptArguments", mixture_args: Any, *, bundled: bool, evaluate: bool
+) -> tuple["Dataset", "Dataset | None"]:
+    """The prompts to train on and, when they are asked for, those to evaluate on."""
+    from trl import get_dataset
+
+    if script_args.dataset_streaming or mixture_args.streaming:
+        raise ValueError("streaming data sets are not supported: groups are built by row numbers. Remove the option.")
+    train_split, test_split = script_args.dataset_train_split, script_args.dataset_test_split
+    name = script_args.dataset_name
+    if mixture_args.datasets:
+        splits = get_dataset(mixture_args)
+    elif name is None and bundled:
+        from trl_flow.shapes import load_prompts
+
+        splits = {split: load_prompts(split) for split in ("train", "test")}
+    elif name is None:
+        raise ValueError(
+            "dataset_name is missing: a hub id, or a file .jsonl, .json, .csv, .parquet (with a column `prompt`) or "
+            ".txt (one prompt a line)."
+        )
+    else:
+        splits = _load_dataset(name, script_args.dataset_config)
+    if train_split not in splits:
+        raise ValueError(f"the data set has no split {train_split!r} but {', '.join(splits)}: set dataset_train_split.")
+    if evaluate and test_split not in splits:
+        raise ValueError(
+            f"eval_strategy asks for evaluations, but the data set has no split {test_split!r}, only "
+            f"{', '.join(splits)}: set dataset_test_split, test_split_size, or eval_strategy no."
+        )
+    return splits[train_split], splits[test_split] if evaluate else None
+
+
+def _load_dataset(name: str, config: str | None) -> Any:
+    from datasets import load_dataset
+
+    builders = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+    builder = builders.get(Path(name).suffix)
+    try:
+        if builder is None:
+            return load_dataset(name, name=config)
+        if not Path(name).is_file():
+            raise FileNotFoundError("there is no such file")
+        splits = load_dataset(builder, data_files=name)
+    # Readers raise errors of many kinds, and most of them say where in the file
+    except Exception as error:
+        cause = f"{error}" + (f" ({error.__cause__})" if error.__cause__ else "")
+        raise ValueError(f"the data set {name!r} can not be read: {cause}.") from error
+    return splits.rename_column("text", "prompt") if builder == "text" else splits

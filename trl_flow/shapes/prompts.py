@@ -1,0 +1,176 @@
+"""Captions of the world, their inverse, and the prompt set with its held-out half.
+
+Four kinds of caption, each about one to three shapes:
+
+| kind | example | objects | relation |
+| --- | --- | --- | --- |
+| single | a red circle | 1 x red circle | none |
+| count | three blue squares | 3 x blue square | none |
+| pair | a red circle and a green square | 1 x red circle, 1 x green square | none |
+| relation | a red circle left of a green square | the same | left of |
+
+Held out are whole combinations: a third of the (count, colour, shape) triples and a third of the unordered pairs of
+coloured shapes. No picture and no caption of a held-out combination is met in pre-training, nor in the `train` split.
+Every word, every coloured shape, every count and every relation is.
+"""
+
+import random
+import re
+from itertools import combinations, product
+from typing import TYPE_CHECKING
+
+from trl_flow.shapes.world import COLORS, RELATIONS, SHAPES
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SPLITS = ("train", "test")
+_COUNT_WORDS = {1: "a", 2: "two", 3: "three"}
+_COUNTS = {word: count for count, word in _COUNT_WORDS.items()}
+_COLOR_INDEX = {color: index for index, color in enumerate(COLORS)}
+_SHAPE_INDEX = {shape: index for index, shape in enumerate(SHAPES)}
+
+_NOUN = rf"({'|'.join(COLORS)}) ({'|'.join(SHAPES)})"
+_GROUP = re.compile(rf"(a|two|three) {_NOUN}(s?)")
+_PAIR = re.compile(rf"a {_NOUN} (and|{'|'.join(RELATIONS)}) a {_NOUN}")
+
+
+def make_caption(objects: list[dict], relation: str | None = None) -> str:
+    """
+    Caption of a target.
+
+    Args:
+        objects (`list[dict]`): one entry with a count of 1 to 3, or two entries with a count of 1; each has the keys
+            `count` (`int`), `color` and `shape` (`str`).
+        relation (`str`, *optional*): one of `RELATIONS`, of the first object to the second.
+
+    Raises:
+        ValueError: when the world has no caption for the target.
+    """
+    nouns = [f"{item['color']} {item['shape']}" for item in objects]
+    counts = [item["count"] for item in objects]
+    if len(objects) == 1 and relation is None and counts[0] in _COUNT_WORDS:
+        caption = f"{_COUNT_WORDS[counts[0]]} {nouns[0]}{'s' if counts[0] > 1 else ''}"
+    elif counts == [1, 1]:
+        caption = f"a {nouns[0]} {relation or 'and'} a {nouns[1]}"
+    else:
+        caption = ""
+    try:
+        parse_caption(caption)
+    except ValueError:
+        raise ValueError(
+            f"no caption for the objects {objects} with the relation {relation!r}: give one object with a count of 1, "
+            f"2 or 3 and no relation, or two objects with a count of 1; colours: {', '.join(COLORS)}; shapes: "
+            f"{', '.join(SHAPES)}; relations: {', '.join(RELATIONS)}"
+        ) from None
+    return caption
+
+
+def parse_caption(prompt: str) -> tuple[list[dict], str | None]:
+    """
+    Objects and relation that a caption names; the inverse of `make_caption`.
+
+    Args:
+        prompt (`str`): a caption, for example `"three blue squares"`.
+
+    Returns:
+        `(objects, relation)`: `objects` is a list of dicts with the keys `count`, `color` and `shape`; `relation` is
+        one of `RELATIONS`, of the first object to the second, or `None`.
+
+    Raises:
+        ValueError: when the prompt is not a caption of this world.
+    """
+    if match := _GROUP.fullmatch(prompt):
+        word, color, shape, plural = match.groups()
+        if (word == "a") == (plural == ""):
+            return [{"count": _COUNTS[word], "color": color, "shape": shape}], None
+    if match := _PAIR.fullmatch(prompt):
+        color, shape, link, other_color, other_shape = match.groups()
+        objects = [
+            {"count": 1, "color": color, "shape": shape},
+            {"count": 1, "color": other_color, "shape": other_shape},
+        ]
+        return objects, None if link == "and" else link
+    raise ValueError(
+        f"{prompt!r} is not a caption of the shapes world. Captions are 'a red circle', 'two red circles', 'three red "
+        "circles', 'a red circle and a green square' and 'a red circle left of a green square', in lower "
+        f"case; colours: {', '.join(COLORS)}; shapes: {', '.join(SHAPES)}; relations: {', '.join(RELATIONS)}"
+    )
+
+
+def is_held_out(objects: list[dict]) -> bool:
+    """
+    Whether a combination is kept for evaluation.
+
+    One rule for all: the indices of the words (colour and shape, and the count or the second colour and shape) add up
+    to a multiple of three. So each coloured shape is held out at exactly one of its three counts, and each pair of
+    colours with exactly three of its nine pairs of shapes. The order of two objects does not matter.
+
+    Args:
+        objects (`list[dict]`): as `parse_caption` returns them.
+    """
+    total = sum(_COLOR_INDEX[item["color"]] + _SHAPE_INDEX[item["shape"]] for item in objects)
+    return (total + (objects[0]["count"] if len(objects) == 1 else 0)) % 3 == 0
+
+
+def prompt_kind(objects: list[dict], relation: str | None) -> str:
+    """Kind of a target: `"single"`, `"count"`, `"pair"` or `"relation"`."""
+    if len(objects) == 1:
+        return "single" if objects[0]["count"] == 1 else "count"
+    return "pair" if relation is None else "relation"
+
+
+def all_targets() -> list[tuple[list[dict], str | None]]:
+    """
+    The targets of the prompt set, both splits, in a fixed order.
+
+    Each (count, colour, shape) once, and each unordered pair of differently coloured shapes twice: once joined by
+    "and", once by one of the four relations, in both orders of the two objects.
+    """
+    targets: list[tuple[list[dict], str | None]] = []
+    for count, color, shape in product(_COUNT_WORDS, COLORS, SHAPES):
+        targets.append(([{"count": count, "color": color, "shape": shape}], None))
+    seen = {True: 0, False: 0}
+    for (color, other_color), shape, other_shape in product(combinations(COLORS, 2), SHAPES, SHAPES):
+        pair = [{"count": 1, "color": color, "shape": shape}, {"count": 1, "color": other_color, "shape": other_shape}]
+        number = seen[is_held_out(pair)]
+        seen[is_held_out(pair)] += 1
+        forward, backward = (pair, pair[::-1]) if number % 2 else (pair[::-1], pair)
+        targets.append((forward, None))
+        targets.append((backward, RELATIONS[number // 2 % len(RELATIONS)]))
+    return targets
+
+
+def load_prompts(split: str) -> "Dataset":
+    """
+    The prompt set, in a fixed shuffled order.
+
+    Args:
+        split (`str`): `"train"` (216 prompts) or `"test"` (108 prompts of held-out combinations).
+
+    Returns:
+        `datasets.Dataset` with the columns `prompt` (`str`), `objects` (list of dicts with `count`, `color` and
+        `shape`) and `relation` (`str` or `None`).
+
+    Raises:
+        ValueError: for another split.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; the prompt set has {' and '.join(SPLITS)}")
+    from datasets import Dataset, Features, List, Value
+
+    rows = [
+        {"prompt": make_caption(objects, relation), "objects": objects, "relation": relation}
+        for objects, relation in all_targets()
+        if is_held_out(objects) == (split == "test")
+    ]
+    random.Random(0).shuffle(rows)
+    features = Features(
+        {
+            "prompt": Value("string"),
+            "objects": List({"count": Value("int64"), "color": Value("string"), "shape": Value("string")}),
+            "relation": Value("string"),
+        }
+    )
+    return Dataset.from_list(rows, features=features)
