@@ -1,5 +1,9 @@
 """Whole training runs of a second or two on the tiny pipeline, and how two of them are compared."""
 
+import contextlib
+import logging
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from datasets import Dataset
@@ -110,3 +114,20 @@ def distance(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
     """The largest difference of any weight."""
     assert actual.keys() == expected.keys()
     return max((actual[name] - expected[name]).abs().max().item() for name in expected)
+
+
+@contextlib.contextmanager
+def warnings_of(logger: str) -> Iterator[list[str]]:
+    """Collects the messages of warnings that are logged below `logger`, which pytest's `caplog` does not see."""
+    messages: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record):
+            messages.append(record.getMessage())
+
+    handler = Collect(logging.WARNING)
+    logging.getLogger(logger).addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logging.getLogger(logger).removeHandler(handler)

@@ -152,8 +152,15 @@ def _unknown_option(token: str, known: Sequence[str]) -> str:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
+    import diffusers
+    import transformers
+
     from trl_flow.demo import FULL, QUICK, DemoError, run_demo
 
+    # Bars and hints of loading would bury the few lines that matter
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
     try:
         run_demo(
             FULL if arguments.full else QUICK,
@@ -373,7 +380,9 @@ def _run_training(
         for field in _UNSUPPORTED_MODEL_OPTIONS:
             default = None if field == "lora_task_type" else ModelConfig.__dataclass_fields__[field].default
             if getattr(model_args, field) != default:
-                raise ValueError(f"{field} is an option of TRL's for language models and has no effect here. Remove it.")
+                raise ValueError(
+                    f"{field} is an option of TRL's for language models and has no effect here. Remove it."
+                )
         bundled = model_args.model_name_or_path in BUNDLED_MODELS
         model = model_args.model_name_or_path
         if bundled:
@@ -494,7 +503,9 @@ def _datasets(
     else:
         splits = _load_dataset(name, script_args.dataset_config)
     if train_split not in splits:
-        raise ValueError(f"the data set has no split {train_split!r} but {', '.join(splits)}: set dataset_train_split.")
+        raise ValueError(
+            f"the data set has no split {train_split!r} but {', '.join(splits)}: set dataset_train_split."
+        )
     if evaluate and test_split not in splits:
         raise ValueError(
             f"eval_strategy asks for evaluations, but the data set has no split {test_split!r}, only "

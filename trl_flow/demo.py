@@ -4,6 +4,7 @@ Everything that is written about the result comes from prompts that were never t
 the bundled pipeline as it is shipped and by a fresh copy of it with the adapter loaded from disk.
 """
 
+import json
 import os
 import shlex
 import sys
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
+    from diffusers import StableDiffusion3Pipeline
     from PIL import Image
 
     from trl_flow.evaluation.scoring import PairedDifference
@@ -103,11 +105,12 @@ def run_demo(
     method: str = "guard",
     output_dir: str | os.PathLike = "trl-flow-demo",
     seed: int = 0,
+    model: str | os.PathLike | None = None,
 ) -> dict[str, Any]:
     """
     Draws held-out prompts, trains the bundled model, draws the same again, and writes what came out of it.
 
-    `output_dir` then holds `results.json`, `before.png`, `after.png` and `before_after.png`, `rewards.png`, the adapter
+    `output_dir` then holds `results.json`, `before.png`, `after.png`, `before_after.png`, `rewards.png`, the adapter
     in diffusers' format, its model card, and what the trainer writes. An earlier demo's files are replaced.
 
     Args:
@@ -115,6 +118,7 @@ def run_demo(
         method (`str`): `"guard"` or `"flow_grpo"`.
         output_dir (`str` or `os.PathLike`): a new or empty folder, or an earlier demo's.
         seed (`int`): of the training. Equal seeds give equal results on equal machines.
+        model (`str` or `os.PathLike`, *optional*): folder of another Stable Diffusion 3 pipeline than the bundled one.
 
     Returns:
         `dict[str, Any]`: what `results.json` holds.
@@ -126,27 +130,29 @@ def run_demo(
         raise DemoError(f"method is {method!r}, but must be one of {', '.join(settings.learning_rate)}.")
     folder = _claim(output_dir)
     start = time.perf_counter()
-    print(f"Loading the bundled model (writing to {folder}) ...", flush=True)
+    print(f"Loading the model; results go to {folder} ...", flush=True)
     import torch
 
     from trl_flow.evaluation.report import score_table, versions, write_json
-    from trl_flow.shapes import load_pipeline, load_prompts
+    from trl_flow.shapes import load_prompts, pipeline_path
 
+    model = pipeline_path() if model is None else model
     prompts = _spread(load_prompts("test"), settings.eval_prompts)
-    pipeline = load_pipeline()
-    before = _draw(pipeline, prompts, settings, "Held-out prompts before training")
+    before = _draw(_load(model), prompts, settings, "Held-out prompts before training")
     scores_before = _score(before, prompts)
     drawn = time.perf_counter()
 
-    trainer = _trainer(settings, method, folder, seed)
+    trainer = _trainer(model, settings, method, folder, seed)
     try:
         trainer.train()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"The demo keeps no checkpoints: {folder} has no adapter of this run.") from None
+    trainer.save_model()
+    trainer.save_state()
     trained = time.perf_counter()
 
     # The adapter as anyone would load it, not the model in memory: what is shown is what was saved
-    pipeline = load_pipeline()
+    pipeline = _load(model)
     pipeline.load_lora_weights(str(folder))
     after = _draw(pipeline, prompts, settings, "Held-out prompts after training")
     scores_after = _score(after, prompts)
@@ -159,6 +165,7 @@ def run_demo(
         "method": method,
         "reward": f"shapes_{settings.reward}",
         "seed": seed,
+        "model": os.fspath(model),
         "scores": {name: difference.to_dict() for name, difference in differences.items()},
         "standard_error_of": "the mean over prompts of the paired difference, each prompt's pictures averaged first",
         "eval_seed": EVAL_SEED,
@@ -188,7 +195,7 @@ def _claim(output_dir: str | os.PathLike) -> Path:
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise DemoError(f"{folder} is a file, and the demo writes a folder. Choose another with --output-dir.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / RESULTS).is_file():
+    if folder.is_dir() and any(folder.iterdir()) and not _is_demo(folder):
         raise DemoError(
             f"{folder} is not empty and holds no {RESULTS} of an earlier demo, so its files are left alone. Choose "
             "another folder with --output-dir, or empty this one."
@@ -201,11 +208,29 @@ def _claim(output_dir: str | os.PathLike) -> Path:
         probe.unlink()
         if not (folder / RESULTS).is_file():
             (folder / RESULTS).write_text("{}\n")
+        for grid in folder.glob("images/step-*.png"):
+            grid.unlink()
     except OSError as error:
         raise DemoError(
             f"{folder} can not be written to ({error.strerror or error}). Choose another folder with --output-dir."
         ) from error
     return folder
+
+
+def _is_demo(folder: Path) -> bool:
+    try:
+        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    # Empty as long as the first demo in this folder is not over
+    return isinstance(results, dict) and (not results or "eval_seed" in results)
+
+
+def _load(model: str | os.PathLike) -> "StableDiffusion3Pipeline":
+    import torch
+    from diffusers import StableDiffusion3Pipeline
+
+    return StableDiffusion3Pipeline.from_pretrained(model, torch_dtype=torch.float32)
 
 
 def _spread(dataset: Any, number: int) -> Any:
@@ -217,6 +242,7 @@ def _spread(dataset: Any, number: int) -> Any:
 
 def _draw(pipeline: Any, prompts: Any, settings: DemoSettings, progress: str) -> list["Image.Image"]:
     from trl_flow.evaluation.scoring import draw
+    from trl_flow.shapes import PICTURE_SIZE
     from trl_flow.shapes.model import T5_TOKENS
 
     return draw(
@@ -226,6 +252,8 @@ def _draw(pipeline: Any, prompts: Any, settings: DemoSettings, progress: str) ->
         num_images_per_prompt=settings.eval_images_per_prompt,
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
+        height=PICTURE_SIZE,
+        width=PICTURE_SIZE,
         max_sequence_length=T5_TOKENS,
         batch_size=64,
         progress=progress,
@@ -250,21 +278,19 @@ def _differences(
     }
 
 
-def _trainer(settings: DemoSettings, method: str, folder: Path, seed: int) -> Any:
+def _trainer(model: str | os.PathLike, settings: DemoSettings, method: str, folder: Path, seed: int) -> Any:
     from peft import LoraConfig
 
     from trl_flow import FlowGRPOTrainer
     from trl_flow.rewards import ShapesReward
-    from trl_flow.shapes import load_prompts, pipeline_path
+    from trl_flow.shapes import load_prompts
 
     return FlowGRPOTrainer(
-        model=pipeline_path(),
+        model=model,
         reward_funcs=ShapesReward(settings.reward),
         args=_config(settings, method, folder, seed),
         train_dataset=load_prompts("train"),
-        peft_config=LoraConfig(
-            r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, init_lora_weights="gaussian"
-        ),
+        peft_config=LoraConfig(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, init_lora_weights="gaussian"),
     )
 
 
@@ -295,8 +321,7 @@ def _config(settings: DemoSettings, method: str, folder: Path, seed: int) -> "Fl
         use_cpu=True,
         seed=seed,
         logging_steps=settings.updates_per_rollout,
-        save_strategy="steps",
-        save_steps=settings.rollouts * settings.updates_per_rollout + 1,
+        save_strategy="no",
         report_to="none",
     )
 
@@ -331,11 +356,13 @@ def _write_pictures(
 
 
 def _closing(folder: Path, settings: DemoSettings, seconds: float) -> str:
-    return f"""\
-{seconds / 60:.1f} minutes. In {folder}: before_after.png, rewards.png, {RESULTS}, and the adapter, which stock diffusers loads:
-
-    from diffusers import StableDiffusion3Pipeline
-    from trl_flow.shapes import pipeline_path
-    pipe = StableDiffusion3Pipeline.from_pretrained(pipeline_path())
-    pipe.load_lora_weights({str(folder)!r})
-    pipe("two red circles", num_inference_steps={settings.num_inference_steps}, guidance_scale={settings.guidance_scale:g}).images[0]"""
+    sampling = f"num_inference_steps={settings.num_inference_steps}, guidance_scale={settings.guidance_scale:g}"
+    return (
+        f"{seconds / 60:.1f} minutes. In {folder}: before_after.png, rewards.png, {RESULTS}, and the adapter, which "
+        "stock diffusers loads:\n\n"
+        "    from diffusers import StableDiffusion3Pipeline\n"
+        "    from trl_flow.shapes import pipeline_path\n"
+        "    pipe = StableDiffusion3Pipeline.from_pretrained(pipeline_path())\n"
+        f"    pipe.load_lora_weights({str(folder)!r})\n"
+        f'    pipe("two red circles", {sampling}).images[0].save("circles.png")'
+    )

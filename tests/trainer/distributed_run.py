@@ -98,6 +98,7 @@ def resume_in_the_middle(folder: str) -> None:
         "max_steps": 3,
         "save_strategy": "steps",
         "save_steps": 1,
+        "use_ema": True,
     }
     whole = tiny_trainer(folder, **fields)
     whole.train()

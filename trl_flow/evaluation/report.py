@@ -1,6 +1,7 @@
 """Results as a table for people and as JSON for programs."""
 
 import json
+import math
 import os
 import platform
 import tempfile
@@ -28,15 +29,15 @@ def score_table(differences: Mapping[str, PairedDifference]) -> str:
             f"{d.mean_before:.3f}",
             f"{d.mean_after:.3f}",
             f"{d.difference:+.3f} ± {d.standard_error:.3f}",
-            f"{d.standard_errors:+.1f}",
+            "-" if math.isnan(d.standard_errors) else f"{d.standard_errors:+.1f}",
         )
         for name, d in differences.items()
     ]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(row: tuple[str, ...]) -> str:
-        first, *others = (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
-        return "  ".join([first, *others]).rstrip()
+        first, *numbers = row
+        return "  ".join([first.ljust(widths[0]), *(n.rjust(w) for n, w in zip(numbers, widths[1:], strict=True))])
 
     rule = "-" * len(line(header))
     return "\n".join([line(header), rule, *(line(row) for row in rows)])

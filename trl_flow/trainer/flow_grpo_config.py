@@ -22,7 +22,8 @@ class FlowGRPOConfig(_BaseConfig):
     full list of training arguments, see [`~transformers.TrainingArguments`]. Defaults that differ from it:
     `learning_rate` is 3e-4, `lr_scheduler_type` `"constant"`, `weight_decay` 1e-4, `max_grad_norm` 1.0 (Flow-GRPO's
     published settings for LoRA), `remove_unused_columns` is off (further columns reach the rewards), and
-    `ddp_find_unused_parameters` and `dataloader_pin_memory` are off. `bf16` defaults to `True` on GPUs that have it and to `False` elsewhere.
+    `ddp_find_unused_parameters` and `dataloader_pin_memory` are off. `bf16` defaults to
+    `True` on GPUs that have it and to `False` elsewhere.
 
     Parameters:
         > Parameters that control the model
@@ -133,8 +134,8 @@ class FlowGRPOConfig(_BaseConfig):
             One backward pass for each trained step, so that memory does not grow with their number. `False` builds
             one graph over all steps (same gradients, more memory, for debugging).
         diagnostics_steps (`int`, *optional*, defaults to `0`):
-            Log the gradient norm of each trained step (`grad_norm/step_{i}`) every that many updates; 0 is never. Costs
-            one copy of the trained parameters' gradients.
+            Log the gradient norm of each trained step (`grad_norm/step_{i}`) every that many updates; 0 is never.
+            Costs one copy of the trained parameters' gradients.
 
         > Parameters that control the logging
 
@@ -366,8 +367,8 @@ class FlowGRPOConfig(_BaseConfig):
             )
         if end > self.num_stochastic_steps:
             raise ValueError(
-                f"sde_window_range is {self.sde_window_range}, which includes the last step; with sde_type='cps' it is "
-                f"deterministic and can not be trained. Use an end of at most {self.num_stochastic_steps}."
+                f"sde_window_range is {self.sde_window_range}, which includes the last step; with sde_type='cps' it "
+                f"is deterministic and can not be trained. Use an end of at most {self.num_stochastic_steps}."
             )
         if not 1 <= self.sde_window_size <= end - first:
             raise ValueError(

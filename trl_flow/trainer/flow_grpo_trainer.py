@@ -10,12 +10,11 @@ import math
 import os
 import random
 import shutil
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +50,25 @@ from trl_flow.functional.grpo import STD_EPSILON
 from trl_flow.rewards.calling import RewardError, call_reward_funcs, check_reward_func, reward_names
 from trl_flow.rollout import Dynamics, draw_noise, rollout, sample_generator
 from trl_flow.trainer.callbacks import EMACallback, FlowProgressCallback
+from trl_flow.trainer.checkpoints import (
+    STATE_NAME,
+    MicroBatch,
+    is_complete,
+    last_complete_checkpoint,
+    load_micro_batches,
+    save_micro_batches,
+)
+from trl_flow.trainer.checks import (
+    check_dataset,
+    check_output_dir,
+    load_pipeline,
+    named_eval_datasets,
+    probe_output_dir,
+)
 from trl_flow.trainer.diffusers_compat import make_trainable
 from trl_flow.trainer.flow_grpo_config import FlowGRPOConfig
 from trl_flow.trainer.prompt_cache import PromptCache
+from trl_flow.trainer.publishing import PublishingMixin
 from trl_flow.trainer.ratio_statistics import RatioStatistics
 from trl_flow.trainer.trl_compat import (
     EpochRepeatSampler,
@@ -67,37 +82,8 @@ logger = logging.get_logger(__name__)
 
 RewardFunc = Callable[..., list[float | None]]
 
-# Names under which reward functions are given something other than a column
-RESERVED_COLUMNS = ("prompts", "images", "trainer_state", "log_metric", "log_extra")
 
-# What the trainer needs beside transformers' own files to go on exactly where it stopped
-STATE_NAME = "flow_grpo_state.json"
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """
-    What one forward and backward pass is run on: `B` samples of one sampling phase.
-
-    Attributes:
-        prompts (`list[str]`): length `B`.
-        steps (`tuple[int, ...]`): the trained steps, length `S`.
-        latents, next_latents, means, log_probs: as in [`~trl_flow.rollout.Trajectory`].
-        advantages (`torch.Tensor`): `(B, S)`, float32.
-    """
-
-    prompts: list[str]
-    steps: tuple[int, ...]
-    latents: torch.Tensor
-    next_latents: torch.Tensor
-    means: torch.Tensor
-    log_probs: torch.Tensor
-    advantages: torch.Tensor
-
-    TENSORS = ("latents", "next_latents", "means", "log_probs", "advantages")
-
-
-class FlowGRPOTrainer(_BaseTrainer):
+class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
     """
     Trainer for Flow-GRPO and, by its configuration, DanceGRPO, GRPO-Guard, SLAS, VGPO and their combinations.
 
@@ -177,9 +163,9 @@ class FlowGRPOTrainer(_BaseTrainer):
         self.reward_funcs = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         if not self.reward_funcs:
             raise ValueError("reward_funcs is empty. Pass at least one reward function.")
-        self._check_dataset(train_dataset, "train_dataset")
-        for name, dataset in self._named_eval_datasets(eval_dataset):
-            self._check_dataset(dataset, name)
+        check_dataset(train_dataset, "train_dataset")
+        for name, dataset in named_eval_datasets(eval_dataset):
+            check_dataset(dataset, name)
         for func in self.reward_funcs:
             check_reward_func(func, [c for c in train_dataset.column_names if c != "prompt"])
         self.reward_func_names = reward_names(self.reward_funcs)
@@ -190,17 +176,17 @@ class FlowGRPOTrainer(_BaseTrainer):
                 f"{', '.join(self.reward_func_names)}. Give one weight for each."
             )
         self.reward_weights = torch.tensor(weights, dtype=torch.float32)
-        self._check_output_dir(args)
+        check_output_dir(args)
         if peft_config is not None:
             sharing.check_lora_config(peft_config)
 
         # Model. A LoRA draws its initial weights at random, so the seed comes first.
         set_seed(args.seed)
-        pipeline = self._load_pipeline(model, args, peft_config) if isinstance(model, str | os.PathLike) else model
+        pipeline = load_pipeline(model, args, peft_config) if isinstance(model, str | os.PathLike) else model
         if not isinstance(pipeline, DiffusionPipeline):
             raise TypeError(
-                f"model is a {type(pipeline).__name__}, but must be the hub id or folder of a diffusers pipeline, or a "
-                "loaded DiffusionPipeline."
+                f"model is a {type(pipeline).__name__}, but must be the hub id or folder of a diffusers pipeline, or "
+                "a loaded DiffusionPipeline."
             )
         self.pipeline = pipeline
         self.pipeline.set_progress_bar_config(disable=True)
@@ -209,7 +195,7 @@ class FlowGRPOTrainer(_BaseTrainer):
         )
         self.model_id = str(model) if isinstance(model, str | os.PathLike) else pipeline.config.get("_name_or_path")
         policy = self._prepare_model(args, peft_config)
-        self._probe_output_dir(args, sum(p.numel() for p in policy.parameters() if p.requires_grad))
+        probe_output_dir(args, sum(p.numel() for p in policy.parameters() if p.requires_grad))
 
         # A set smaller than one sampling phase would give TRL's sampler no full batch at all
         prompts_per_generation = args.generation_batch_size // args.num_generations
@@ -284,107 +270,6 @@ class FlowGRPOTrainer(_BaseTrainer):
 
     # ---- Construction ----
 
-    @staticmethod
-    def _named_eval_datasets(eval_dataset: Any) -> Iterator[tuple[str, Any]]:
-        if isinstance(eval_dataset, dict):
-            for name, dataset in eval_dataset.items():
-                yield f"eval_dataset[{name!r}]", dataset
-        elif eval_dataset is not None:
-            yield "eval_dataset", eval_dataset
-
-    @staticmethod
-    def _check_dataset(dataset: Any, name: str) -> None:
-        if isinstance(dataset, dict):
-            raise TypeError(
-                f"{name} is a {type(dataset).__name__} of splits {list(dataset)}. Pass one: {name}[split]."
-            )
-        if not isinstance(dataset, Dataset):
-            raise TypeError(
-                f"{name} is {'missing' if dataset is None else 'a ' + type(dataset).__name__}, but must be a "
-                "datasets.Dataset with a 'prompt' column, such as Dataset.from_dict({'prompt': [...]}) or "
-                "load_dataset(..., split='train') without streaming."
-            )
-        if "prompt" not in dataset.column_names:
-            raise ValueError(
-                f"{name} has no column 'prompt'; its columns are {dataset.column_names}. Rename the one that holds the "
-                "prompts: dataset.rename_column(old, 'prompt')."
-            )
-        if len(dataset) == 0:
-            raise ValueError(f"{name} is empty: there is no prompt to train on or to draw.")
-        for index, prompt in enumerate(dataset["prompt"]):
-            if not isinstance(prompt, str) or not prompt.strip():
-                raise ValueError(
-                    f"{name} has prompt {prompt!r} in row {index}, but every prompt must be a non-empty string. "
-                    "Filter such rows out, or convert them."
-                )
-        reserved = [column for column in dataset.column_names if column in RESERVED_COLUMNS]
-        if reserved:
-            raise ValueError(
-                f"{name} has columns {reserved}, whose names reward functions get other things under. Rename them."
-            )
-
-    @staticmethod
-    def _check_output_dir(args: FlowGRPOConfig) -> None:
-        """Training that can not save is refused now, not at its first checkpoint."""
-        if not args.should_save:
-            return
-        probe = Path(args.output_dir)
-        while not probe.exists():
-            probe = probe.parent
-        if not probe.is_dir() or not os.access(probe, os.W_OK | os.X_OK):
-            raise ValueError(
-                f"output_dir {args.output_dir!r} can not be written to ({probe} is "
-                f"{'read-only for this user' if probe.is_dir() else 'not a folder'}). Choose another."
-            )
-
-    @staticmethod
-    def _probe_output_dir(args: FlowGRPOConfig, num_parameters: int) -> None:
-        """Writes a file and removes it again, and sees that a checkpoint will fit."""
-        if not args.should_save:
-            return
-        try:
-            os.makedirs(args.output_dir, exist_ok=True)
-            with tempfile.TemporaryFile(dir=args.output_dir) as file:
-                file.write(b"0" * 4096)
-        except OSError as error:
-            raise ValueError(
-                f"output_dir {args.output_dir!r} can not be written to: {error}. Choose another."
-            ) from error
-        # Weights in two formats, and Adam's two moments, in float32
-        needed, free = 16 * num_parameters, shutil.disk_usage(args.output_dir).free
-        if args.save_strategy != "no" and free < needed:
-            raise ValueError(
-                f"output_dir {args.output_dir!r} has {free / 2**20:.0f} MiB left, but one checkpoint of "
-                f"{num_parameters:,} trained parameters takes about {needed / 2**20:.0f} MiB. Make room, choose another "
-                "folder, or train fewer parameters (a LoRA of lower rank)."
-            )
-
-    @staticmethod
-    def _load_pipeline(
-        model: str | os.PathLike, args: FlowGRPOConfig, peft_config: PeftConfig | None
-    ) -> DiffusionPipeline:
-        kwargs = dict(args.model_init_kwargs or {})
-        if "torch_dtype" not in kwargs:
-            half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-            # The VAE loses accuracy in half precision; weights that are trained need float32
-            kwargs["torch_dtype"] = {"default": half, "vae": torch.float32}
-            if peft_config is None:
-                kwargs["torch_dtype"] |= {"transformer": torch.float32, "unet": torch.float32}
-        if os.path.isdir(model) and not os.path.isfile(os.path.join(model, "model_index.json")):
-            raise ValueError(
-                f"The folder {os.fspath(model)!r} is not a diffusers pipeline: it has no model_index.json. It holds "
-                f"{sorted(os.listdir(model))[:10]}. Pass the folder that DiffusionPipeline.save_pretrained wrote, or a "
-                "hub id."
-            )
-        try:
-            return DiffusionPipeline.from_pretrained(os.fspath(model), **kwargs)
-        except (OSError, ValueError, AttributeError) as error:
-            raise ValueError(
-                f"The model {os.fspath(model)!r} could not be loaded as a diffusers pipeline: {error}. Pass a hub id "
-                "such as 'stabilityai/stable-diffusion-3.5-medium' (log in with `hf auth login` if it is gated), a "
-                "local folder, or a loaded pipeline."
-            ) from error
-
     def _prepare_model(self, args: FlowGRPOConfig, peft_config: PeftConfig | None) -> torch.nn.Module:
         """Freezes the pipeline and makes its transformer (or U-Net) trainable; returns what `Trainer` trains."""
         for module in self.pipeline.components.values():
@@ -393,8 +278,8 @@ class FlowGRPOTrainer(_BaseTrainer):
         model = self.backbone.model
         if getattr(model, "peft_config", None):
             raise ValueError(
-                f"The pipeline's {self.backbone.component} already has adapters ({', '.join(model.peft_config)}). Fuse "
-                "them with pipeline.fuse_lora() and pipeline.unload_lora_weights(), or unload them, and pass a "
+                f"The pipeline's {self.backbone.component} already has adapters ({', '.join(model.peft_config)}). "
+                "Fuse them with pipeline.fuse_lora() and pipeline.unload_lora_weights(), or unload them, and pass a "
                 "peft_config to train a new one."
             )
         make_trainable(model)
@@ -484,10 +369,10 @@ class FlowGRPOTrainer(_BaseTrainer):
             ValueError: if there is no complete checkpoint to resume from.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = self._last_complete_checkpoint()
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         elif isinstance(resume_from_checkpoint, str | os.PathLike):
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
-            if not self._is_complete(resume_from_checkpoint):
+            if not is_complete(resume_from_checkpoint):
                 raise ValueError(
                     f"{resume_from_checkpoint!r} is not a complete checkpoint of this trainer. Pass True to resume "
                     "from the last complete one in output_dir."
@@ -500,29 +385,6 @@ class FlowGRPOTrainer(_BaseTrainer):
             self.save_model(_internal_call=True)
             self.save_state()
         return output
-
-    @staticmethod
-    def _is_complete(checkpoint: str) -> bool:
-        # The trainer's state is written last; a process that was killed meanwhile leaves it out, or half of it
-        try:
-            json.loads(Path(checkpoint, "trainer_state.json").read_text())
-            return Path(checkpoint, STATE_NAME).is_file()
-        except (OSError, ValueError):
-            return False
-
-    def _last_complete_checkpoint(self) -> str:
-        found = sorted(
-            (path for path in Path(self.args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()),
-            key=lambda path: int(path.name.rsplit("-", 1)[1]) if path.name.rsplit("-", 1)[1].isdigit() else -1,
-        )
-        for path in reversed(found):
-            if self._is_complete(str(path)):
-                return str(path)
-            logger.warning(f"{path} is not complete (its writing was interrupted) and is passed over.")
-        raise ValueError(
-            f"resume_from_checkpoint=True, but {self.args.output_dir!r} has no complete checkpoint. Train from the "
-            "start (resume_from_checkpoint=None)."
-        )
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         start = time.perf_counter()
@@ -735,8 +597,8 @@ class FlowGRPOTrainer(_BaseTrainer):
         if unscored.any():
             row = int(unscored.nonzero()[0])
             logger.warning(
-                f"Every reward function returned None for the prompt {inputs[row]['prompt']!r}: the sample is left out "
-                "of its group."
+                f"Every reward function returned None for the prompt {inputs[row]['prompt']!r}: the sample is left "
+                "out of its group."
             )
         return rewards
 
@@ -792,7 +654,7 @@ class FlowGRPOTrainer(_BaseTrainer):
         if not missing.any():
             return group_advantages(rewards, self.num_generations, scale_rewards=self.args.scale_rewards)
         groups = rewards.view(-1, self.num_generations)
-        # At its group's mean a sample neither has an advantage nor changes the others'; only the spread must leave it out
+        # At its group's mean a sample has no advantage and changes no other; only the spread must leave it out
         filled = torch.where(groups.isnan(), groups.nanmean(dim=1, keepdim=True).nan_to_num(0.0), groups)
         centred = group_advantages(filled.flatten(), self.num_generations, scale_rewards="none").view_as(groups)
         if self.args.scale_rewards == "group":
@@ -809,8 +671,8 @@ class FlowGRPOTrainer(_BaseTrainer):
         if (instant_rewards < 0).any():
             negative = instant_rewards[instant_rewards < 0].min().item()
             raise RewardError(
-                f"With dense_rewards, VGPO's weights need rewards of one sign, but {' + '.join(self.reward_func_names)} "
-                f"gave {negative:g}. Add an offset to the reward function that makes all its values positive, or set "
+                f"With dense_rewards, VGPO's weights need rewards of one sign, but "
+                f"{' + '.join(self.reward_func_names)} gave {negative:g}. Add an offset to the reward function that makes all its values positive, or set "
                 "dense_rewards=False."
             )
         # A sample that no function applies to takes its group's mean: no signal, and the others keep theirs
@@ -1009,7 +871,7 @@ class FlowGRPOTrainer(_BaseTrainer):
             return metrics
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
-        self._check_dataset(eval_dataset, "eval_dataset")
+        check_dataset(eval_dataset, "eval_dataset")
 
         start = time.time()
         was_training = self.model.training
@@ -1211,17 +1073,7 @@ class FlowGRPOTrainer(_BaseTrainer):
                 )
             (folder / STATE_NAME).write_text(json.dumps(state))
         if self._step % self._generate_every:
-            rank = self.accelerator.process_index
-            save_file(
-                {
-                    f"{k}.{name}": getattr(batch, name).contiguous()
-                    for k, batch in enumerate(self._buffered_inputs)
-                    for name in MicroBatch.TENSORS
-                },
-                folder / f"rollouts-{rank}.safetensors",
-            )
-            lists = [{"prompts": batch.prompts, "steps": batch.steps} for batch in self._buffered_inputs]
-            (folder / f"rollouts-{rank}.json").write_text(json.dumps(lists))
+            save_micro_batches(self._buffered_inputs, folder, self.accelerator.process_index)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -1231,8 +1083,9 @@ class FlowGRPOTrainer(_BaseTrainer):
         self._step = state["step"]
         device = self.accelerator.device
         if self.ema is not None and "ema_step" in state:
-            shadow = load_file(Path(checkpoint, "ema.safetensors"), device=str(device))
-            self.ema.shadow_params = [shadow[str(i)] for i in range(len(shadow))]
+            # safetensors does not know the names of all devices ("cpu:0" in a process group)
+            shadow = load_file(Path(checkpoint, "ema.safetensors"))
+            self.ema.shadow_params = [shadow[str(i)].to(device) for i in range(len(shadow))]
             self.ema.optimization_step = state["ema_step"]
         if self._step % self._generate_every:
             if state["num_processes"] != self.accelerator.num_processes:
@@ -1241,17 +1094,7 @@ class FlowGRPOTrainer(_BaseTrainer):
                     f"processes, and can not be resumed by {self.accelerator.num_processes}. Use as many, or a "
                     "checkpoint at the end of a generation batch."
                 )
-            rank = self.accelerator.process_index
-            tensors = load_file(Path(checkpoint, f"rollouts-{rank}.safetensors"), device=str(device))
-            lists = json.loads(Path(checkpoint, f"rollouts-{rank}.json").read_text())
-            self._buffered_inputs = [
-                MicroBatch(
-                    prompts=entry["prompts"],
-                    steps=tuple(entry["steps"]),
-                    **{name: tensors[f"{k}.{name}"] for name in MicroBatch.TENSORS},
-                )
-                for k, entry in enumerate(lists)
-            ]
+            self._buffered_inputs = load_micro_batches(Path(checkpoint), self.accelerator.process_index, device)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         policy = self.accelerator.unwrap_model(self.model if model is None else model)
@@ -1263,118 +1106,3 @@ class FlowGRPOTrainer(_BaseTrainer):
             sharing.load_full(policy, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
-    ) -> None:
-        """
-        Writes `README.md` for diffusers users: how to load the model, the rewards' curve, the latest pictures, the
-        settings and the papers.
-
-        Args:
-            model_name (`str`, *optional*): title; default: the repository's or the folder's name.
-            dataset_name (`str`, *optional*): Hub id of the prompts.
-            tags (`str` or `list[str]`, *optional*): further tags.
-        """
-        if not self.is_world_process_zero():
-            return
-        folder = Path(self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        curves = None
-        if any("reward" in entry for entry in self.state.log_history):
-            from trl_flow.evaluation.plots import reward_curves  # matplotlib takes a second to import
-
-            curves = "rewards.png"
-            reward_curves(self.state.log_history, folder / curves)
-        grids = sorted(folder.glob("images/*.png"), key=lambda path: path.stat().st_mtime)
-        model = self.accelerator.unwrap_model(self.model)
-        settings = sharing.training_settings(self.args)
-        if isinstance(model, PeftModel):
-            lora = model.peft_config["default"]
-            settings |= {"lora_r": lora.r, "lora_alpha": lora.lora_alpha}
-        sharing.create_model_card(
-            folder,
-            pipeline_class=type(self.pipeline),
-            base_model=self.model_id,
-            settings=settings,
-            is_lora=isinstance(model, PeftModel),
-            component=self.backbone.component,
-            component_class=type(self.backbone.model).__name__,
-            repo_id=self.hub_model_id,
-            model_name=model_name,
-            reward_names=self.reward_func_names,
-            dataset_name=dataset_name,
-            tags=[tags] if isinstance(tags, str) else list(tags or []),
-            curves=curves,
-            samples=[(grid.relative_to(folder), None) for grid in grids[-1:]],
-        )
-
-    def push_to_hub(
-        self,
-        commit_message: str = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs,
-    ):
-        """
-        Saves the model, writes its card and uploads both, with curves and pictures, to `args.hub_model_id` (default:
-        the name of `output_dir`).
-
-        Args:
-            commit_message (`str`): title of the commit.
-            blocking (`bool`): whether to wait for the upload.
-            token, revision, private: default to `hub_token`, `hub_revision` and `hub_private_repo` of the config.
-            kwargs: for `create_model_card`.
-
-        Raises:
-            PushError: if the Hub refuses or can not be reached. Nothing local is lost.
-        """
-        if self.hub_model_id is None:
-            self.hub_model_id = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        self.create_model_card(**kwargs)
-        self._finish_current_push()
-        return sharing.upload(
-            self.args.output_dir,
-            self.hub_model_id,
-            token=token or self.args.hub_token,
-            private=self.args.hub_private_repo if private is None else private,
-            revision=revision or self.args.hub_revision,
-            commit_message=commit_message,
-            blocking=blocking,
-        )
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Uploads a new checkpoint's weights in the background, as `hub_strategy` says."""
-        if not self.is_world_process_zero() or self.args.hub_strategy == "end":
-            return
-        if any(not upload.done() for upload in self._uploads) and not self.args.hub_always_push:
-            return
-        checkpoint, folder = Path(checkpoint_folder), Path(self.args.output_dir)
-        sharing.copy_weights(checkpoint, folder)
-        common = {
-            "token": self.args.hub_token,
-            "private": self.args.hub_private_repo,
-            "revision": self.args.hub_revision,
-            "commit_message": f"Training in progress, step {self.state.global_step}",
-            "blocking": False,
-        }
-        self._uploads = [sharing.upload(folder, self.hub_model_id, **common)]
-        if self.args.hub_strategy in ("checkpoint", "all_checkpoints"):
-            name = "last-checkpoint" if self.args.hub_strategy == "checkpoint" else checkpoint.name
-            self._uploads.append(
-                sharing.upload(checkpoint, self.hub_model_id, path_in_repo=name, everything=True, **common)
-            )
-
-    def _finish_current_push(self) -> None:
-        """Waits for uploads in the background. A failed one has been warned of, and stops nothing."""
-        for upload in self._uploads:
-            upload.exception()
-        self._uploads = []

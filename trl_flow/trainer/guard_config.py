@@ -13,8 +13,8 @@ class GuardConfig(FlowGRPOConfig):
     Medium; 2e-4 for FLUX.1-dev).
 
     The weight is `"inverse_dt"` for `sde_type="flow"` and `"cps"`. With `sde_type="dance"` it becomes
-    `"inverse_beta_dt"`, whose weight cancels the factor `beta * dt` that the gradient of the transition's mean carries;
-    the paper prints `"beta_over_dt"`, which can be set by hand.
+    `"inverse_beta_dt"`, whose weight cancels the factor `beta * dt` that the gradient of the transition's mean
+    carries; the paper prints `"beta_over_dt"`, which can be set by hand.
 
     The clip range belongs to latents of 65,536 dimensions (512 x 512 images in Stable Diffusion 3.5): the ratio is a
     mean over dimensions, so that smaller latents, whose mean fluctuates more, need a larger range.

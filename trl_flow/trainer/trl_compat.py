@@ -1,7 +1,7 @@
 """Every private part of TRL that trl_flow stands on, in one place.
 
-`setup.cfg` asks for `trl<2` because of this file alone: none of these names is exported by TRL, so a release of TRL may
-move them. Nothing else in the project imports from inside TRL.
+`setup.cfg` asks for `trl<2` because of this file alone: none of these names is exported by TRL, so a release of TRL
+may move them. Nothing else in the project imports from inside TRL.
 """
 
 from collections.abc import Callable, Iterator
