@@ -671,9 +671,9 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
         if (instant_rewards < 0).any():
             negative = instant_rewards[instant_rewards < 0].min().item()
             raise RewardError(
-                f"With dense_rewards, VGPO's weights need rewards of one sign, but "
-                f"{' + '.join(self.reward_func_names)} gave {negative:g}. Add an offset to the reward function that makes all its values positive, or set "
-                "dense_rewards=False."
+                "With dense_rewards, VGPO's weights need rewards of one sign, but "
+                f"{' + '.join(self.reward_func_names)} gave {negative:g}. Add an offset to the reward function that "
+                "makes all its values positive, or set dense_rewards=False."
             )
         # A sample that no function applies to takes its group's mean: no signal, and the others keep theirs
         grouped = instant_rewards.unflatten(0, (-1, self.num_generations))
