@@ -35,7 +35,7 @@ SETTINGS = {
     "noise_level": 0.7,  # paper
     # Groups: 48 prompts x 24 images are sampled, and trained on in two updates
     "num_generations": 24,  # paper
-    "per_device_train_batch_size": 8,  # ours: fits one GPU; it changes no result but by rounding
+    "per_device_train_batch_size": 8,  # ours: images in one forward pass; as many as fit the GPU
     "steps_per_generation": 144,  # released: 48 x 24 images in a sampling phase = 144 x 8
     "gradient_accumulation_steps": 72,  # released: two updates in a sampling phase
     # Update

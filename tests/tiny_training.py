@@ -95,9 +95,7 @@ def train(output_dir, *, resume_from_checkpoint=None, **kwargs) -> dict[str, tor
     # The last block gives its text stream's result away, and with it what its queries are for
     unread = ("transformer_blocks.1.attn.add_q_proj", "transformer_blocks.1.attn.norm_added_q")
     unchanged = [
-        name
-        for name in before
-        if torch.equal(before[name], after[name]) and not any(part in name for part in unread)
+        name for name in before if torch.equal(before[name], after[name]) and not any(part in name for part in unread)
     ]
     assert not unchanged, f"not trained: {unchanged}"
     return after

@@ -134,10 +134,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _seed(text: str) -> int:
-    seed = int(text)
-    if not 0 <= seed < 2**32:
-        raise ValueError
-    return seed
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
+    return int(text)
 
 
 def _unknown_option(token: str, known: Sequence[str]) -> str:
@@ -202,7 +201,7 @@ def _mistakes() -> Iterator[None]:
     may be a fault of the program, whose place one has to see."""
     try:
         yield
-    except (ValueError, TypeError, OSError, ImportError, AttributeError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         raise UsageError(str(error) or type(error).__name__) from error
 
 
@@ -277,9 +276,16 @@ def _method(argv: list[str], recipe: dict[str, Any]) -> str:
 def _train_parser(method: str, *, bundled: str | None = None) -> "TrlParser":
     from dataclasses import dataclass, field
 
+    import transformers
+
+    # Importing pipelines that are not used hints at packages that are not needed
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
     from trl_flow.trainer import FlowGRPOConfig, GuardConfig, SLASConfig, VGPOConfig
+
+    transformers.utils.logging.set_verbosity(verbosity)
 
     @dataclass
     class FlowScriptArguments(ScriptArguments):
@@ -349,18 +355,24 @@ def _launch(launch_options: list[str], training_options: list[str], parser: "Trl
         if token.startswith("--") and token.split("=")[0] not in known:
             raise UsageError(_unknown_option(token, [*parser._option_string_actions, *sorted(known)]))
 
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    gpus = torch.accelerator.device_count()
-    if not config.get("use_cpu") and gpus == 0:
-        raise UsageError(
-            f"accelerate_config {name!r} is for GPUs, and torch sees none here. For processes on CPUs use "
-            "`torchrun --nproc_per_node 2 -m trl_flow train ... --use_cpu true`."
-        )
-    if config.get("num_processes") is None and not any(o.split("=")[0] == "--num_processes" for o in others):
-        others = ["--num_processes", str(gpus), *others]
     arguments = launch_parser.parse_args(
         ["--config_file", str(path), *others, "--module", "trl_flow", "train", *training_options]
     )
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    on_cpu = arguments.cpu or config.get("use_cpu", False)
+    if arguments.num_processes is None:
+        arguments.num_processes = config.get("num_processes") or torch.accelerator.device_count()
+    torchrun = "`torchrun --nproc_per_node 2 -m trl_flow train ... --use_cpu true`"
+    if not on_cpu and not torch.accelerator.is_available():
+        raise UsageError(
+            f"accelerate_config {name!r} is for GPUs, and torch sees none here. For processes on CPUs use {torchrun}."
+        )
+    if on_cpu and arguments.num_processes > 1:
+        # accelerate would start one process and not say so
+        raise UsageError(
+            f"accelerate does not start {arguments.num_processes} processes on CPUs. Use {torchrun} without "
+            "--accelerate_config."
+        )
     os.environ[_LAUNCHED] = "1"
     launch_command(arguments)
     return 0
@@ -369,10 +381,10 @@ def _launch(launch_options: list[str], training_options: list[str], parser: "Trl
 def _run_training(
     script_args: "ScriptArguments", args: "FlowGRPOConfig", model_args: "ModelConfig", mixture_args: Any
 ) -> None:
-    from trl import get_peft_config
-    from trl.trainer import ModelConfig
+    from trl import ModelConfig, get_peft_config
 
     from trl_flow import FlowGRPOTrainer
+    from trl_flow.trainer.checkpoints import is_complete, last_complete_checkpoint
 
     with _mistakes():
         if model_args.model_name_or_path is None:
@@ -380,9 +392,7 @@ def _run_training(
         for field in _UNSUPPORTED_MODEL_OPTIONS:
             default = None if field == "lora_task_type" else ModelConfig.__dataclass_fields__[field].default
             if getattr(model_args, field) != default:
-                raise ValueError(
-                    f"{field} is an option of TRL's for language models and has no effect here. Remove it."
-                )
+                raise ValueError(f"{field} is TRL's option for language models and has no effect here. Remove it.")
         bundled = model_args.model_name_or_path in BUNDLED_MODELS
         model = model_args.model_name_or_path
         if bundled:
@@ -395,8 +405,13 @@ def _run_training(
             script_args, mixture_args, bundled=bundled, evaluate=args.eval_strategy != "no"
         )
         resume = args.resume_from_checkpoint
-        if isinstance(resume, str) and resume.lower() in ("true", "last"):
-            resume = True
+        if resume is True or str(resume).lower() in ("true", "last"):
+            resume = last_complete_checkpoint(args.output_dir)
+        elif resume is not None and not is_complete(resume):
+            raise ValueError(
+                f"resume_from_checkpoint is {resume!r}, which is no complete checkpoint. Give one, or `true` for the "
+                "last complete one in output_dir."
+            )
         trainer = FlowGRPOTrainer(
             model=model,
             reward_funcs=reward_funcs,
@@ -418,10 +433,11 @@ def _run_training(
 
 
 def _last_checkpoint(output_dir: str) -> str:
-    from transformers.trainer_utils import get_last_checkpoint
+    from trl_flow.trainer.checkpoints import last_complete_checkpoint
 
-    last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
-    if last is None:
+    try:
+        last = last_complete_checkpoint(output_dir)
+    except ValueError:
         return f"No checkpoint had been written to {output_dir} (save_steps says how often that happens)."
     return f"The last checkpoint is {last}. Go on from it with the same command and --resume_from_checkpoint true."
 
@@ -504,7 +520,7 @@ def _datasets(
         splits = _load_dataset(name, script_args.dataset_config)
     if train_split not in splits:
         raise ValueError(
-            f"the data set has no split {train_split!r} but {', '.join(splits)}: set dataset_train_split."
+            f"the data set has no split {train_split!r}, only {', '.join(splits)}: set dataset_train_split."
         )
     if evaluate and test_split not in splits:
         raise ValueError(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from trl_flow.evaluation.scoring import PairedDifference
-    from trl_flow.trainer import FlowGRPOConfig
+    from trl_flow.trainer import FlowGRPOConfig, FlowGRPOTrainer
 
 RESULTS = "results.json"
 
@@ -138,11 +138,12 @@ def run_demo(
 
     model = pipeline_path() if model is None else model
     prompts = _spread(load_prompts("test"), settings.eval_prompts)
-    before = _draw(_load(model), prompts, settings, "Held-out prompts before training")
+    pipeline = _load(model)
+    before = _draw(pipeline, prompts, settings, "Held-out prompts before training")
     scores_before = _score(before, prompts)
     drawn = time.perf_counter()
 
-    trainer = _trainer(model, settings, method, folder, seed)
+    trainer = _trainer(pipeline, settings, method, folder, seed)
     try:
         trainer.train()
     except KeyboardInterrupt:
@@ -230,7 +231,7 @@ def _load(model: str | os.PathLike) -> "StableDiffusion3Pipeline":
     import torch
     from diffusers import StableDiffusion3Pipeline
 
-    return StableDiffusion3Pipeline.from_pretrained(model, torch_dtype=torch.float32)
+    return StableDiffusion3Pipeline.from_pretrained(model).to(torch.float32)
 
 
 def _spread(dataset: Any, number: int) -> Any:
@@ -278,7 +279,9 @@ def _differences(
     }
 
 
-def _trainer(model: str | os.PathLike, settings: DemoSettings, method: str, folder: Path, seed: int) -> Any:
+def _trainer(
+    pipeline: "StableDiffusion3Pipeline", settings: DemoSettings, method: str, folder: Path, seed: int
+) -> "FlowGRPOTrainer":
     from peft import LoraConfig
 
     from trl_flow import FlowGRPOTrainer
@@ -286,7 +289,7 @@ def _trainer(model: str | os.PathLike, settings: DemoSettings, method: str, fold
     from trl_flow.shapes import load_prompts
 
     return FlowGRPOTrainer(
-        model=model,
+        model=pipeline,
         reward_funcs=ShapesReward(settings.reward),
         args=_config(settings, method, folder, seed),
         train_dataset=load_prompts("train"),
@@ -323,6 +326,7 @@ def _config(settings: DemoSettings, method: str, folder: Path, seed: int) -> "Fl
         logging_steps=settings.updates_per_rollout,
         save_strategy="no",
         report_to="none",
+        disable_tqdm=False,
     )
 
 
@@ -356,7 +360,12 @@ def _write_pictures(
 
 
 def _closing(folder: Path, settings: DemoSettings, seconds: float) -> str:
-    sampling = f"num_inference_steps={settings.num_inference_steps}, guidance_scale={settings.guidance_scale:g}"
+    from trl_flow.shapes.model import T5_TOKENS
+
+    sampling = (
+        f"num_inference_steps={settings.num_inference_steps}, guidance_scale={settings.guidance_scale:g}, "
+        f"max_sequence_length={T5_TOKENS}"
+    )
     return (
         f"{seconds / 60:.1f} minutes. In {folder}: before_after.png, rewards.png, {RESULTS}, and the adapter, which "
         "stock diffusers loads:\n\n"

@@ -14,8 +14,8 @@ from trl_flow import FlowGRPOConfig, GuardConfig, SLASConfig, VGPOConfig
 # Plain gradient descent where results are equal but for rounding: Adam divides each gradient by its own size, so that
 # of one that is 0 but for rounding it makes a whole step. The learning rate moves weights by some 0.01.
 SGD = {"optim": "sgd", "learning_rate": 10.0, "weight_decay": 0.0}
-# Of the way that the weights have moved. A pixel that falls on the other side of 1/2 changes a reward by 5e-6, which is
-# 1e-3 of the rewards' spread.
+# Of the way that the weights have moved. A pixel that falls on the other side of 1/2 changes a reward by 5e-6, and
+# that is 1e-3 of the rewards' spread.
 ROUNDING = 5e-3
 
 
@@ -169,7 +169,10 @@ def test_sampling_does_not_depend_on_the_global_random_state(tmp_path):
 @pytest.mark.parametrize(
     ("preset", "fields"),
     [
-        (GuardConfig, {"importance_ratio": "ratio_norm", "timestep_weighting": "inverse_dt", "scale_rewards": "group"}),
+        (
+            GuardConfig,
+            {"importance_ratio": "ratio_norm", "timestep_weighting": "inverse_dt", "scale_rewards": "group"},
+        ),
         (
             SLASConfig,
             {

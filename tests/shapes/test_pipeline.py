@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from trl_flow.shapes import PlacedShape, check, load_pipeline, load_prompts, pipeline_path, render
+from trl_flow.shapes.model import T5_TOKENS
 from trl_flow.shapes.prompts import all_targets, make_caption
 
 
@@ -83,7 +84,7 @@ def test_scores_at_a_fixed_seed(pipeline):
         [row["prompt"] for row in rows],
         guidance_scale=1.0,
         num_inference_steps=10,
-        max_sequence_length=16,
+        max_sequence_length=T5_TOKENS,
         generator=torch.Generator().manual_seed(0),
     ).images
     results = [check(image, row["objects"], row["relation"]) for image, row in zip(images, rows, strict=True)]

@@ -13,11 +13,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tiny_training
 sys.path.insert(0, str(Path(__file__).parents[2]))  # trl_flow, where it is not installed
 
-import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from tiny_training import assert_equal, brightness, prompts, tiny_trainer, trained_weights  # noqa: E402
+import torch
+from safetensors.torch import save_file
+from tiny_training import assert_equal, brightness, prompts, tiny_trainer, trained_weights
 
-from trl_flow.rewards.calling import RewardError  # noqa: E402
+from trl_flow.rewards.calling import RewardError
 
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

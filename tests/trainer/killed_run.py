@@ -13,8 +13,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tiny_training
 sys.path.insert(0, str(Path(__file__).parents[2]))  # trl_flow, where it is not installed
 
-import torch  # noqa: E402
-from tiny_training import brightness, tiny_trainer  # noqa: E402
+import torch
+from tiny_training import brightness, tiny_trainer
 
 
 def train_until_killed(folder: str, when: str) -> None:

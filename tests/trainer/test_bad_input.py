@@ -72,7 +72,7 @@ def test_no_data_set(tmp_path):
 
 @pytest.mark.parametrize(("height", "width"), [(17, 16), (16, 18), (16, 36), (16, 512)])
 def test_sizes_that_the_vae_or_the_transformer_can_not_do(height, width, tmp_path):
-    parts = [f"{height} x {width}", "multiples of 4", "at most 32", "height=16"]
+    parts = [f"{height} x {width}", "multiples of 4 ", " 32", "Set height=16 and width=16"]
     assert_refused(tmp_path, ValueError, *parts, height=height, width=width)
 
 
@@ -201,6 +201,22 @@ def test_an_unwritable_output_folder(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="can not be written to.*read-only for this user"):
         tiny_trainer(locked / "out")
     assert not list(locked.iterdir())
+
+
+def test_an_output_folder_without_room_for_a_checkpoint(tmp_path, monkeypatch):
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)._replace(free=2**10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    (tmp_path / "out").mkdir()
+    assert_refused(tmp_path, ValueError, "0 MiB left", "Make room", save_strategy="steps")
+    tiny_trainer(tmp_path / "out", save_strategy="no")
+
+
+def test_a_dtype_that_is_none(tmp_path, tiny_sd3_path):
+    parts = ["dtype 'half32'", "float32, bfloat16 or float16"]
+    kwargs = {"model_init_kwargs": {"dtype": "half32"}, "pipeline": tiny_sd3_path}
+    assert_refused(tmp_path, ValueError, *parts, **kwargs)
 
 
 def test_an_output_folder_with_other_files_keeps_them(tmp_path):

@@ -228,7 +228,9 @@ def test_a_full_disk_leaves_earlier_checkpoints_alone(size, lora, tmp_path):
 
     trainer = tiny_trainer(out, callbacks=[Remember(), disk], **fields)
     try:
-        with pytest.raises(RuntimeError, match=r"checkpoint-2 could not be written.*earlier checkpoints are untouched"):
+        with pytest.raises(
+            RuntimeError, match=r"checkpoint-2 could not be written.*earlier checkpoints are untouched"
+        ):
             trainer.train()
     finally:
         disk.lift()

@@ -30,7 +30,6 @@ def load_pipeline() -> "StableDiffusion3Pipeline":
 
     Loaded with diffusers alone: `StableDiffusion3Pipeline.from_pretrained(pipeline_path())` gives the same.
     """
-    import torch
     from diffusers import StableDiffusion3Pipeline
 
-    return StableDiffusion3Pipeline.from_pretrained(pipeline_path(), torch_dtype=torch.float32)
+    return StableDiffusion3Pipeline.from_pretrained(pipeline_path())

@@ -95,12 +95,20 @@ def probe_output_dir(args: FlowGRPOConfig, num_parameters: int) -> None:
 def load_pipeline(model: str | os.PathLike, args: FlowGRPOConfig, peft_config: PeftConfig | None) -> DiffusionPipeline:
     """The pipeline of a hub id or folder, frozen parts in half precision where that is trained in."""
     kwargs = dict(args.model_init_kwargs or {})
-    if "torch_dtype" not in kwargs:
+    # diffusers' older name for it, which it warns of
+    dtype = kwargs.pop("torch_dtype", None) if kwargs.get("dtype") is None else kwargs["dtype"]
+    if dtype is None:
         half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         # The VAE loses accuracy in half precision; weights that are trained need float32
-        kwargs["torch_dtype"] = {"default": half, "vae": torch.float32}
+        dtype = {"default": half, "vae": torch.float32}
         if peft_config is None:
-            kwargs["torch_dtype"] |= {"transformer": torch.float32, "unet": torch.float32}
+            dtype |= {"transformer": torch.float32, "unet": torch.float32}
+    elif isinstance(dtype, str):
+        # from a command line or a YAML file; diffusers would take float32 in its place
+        name, dtype = dtype, getattr(torch, dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"model_init_kwargs has dtype {name!r}, but must be float32, bfloat16 or float16.")
+    kwargs["dtype"] = dtype
     if os.path.isdir(model) and not os.path.isfile(os.path.join(model, "model_index.json")):
         raise ValueError(
             f"The folder {os.fspath(model)!r} is not a diffusers pipeline: it has no model_index.json. It holds "

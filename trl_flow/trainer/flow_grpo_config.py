@@ -1,5 +1,6 @@
 """[`FlowGRPOConfig`]: every switch of the trainer. The presets beside it only change defaults."""
 
+import math
 from dataclasses import dataclass, field
 
 from transformers.utils import is_torch_bf16_gpu_available
@@ -320,6 +321,8 @@ class FlowGRPOConfig(_BaseConfig):
         if self.sde_type == "cps":
             check("noise_level", self.noise_level <= 1, "at most 1 for sde_type='cps'")
         check("guidance_scale", self.guidance_scale >= 0, "0 or more")
+        for name in ("noise_level", "guidance_scale", "beta", "advantage_power", "value_scale"):
+            check(name, math.isfinite(getattr(self, name)), "finite")
         check("timestep_fraction", 0 < self.timestep_fraction <= 1, "in (0, 1]")
         check("epsilon", self.epsilon > 0, "above 0")
         check("epsilon_high", self.epsilon_high is None or self.epsilon_high > 0, "above 0, or None")

@@ -1,0 +1,379 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny_training import PROMPTS
+
+from trl_flow.cli import ACCELERATE_CONFIGS, main
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_sd3_path, monkeypatch):
+    """Writes a recipe of a two-second training run, changed by `fields`, and returns its path."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p, "weight": 2.0}) + "\n" for p in PROMPTS))
+
+    def write(name: str = "recipe.yaml", **fields) -> str:
+        content = {
+            "model_name_or_path": tiny_sd3_path,
+            "dataset_name": "prompts.jsonl",
+            "reward_funcs": ["jpeg_compressibility"],
+            "output_dir": str(tmp_path / "run"),
+            "num_generations": 4,
+            "per_device_train_batch_size": 8,
+            "num_inference_steps": 2,
+            "height": 16,
+            "width": 16,
+            "max_sequence_length": 16,
+            "learning_rate": "1e-2",
+            "max_steps": 2,
+            "logging_steps": 1,
+            "gradient_checkpointing": False,
+            "use_cpu": True,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_peft": True,
+            **fields,
+        }
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump({key: value for key, value in content.items() if value is not None}))
+        return str(path)
+
+    return write
+
+
+def mistake(capsys, *argv: str) -> str:
+    """What is printed about `argv`, which must be refused with exit code 2 and without a traceback."""
+    try:
+        code = main(argv)
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code == 2, error
+    assert "Traceback" not in error
+    return error
+
+
+def settings(folder) -> dict:
+    return json.loads((folder / "training_args.json").read_text())
+
+
+# ---- The commands ----
+
+
+def test_help_comes_at_once_and_lists_the_commands():
+    program = (
+        "import sys; from trl_flow.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "slow = {'torch', 'transformers', 'diffusers', 'trl', 'datasets', 'matplotlib', 'numpy'} & set(sys.modules)\n"
+        "assert not slow, slow"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    listed = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("    ") and line.strip()]
+    assert {"demo", "train", "env"} <= set(listed)
+
+
+def test_without_a_command_the_help_is_printed(capsys):
+    assert main([]) == 0
+    assert "demo" in capsys.readouterr().out
+
+
+def test_help_of_each_command(capsys):
+    for command, words in {
+        "demo": ("--full", "--method", "--output-dir", "--seed"),
+        "env": ("versions",),
+        "train": ("--config", "--accelerate_config", "--num_generations", "--reward_funcs", "--lora_r", "--method"),
+    }.items():
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+        shown = capsys.readouterr().out
+        assert all(word in shown for word in words)
+
+
+def test_env_names_versions_and_devices(capsys):
+    assert main(["env"]) == 0
+    shown = dict(line[2:].split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert shown["torch"] == torch.__version__
+    assert shown["devices"]
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["tran"], "invalid choice"),
+        (["demo", "--ful"], "Did you mean --full?"),
+        (["demo", "--method", "gard"], "invalid choice"),
+        (["demo", "--seed", "-1"], "whole number"),
+        (["demo", "--seed", "one"], "'one' is not a whole number"),
+        (["env", "--output-dir", "x"], "there is no option --output-dir"),
+        (["train"], "nothing to train"),
+        (["train", "--config"], "needs the path"),
+        (["train", "--config", "no-such.yaml"], "'no-such.yaml' can not be read: No such file"),
+    ],
+)
+def test_mistakes_on_the_command_line(capsys, argv, words):
+    assert words in mistake(capsys, *argv)
+
+
+def test_the_traceback_can_be_asked_for(monkeypatch):
+    monkeypatch.setenv("TRL_FLOW_DEBUG", "1")
+    with pytest.raises(Exception, match="nothing to train"):
+        main(["train"])
+
+
+# ---- trl-flow train ----
+
+
+def test_train_by_a_recipe(recipe, tmp_path, capsys):
+    assert main(["train", "--config", recipe(lora_r=3)]) == 0
+    folder = tmp_path / "run"
+    weights = load_file(folder / "pytorch_lora_weights.safetensors")
+    down = [tensor for name, tensor in weights.items() if name.endswith("lora_A.weight")]
+    up = [tensor for name, tensor in weights.items() if name.endswith("lora_B.weight")]
+    assert {tensor.shape[0] for tensor in down} == {3}
+    assert sum(tensor.abs().sum() for tensor in up) > 0  # they begin at 0
+    assert settings(folder)["learning_rate"] == 0.01  # YAML reads 1e-2 as text
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in log if "rewards/jpeg_compressibility/mean" in entry] == [1, 2]
+    assert f"Saved to {folder}" in capsys.readouterr().out
+
+
+def test_options_come_before_the_recipe_and_the_recipe_before_the_preset(recipe, tmp_path):
+    # Guard's own: ratio_norm, learning rate 1e-4, epsilon 2e-6
+    path = recipe(method="guard", epsilon="1e-3", learning_rate=None)
+    assert main(["train", f"--config={path}", "--num_generations", "2", "--max_steps=1"]) == 0
+    run = settings(tmp_path / "run")
+    assert (run["importance_ratio"], run["learning_rate"]) == ("ratio_norm", 1e-4)
+    assert (run["epsilon"], run["num_generations"], run["max_steps"]) == (1e-3, 2, 1)
+
+
+def test_rewards_of_ones_own_get_the_columns(recipe, tmp_path):
+    (tmp_path / "own_rewards_for_cli.py").write_text(
+        "def weighted(prompts, images, weight, **kwargs):\n    return [w * len(p) for p, w in zip(prompts, weight)]\n"
+        "class Constant:\n    def __call__(self, prompts, **kwargs):\n        return [7.0] * len(prompts)\n"
+    )
+    path = recipe(reward_funcs=["own_rewards_for_cli.weighted", "own_rewards_for_cli.Constant"], max_steps=1)
+    assert main(["train", "--config", path]) == 0
+    (log, *_) = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert log["rewards/Constant/mean"] == 7.0
+    # Two of four prompts a step, each twice its length
+    lengths = [len(prompt) for prompt in PROMPTS]
+    possible = {a + b for i, a in enumerate(lengths) for b in lengths[:i]}
+    assert log["rewards/weighted/mean"] in possible
+
+
+@pytest.mark.parametrize(
+    "name, content, prompts",
+    [
+        ("p.txt", "a cat\ntwo dogs\n", 2),
+        ("p.csv", "prompt,weight\na cat,1\n", 1),
+        ("p.json", '[{"prompt": "a cat"}, {"prompt": "a dog"}, {"prompt": "a cow"}]', 3),
+    ],
+)
+def test_files_of_prompts(recipe, tmp_path, name, content, prompts):
+    from trl import DatasetMixtureConfig, ScriptArguments
+
+    from trl_flow.cli import _datasets
+
+    (tmp_path / name).write_text(content)
+    train, evaluation = _datasets(
+        ScriptArguments(dataset_name=str(tmp_path / name)), DatasetMixtureConfig(), bundled=False, evaluate=False
+    )
+    assert len(train) == prompts and train[0]["prompt"] == "a cat" and evaluation is None
+
+
+def test_a_mixture_of_data_sets(recipe, tmp_path):
+    mixture = [{"path": "json", "data_files": "prompts.jsonl"}] * 2
+    path = recipe(dataset_name=None, datasets=mixture, test_split_size=0.25, eval_strategy="steps", eval_steps=1)
+    assert main(["train", "--config", path, "--max_steps", "1", "--eval_num_inference_steps", "2"]) == 0
+    log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert any("eval_reward" in entry for entry in log)
+
+
+def test_the_bundled_prompts_are_the_bundled_models_default():
+    from trl import DatasetMixtureConfig, ScriptArguments
+
+    from trl_flow.cli import _datasets
+    from trl_flow.shapes import load_prompts
+
+    train, evaluation = _datasets(ScriptArguments(), DatasetMixtureConfig(), bundled=True, evaluate=True)
+    assert train["prompt"] == load_prompts("train")["prompt"]
+    assert evaluation["prompt"] == load_prompts("test")["prompt"]
+
+
+def test_the_bundled_models_size_is_its_default_and_can_be_changed():
+    from trl_flow.cli import _train_parser
+
+    def size(bundled, *argv):
+        _, config, *_ = _train_parser("flow_grpo", bundled=bundled).parse_args_and_config(list(argv))
+        return config.height, config.width
+
+    assert size("bundled") == size("shapes") == (32, 32)
+    assert size("bundled", "--height", "16") == (16, 32)
+    assert size("stabilityai/stable-diffusion-3.5-medium") == (512, 512)
+
+
+@pytest.mark.parametrize(
+    "fields, options, words",
+    [
+        ({"num_generaton": 8}, [], "Did you mean --num_generations?"),
+        ({}, ["--learning-rat", "1"], "Did you mean --learning-rate?"),
+        ({}, ["--num_gen", "8"], "there is no option --num_gen"),
+        ({}, ["--num_processes", "2"], "there is no option --num_processes"),
+        ({"method": "gard"}, [], "must be one of flow_grpo, guard, slas, vgpo. Did you mean guard?"),
+        ({}, ["--num_generations", "three"], "invalid int value: 'three'"),
+        ({"sde_type": "flwo"}, [], "sde_type is 'flwo'"),
+        ({"num_generations": 3}, [], "not divisible by num_generations (3)"),
+        ({"model_name_or_path": None}, [], "model_name_or_path is missing"),
+        ({"model_name_or_path": "."}, [], "no model_index.json"),
+        ({"load_in_4bit": True}, [], "load_in_4bit is TRL's option for language models"),
+        ({"attn_implementation": "sdpa"}, [], "attn_implementation is TRL's option"),
+        ({"dtype": "float23"}, [], "float23"),
+        ({"reward_funcs": None}, [], "reward_funcs is missing"),
+        ({"reward_funcs": ["shape_soft"]}, [], "Did you mean shapes_soft?"),
+        ({"reward_funcs": ["no_such_module.reward"]}, [], "No module named 'no_such_module'"),
+        ({"reward_funcs": ["json.no_such_reward"]}, [], "has no 'no_such_reward'"),
+        ({"reward_funcs": ["json.decoder"]}, [], "must be a callable"),
+        ({"dataset_name": None}, [], "dataset_name is missing"),
+        ({"dataset_name": "no-such.jsonl"}, [], "'no-such.jsonl' can not be read: there is no such file"),
+        ({"dataset_train_split": "trian"}, [], "has no split 'trian', only train"),
+        ({"dataset_streaming": True}, [], "streaming"),
+        ({"eval_strategy": "steps", "eval_steps": 1}, [], "has no split 'test'"),
+        ({"resume_from_checkpoint": "true"}, [], "no complete checkpoint"),
+        ({"resume_from_checkpoint": "no-such"}, [], "'no-such', which is no complete checkpoint"),
+        ({"accelerate_config": "multi_gpus"}, [], "neither a file nor one of fsdp2, multi_gpu, single_gpu"),
+        ({}, ["--accelerate_config", "single_gpu", "--num_proceses", "2"], "Did you mean --num_processes?"),
+        ({}, ["--accelerate_config"], "needs a name"),
+    ],
+)  # fmt: skip
+def test_what_can_not_be_trained_is_refused(recipe, tmp_path, capsys, fields, options, words):
+    assert words in mistake(capsys, "train", "--config", recipe(**fields), *options)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "content, words", [("- a\n- b\n", "holds a list"), ("", "nothing"), ("a: [", "not valid YAML")]
+)
+def test_a_file_that_is_no_recipe(tmp_path, capsys, content, words):
+    (tmp_path / "recipe.yaml").write_text(content)
+    assert words in mistake(capsys, "train", "--config", str(tmp_path / "recipe.yaml"))
+
+
+@pytest.mark.parametrize("name, content", [("bad.json", "{"), ("bad.csv", 'a,b\n1,"2\n3,4,5'), ("bad.parquet", "x")])
+def test_a_file_of_prompts_that_can_not_be_read(recipe, tmp_path, capsys, name, content):
+    (tmp_path / name).write_text(content)
+    error = mistake(capsys, "train", "--config", recipe(dataset_name=name))
+    assert name in error or "no column 'prompt'" in error
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="for machines without a GPU")
+def test_gpu_configs_without_gpus_are_refused_with_a_way_out(recipe, capsys):
+    error = mistake(capsys, "train", "--config", recipe(), "--accelerate_config", "multi_gpu")
+    assert "torch sees none here" in error and "torchrun" in error
+
+
+def test_accelerate_does_not_start_several_processes_on_cpus(recipe, tmp_path, capsys):
+    # `accelerate launch --cpu --num_processes 2` runs one process and does not say so
+    (tmp_path / "cpu.yaml").write_text(CPU_CONFIG)
+    options = ["--accelerate_config", "cpu.yaml", "--num_processes", "2"]
+    assert "torchrun" in mistake(capsys, "train", "--config", recipe(), *options)
+
+
+CPU_CONFIG = """\
+compute_environment: LOCAL_MACHINE
+distributed_type: "NO"
+main_training_function: main
+mixed_precision: "no"
+num_machines: 1
+num_processes: 1
+use_cpu: true
+"""
+
+
+def environment() -> dict[str, str]:
+    """For a process of its own that finds the package wherever it runs."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
+
+
+def test_accelerate_starts_the_training_with_the_other_options(recipe, tmp_path):
+    (tmp_path / "cpu.yaml").write_text(CPU_CONFIG)
+    argv = ["train", "--config", recipe(accelerate_config="cpu.yaml"), "--max_steps", "1", "--num_generations", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "trl_flow", *argv], capture_output=True, text=True, env=environment(), check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (settings(tmp_path / "run")["max_steps"], settings(tmp_path / "run")["num_generations"]) == (1, 2)
+
+
+@pytest.mark.parametrize("path", sorted(ACCELERATE_CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_its_configs(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.utils import DistributedType
+
+    config = load_config_from_file(str(path))
+    expected = {
+        "single_gpu": "NO",
+        "multi_gpu": "MULTI_GPU",
+        "fsdp2": "FSDP",
+        "zero2": "DEEPSPEED",
+        "zero3": "DEEPSPEED",
+    }
+    assert config.distributed_type == DistributedType(expected[path.stem])
+    assert config.mixed_precision == "no"  # left to the training config
+    if path.stem.startswith("zero"):
+        assert config.deepspeed_config["zero_stage"] == int(path.stem[-1])
+    if path.stem == "fsdp2":
+        assert config.fsdp_config["fsdp_version"] == 2
+
+
+INTERRUPTING = """\
+calls = 0
+
+def interrupting(prompts, images, **kwargs):
+    global calls
+    calls += 1
+    if calls == 2:
+        raise KeyboardInterrupt
+    return [float(i) for i in range(len(prompts))]
+"""
+
+
+@pytest.mark.parametrize("save_steps, words", [(1, "checkpoint-1. Go on"), (500, "No checkpoint had been written")])
+def test_ctrl_c_tells_where_to_go_on(recipe, tmp_path, capsys, save_steps, words):
+    module = f"interrupting_{save_steps}"
+    (tmp_path / f"{module}.py").write_text(INTERRUPTING)
+    argv = ["train", "--config", recipe(reward_funcs=[f"{module}.interrupting"], save_steps=save_steps)]
+    assert main(argv) == 130
+    assert words in capsys.readouterr().err
+    if save_steps == 1:
+        assert main([*argv, "--resume_from_checkpoint", "true"]) == 0
+        state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+        assert [entry["step"] for entry in state["log_history"] if "reward" in entry] == [1, 2]
+
+
+# ---- trl-flow demo ----
+
+
+def test_demo_passes_on_what_is_asked_for(monkeypatch, tmp_path):
+    import trl_flow.demo as demo
+
+    asked = {}
+    monkeypatch.setattr(demo, "run_demo", lambda settings, **kwargs: asked.update(kwargs, settings=settings))
+    assert main(["demo", "--full", "--method", "flow_grpo", "--output-dir", "here", "--seed", "3"]) == 0
+    assert asked == {"settings": demo.FULL, "method": "flow_grpo", "output_dir": "here", "seed": 3}
+    assert main(["demo"]) == 0
+    assert asked == {"settings": demo.QUICK, "method": "guard", "output_dir": "trl-flow-demo", "seed": 0}
+
+
+def test_demo_refuses_a_folder_with_other_things(tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("precious")
+    assert "not empty" in mistake(capsys, "demo", "--output-dir", str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

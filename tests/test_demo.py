@@ -1,0 +1,152 @@
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from diffusers import StableDiffusion3Pipeline
+from PIL import Image
+
+from trl_flow.demo import EVAL_SEED, FULL, QUICK, DemoError, run_demo
+
+
+TINY = replace(
+    QUICK,
+    rollouts=2,
+    prompts_per_rollout=2,
+    num_generations=4,
+    updates_per_rollout=2,
+    num_inference_steps=2,
+    eval_prompts=6,
+    eval_images_per_prompt=2,
+    grid_prompts=4,
+)
+ARTEFACTS = {
+    *("before.png", "after.png", "before_after.png", "rewards.png", "results.json"),
+    *("pytorch_lora_weights.safetensors", "README.md"),
+}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory, tiny_sd3_path):
+    """The results and the folder of one demo."""
+    folder = tmp_path_factory.mktemp("demo") / "new" / "folder"
+    return run_demo(TINY, output_dir=folder, model=tiny_sd3_path), folder
+
+
+def test_everything_is_written(demo):
+    _, folder = demo
+    assert {path.name for path in folder.iterdir()} >= ARTEFACTS
+    assert not list(folder.glob("checkpoint-*"))
+    for name in ("before.png", "after.png", "before_after.png", "rewards.png"):
+        with Image.open(folder / name) as picture:
+            assert np.asarray(picture.convert("L")).std() > 1, f"{name} is blank"
+
+
+def test_results_have_what_a_reader_needs(demo, tiny_sd3_path):
+    results, folder = demo
+    assert json.loads((folder / "results.json").read_text()) == results
+    assert results["scores"].keys() == {"shapes_soft", "shapes_strict", "shapes_fidelity"}
+    for score in results["scores"].values():
+        assert score["num_pairs"] == 6
+        assert math.isclose(score["difference"], score["mean_after"] - score["mean_before"], abs_tol=1e-12)
+        assert score["standard_error"] >= 0
+    assert results["method"] == "guard" and results["reward"] == "shapes_soft" and results["seed"] == 0
+    assert results["settings"]["rollouts"] == 2 and results["eval_seed"] == EVAL_SEED
+    assert {"python", "torch", "diffusers", "trl_flow"} <= results["versions"].keys()
+    assert results["seconds"]["total"] >= results["seconds"]["training"] > 0
+    assert results["command"] and results["model"] == tiny_sd3_path
+
+
+def test_the_saved_adapter_draws_the_pictures_that_were_scored(demo, tiny_sd3_path):
+    from trl_flow.evaluation.scoring import draw, score_images
+    from trl_flow.rewards import ShapesReward
+    from trl_flow.shapes import load_prompts
+
+    results, folder = demo
+    prompts = load_prompts("test")
+    prompts = prompts.select([i * len(prompts) // 6 for i in range(6)])
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_sd3_path)
+
+    def fidelity() -> float:
+        images = draw(
+            pipeline,
+            prompts["prompt"],
+            seed=EVAL_SEED,
+            num_images_per_prompt=2,
+            num_inference_steps=2,
+            guidance_scale=TINY.guidance_scale,
+            height=32,
+            width=32,
+            max_sequence_length=1,
+            batch_size=64,
+        )
+        return score_images(images, prompts, ShapesReward("fidelity"))["shapes_fidelity"].mean()
+
+    score = results["scores"]["shapes_fidelity"]
+    before = fidelity()
+    pipeline.load_lora_weights(folder)
+    assert before == pytest.approx(score["mean_before"], abs=1e-6)
+    assert fidelity() == pytest.approx(score["mean_after"], abs=1e-6)
+    assert score["mean_before"] != score["mean_after"]
+
+
+def test_again_in_the_same_folder_gives_the_same(demo, tiny_sd3_path, tmp_path, capsys):
+    results, folder = demo
+    (folder / "images" / "step-999999.png").write_bytes(b"of a longer demo")
+    again = run_demo(TINY, output_dir=folder, model=tiny_sd3_path)
+    assert again["scores"] == results["scores"]
+    assert not (folder / "images" / "step-999999.png").exists()
+    shown = capsys.readouterr().out
+    assert "shapes_strict" in shown and "load_lora_weights" in shown and str(folder) in shown
+
+
+def test_seed_and_method_matter(demo, tiny_sd3_path, tmp_path):
+    results, _ = demo
+    other_seed = run_demo(TINY, output_dir=tmp_path / "seed", model=tiny_sd3_path, seed=1)
+    other_method = run_demo(TINY, output_dir=tmp_path / "method", model=tiny_sd3_path, method="flow_grpo")
+    for other in (other_seed, other_method):
+        fidelity, first = other["scores"]["shapes_fidelity"], results["scores"]["shapes_fidelity"]
+        assert fidelity["mean_before"] == first["mean_before"]
+        assert fidelity["mean_after"] != first["mean_after"]
+    config = json.loads((tmp_path / "method" / "training_args.json").read_text())
+    assert config["importance_ratio"] == "standard"
+
+
+def test_the_shipped_settings_fit_together(tmp_path):
+    from trl_flow.demo import _config
+
+    for settings in (QUICK, FULL):
+        for method in ("guard", "flow_grpo"):
+            config = _config(settings, method, tmp_path, seed=0)
+            assert config.generation_batch_size == settings.prompts_per_rollout * settings.num_generations
+            assert config.max_steps == settings.rollouts * settings.updates_per_rollout
+            assert config.learning_rate == settings.learning_rate[method]
+
+
+def test_what_can_not_be_done_is_refused_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "results.json").write_text('{"of": "another program"}')
+    for arguments, words in (
+        ({"output_dir": tmp_path / "file"}, "is a file"),
+        ({"output_dir": tmp_path / "file" / "below"}, "can not be written to"),
+        ({"output_dir": tmp_path / "other"}, "is not empty"),
+        ({"output_dir": tmp_path / "new", "method": "gard"}, "must be one of guard, flow_grpo"),
+    ):
+        with pytest.raises(DemoError, match=words):
+            run_demo(QUICK, model="never looked at", **arguments)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "other", "results.json"]
+
+
+def test_ctrl_c_leaves_a_folder_that_the_next_demo_takes(tiny_sd3_path, tmp_path, monkeypatch):
+    from trl_flow import FlowGRPOTrainer
+
+    def interrupted(self, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FlowGRPOTrainer, "train", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="no adapter"):
+            run_demo(TINY, output_dir=tmp_path / "demo", model=tiny_sd3_path)
+    assert run_demo(TINY, output_dir=tmp_path / "demo", model=tiny_sd3_path)["scores"]

@@ -1,0 +1,236 @@
+"""The examples, the recipes and every Python block of the README and the documentation run as they are printed.
+
+Only what makes them long is changed: the size of the model, the number of pictures, steps and prompts.
+"""
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from diffusers import StableDiffusion3Pipeline
+from tiny_models import tiny_clip_tokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+import trl_flow.backbones
+import trl_flow.trainer
+from trl_flow import cli
+from trl_flow.trainer import FlowGRPOTrainer
+
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
+PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def load_program(path: str):
+    """A program of the repository that is no part of the package, as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class ReducedTrainer(FlowGRPOTrainer):
+    """Trains any recipe for one update on four pictures, with all its other settings; Hub ids become a tiny model."""
+
+    tiny_path = None
+
+    def __init__(self, model, reward_funcs, args, train_dataset, *others, **kwargs):
+        args.max_steps = 1
+        args.num_generations, args.per_device_train_batch_size = 2, 4
+        args.steps_per_generation, args.gradient_accumulation_steps, args.generation_batch_size = 1, 1, 4
+        args.eval_num_inference_steps = 2
+        args.use_cpu, args.bf16 = True, False
+        args.report_to, args.push_to_hub = [], False
+        if isinstance(model, str) and not Path(model).exists():
+            model = self.tiny_path
+            args.height = args.width = args.max_sequence_length = 16
+        super().__init__(model, reward_funcs, args, train_dataset, *others, **kwargs)
+
+    def push_to_hub(self, *args, **kwargs):
+        """Tested with a server in tests/test_sharing.py."""
+
+
+@pytest.fixture
+def reduced(monkeypatch, tmp_path, tiny_sd3_path):
+    """An empty working folder, in which trainers are tiny."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ReducedTrainer, "tiny_path", tiny_sd3_path)
+    monkeypatch.setattr(trl_flow.trainer, "FlowGRPOTrainer", ReducedTrainer)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_blocks_run(page, reduced):
+    """The blocks of a page share their names, from top to bottom, as a reader would type them."""
+    text = page.read_text(encoding="utf-8")
+    (reduced / "prompts.jsonl").write_text('{"prompt": "a cat", "answer": 1}\n{"prompt": "a dog", "answer": 2}\n')
+    names = {"__name__": "page"}
+    for block in PYTHON_BLOCK.finditer(text):
+        line = text[: block.start(1)].count("\n") + 1
+        code = compile("\n" * (line - 1) + block.group(1), str(page), "exec")
+        exec(code, names)
+
+
+def test_the_readme_shows_code_that_trains(reduced):
+    """Without this the test above would pass on pages without a block."""
+    blocks = PYTHON_BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(blocks[0].strip().splitlines()) <= 20
+    names = {"__name__": "readme"}
+    exec(blocks[0], names)
+    assert names["trainer"].state.global_step == 1
+
+
+def test_links_lead_somewhere():
+    broken = [
+        f"{page.relative_to(ROOT)}: {target}"
+        for page in PAGES
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+        if "://" not in target and not (page.parent / target).exists()
+    ]
+    assert broken == []
+
+
+def test_the_site_lists_every_page():
+    listed = re.findall(r":\s*(\S+\.md)", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    assert sorted(listed) == sorted(page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:])
+
+
+def tiny_clip_folder(folder: Path) -> str:
+    """A CLIP model of stock classes with random weights, as `from_pretrained` reads it."""
+    tokenizer = tiny_clip_tokenizer()
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": tokenizer.model_max_length,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    }
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    size = {"height": 16, "width": 16}
+    CLIPProcessor(CLIPImageProcessorPil(size=size, crop_size=size), tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+def test_sd35_flow_grpo_trains_a_pipeline(tmp_path, tiny_sd3_path):
+    prompts = tmp_path / "prompts"
+    prompts.mkdir()
+    (prompts / "train.jsonl").write_text("".join(json.dumps({"prompt": f"a cat {i}"}) + "\n" for i in range(4)))
+    trainer = load_program("examples/sd35_flow_grpo.py").main(
+        [
+            *("--model_name_or_path", tiny_sd3_path, "--clip_model", tiny_clip_folder(tmp_path / "clip")),
+            *("--dataset_name", str(prompts), "--output_dir", str(tmp_path / "out")),
+            *("--height", "16", "--width", "16", "--max_sequence_length", "16", "--num_inference_steps", "2"),
+            *("--num_generations", "2", "--per_device_train_batch_size", "2", "--steps_per_generation", "2"),
+            *("--gradient_accumulation_steps", "1", "--max_steps", "2", "--logging_steps", "1"),
+            *("--use_cpu", "true", "--report_to", "none"),
+        ]
+    )
+    assert trainer.state.global_step == 2
+    # The paper's settings reached the trainer, and the reward is CLIP's cosine: one sampling phase for two updates
+    assert (trainer.args.epsilon, trainer.args.beta, trainer.args.noise_level) == (1e-4, 0.04, 0.7)
+    rewards = [log["rewards/clip_score/mean"] for log in trainer.state.log_history if "reward" in log]
+    assert len(rewards) == 1 and all(-1 <= reward <= 1 for reward in rewards)
+    StableDiffusion3Pipeline.from_pretrained(tiny_sd3_path).load_lora_weights(str(tmp_path / "out"))
+
+
+def test_sd35_flow_grpo_trains_twice_on_48_groups_of_24(monkeypatch, tmp_path):
+    """The released configuration of Flow-GRPO, from the settings of one process."""
+    example = load_program("examples/sd35_flow_grpo.py")
+    monkeypatch.setattr(sys, "argv", ["sd35_flow_grpo.py"])
+    config = trl_flow.FlowGRPOConfig(**example.SETTINGS, output_dir=str(tmp_path), bf16=False, use_cpu=True)
+    assert config.generation_batch_size == 48 * 24
+    assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 48 * 24 / 2
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_recipes_train(recipe, reduced, capsys):
+    prompts = reduced / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a red circle"}\n{"prompt": "two blue squares"}\n')
+    settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    given = [] if "reward_funcs" in settings else ["--reward_funcs", "jpeg_compressibility"]
+    argv = ["train", "--config", str(recipe), "--dataset_name", str(prompts), "--output_dir", "out", *given]
+    assert cli.main([*argv, "--use_cpu", "true", "--bf16", "false", "--report_to", "none"]) == 0
+    assert (reduced / "out" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_five_lines_of_the_public_surface(reduced, tiny_sd3_path):
+    """The example of the design: a Hub id or a folder, several rewards, a preset, columns that reach the rewards."""
+    from datasets import load_dataset
+    from peft import LoraConfig
+
+    from trl_flow import GuardConfig
+    from trl_flow.rewards import JPEGCompressibilityReward
+
+    (reduced / "prompts.jsonl").write_text('{"prompt": "a cat", "answer": 1}\n{"prompt": "a dog", "answer": 2}\n')
+    answers = []
+
+    def my_reward(prompts, images, answer, **kwargs):
+        answers.extend(zip(prompts, answer, strict=True))
+        return [float(a) if a == 1 else None for a in answer]
+
+    trainer = trl_flow.trainer.FlowGRPOTrainer(
+        model="stabilityai/stable-diffusion-3.5-medium",
+        reward_funcs=[JPEGCompressibilityReward(), my_reward],
+        args=GuardConfig(output_dir="sd35-guard", num_generations=12, per_device_train_batch_size=12),
+        train_dataset=load_dataset("json", data_files="prompts.jsonl", split="train"),
+        peft_config=LoraConfig(r=32, lora_alpha=64),
+    )
+    trainer.train()
+    trainer.push_to_hub()
+    assert sorted(answers) == [("a cat", 1)] * 2 + [("a dog", 2)] * 2
+    metrics = next(log for log in trainer.state.log_history if "reward" in log)
+    assert metrics["rewards/my_reward/mean"] == 1.0
+
+
+def test_benchmark_compares_equal_work(monkeypatch, capsys, tiny_sd3_path):
+    """Its result is one line of JSON, and both sides have run the transformer equally often."""
+    benchmark = load_program("benchmarks/step_time.py")
+    calls = {"trainer": 0, "bare": 0}
+
+    def counted(name, method):
+        def call(*args, **kwargs):
+            calls[name] += 1
+            return method(*args, **kwargs)
+
+        return call
+
+    backbone = trl_flow.backbones.StableDiffusion3Backbone
+    monkeypatch.setattr(backbone, "predict", counted("trainer", backbone.predict))
+    monkeypatch.setattr(benchmark.BareTransformer, "forward", counted("bare", benchmark.BareTransformer.forward))
+    options = {
+        "model": tiny_sd3_path,
+        "batch-size": 4,
+        "num-generations": 2,
+        "num-steps": 3,
+        "size": 16,
+        "max-sequence-length": 16,
+        "repeats": 2,
+    }
+    argv = [f"--{name}={value}" for name, value in options.items()]
+    monkeypatch.setattr(sys, "argv", ["step_time.py", *argv])
+    capsys.readouterr()
+    benchmark.main()
+    (line,) = capsys.readouterr().out.splitlines()
+    result = json.loads(line)
+    assert result["trainer_s"] > 0 and result["bare_s"] > 0
+    # Three forwards without and three with gradients in each of two steps to warm up and two that are measured
+    assert calls == {"trainer": 24, "bare": 24}

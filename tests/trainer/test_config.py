@@ -1,0 +1,317 @@
+"""The configs' defaults are the published ones, they are read from command lines and YAML, and refuse nonsense."""
+
+import dataclasses
+import re
+
+import pytest
+import yaml
+from tiny_training import tiny_config
+from transformers import HfArgumentParser
+from trl import TrlParser
+
+from trl_flow import FlowGRPOConfig, GuardConfig, SLASConfig, VGPOConfig
+
+
+CONFIGS = [FlowGRPOConfig, GuardConfig, SLASConfig, VGPOConfig]
+
+FLOW_GRPO = {
+    "num_generations": 8,
+    "num_generations_eval": 1,
+    "num_inference_steps": 10,
+    "guidance_scale": 4.5,
+    "negative_prompt": None,
+    "height": 512,
+    "width": 512,
+    "max_sequence_length": 128,
+    "eval_num_inference_steps": 40,
+    "eval_guidance_scale": None,
+    "sde_type": "flow",
+    "noise_level": 0.7,
+    "sde_window_size": None,
+    "sde_window_range": None,
+    "timestep_fraction": 1.0,
+    "share_initial_noise": False,
+    "importance_ratio": "standard",
+    "timestep_weighting": "none",
+    "epsilon": 1e-4,
+    "epsilon_high": None,
+    "beta": 0.0,
+    "scale_rewards": "batch",
+    "advantage_power": 0.0,
+    "advantage_clip": 5.0,
+    "dense_rewards": False,
+    "value_discount": 0.9,
+    "value_scale": 0.0,
+    "reward_weights": None,
+    "num_iterations": 1,
+    "learning_rate": 3e-4,
+    "log_images": True,
+}
+CHANGES = {
+    FlowGRPOConfig: {},
+    GuardConfig: {
+        "importance_ratio": "ratio_norm",
+        "timestep_weighting": "inverse_dt",
+        "epsilon": 2e-6,
+        "scale_rewards": "group",
+        "learning_rate": 1e-4,
+    },
+    SLASConfig: {
+        "sde_type": "dance",
+        "noise_level": 0.3,
+        "timestep_fraction": 0.6,
+        "share_initial_noise": True,
+        "scale_rewards": "batch",
+        "advantage_power": 0.5,
+    },
+    VGPOConfig: {"share_initial_noise": True, "dense_rewards": True, "value_discount": 0.9, "value_scale": 0.1},
+}
+
+
+def config(cls=FlowGRPOConfig, **fields):
+    return cls(output_dir="out", use_cpu=True, report_to="none", **fields)
+
+
+@pytest.mark.parametrize("cls", CONFIGS)
+def test_the_defaults_are_the_published_ones(cls):
+    args = config(cls)
+    for name, value in (FLOW_GRPO | CHANGES[cls]).items():
+        assert getattr(args, name) == value, name
+
+
+@pytest.mark.parametrize("cls", CONFIGS[1:])
+def test_a_preset_adds_no_field(cls):
+    assert issubclass(cls, FlowGRPOConfig)
+    assert {f.name for f in dataclasses.fields(cls)} == {f.name for f in dataclasses.fields(FlowGRPOConfig)}
+
+
+@pytest.mark.parametrize("cls", CONFIGS)
+def test_every_field_can_be_set_on_every_preset(cls):
+    fields = {
+        "num_inference_steps": 4,
+        "sde_type": "dance",
+        "noise_level": 0.5,
+        "timestep_fraction": 0.5,
+        "share_initial_noise": False,
+        "importance_ratio": "mean_revised",
+        "timestep_weighting": "beta_over_dt",
+        "epsilon": 1e-3,
+        "epsilon_high": 2e-3,
+        "beta": 0.04,
+        "scale_rewards": "none",
+        "advantage_power": 0.25,
+        "dense_rewards": True,
+        "value_discount": 0.5,
+        "value_scale": 0.2,
+    }
+    args = config(cls, **fields)
+    for name, value in fields.items():
+        assert getattr(args, name) == value, name
+
+
+@pytest.mark.parametrize(
+    ("fields", "weight"),
+    [
+        ({}, "inverse_dt"),
+        ({"sde_type": "cps"}, "inverse_dt"),
+        ({"sde_type": "dance"}, "inverse_beta_dt"),
+        ({"sde_type": "dance", "timestep_weighting": "beta_over_dt"}, "beta_over_dt"),
+        ({"sde_type": "dance", "timestep_weighting": "inverse_dt"}, "inverse_dt"),
+        ({"timestep_weighting": "none"}, "none"),
+    ],
+)
+def test_the_weight_of_guard_follows_the_dynamics(fields, weight):
+    assert config(GuardConfig, **fields).timestep_weighting == weight
+
+
+@pytest.mark.parametrize("value", [True, "True", "group"])
+def test_scale_rewards_as_in_trl(value):
+    args = config(scale_rewards=True if value == "True" else value)
+    assert args.scale_rewards == "group"
+    assert config(scale_rewards=False).scale_rewards == "none"
+
+
+# ---- Batches ----
+
+
+@pytest.mark.parametrize(
+    ("fields", "steps_per_generation", "generation_batch_size"),
+    [
+        ({"per_device_train_batch_size": 8}, 1, 8),
+        ({"per_device_train_batch_size": 8, "gradient_accumulation_steps": 3}, 3, 24),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 6}, 6, 24),
+        ({"per_device_train_batch_size": 4, "generation_batch_size": 32}, 8, 32),
+    ],
+)
+def test_batches_by_hand(fields, steps_per_generation, generation_batch_size):
+    args = config(**fields)
+    assert args.steps_per_generation == steps_per_generation
+    assert args.generation_batch_size == generation_batch_size
+
+
+# ---- What is refused ----
+
+
+@pytest.mark.parametrize("cls", [FlowGRPOConfig, VGPOConfig])
+@pytest.mark.parametrize(
+    ("fields", "parts"),
+    [
+        # choices
+        ({"sde_type": "ode"}, ["sde_type is 'ode'", "flow, dance, cps"]),
+        ({"importance_ratio": "guard"}, ["importance_ratio is 'guard'", "standard, mean_revised, ratio_norm"]),
+        ({"timestep_weighting": "dt"}, ["timestep_weighting is 'dt'", "inverse_dt"]),
+        ({"scale_rewards": "global"}, ["scale_rewards is 'global'", "group, batch, none"]),
+        # combinations
+        ({"timestep_weighting": "beta_over_dt"}, ["beta_over_dt", "sde_type is 'flow'", "sde_type='dance'"]),
+        ({"timestep_weighting": "inverse_beta_dt", "sde_type": "cps"}, ["inverse_beta_dt", "sde_type is 'cps'"]),
+        ({"dense_rewards": False, "value_scale": 0.1}, ["value_scale is 0.1", "dense_rewards=True", "value_scale=0"]),
+        ({"auto_find_batch_size": True}, ["auto_find_batch_size", "per_device_train_batch_size"]),
+        ({"sde_type": "cps", "noise_level": 1.2}, ["noise_level is 1.2", "at most 1"]),
+        ({"sde_type": "cps", "num_inference_steps": 1}, ["num_inference_steps is 1", "at least 2"]),
+        # windows
+        ({"sde_window_range": [0, 5]}, ["sde_window_range is [0, 5]", "sde_window_size is not set"]),
+        ({"sde_window_size": 11}, ["sde_window_size is 11", "[0, 10]"]),
+        ({"sde_window_size": 0}, ["sde_window_size is 0", "at least 1"]),
+        ({"sde_window_size": 3, "sde_window_range": [1, 3]}, ["sde_window_size is 3", "[1, 3], which has 2"]),
+        ({"sde_window_size": 1, "sde_window_range": [1]}, ["sde_window_range is [1]", "two numbers"]),
+        ({"sde_window_size": 1, "sde_window_range": [5, 11]}, ["[5, 11]", "num_inference_steps (10)"]),
+        ({"sde_window_size": 1, "sde_window_range": [-1, 3]}, ["[-1, 3]", "0 <= first"]),
+        ({"sde_window_size": 1, "sde_window_range": [3, 3]}, ["[3, 3]", "first < end"]),
+        ({"sde_type": "cps", "sde_window_size": 2, "sde_window_range": [8, 10]}, ["[8, 10]", "cps", "at most 9"]),
+        # ranges
+        ({"num_inference_steps": 0}, ["num_inference_steps is 0", "at least 1"]),
+        ({"eval_num_inference_steps": 0}, ["eval_num_inference_steps is 0"]),
+        ({"num_inference_steps": 2.5}, ["num_inference_steps is 2.5", "whole number"]),
+        ({"height": 0}, ["height is 0"]),
+        ({"width": -8}, ["width is -8"]),
+        ({"num_generations": 1}, ["num_generations is 1", "at least 2"]),
+        ({"num_iterations": 0}, ["num_iterations is 0"]),
+        ({"num_images_to_log": 0}, ["num_images_to_log is 0"]),
+        ({"noise_level": 0.0}, ["noise_level is 0.0", "above 0", "no log-probability"]),
+        ({"guidance_scale": -1.0}, ["guidance_scale is -1.0"]),
+        ({"timestep_fraction": 0.0}, ["timestep_fraction is 0.0", "(0, 1]"]),
+        ({"timestep_fraction": 1.5}, ["timestep_fraction is 1.5"]),
+        ({"epsilon": 0.0}, ["epsilon is 0.0"]),
+        ({"epsilon_high": -0.1}, ["epsilon_high is -0.1"]),
+        ({"beta": -0.1}, ["beta is -0.1"]),
+        ({"advantage_power": -0.5}, ["advantage_power is -0.5"]),
+        ({"advantage_clip": 0.0}, ["advantage_clip is 0.0"]),
+        ({"value_discount": 1.0}, ["value_discount is 1.0", "[0, 1)"]),
+        ({"value_scale": -0.1}, ["value_scale is -0.1"]),
+        ({"ema_decay": 1.0}, ["ema_decay is 1.0"]),
+        ({"reward_timeout": 0.0}, ["reward_timeout is 0.0"]),
+        ({"diagnostics_steps": -1}, ["diagnostics_steps is -1"]),
+        # batches
+        ({"num_generations": 5}, ["generation_batch_size is 8", "num_generations (5)", "Change num_generations"]),
+        ({"generation_batch_size": 20}, ["generation_batch_size (20)", "= 8"]),
+        ({"generation_batch_size": 16, "steps_per_generation": 2}, ["(16)", "(2)", "can not both be set"]),
+        ({"steps_per_generation": 0}, ["steps_per_generation is 0"]),
+    ],
+    ids=lambda value: ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_what_is_refused(cls, fields, parts):
+    with pytest.raises(ValueError) as raised:
+        config(cls, **fields)
+    for part in parts:
+        assert part in str(raised.value)
+
+
+def test_a_misspelt_option_is_refused():
+    with pytest.raises(TypeError, match="'noise_levl'"):
+        config(noise_levl=0.5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["noise_level", "guidance_scale", "beta", "advantage_power", "value_scale"])
+def test_nan_and_infinity_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value}"):
+        config(dense_rewards=True, **{name: value})
+
+
+def test_the_largest_window_of_each_dynamics_is_allowed():
+    assert config(sde_window_size=10).sde_window_range == [0, 10]
+    assert config(sde_window_size=9, sde_type="cps").sde_window_range == [0, 9]
+    assert config(sde_type="cps").num_stochastic_steps == 9
+    assert config(sde_type="cps", noise_level=1.0).noise_level == 1
+
+
+# ---- Command lines and files ----
+
+
+@pytest.mark.parametrize("parser", [HfArgumentParser, TrlParser])
+@pytest.mark.parametrize("cls", CONFIGS)
+def test_a_command_line(cls, parser):
+    line = "--output_dir out --use_cpu --report_to none --noise_level 0.5 --sde_window_size 2 --sde_window_range 1 4"
+    line += " --dense_rewards --importance_ratio mean_revised --negative_prompt blurred --reward_weights 1.0 0.5"
+    line += ' --model_init_kwargs {"variant":"fp16"}'
+    args = parser((cls,)).parse_args_into_dataclasses(line.split())[0]
+    assert type(args) is cls
+    assert args.noise_level == 0.5
+    assert args.sde_window_range == [1, 4]
+    assert args.dense_rewards is True
+    assert args.importance_ratio == "mean_revised"
+    assert args.reward_weights == [1.0, 0.5]
+    assert args.model_init_kwargs == {"variant": "fp16"}
+    # what is not given keeps the preset's value
+    assert args.scale_rewards == (FLOW_GRPO | CHANGES[cls])["scale_rewards"]
+    assert args.learning_rate == (FLOW_GRPO | CHANGES[cls])["learning_rate"]
+    if cls is GuardConfig:
+        assert args.timestep_weighting == "inverse_dt"
+
+
+@pytest.mark.parametrize("cls", CONFIGS)
+def test_a_yaml_file(cls, tmp_path):
+    content = {
+        "output_dir": "out",
+        "use_cpu": True,
+        "report_to": "none",
+        "sde_window_size": 2,
+        "sde_window_range": [1, 4],
+        "reward_weights": [1.0, 0.5],
+        "epsilon": 1e-3,
+        "scale_rewards": "none",
+    }
+    # which YAML takes for a string
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content) + "beta: 2e-3\n")
+    parser = TrlParser((cls,))
+    (args,) = parser.parse_args_and_config(["--config", str(tmp_path / "recipe.yaml"), "--epsilon", "0.01"])
+    assert args.sde_window_range == [1, 4]
+    assert args.reward_weights == [1.0, 0.5]
+    assert args.epsilon == 0.01  # the command line's word is the last
+    assert args.scale_rewards == "none"
+    assert args.beta == 0.002
+
+
+def test_a_misspelt_option_on_a_command_line_is_refused():
+    with pytest.raises(ValueError, match="noise_levl"):
+        HfArgumentParser((FlowGRPOConfig,)).parse_args_into_dataclasses(["--output_dir", "out", "--noise_levl", "1"])
+
+
+@pytest.mark.parametrize("cls", CONFIGS)
+def test_the_help_names_every_field_of_ours_and_what_it_is(cls, capsys):
+    with pytest.raises(SystemExit) as ended:
+        HfArgumentParser((cls,)).parse_args_into_dataclasses(["--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    for name in FLOW_GRPO:
+        assert f"--{name}" in shown
+    for field in dataclasses.fields(cls):
+        if field.name in FLOW_GRPO and field.name not in {"learning_rate"}:
+            assert field.metadata.get("help"), field.name
+
+
+def test_every_field_is_documented():
+    from transformers import TrainingArguments
+    from trl.trainer.base_config import _BaseConfig
+
+    inherited = {field.name for cls in (_BaseConfig, TrainingArguments) for field in dataclasses.fields(cls)}
+    own = {field.name for field in dataclasses.fields(FlowGRPOConfig)} - inherited
+    described = set(re.findall(r"(\w+) \(`[^`]+`", FlowGRPOConfig.__doc__))
+    assert own <= described, own - described
+
+
+def test_a_config_survives_its_own_dictionary(tmp_path):
+    args = tiny_config(tmp_path, cls=GuardConfig, sde_window_size=2)
+    written = args.to_dict()
+    assert written["sde_window_range"] == [0, 3]
+    assert written["timestep_weighting"] == "inverse_dt"
