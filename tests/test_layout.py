@@ -19,10 +19,10 @@ MAY_IMPORT = {
     "shapes": set(),
     "rewards": {"shapes"},  # the checker of the bundled world is a reward like any other
     "rollout": {"backbones", "functional"},
-    "evaluation": set(),
+    "evaluation": {"rewards"},
     "sharing": set(),
 }
-FREE = {"", "__main__", "cli", "trainer"}
+FREE = {"", "__main__", "cli", "demo", "trainer"}
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 
 

@@ -452,7 +452,7 @@ def _model_init_kwargs(given: dict | None, model_args: "ModelConfig", *, bundled
         dtype = getattr(torch, model_args.dtype, None)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype is {model_args.dtype!r}, but must be float32, bfloat16 or float16.")
-        kwargs.setdefault("torch_dtype", dtype)
+        kwargs.setdefault("dtype", dtype)
     return kwargs
 
 

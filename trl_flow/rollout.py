@@ -99,7 +99,8 @@ def sample_generator(*key: int) -> torch.Generator:
     Args:
         key (`int`): non-negative numbers; different keys give independent streams.
     """
-    state = np.random.SeedSequence(key).generate_state(2, np.uint32)
+    # With the length, as numpy takes a key and the same with zeros behind it for equal
+    state = np.random.SeedSequence([len(key), *key]).generate_state(2, np.uint32)
     return torch.Generator().manual_seed((int(state[0]) << 32 | int(state[1])) & (2**63 - 1))
 
 

@@ -1,8 +1,14 @@
 """What pre-training sees: nothing that is held out."""
 
+import json
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
+import pytest
+from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
 from trl_flow.shapes import check, parse_caption
@@ -48,3 +54,16 @@ def test_every_held_out_part_is_met_in_training():
             item = row["objects"][0]
             assert {count for count, color, shape, _ in met if (color, shape) == (item["color"], item["shape"])}
     assert {relation for _, relation in targets} == {None, "left of", "right of", "above", "below"}
+
+
+@pytest.mark.slow
+def test_the_training_script_writes_a_pipeline_and_its_scores(tmp_path):
+    # Long enough for a few steps of everything, not for a picture
+    options = "--pictures 1200 --vae-minutes 0.05 --minutes 0.05".split()
+    command = [sys.executable, "-m", "trl_flow.shapes.train", "--output-dir", str(tmp_path), *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
+    assert scores["seed"] == 0 and scores["transformer_steps"] >= 1
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path)
+    assert pipeline("a red circle", num_inference_steps=2).images[0].size == (32, 32)

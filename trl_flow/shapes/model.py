@@ -73,7 +73,7 @@ def _clip(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
     )
 
 
-def new_pipeline(patch_size: int = 2, layers: int = 4, heads: int = 4) -> StableDiffusion3Pipeline:
+def new_pipeline(patch_size: int = 4, layers: int = 4, heads: int = 4) -> StableDiffusion3Pipeline:
     """The pipeline with untrained weights from torch's global random state."""
     tokenizer, tokenizer_3 = _clip_tokenizer(), _t5_tokenizer()
     text_encoder_3 = T5EncoderModel(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from diffusers import StableDiffusion3Pipeline
 from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
@@ -183,14 +183,15 @@ def train_transformer(
             group["lr"] = 1e-3 * min(1, bar.n / 100 + 0.01) * max(0.02, 0.5 + 0.5 * math.cos(math.pi * done))
         # The pipeline's default of 256 T5 tokens now and then: unseen, they would drown the others in the attention
         long = bar.n % 25 == 24
-        chosen = torch.randint(len(latents), (12 if long else 32,)).tolist()
+        chosen = torch.randint(len(latents), (24 if long else 64,)).tolist()
         texts = [
             "" if rng.random() < 0.1 else noisy_caption(contents[i], contents, caption_noise, rng) for i in chosen
         ]
         states, pooled = encode_captions(pipeline, torch.stack([tokens(t) for t in texts]), 256 if long else T5_TOKENS)
         clean = latents[chosen].float()
         noise = torch.randn_like(clean)
-        t = torch.sigmoid(torch.randn(len(chosen)) + 0.3)
+        # Logit-normal, moved as the sampling schedule is (a shift of 3): what is drawn is decided at high noise
+        t = torch.sigmoid(torch.randn(len(chosen)) + math.log(3))
         t = torch.where(torch.rand(len(chosen)) < 0.15, torch.rand(len(chosen)), t)
         mixed = (1 - t.view(-1, 1, 1, 1)) * clean + t.view(-1, 1, 1, 1) * noise
         run = transformer if long else compiled
@@ -271,9 +272,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pictures", type=int, default=40_000)
     parser.add_argument("--vae-minutes", type=float, default=5)
-    parser.add_argument("--vae", type=Path, default=None, help="a pipeline's folder, whose VAE is taken as it is")
-    parser.add_argument("--minutes", type=float, default=36, help="for the transformer")
-    parser.add_argument("--caption-noise", type=float, default=0.3)
+    parser.add_argument("--resume", type=Path, default=None, help="go on from this pipeline, with its VAE as it is")
+    parser.add_argument("--minutes", type=float, default=24, help="for the transformer")
+    parser.add_argument("--caption-noise", type=float, default=0.15)
     parser.add_argument("--snapshots", type=Path, default=None, help="folder for a pipeline every six minutes")
     args = parser.parse_args()
 
@@ -281,10 +282,10 @@ def main() -> None:
     torch.manual_seed(args.seed)
     pipeline = new_pipeline()
     pictures, contents = render_pictures(args.pictures, args.seed)
-    if args.vae is None:
+    if args.resume is None:
         train_vae(pipeline, pictures[:-1000], args.vae_minutes)
     else:
-        pipeline.register_modules(vae=AutoencoderKL.from_pretrained(args.vae, subfolder="vae"))
+        pipeline = StableDiffusion3Pipeline.from_pretrained(args.resume, dtype=torch.float32)
     psnr = measure_vae(pipeline, pictures[-1000:])
     print(f"VAE: {psnr:.1f} dB", flush=True)
     latents = encode(pipeline, pictures)

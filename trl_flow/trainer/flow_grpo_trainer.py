@@ -498,8 +498,9 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
         """Samples the local part of a generation batch, scores it, and splits it into micro-batches."""
         generation = self._step // self._generate_every
         stochastic, trained = self._choose_steps(generation)
-        # Micro-batch k takes every K-th sample from the k-th on. All groups are then in all micro-batches, and the
-        # k-th micro-batches of all processes together hold the same samples however many processes there are.
+        # Micro-batch k takes every K-th sample from the k-th on, and the U updates take turns in choosing
+        # micro-batches: update u is made of the samples u, u + U, u + 2 U ... of the global batch, however that is cut
+        # into micro-batches and processes, and has its share of every group.
         number = self.args.steps_per_generation
         offset = self.accelerator.process_index * len(inputs)
         trajectories = []
@@ -539,6 +540,8 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
             trajectories.append((indices, prompts, replace(trajectory, projections=None)))
 
         advantages = self._score(inputs, images, projected if self.args.dense_rewards else None, trained)
+        updates = max(1, number // self.args.gradient_accumulation_steps)
+        order = [chunk for update in range(updates) for chunk in range(update, number, updates)]
         return [
             MicroBatch(
                 prompts=prompts,
@@ -549,7 +552,7 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
                 log_probs=trajectory.log_probs,
                 advantages=advantages[indices],
             )
-            for indices, prompts, trajectory in trajectories
+            for indices, prompts, trajectory in (trajectories[chunk] for chunk in order)
         ]
 
     def _initial_noise(self, generation: int, places: list[int]) -> torch.Tensor:
@@ -561,8 +564,8 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
 
     @torch.no_grad()
     def _decode(self, latents: torch.Tensor) -> list[Image.Image]:
-        size = self.args.per_device_train_batch_size
-        return [image for part in latents.split(size) for image in self.backbone.decode(part)]
+        # Small parts: decoding takes far more memory than a step, and gains nothing from a large batch
+        return [image for part in latents.split(16) for image in self.backbone.decode(part)]
 
     # ---- Rewards and advantages ----
 
