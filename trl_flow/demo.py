@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,11 @@ class DemoSettings:
         guidance_scale, noise_level (`float`): as in the config.
         learning_rate, epsilon (`dict[str, float]`): by method; the clip ranges of the papers are for larger latents.
         lora_rank (`int`): rank; alpha is twice that.
-        reward (`str`): score of the shapes checker that is optimised.
+        sde_window (`tuple[int, int]`): first and end of the steps that are stochastic and trained. The early ones
+            decide what is drawn where.
+        lr_scheduler_type (`str`): as in the config.
+        rewards (`dict[str, float]`): scores of the shapes checker whose sum is optimised, with their weights. The soft
+            score alone can be raised by smeared shapes; fidelity is what that costs.
         eval_prompts, eval_images_per_prompt (`int`): held-out prompts of the comparison, and pictures for each.
         grid_prompts (`int`): prompts in the picture of before and after.
     """
@@ -51,48 +55,37 @@ class DemoSettings:
     num_generations: int
     updates_per_rollout: int
     num_inference_steps: int
+    sde_window: tuple[int, int]
     guidance_scale: float
     noise_level: float
     learning_rate: dict[str, float]
     epsilon: dict[str, float]
     lora_rank: int
-    reward: str
+    rewards: dict[str, float]
     eval_prompts: int
     eval_images_per_prompt: int
     grid_prompts: int = 16
+    lr_scheduler_type: str = "constant"
 
 
 QUICK = DemoSettings(
-    rollouts=12,
+    rollouts=60,
     prompts_per_rollout=12,
     num_generations=24,
     updates_per_rollout=2,
     num_inference_steps=6,
+    sde_window=(0, 4),
     guidance_scale=1.0,
     noise_level=0.7,
-    learning_rate={"guard": 6e-4, "flow_grpo": 6e-4},
+    learning_rate={"guard": 2e-3, "flow_grpo": 2e-3},
     epsilon={"guard": 2e-4, "flow_grpo": 1e-3},
     lora_rank=32,
-    reward="soft",
-    eval_prompts=128,
-    eval_images_per_prompt=2,
+    rewards={"soft": 1.0, "fidelity": 0.5},
+    eval_prompts=108,
+    eval_images_per_prompt=4,
 )
 
-FULL = DemoSettings(
-    rollouts=200,
-    prompts_per_rollout=12,
-    num_generations=24,
-    updates_per_rollout=2,
-    num_inference_steps=6,
-    guidance_scale=1.0,
-    noise_level=0.7,
-    learning_rate={"guard": 6e-4, "flow_grpo": 6e-4},
-    epsilon={"guard": 2e-4, "flow_grpo": 1e-3},
-    lora_rank=32,
-    reward="soft",
-    eval_prompts=256,
-    eval_images_per_prompt=2,
-)
+FULL = replace(QUICK, rollouts=350, lr_scheduler_type="cosine")
 
 
 class DemoError(ValueError):
@@ -140,7 +133,7 @@ def run_demo(
     prompts = _spread(load_prompts("test"), settings.eval_prompts)
     pipeline = _load(model)
     before = _draw(pipeline, prompts, settings, "Held-out prompts before training")
-    scores_before = _score(before, prompts)
+    scores_before = _score(before, prompts, settings)
     drawn = time.perf_counter()
 
     trainer = _trainer(pipeline, settings, method, folder, seed)
@@ -156,7 +149,7 @@ def run_demo(
     pipeline = _load(model)
     pipeline.load_lora_weights(str(folder))
     after = _draw(pipeline, prompts, settings, "Held-out prompts after training")
-    scores_after = _score(after, prompts)
+    scores_after = _score(after, prompts, settings)
     differences = _differences(scores_before, scores_after, settings)
     _write_pictures(folder, prompts["prompt"], before, after, scores_before, scores_after, settings)
     trainer.create_model_card(model_name="trl_flow demo")
@@ -164,7 +157,7 @@ def run_demo(
     end = time.perf_counter()
     results = {
         "method": method,
-        "reward": f"shapes_{settings.reward}",
+        "reward": _formula(settings),
         "seed": seed,
         "model": os.fspath(model),
         "scores": {name: difference.to_dict() for name, difference in differences.items()},
@@ -185,7 +178,7 @@ def run_demo(
     write_json(folder / RESULTS, results)
     print(
         f"\n{settings.eval_prompts} prompts never trained on, {settings.eval_images_per_prompt} pictures each, before "
-        f"and after {settings.rollouts * settings.updates_per_rollout} updates on shapes_{settings.reward} by "
+        f"and after {settings.rollouts * settings.updates_per_rollout} updates on {_formula(settings)} by "
         f"{method}:\n\n{score_table(differences)}\n\n{_closing(folder, settings, end - start)}"
     )
     return results
@@ -261,11 +254,18 @@ def _draw(pipeline: Any, prompts: Any, settings: DemoSettings, progress: str) ->
     )
 
 
-def _score(images: list["Image.Image"], prompts: Any) -> dict[str, "np.ndarray"]:
+def _score(images: list["Image.Image"], prompts: Any, settings: DemoSettings) -> dict[str, "np.ndarray"]:
+    """The optimised reward, and the checker's scores one by one."""
     from trl_flow.evaluation.scoring import score_images
     from trl_flow.rewards import ShapesReward
 
-    return score_images(images, prompts, [ShapesReward(score) for score in ("soft", "strict", "fidelity")])
+    scores = score_images(images, prompts, [ShapesReward(score) for score in ("soft", "strict", "fidelity")])
+    return {"reward": sum(w * scores[f"shapes_{score}"] for score, w in settings.rewards.items()), **scores}
+
+
+def _formula(settings: DemoSettings) -> str:
+    """The optimised reward in words: `"shapes_soft + 0.5 shapes_fidelity"`."""
+    return " + ".join(f"{'' if w == 1 else f'{w:g} '}shapes_{score}" for score, w in settings.rewards.items())
 
 
 def _differences(
@@ -290,7 +290,7 @@ def _trainer(
 
     return FlowGRPOTrainer(
         model=pipeline,
-        reward_funcs=ShapesReward(settings.reward),
+        reward_funcs=[ShapesReward(score) for score in settings.rewards],
         args=_config(settings, method, folder, seed),
         train_dataset=load_prompts("train"),
         peft_config=LoraConfig(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, init_lora_weights="gaussian"),
@@ -313,6 +313,10 @@ def _config(settings: DemoSettings, method: str, folder: Path, seed: int) -> "Fl
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
         noise_level=settings.noise_level,
+        sde_window_size=settings.sde_window[1] - settings.sde_window[0],
+        sde_window_range=list(settings.sde_window),
+        reward_weights=list(settings.rewards.values()),
+        lr_scheduler_type=settings.lr_scheduler_type,
         height=PICTURE_SIZE,
         width=PICTURE_SIZE,
         max_sequence_length=T5_TOKENS,
@@ -346,7 +350,7 @@ def _write_pictures(
     shown = [i * len(captions) // number for i in range(number)]
     places = [i * settings.eval_images_per_prompt for i in shown]
     captions = [captions[i] for i in shown]
-    score = f"shapes_{settings.reward}"
+    score = "shapes_soft"
     image_grid([before[i] for i in places], captions, path=folder / "before.png")
     image_grid([after[i] for i in places], captions, path=folder / "after.png")
     before_after_grid(

@@ -1,11 +1,10 @@
-
 """
 Trains the bundled pipeline from nothing: `python -m trl_flow.shapes.train --output-dir pipeline`.
 
-Five minutes for the VAE, half an hour for the transformer and its text encoders, on one CPU core. The captions are noisy on
-purpose, as those of web pictures are: with probability `--caption-noise` a picture's caption is another one. The model
-then knows how to draw what it is asked for, but does not always do it, which leaves reinforcement learning something
-to do.
+Five minutes for the VAE, then `--minutes` for the transformer and its text encoders, on one CPU core. The captions are
+noisy on purpose, as those of web pictures are: with probability `--caption-noise` a picture's caption is another one,
+or has a wrong word. The model then knows how to draw what it is asked for, but does not always do it, which leaves
+reinforcement learning something to do.
 """
 
 import argparse
