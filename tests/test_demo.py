@@ -17,6 +17,7 @@ TINY = replace(
     num_generations=4,
     updates_per_rollout=2,
     num_inference_steps=2,
+    sde_window=(0, 1),
     eval_prompts=6,
     eval_images_per_prompt=2,
     grid_prompts=4,
@@ -46,12 +47,15 @@ def test_everything_is_written(demo):
 def test_results_have_what_a_reader_needs(demo, tiny_sd3_path):
     results, folder = demo
     assert json.loads((folder / "results.json").read_text()) == results
-    assert results["scores"].keys() == {"shapes_soft", "shapes_strict", "shapes_fidelity"}
+    assert results["scores"].keys() == {"reward", "shapes_soft", "shapes_strict", "shapes_fidelity"}
     for score in results["scores"].values():
         assert score["num_pairs"] == 6
         assert math.isclose(score["difference"], score["mean_after"] - score["mean_before"], abs_tol=1e-12)
         assert score["standard_error"] >= 0
-    assert results["method"] == "guard" and results["reward"] == "shapes_soft" and results["seed"] == 0
+    assert results["method"] == "guard" and results["seed"] == 0
+    assert results["reward"] == "shapes_soft + 0.5 shapes_fidelity"
+    means = {name: score["mean_after"] for name, score in results["scores"].items()}
+    assert math.isclose(means["reward"], means["shapes_soft"] + 0.5 * means["shapes_fidelity"], abs_tol=1e-6)
     assert results["settings"]["rollouts"] == 2 and results["eval_seed"] == EVAL_SEED
     assert {"python", "torch", "diffusers", "trl_flow"} <= results["versions"].keys()
     assert results["seconds"]["total"] >= results["seconds"]["training"] > 0

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "trl_flow"
 
 # Where the module that is imported is not called like the distribution that brings it
-DISTRIBUTIONS = {"PIL": "pillow"}
+DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow"}
 
 
 def run_python(*arguments: str) -> str:

@@ -163,7 +163,7 @@ def run_demo(
         "scores": {name: difference.to_dict() for name, difference in differences.items()},
         "standard_error_of": "the mean over prompts of the paired difference, each prompt's pictures averaged first",
         "eval_seed": EVAL_SEED,
-        "settings": asdict(settings),
+        "settings": asdict(settings) | {"sde_window": list(settings.sde_window)},
         "versions": versions(),
         "cpu_threads": torch.get_num_threads(),
         "device": str(trainer.accelerator.device),

@@ -39,13 +39,18 @@ class Backbone(ABC):
         max_sequence_length (`int`): prompt tokens, where the pipeline takes this argument.
 
     Raises:
-        ValueError: if the pipeline can not draw images of this size.
+        ValueError: if the pipeline can not draw images of this size, or a part that training needs is missing.
     """
 
     component = "transformer"  # the pipeline's module that is trained
     lora_target_modules: list[str]  # default targets of a LoRA whose config names none
 
     def __init__(self, pipeline: DiffusionPipeline, *, height: int, width: int, max_sequence_length: int):
+        missing = [name for name in (self.component, "vae", "scheduler") if getattr(pipeline, name, None) is None]
+        if missing:
+            raise ValueError(
+                f"The pipeline has no {' and no '.join(missing)}, which sampling needs. Load it with all its parts."
+            )
         self.pipeline = pipeline
         self.height = height
         self.width = width

@@ -69,7 +69,7 @@ class StableDiffusion3Backbone(Backbone):
             hidden_states=latents.to(self.dtype),
             timestep=timestep.expand(len(latents)),
             return_dict=False,
-            **condition,
+            **{key: value.to(self.dtype) for key, value in condition.items()},
         )[0]
 
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:

@@ -264,6 +264,9 @@ class FlowGRPOConfig(_BaseConfig):
         if getattr(self, "activation_checkpointing", self) is None:
             # TRL sets the old name, which transformers warns of
             self.activation_checkpointing = self.gradient_checkpointing
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            # transformers would look for a loss, which evaluation has not
+            self.metric_for_best_model = "reward"
         super().__post_init__()
         self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
         # HfArgumentParser reads a missing list as None, YAML as a list: one form from here on

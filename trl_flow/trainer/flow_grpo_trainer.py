@@ -150,6 +150,11 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
         backbone: Backbone | None = None,
     ):
         # Args
+        if not isinstance(model, str | os.PathLike | DiffusionPipeline):
+            raise TypeError(
+                f"model is a {type(model).__name__}, but must be the hub id or folder of a diffusers pipeline, or "
+                "a loaded DiffusionPipeline."
+            )
         if args is None:
             name = model if isinstance(model, str | os.PathLike) else model.config.get("_name_or_path") or "model"
             args = FlowGRPOConfig(f"{Path(name).name}-Flow-GRPO")
@@ -158,16 +163,23 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
                 f"args is a {type(args).__name__}, but must be a FlowGRPOConfig (or GuardConfig, SLASConfig, "
                 "VGPOConfig)."
             )
+        # Some fields are changed for transformers below; the caller's object may serve a second trainer
+        args = copy.copy(args)
 
         # Data and rewards first: they are cheap to check, a model is not cheap to load
         self.reward_funcs = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         if not self.reward_funcs:
             raise ValueError("reward_funcs is empty. Pass at least one reward function.")
         check_dataset(train_dataset, "train_dataset")
+        for func in self.reward_funcs:
+            check_reward_func(func, [] if args.remove_unused_columns else train_dataset.column_names)
         for name, dataset in named_eval_datasets(eval_dataset):
             check_dataset(dataset, name)
-        for func in self.reward_funcs:
-            check_reward_func(func, [c for c in train_dataset.column_names if c != "prompt"])
+            for func in self.reward_funcs:
+                try:
+                    check_reward_func(func, dataset.column_names)
+                except (TypeError, ValueError) as error:
+                    raise type(error)(f"{name}: {error}") from error
         self.reward_func_names = reward_names(self.reward_funcs)
         weights = args.reward_weights if args.reward_weights is not None else [1.0] * len(self.reward_funcs)
         if len(weights) != len(self.reward_funcs):
@@ -183,11 +195,6 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
         # Model. A LoRA draws its initial weights at random, so the seed comes first.
         set_seed(args.seed)
         pipeline = load_pipeline(model, args, peft_config) if isinstance(model, str | os.PathLike) else model
-        if not isinstance(pipeline, DiffusionPipeline):
-            raise TypeError(
-                f"model is a {type(pipeline).__name__}, but must be the hub id or folder of a diffusers pipeline, or "
-                "a loaded DiffusionPipeline."
-            )
         self.pipeline = pipeline
         self.pipeline.set_progress_bar_config(disable=True)
         self.backbone = backbone or get_backbone(
@@ -217,6 +224,7 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
         self._step = 0
         self._buffered_inputs: list[MicroBatch] | None = None
         self._ratio_checked = False
+        self._first_deviation = 0.0
 
         super().__init__(
             model=policy,
@@ -238,10 +246,14 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
         self._place_frozen_modules()
         self.ref_model = self._make_reference(policy)
         self.prompt_cache = PromptCache(self.backbone)
+        for name in ("use_ema", "diagnostics_steps"):
+            if getattr(args, name) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+                raise ValueError(
+                    f"{name} is not supported with FSDP or DeepSpeed, which shard the weights. Leave it out, or use "
+                    "several processes without sharding (--accelerate_config multi_gpu)."
+                )
         self.ema: EMAModel | None = None
         if args.use_ema:
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ValueError("use_ema is not supported with FSDP or DeepSpeed, which shard the weights.")
             self.ema = EMAModel(self._trained_parameters(), decay=args.ema_decay)
             self.add_callback(EMACallback(self.ema, self._trained_parameters()))
 
@@ -261,7 +273,7 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
         self._uploads: list[Future] = []
 
         # Metrics
-        self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list)}
         self._ratio_statistics = RatioStatistics(args.num_inference_steps, self.accelerator.device)
         self._current_train_step_time = 0.0
         self._logs: dict[str, list] = {"images": [], "captions": []}
@@ -272,8 +284,15 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
 
     def _prepare_model(self, args: FlowGRPOConfig, peft_config: PeftConfig | None) -> torch.nn.Module:
         """Freezes the pipeline and makes its transformer (or U-Net) trainable; returns what `Trainer` trains."""
-        for module in self.pipeline.components.values():
+        # Offloading would take the trained weights away between two forwards
+        self.pipeline.remove_all_hooks()
+        for name, module in self.pipeline.components.items():
             if isinstance(module, torch.nn.Module):
+                if any(p.is_meta for p in module.parameters()):
+                    raise ValueError(
+                        f"The pipeline's {name} has weights on the meta device, which hold no values. Load the "
+                        "pipeline with from_pretrained and pass it as it is, or pass its hub id or folder."
+                    )
                 module.requires_grad_(False).eval()
         model = self.backbone.model
         if getattr(model, "peft_config", None):
@@ -291,6 +310,7 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
         if peft_config is None:
             model.requires_grad_(True)
             policy = model
+            self.backbone.dtype = torch.float32  # what is trained is, see below
         else:
             peft_config = copy.deepcopy(peft_config)
             peft_config.task_type = None  # PEFT's task types are for language models
@@ -380,6 +400,7 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
         self._step = 0
         self._buffered_inputs = None
         self._ratio_checked = False
+        self._first_deviation = 0.0
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.args.save_strategy != "no":
             self.save_model(_internal_call=True)
@@ -413,24 +434,19 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
         total = torch.zeros((), device=self.accelerator.device)
         graph: torch.Tensor | float = 0.0
         for index in range(len(batch.steps)):
-            with self.compute_loss_context_manager():
-                loss = self._compute_loss(model, batch, index, condition, negative_condition) / scale
-            total += loss.detach()
-            if not self.args.backward_per_timestep:
-                graph = graph + loss
-                continue
             last = index == len(batch.steps) - 1
-            before = self._gradients() if measure else None
-            with self._defer_sync(model, defer=not last):
-                self.accelerator.backward(loss, **kwargs)
-            if before is not None:
-                squares = [
-                    (new - old).square().sum() if old is not None else new.square().sum()
-                    for new, old in zip(self._gradients(), before, strict=True)
-                    if new is not None
-                ]
-                norm = torch.stack(squares).sum().sqrt() * scale
-                self._metrics["train"][f"grad_norm/step_{batch.steps[index]}"].append(norm.item())
+            # The forward belongs inside: DDP makes ready for the reduction there
+            with self._defer_sync(model, defer=self.args.backward_per_timestep and not last):
+                with self.compute_loss_context_manager():
+                    loss = self._compute_loss(model, batch, index, condition, negative_condition) / scale
+                total += loss.detach()
+                if measure:
+                    norm = self._gradient_norm(loss) * scale
+                    self._metrics["train"][f"grad_norm/step_{batch.steps[index]}"].append(norm)
+                if self.args.backward_per_timestep:
+                    self.accelerator.backward(loss, **kwargs)
+                else:
+                    graph = graph + loss
         if not self.args.backward_per_timestep:
             self.accelerator.backward(graph, **kwargs)
         return total
@@ -453,8 +469,11 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
             with self.accelerator.no_sync(model):
                 yield
 
-    def _gradients(self) -> list[torch.Tensor | None]:
-        return [None if p.grad is None else p.grad.clone() for p in self._trained_parameters()]
+    def _gradient_norm(self, loss: torch.Tensor) -> float:
+        """Norm of the gradient of `loss` in this process. What has been accumulated is neither read nor changed."""
+        gradients = torch.autograd.grad(loss, self._trained_parameters(), retain_graph=True, allow_unused=True)
+        squares = [gradient.square().sum() for gradient in gradients if gradient is not None]
+        return torch.stack(squares).sum().sqrt().item()
 
     def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> MicroBatch:
         # The local part of a generation batch comes in; it is sampled from once, and its micro-batches are handed out
@@ -624,7 +643,8 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
         """Weighted sum over the functions that apply; NaN where none does. `(..., functions)` to `(...)`."""
         weights = self.reward_weights.to(rewards_per_func.device)
         rewards = (rewards_per_func * weights).nansum(dim=-1)
-        return rewards.masked_fill(rewards_per_func.isnan().all(dim=-1), torch.nan)
+        # A function that is only watched, with a weight of 0, gives a sample no reward
+        return rewards.masked_fill((rewards_per_func.isnan() | (weights == 0)).all(dim=-1), torch.nan)
 
     def _score(
         self,
@@ -698,10 +718,8 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
         lowest = groups.nan_to_num(nan=math.inf).amin(dim=1)
         metrics["frac_reward_zero_std"].append((highest <= lowest).float().mean().item())
         for name in sorted(set(gather_object(list(self._pending_metrics)))):
-            values = self._pending_metrics.get(name, [])
-            sums = torch.tensor([[sum(values), len(values)]], dtype=torch.float64, device=self.accelerator.device)
-            total, count = self.accelerator.gather(sums).sum(dim=0).tolist()
-            metrics[name].append(total / count)
+            values = gather_object(self._pending_metrics.get(name, []))
+            metrics[name].append(sum(values) / len(values))
         self._pending_metrics.clear()
 
     def _append_reward_metrics(
@@ -797,7 +815,8 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
         )
         kl = None
         if self.beta > 0:
-            with torch.no_grad(), self._reference() as reference:
+            # The copy of full fine-tuning has not been prepared for autocast, as the policy has
+            with torch.no_grad(), self.accelerator.autocast(), self._reference() as reference:
                 ref_mean = transition_of(reference).mean
             kl = gaussian_kl(transition.mean, ref_mean, transition.std / dt.sqrt())
             losses = losses + self.beta * kl
@@ -820,7 +839,7 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
     def _note_first_ratio(self, log_ratios: torch.Tensor) -> None:
         if not self._ratio_checked:
             deviation = torch.expm1(log_ratios.detach()).abs().max()
-            self._first_deviation = max(getattr(self, "_first_deviation", 0.0), deviation.item())
+            self._first_deviation = max(self._first_deviation, deviation.item())
 
     def _check_ratio(self) -> None:
         """Before the first update the policy is the one that sampled: every ratio must be 1."""
@@ -831,7 +850,8 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
         if not self.accelerator.sync_gradients:
             return
         self._ratio_checked = True
-        deviation, allowed = self._first_deviation, 0.1 * min(self.epsilon_low, self.epsilon_high)
+        deviation = max(gather_object([self._first_deviation]))
+        allowed = 0.1 * min(self.epsilon_low, self.epsilon_high)
         self._metrics["train"]["ratio/first_update_deviation"].append(deviation)
         if deviation > allowed:
             logger.warning(
@@ -873,6 +893,12 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
                 metrics |= self.evaluate(dataset, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
         if isinstance(eval_dataset, str):
+            if not isinstance(self.eval_dataset, dict) or eval_dataset not in self.eval_dataset:
+                known = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else "none with a name"
+                raise ValueError(
+                    f"eval_dataset is {eval_dataset!r}, but the trainer's evaluation sets are {known}. Pass one of "
+                    "these, or a data set."
+                )
             eval_dataset = self.eval_dataset[eval_dataset]
         check_dataset(eval_dataset, "eval_dataset")
 
@@ -886,12 +912,13 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
         metrics = {f"{metric_key_prefix}_{name}": values[0] for name, values in lists.items()}
         metrics = {name: None if math.isnan(value) else value for name, value in metrics.items()}
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(rewards_per_func))
+        # First: a tracker may start with its first log
+        self.log(metrics)
         self._write_grid(
             images,
             [row["prompt"] for row in rows],
             f"{metric_key_prefix}-{self.state.global_step:06d}",
         )
-        self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if was_training:
             self.model.train()
@@ -968,6 +995,8 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+        # The average is what was found best, and what will be saved
+        self._load_average(self.state.best_model_checkpoint)
 
     # ---- Logging ----
 
@@ -1039,7 +1068,16 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
                 sharing.save_full(model, output_dir, state_dict=state_dict)
         if lora and is_checkpoint and self.ema is not None:
             sharing.save_adapter(model, output_dir, state_dict=state_dict, base_model=self.model_id)
-        Path(output_dir, "training_args.json").write_text(self.args.to_json_string())
+        Path(output_dir, "training_args.json").write_text(self._shown_args())
+
+    def _shown_args(self) -> str:
+        """The config as JSON, without the token that loading the model may need: checkpoints may be published."""
+        args = self.args.to_dict()
+        if isinstance(args.get("model_init_kwargs"), dict):
+            args["model_init_kwargs"] = {
+                name: "<TOKEN>" if name == "token" else value for name, value in args["model_init_kwargs"].items()
+            }
+        return json.dumps(args, indent=2, default=str)
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
@@ -1084,12 +1122,7 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
             return
         state = json.loads(Path(checkpoint, STATE_NAME).read_text())
         self._step = state["step"]
-        device = self.accelerator.device
-        if self.ema is not None and "ema_step" in state:
-            # safetensors does not know the names of all devices ("cpu:0" in a process group)
-            shadow = load_file(Path(checkpoint, "ema.safetensors"))
-            self.ema.shadow_params = [shadow[str(i)].to(device) for i in range(len(shadow))]
-            self.ema.optimization_step = state["ema_step"]
+        self._load_average(checkpoint)
         if self._step % self._generate_every:
             if state["num_processes"] != self.accelerator.num_processes:
                 raise ValueError(
@@ -1097,7 +1130,19 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
                     f"processes, and can not be resumed by {self.accelerator.num_processes}. Use as many, or a "
                     "checkpoint at the end of a generation batch."
                 )
-            self._buffered_inputs = load_micro_batches(Path(checkpoint), self.accelerator.process_index, device)
+            self._buffered_inputs = load_micro_batches(
+                Path(checkpoint), self.accelerator.process_index, self.accelerator.device
+            )
+
+    def _load_average(self, checkpoint: str) -> None:
+        """With `use_ema`, the average as it was at a checkpoint that has one."""
+        state = json.loads(Path(checkpoint, STATE_NAME).read_text())
+        if self.ema is None or "ema_step" not in state:
+            return
+        # safetensors does not know the names of all devices ("cpu:0" in a process group)
+        shadow = load_file(Path(checkpoint, "ema.safetensors"))
+        self.ema.shadow_params = [shadow[str(i)].to(self.accelerator.device) for i in range(len(shadow))]
+        self.ema.optimization_step = state["ema_step"]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         policy = self.accelerator.unwrap_model(self.model if model is None else model)

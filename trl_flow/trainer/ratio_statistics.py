@@ -17,7 +17,9 @@ class RatioStatistics:
     COLUMNS = ("count", "deviation", "deviation_squared", "above", "below", "high", "low", "kl", "loss")
 
     def __init__(self, num_steps: int, device: torch.device):
-        self.sums = torch.zeros(num_steps, len(self.COLUMNS), dtype=torch.float64, device=device)
+        # Apple's GPUs have no float64
+        self.dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.sums = torch.zeros(num_steps, len(self.COLUMNS), dtype=self.dtype, device=device)
 
     @torch.no_grad()
     def add(
@@ -31,7 +33,7 @@ class RatioStatistics:
         loss: torch.Tensor,
     ) -> None:
         """Adds one micro-batch of step `step`; all tensors `(B,)`."""
-        deviation = torch.expm1(log_ratio.double())
+        deviation = torch.expm1(log_ratio.to(self.dtype))
         above, below = deviation > epsilon_high, deviation < -epsilon_low
         columns = [
             torch.ones_like(deviation),
@@ -44,7 +46,7 @@ class RatioStatistics:
             torch.zeros_like(deviation) if kl is None else kl,
             loss,
         ]
-        self.sums[step] += torch.stack([column.double() for column in columns]).sum(dim=1)
+        self.sums[step] += torch.stack([column.to(self.dtype) for column in columns]).sum(dim=1)
 
     def metrics(self, sums: torch.Tensor, with_kl: bool) -> dict[str, float]:
         """Metrics of `sums` `(T, columns)`, which may have been added up over processes."""
