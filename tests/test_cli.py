@@ -236,6 +236,7 @@ def test_the_bundled_models_size_is_its_default_and_can_be_changed():
         ({"model_name_or_path": "."}, [], "no model_index.json"),
         ({"load_in_4bit": True}, [], "load_in_4bit is TRL's option for language models"),
         ({"attn_implementation": "sdpa"}, [], "attn_implementation is TRL's option"),
+        ({"ignore_bias_buffers": True}, [], "ignore_bias_buffers is TRL's option"),
         ({"dtype": "float23"}, [], "float23"),
         ({"reward_funcs": None}, [], "reward_funcs is missing"),
         ({"reward_funcs": ["shape_soft"]}, [], "Did you mean shapes_soft?"),
@@ -272,6 +273,12 @@ def test_a_file_of_prompts_that_can_not_be_read(recipe, tmp_path, capsys, name, 
     (tmp_path / name).write_text(content)
     error = mistake(capsys, "train", "--config", recipe(dataset_name=name))
     assert name in error or "no column 'prompt'" in error
+
+
+def test_an_empty_file_of_prompts(recipe, tmp_path, capsys):
+    (tmp_path / "empty.jsonl").write_text("")
+    words = "'empty.jsonl' can not be read: it holds nothing"
+    assert words in mistake(capsys, "train", "--config", recipe(dataset_name="empty.jsonl"))
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="for machines without a GPU")

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # trl_flow, where it is not 
 import torch
 from safetensors.torch import save_file
 from tiny_training import assert_equal, brightness, prompts, tiny_trainer, trained_weights
+from torch.nn.parallel import DistributedDataParallel
 
 from trl_flow.rewards.calling import RewardError
 
@@ -90,6 +91,22 @@ def only_on_the_last_process(folder: str) -> list[dict]:
     return trainer.state.log_history
 
 
+def reductions(folder: str) -> list[bool]:
+    """One update of two micro-batches: whether each forward in turn makes ready for the gradients' reduction."""
+    ready, forward = [], DistributedDataParallel.forward
+
+    def recorded(self, *args, **kwargs):
+        ready.append(self.require_backward_grad_sync)
+        return forward(self, *args, **kwargs)
+
+    DistributedDataParallel.forward = recorded
+    try:
+        tiny_trainer(folder, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=1).train()
+    finally:
+        DistributedDataParallel.forward = forward
+    return ready
+
+
 def resume_in_the_middle(folder: str) -> None:
     """Resuming in the middle of a generation batch equals going on, in every process."""
     fields = {
@@ -116,6 +133,7 @@ def main(folder: str) -> None:
     report = {
         "error": error_on_the_last_process(os.path.join(folder, "error")),
         "only": only_on_the_last_process(os.path.join(folder, "only")),
+        "reductions": reductions(os.path.join(folder, "reductions")),
     }
     resume_in_the_middle(os.path.join(folder, "resume"))
     Path(folder, f"report-{RANK}.json").write_text(json.dumps(report))

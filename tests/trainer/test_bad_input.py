@@ -61,6 +61,12 @@ def test_a_data_set_that_can_not_be_trained_on(dataset, error, parts, tmp_path):
         assert_refused(tmp_path, error, "eval_dataset['b']", *parts, eval_dataset={"a": prompts(2), "b": dataset})
 
 
+def test_an_evaluation_set_without_a_column_that_a_reward_needs(tmp_path):
+    fields = {"reward_funcs": needs_a_column, "train_dataset": prompts(objects=[1] * 4)}
+    parts = ["eval_dataset['held out']", "'needs_a_column'", "'objects'"]
+    assert_refused(tmp_path, ValueError, *parts, eval_dataset={"held out": prompts()}, **fields)
+
+
 def test_no_data_set(tmp_path):
     with pytest.raises(TypeError, match="train_dataset is missing"):
         FlowGRPOTrainer(tiny_sd3_pipeline(), brightness, tiny_config(tmp_path / "out"))
@@ -125,6 +131,35 @@ def test_an_unsupported_pipeline(tmp_path):
 @pytest.mark.parametrize("model", [3, torch.nn.Linear(2, 2), tiny_sd3_pipeline])
 def test_a_model_of_the_wrong_type(model, tmp_path):
     assert_refused(tmp_path, TypeError, "model is a ", "pipeline", pipeline=model)
+
+
+def test_a_model_of_the_wrong_type_and_no_args():
+    with pytest.raises(TypeError, match="model is a int"):
+        FlowGRPOTrainer(3, brightness, train_dataset=prompts(4))
+
+
+@pytest.mark.parametrize("part", ["vae", "transformer", "scheduler"])
+def test_a_pipeline_without_a_part_that_sampling_needs(part, tmp_path, tiny_sd3):
+    setattr(tiny_sd3, part, None)
+    assert_refused(tmp_path, ValueError, f"has no {part}", "all its parts", pipeline=tiny_sd3)
+
+
+def test_a_pipeline_on_the_meta_device(tmp_path, tiny_sd3):
+    tiny_sd3.transformer.to("meta")
+    assert_refused(tmp_path, ValueError, "transformer has weights on the meta device", pipeline=tiny_sd3)
+
+
+@pytest.mark.parametrize("offload", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_a_pipeline_that_is_offloaded_trains_as_another(offload, tmp_path):
+    pipeline = tiny_sd3_pipeline()
+    getattr(pipeline, offload)(device="cpu")
+    assert_equal(train(tmp_path / "offloaded", pipeline=pipeline), train(tmp_path / "plain"))
+
+
+def test_an_evaluation_set_that_is_not_there(tmp_path):
+    trainer = tiny_trainer(tmp_path, eval_dataset={"animals": prompts(2)})
+    with pytest.raises(ValueError, match=r"'plants'.*\['animals'\]"):
+        trainer.evaluate("plants")
 
 
 def test_a_pipeline_that_has_a_lora(tmp_path, tiny_sd3):

@@ -5,11 +5,12 @@ import re
 
 import pytest
 import yaml
-from tiny_training import tiny_config
+from tiny_models import tiny_sd3_pipeline
+from tiny_training import brightness, prompts, tiny_config, tiny_lora
 from transformers import HfArgumentParser
 from trl import TrlParser
 
-from trl_flow import FlowGRPOConfig, GuardConfig, SLASConfig, VGPOConfig
+from trl_flow import FlowGRPOConfig, FlowGRPOTrainer, GuardConfig, SLASConfig, VGPOConfig
 
 
 CONFIGS = [FlowGRPOConfig, GuardConfig, SLASConfig, VGPOConfig]
@@ -315,3 +316,21 @@ def test_a_config_survives_its_own_dictionary(tmp_path):
     written = args.to_dict()
     assert written["sde_window_range"] == [0, 3]
     assert written["timestep_weighting"] == "inverse_dt"
+
+
+def test_the_best_model_is_that_of_the_highest_reward_unless_said(tmp_path):
+    fields = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 5, "save_steps": 5}
+    config = FlowGRPOConfig(str(tmp_path), **fields)
+    assert (config.metric_for_best_model, config.greater_is_better) == ("reward", True)
+    config = FlowGRPOConfig(str(tmp_path), metric_for_best_model="rewards/jpeg/std", greater_is_better=False, **fields)
+    assert (config.metric_for_best_model, config.greater_is_better) == ("rewards/jpeg/std", False)
+
+
+def test_a_config_serves_two_trainers(tmp_path):
+    config = tiny_config(tmp_path, gradient_checkpointing=True)
+    before = config.to_dict()
+    for _ in range(2):
+        pipeline = tiny_sd3_pipeline()
+        FlowGRPOTrainer(pipeline, brightness, config, prompts(), peft_config=tiny_lora())
+        assert pipeline.transformer.gradient_checkpointing
+    assert config.to_dict() == before

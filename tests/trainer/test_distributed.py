@@ -99,6 +99,11 @@ def test_a_reward_that_applies_in_one_process_is_averaged_over_its_own_samples(t
     )
 
 
+def test_gradients_are_reduced_with_the_last_step_of_an_update_only(two):
+    # two micro-batches of three trained steps each
+    assert json.loads((two / "report-0.json").read_text())["reductions"] == [False] * 5 + [True]
+
+
 def test_the_middle_of_a_generation_batch_is_resumed_by_as_many_processes_only(two):
     # that two can do it, they have checked themselves
     checkpoint = two / "resume" / "checkpoint-1"

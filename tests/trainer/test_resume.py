@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_training import assert_equal, brightness, distance, prompts, tiny_trainer, train, trained_weights
+from tiny_training import assert_equal, brightness, distance, prompts, tiny_lora, tiny_trainer, train, trained_weights
 from transformers import TrainerCallback
 
 
@@ -242,6 +242,13 @@ def test_a_full_disk_leaves_earlier_checkpoints_alone(size, lora, tmp_path):
 # ---- What is in a checkpoint ----
 
 
+def test_tokens_are_in_no_file(tmp_path):
+    fields = {"model_init_kwargs": {"token": "hf_secret", "variant": "kept"}, "hub_token": "hf_secret"}
+    train(tmp_path, max_steps=1, save_strategy="steps", save_steps=1, **fields)
+    assert "kept" in (tmp_path / "checkpoint-1" / "training_args.json").read_text()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hf_secret" in path.read_bytes()]
+
+
 def test_a_checkpoint_holds_no_rollouts_at_the_end_of_a_generation_batch(tmp_path):
     train(tmp_path, per_device_train_batch_size=4, steps_per_generation=2, save_strategy="steps", save_steps=1)
     assert (tmp_path / "checkpoint-1" / "rollouts-0.safetensors").is_file()
@@ -265,3 +272,49 @@ def test_what_is_shared_is_the_average_and_what_resumes_is_not(tmp_path):
         assert torch.equal(final[in_diffusers], average)
     moved = max((weights[n] - a).abs().max().item() for n, a in zip(names, trainer.ema.shadow_params, strict=True))
     assert moved > 1e-4
+
+
+def best_at_the_first_step(prompts, images, trainer_state, **kwargs):
+    return [value - trainer_state.global_step for value in brightness(prompts, images)]
+
+
+@pytest.mark.parametrize("lora", ["default", None], ids=["lora", "all weights"])
+def test_the_best_model_is_the_average_that_was_evaluated(lora, tmp_path):
+    evaluation = {
+        "eval_dataset": prompts(2),
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "load_best_model_at_end": True,
+    }
+    trainer = tiny_trainer(
+        tmp_path,
+        reward_funcs=best_at_the_first_step,
+        lora=lora,
+        use_ema=True,
+        max_steps=3,
+        save_steps=1,
+        save_strategy="steps",
+        **evaluation,
+    )
+    trainer.train()
+    assert Path(trainer.state.best_model_checkpoint).name == "checkpoint-1"
+    best = load_file(tmp_path / "checkpoint-1" / "ema.safetensors")
+    last = load_file(tmp_path / "checkpoint-3" / "ema.safetensors")
+    assert any(not torch.equal(best[name], last[name]) for name in best)
+    for index, average in enumerate(trainer.ema.shadow_params):
+        assert torch.equal(average, best[str(index)])
+    # and that is what has been saved at the end
+    name = "diffusion_pytorch_model.safetensors" if lora is None else "pytorch_lora_weights.safetensors"
+    saved = {tensor.numpy().tobytes() for tensor in load_file(tmp_path / name).values()}
+    assert saved >= {tensor.numpy().tobytes() for tensor in best.values()}
+
+
+@pytest.mark.parametrize(
+    ("saved", "resumed", "part"),
+    [(None, "default", "holds no adapter"), ("default", tiny_lora(r=2), "another rank")],
+    ids=["all weights", "another rank"],
+)
+def test_a_checkpoint_of_another_kind_is_refused(saved, resumed, part, tmp_path):
+    train(tmp_path, lora=saved, max_steps=1, save_strategy="steps", save_steps=1)
+    with pytest.raises(ValueError, match=part):
+        tiny_trainer(tmp_path, lora=resumed).train(resume_from_checkpoint=True)

@@ -58,6 +58,13 @@ def test_reward_metrics_by_hand(tmp_path):
     assert logs["step_time"] > 0
 
 
+def test_a_function_that_is_only_watched_gives_no_sample_a_reward(tmp_path):
+    logs = logged(trained(tmp_path, reward_funcs=[fixed, sparse], reward_weights=[0.0, 1.0]))
+    # `sparse` applies to two samples, the others have no reward at all
+    assert logs["reward"] == pytest.approx(3.0)
+    assert logs["rewards/fixed/mean"] == pytest.approx(30 / 8)
+
+
 def test_groups_without_spread_are_counted(tmp_path):
     assert logged(trained(tmp_path, reward_funcs=fixed))["frac_reward_zero_std"] == 0.5
 
@@ -102,6 +109,15 @@ def test_the_gradient_norm_of_one_step_is_that_of_the_update(tmp_path):
     norms = [three[f"grad_norm/step_{step}"] for step in range(3)]
     assert max(norms) - sum(norms) + max(norms) <= 3 * three["grad_norm"] <= sum(norms)
     assert three["grad_norm/step_1"] == pytest.approx(one["grad_norm/step_1"], rel=0.5)
+
+
+def test_gradient_norms_are_the_same_in_one_graph_over_all_steps(tmp_path):
+    apart, at_once = (
+        logged(trained(tmp_path / str(flag), diagnostics_steps=1, backward_per_timestep=flag))
+        for flag in (True, False)
+    )
+    for step in range(3):
+        assert at_once[f"grad_norm/step_{step}"] == pytest.approx(apart[f"grad_norm/step_{step}"], rel=1e-5)
 
 
 def test_gradient_norms_are_measured_every_so_many_updates(tmp_path):

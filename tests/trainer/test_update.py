@@ -341,6 +341,21 @@ def test_the_reference_of_full_fine_tuning_is_the_initial_model(tmp_path):
     assert logs["kl"] > 1e-9
 
 
+@pytest.mark.parametrize("lora", [tiny_lora(), None], ids=["lora", "all weights"])
+def test_the_reference_runs_the_policys_arithmetic(lora, tmp_path):
+    # Whatever the autocast: before the first update there is no divergence at all
+    trainer = tiny_trainer(tmp_path, beta=0.04, lora=lora, bf16=True, max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["kl"] == 0.0
+
+
+def test_all_weights_of_a_pipeline_in_half_precision_are_trained_in_float32(tmp_path):
+    trainer = tiny_trainer(tmp_path, pipeline=tiny_sd3_pipeline().to(torch.bfloat16), lora=None)
+    trainer.train()
+    assert {weight.dtype for weight in trained_weights(trainer).values()} == {torch.float32}
+    assert trainer.state.log_history[0]["ratio/first_update_deviation"] == 0.0
+
+
 def test_kl_is_added_with_its_weight(tmp_path):
     # Advantages of 0 leave the KL alone in the loss, from a LoRA that is away from the reference at the start
     def equal(prompts, images, **kwargs):

@@ -115,6 +115,7 @@ class FlowGRPOConfig(_BaseConfig):
             Weight of each reward function; `None`: 1 each.
         scale_rewards (`str` or `bool`, *optional*, defaults to `"batch"`):
             `"batch"` (Flow-GRPO, SLAS), `"group"` (GRPO, GRPO-Guard) or `"none"`: which standard deviation divides.
+            With `dense_rewards` it is always the group's, at each step (VGPO, Eq. 14).
         advantage_power (`float`, *optional*, defaults to `0.0`):
             SLAS's γ: advantages become `sign(A) |A|^(1 + γ)`; 0 is linear.
         advantage_clip (`float`, *optional*, defaults to `5.0`):
@@ -136,7 +137,7 @@ class FlowGRPOConfig(_BaseConfig):
             one graph over all steps (same gradients, more memory, for debugging).
         diagnostics_steps (`int`, *optional*, defaults to `0`):
             Log the gradient norm of each trained step (`grad_norm/step_{i}`) every that many updates; 0 is never.
-            Costs one copy of the trained parameters' gradients.
+            Costs a second backward pass of each step in those updates.
 
         > Parameters that control the logging
 

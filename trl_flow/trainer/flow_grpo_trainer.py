@@ -615,11 +615,11 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
             log_metric=self._log_metric,
             log_extra=self._log_extra,
         ).to(self.accelerator.device)
-        unscored = rewards.isnan().all(dim=1)
+        unscored = self._combine(rewards).isnan()
         if unscored.any():
             row = int(unscored.nonzero()[0])
             logger.warning(
-                f"Every reward function returned None for the prompt {inputs[row]['prompt']!r}: the sample is left "
+                f"Every reward function that counts returned None for {inputs[row]['prompt']!r}: the sample is left "
                 "out of its group."
             )
         return rewards
@@ -1148,8 +1148,19 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
         policy = self.accelerator.unwrap_model(self.model if model is None else model)
         if isinstance(policy, PeftModel) and not self.is_fsdp_enabled:
             # Into the adapter that is there: PEFT's load_adapter would add a second one with a config of its own
-            weights = load_file(Path(resume_from_checkpoint, "adapter_model.safetensors"))
-            set_peft_model_state_dict(policy, weights)
+            path = Path(resume_from_checkpoint, "adapter_model.safetensors")
+            if not path.is_file():
+                raise ValueError(
+                    f"{resume_from_checkpoint!r} holds no adapter, but the trainer trains one. Resume without a "
+                    "peft_config, or from a checkpoint of an adapter."
+                )
+            try:
+                set_peft_model_state_dict(policy, load_file(path))
+            except RuntimeError as error:
+                raise ValueError(
+                    f"The adapter in {resume_from_checkpoint!r} does not fit the trainer's: another rank or other "
+                    "target modules. Resume with the peft_config that it was trained with (adapter_config.json there)."
+                ) from error
         elif not isinstance(policy, PeftModel) and not self.is_fsdp_enabled:
             sharing.load_full(policy, resume_from_checkpoint)
         else:
