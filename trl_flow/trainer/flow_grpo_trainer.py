@@ -549,6 +549,13 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
                         f"/{number * self.args.num_inference_steps}"
                     ),
                 )
+            if not trajectory.final.isfinite().all():
+                raise FloatingPointError(
+                    f"Sampling gave NaN or infinite latents for the prompts {prompts[:3]} at update "
+                    f"{self.state.global_step}. If it is the first, noise_level ({self.args.noise_level:g}) or the "
+                    "precision is at fault; later, training has diverged: lower learning_rate and resume from an "
+                    "earlier checkpoint."
+                )
             self._show_stage("decoding")
             for i, image in zip(indices, self._decode(trajectory.final), strict=True):
                 images[i] = image
