@@ -3,8 +3,12 @@
 from pathlib import Path
 
 from peft import PeftModel
+from transformers.utils import logging
 
 from trl_flow import sharing
+
+
+logger = logging.get_logger(__name__)
 
 
 class PublishingMixin:
@@ -104,7 +108,12 @@ class PublishingMixin:
         if any(not upload.done() for upload in self._uploads) and not self.args.hub_always_push:
             return
         checkpoint, folder = Path(checkpoint_folder), Path(self.args.output_dir)
-        sharing.copy_weights(checkpoint, folder)
+        try:
+            sharing.copy_weights(checkpoint, folder)
+        except OSError as error:
+            # The checkpoint itself is complete: an upload that can not be prepared is no reason to stop
+            logger.warning(f"The checkpoint {checkpoint} is saved, but not uploaded: {error}")
+            return
         common = {
             "token": self.args.hub_token,
             "private": self.args.hub_private_repo,

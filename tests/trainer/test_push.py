@@ -1,0 +1,73 @@
+"""The trainer's pushes, by the real client, to a Hub on the loopback interface."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from tiny_training import tiny_trainer
+
+
+def test_push_to_hub_shares_an_adapter_that_draws_the_trainers_images(hub_server, tiny_sd3_path, tmp_path):
+    trainer = tiny_trainer(tmp_path / "tuned", max_steps=1, logging_steps=1, save_strategy="no", log_images=True)
+    trainer.train()
+    trainer.push_to_hub(dataset_name="tester/prompts")
+
+    files = hub_server.repos["tester/tuned"]
+    assert {"README.md", "pytorch_lora_weights.safetensors", "rewards.png", "images/step-000001.png"} <= files.keys()
+    card = files["README.md"].decode()
+    assert "library_name: diffusers" in card and "pipeline_tag: text-to-image" in card
+    assert re.search(r"load_lora_weights\(['\"]tester/tuned['\"]\)|load_lora_weights\(['\"]tuned['\"]\)", card)
+    # No optimizer, no arguments with their tokens, and nothing sent under another project's name
+    assert not [name for name in files if name.endswith((".pt", ".bin"))]
+    assert not [path for _, path in hub_server.requests if "telemetry" in path]
+
+    def draw(pipeline) -> np.ndarray:
+        generator = torch.Generator().manual_seed(0)
+        return pipeline("a dog", num_inference_steps=2, generator=generator, output_type="np").images
+
+    stock = DiffusionPipeline.from_pretrained(tiny_sd3_path)
+    untrained = draw(stock)
+    stock.load_lora_weights("tester/tuned")
+    np.testing.assert_array_equal(draw(stock), draw(trainer.pipeline))
+    assert not np.array_equal(untrained, draw(stock))
+
+
+@pytest.mark.parametrize(
+    ("hub_strategy", "commits", "folder"),
+    [
+        ("end", [], None),
+        ("every_save", ["Training in progress, step 1", "Training in progress, step 2"], None),
+        ("checkpoint", ["Training in progress, step 1"] * 2 + ["Training in progress, step 2"] * 2, "last-checkpoint"),
+        (
+            "all_checkpoints",
+            ["Training in progress, step 1"] * 2 + ["Training in progress, step 2"] * 2,
+            "checkpoint-2",
+        ),
+    ],
+)
+def test_checkpoints_are_pushed_as_hub_strategy_says(hub_server, tmp_path, hub_strategy, commits, folder):
+    trainer = tiny_trainer(
+        tmp_path / "tuned",
+        max_steps=2,
+        save_strategy="steps",
+        save_steps=1,
+        push_to_hub=True,
+        hub_strategy=hub_strategy,
+        hub_always_push=True,
+    )
+    trainer.train()
+    assert [title for _, title in hub_server.commits] == commits
+    files = hub_server.repos["tester/tuned"]
+    assert ("README.md" in files) == bool(commits)
+    assert {name.split("/")[0] for name in files if name.endswith("optimizer.pt")} >= ({folder} if folder else set())
+
+
+def test_a_hub_that_refuses_costs_nothing_but_the_upload(hub_server, tmp_path):
+    trainer = tiny_trainer(tmp_path / "tuned", max_steps=1, save_strategy="no")
+    trainer.train()
+    hub_server.fail("commit", 500)
+    with pytest.raises(RuntimeError, match="could not be pushed"):
+        trainer.push_to_hub()
+    assert (tmp_path / "tuned" / "pytorch_lora_weights.safetensors").is_file()
