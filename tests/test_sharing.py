@@ -9,6 +9,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -269,18 +270,24 @@ def test_weights_of_another_model_are_refused(tiny_sd3, tmp_path):
 # ---- A disk that will not take it ----
 
 
-@pytest.fixture
+@contextmanager
 def full_disk():
-    """Writing more than 2,000 bytes to a file fails, as on a full disk; files under the limit still go through."""
+    """
+    Writing more than 2,000 bytes to a file fails, as on a full disk; files under the limit still go through.
+
+    To be left before the test ends: pytest's own output may be a file.
+    """
     resource = pytest.importorskip("resource", reason="needs POSIX limits")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_full_disk_leaves_the_earlier_files(tiny_sd3, tmp_path, kind, request):
+def test_full_disk_leaves_the_earlier_files(tiny_sd3, tmp_path, kind):
     if kind == "lora":
         add_random_lora(tiny_sd3)
 
@@ -295,8 +302,7 @@ def test_full_disk_leaves_the_earlier_files(tiny_sd3, tmp_path, kind, request):
     with torch.no_grad():
         for parameter in tiny_sd3.transformer.parameters():
             parameter.add_(1.0)
-    request.getfixturevalue("full_disk")
-    with pytest.raises(OSError, match="before is unchanged"):
+    with full_disk(), pytest.raises(OSError, match="before is unchanged"):
         save()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 

@@ -121,7 +121,7 @@ class PublishingMixin:
             "commit_message": f"Training in progress, step {self.state.global_step}",
             "blocking": False,
         }
-        self._uploads = [sharing.upload(folder, self.hub_model_id, **common)]
+        self._uploads.append(sharing.upload(folder, self.hub_model_id, **common))
         if self.args.hub_strategy in ("checkpoint", "all_checkpoints"):
             name = "last-checkpoint" if self.args.hub_strategy == "checkpoint" else checkpoint.name
             self._uploads.append(
