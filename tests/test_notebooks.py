@@ -17,6 +17,7 @@ REDUCED = {
         "prompts_per_rollout": 2,
         "num_generations": 4,
         "num_inference_steps": 3,
+        "noisy_steps": 2,
         "eval_prompts": 12,
     },
 }
