@@ -92,11 +92,12 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
     ```python
     from datasets import Dataset
     from peft import LoraConfig
+    from PIL import ImageStat
     from trl_flow import FlowGRPOTrainer, GuardConfig
 
 
     def darkness(prompts, images, **kwargs):
-        return [1 - sum(image.convert("L").resize((1, 1)).getdata()) / 255 for image in images]
+        return [1 - ImageStat.Stat(image.convert("L")).mean[0] / 255 for image in images]
 
 
     trainer = FlowGRPOTrainer(
