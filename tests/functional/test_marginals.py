@@ -149,8 +149,9 @@ def test_cps_keeps_the_mean_of_spread_data_and_loses_variance_that_steps_do_not_
         assert lost[0] < variance_error[-1].item() / VARIANCE < lost[1]
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_ddim_keeps_the_marginals_at_every_noise_level(eta):
+def test_ddim_keeps_the_marginals_at_every_noise_level(eta, prediction_type):
     # x_t = sqrt(a) x_0 + sqrt(1 - a) e, variance a s^2 + 1 - a; the exact noise prediction is
     # E[e | x_t] = sqrt(1 - a) / (a s^2 + 1 - a) (x_t - sqrt(a) m). The alphas are squared cosines of even angles.
     def marginal(a):
@@ -158,7 +159,10 @@ def test_ddim_keeps_the_marginals_at_every_noise_level(eta):
 
     def transition(x, a, a_next):
         noise_pred = math.sqrt(1 - a) / (a * VARIANCE + 1 - a) * (x - math.sqrt(a) * MEAN)
-        return ddim_transition(noise_pred, x, a, a_next, noise_level=eta)
+        # v = sqrt(a) e - sqrt(1 - a) x0, and sqrt(a) x0 = x - sqrt(1 - a) e
+        v = (noise_pred - math.sqrt(1 - a) * x) / math.sqrt(a)
+        prediction = v if prediction_type == "v_prediction" else noise_pred
+        return ddim_transition(prediction, x, a, a_next, noise_level=eta, prediction_type=prediction_type)
 
     def walk(steps):
         alphas = [math.cos(1.5 * (1 - i / steps)) ** 2 for i in range(steps + 1)]

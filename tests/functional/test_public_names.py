@@ -12,7 +12,9 @@ SIGNATURES = {
     "dance_sde_transition": "velocity, latents, sigma, sigma_next, *, noise_level",
     "cps_transition": "velocity, latents, sigma, sigma_next, *, noise_level",
     "ode_transition": "velocity, latents, sigma, sigma_next",
-    "ddim_transition": "noise_pred, latents, alpha_cumprod, alpha_cumprod_next, *, noise_level",
+    "ddim_transition": (
+        "noise_pred, latents, alpha_cumprod, alpha_cumprod_next, *, noise_level, prediction_type='epsilon'"
+    ),
     "gaussian_log_prob": "sample, transition",
     "log_ratio": "log_prob, old_log_prob, mean, old_mean, std, *, kind",
     "timestep_weight": "kind, *, std, dt, beta=None",
@@ -25,6 +27,7 @@ SIGNATURES = {
     "value_weights": "values",
     "dual_advantages": "values, num_generations, *, scale",
     "max_advantage_power": "advantages, *, grad_sq_norm, fisher_eigenvalue, learning_rate, max_kl",
+    "max_advantage_power_bounded": "bound, *, grad_sq_norm, fisher_eigenvalue, learning_rate, max_kl",
 }
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_flow.functional import max_advantage_power, super_linear
+from trl_flow.functional import max_advantage_power, max_advantage_power_bounded, super_linear
 
 
 few = settings(deadline=None, derandomize=True, max_examples=60)
@@ -22,6 +22,13 @@ def largest(advantages, limit):
     """The bound with `C = limit`: 2 max_kl / (1 * 1 * 1)."""
     return max_advantage_power(
         double(advantages), grad_sq_norm=1.0, fisher_eigenvalue=1.0, learning_rate=1.0, max_kl=limit / 2
+    )
+
+
+def largest_bounded(bound, limit):
+    """The corollary's bound with `C = limit`."""
+    return max_advantage_power_bounded(
+        bound, grad_sq_norm=1.0, fisher_eigenvalue=1.0, learning_rate=1.0, max_kl=limit / 2
     )
 
 
@@ -207,3 +214,61 @@ def test_bound_takes_any_shape_and_dtype():
     power = max_advantage_power(advantages, grad_sq_norm=1.0, fisher_eigenvalue=1.0, learning_rate=1.0, max_kl=16.0)
     assert isinstance(power, float)
     assert power == pytest.approx(1.5, abs=1e-12)
+
+
+# The bound for bounded advantages
+
+
+@pytest.mark.parametrize(
+    "bound, limit, expected",
+    [
+        (2.0, 32.0, 1.5),  # log 32 / (2 log 2) - 1 = 5 / 2 - 1
+        (5.0, 625.0, 1.0),  # 5^4 = 625
+        (10.0, 100.0, 0.0),  # the linear advantages use the trust region up
+        (10.0, 99.0, 0.0),  # and here they exceed it
+        (2.0, 0.5, 0.0),
+        (1.0, 1.0, math.inf),  # 1 to any power
+        (1.0, 0.99, 0.0),
+        (0.5, 0.01, math.inf),
+        (0.0, 0.01, math.inf),
+    ],
+)
+def test_corollary_1_by_hand(bound, limit, expected):
+    assert largest_bounded(bound, limit) == pytest.approx(expected, abs=1e-12)
+
+
+def test_constant_of_corollary_1_by_hand():
+    # C = 2 * 0.0032 / (0.01^2 * 0.5 * 4) = 32
+    power = max_advantage_power_bounded(
+        2.0, grad_sq_norm=4.0, fisher_eigenvalue=0.5, learning_rate=0.01, max_kl=0.0032
+    )
+    assert power == pytest.approx(1.5, abs=1e-12)
+
+
+@few
+@given(
+    shares=st.lists(st.floats(-1, 1), min_size=1, max_size=8),
+    bound=st.floats(0, 50) | st.just(1.0),
+    limit=st.floats(0.01, 1e6) | st.just(1.0),
+)
+def test_bounded_advantages_are_allowed_no_less_than_the_corollary(shares, bound, limit):
+    corollary = largest_bounded(bound, limit)
+    assert corollary <= largest([bound * share for share in shares], limit) * (1 + 1e-9) + 1e-9
+    # and at their bound no more
+    assert corollary == pytest.approx(largest([bound, -bound], limit), rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["grad_sq_norm", "fisher_eigenvalue", "learning_rate"])
+def test_corollary_1_allows_everything_for_an_update_of_length_zero(name):
+    numbers = {"grad_sq_norm": 1.0, "fisher_eigenvalue": 1.0, "learning_rate": 1.0, name: 0.0}
+    assert max_advantage_power_bounded(5.0, max_kl=0.1, **numbers) == math.inf
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("bound", -1.0), ("bound", math.inf), ("max_kl", 0.0), ("learning_rate", -1.0), ("grad_sq_norm", math.nan)],
+)
+def test_corollary_1_refuses_numbers_out_of_their_domain(name, value):
+    numbers = {"bound": 2.0, "grad_sq_norm": 1.0, "fisher_eigenvalue": 1.0, "learning_rate": 1.0, "max_kl": 0.1}
+    with pytest.raises(ValueError, match=f"{name} is"):
+        max_advantage_power_bounded(**numbers | {name: value})

@@ -157,17 +157,54 @@ def test_ode_walks_with_diffusers_flow_matching_scheduler():
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
-def test_ddim_walks_with_diffusers_ddim_scheduler(eta):
-    scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"prediction_type": "epsilon"},
+        {"prediction_type": "v_prediction"},
+        # noise without any signal at the first step: a = 0
+        {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+    ],
+    ids=str,
+)
+def test_ddim_walks_with_diffusers_ddim_scheduler(config, eta):
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    scheduler = DDIMScheduler(clip_sample=False, **betas, **config)
     scheduler.set_timesteps(8)
     alphas = [scheduler.alphas_cumprod[step] for step in scheduler.timesteps] + [scheduler.final_alpha_cumprod]
+    assert (alphas[0] == 0) == ("rescale_betas_zero_snr" in config)
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2, 4, 6, 6, generator=generator)
     for step, timestep in enumerate(scheduler.timesteps):
-        noise_pred, noise = torch.randn(2, 2, 4, 6, 6, generator=generator)
-        mean, std = ddim_transition(noise_pred, latents, alphas[step], alphas[step + 1], noise_level=eta)
-        latents = scheduler.step(noise_pred, timestep, latents, eta=eta, variance_noise=noise).prev_sample
+        prediction, noise = torch.randn(2, 2, 4, 6, 6, generator=generator)
+        levels = {"alpha_cumprod": alphas[step], "prediction_type": config["prediction_type"]}
+        mean, std = ddim_transition(
+            prediction, latents, alpha_cumprod_next=alphas[step + 1], noise_level=eta, **levels
+        )
+        projected = ddim_transition(prediction, latents, alpha_cumprod_next=1.0, noise_level=0.0, **levels).mean
+        output = scheduler.step(prediction, timestep, latents, eta=eta, variance_noise=noise)
+        torch.testing.assert_close(projected, output.pred_original_sample, rtol=1e-5, atol=1e-5)
+        latents = output.prev_sample
         torch.testing.assert_close(mean + std.view(2, 1, 1, 1) * noise, latents, rtol=1e-5, atol=1e-5)
+
+
+def test_ddim_of_v_by_hand():
+    # a = 0.36, a' = 0.64, x = 2, v = 1: x0 = 0.6 * 2 - 0.8 * 1 = 0.4; e = 0.6 * 1 + 0.8 * 2 = 2.2; without noise
+    # mean = 0.8 * 0.4 + 0.6 * 2.2
+    mean, std = ddim_transition(single(1.0), single(2.0), 0.36, 0.64, noise_level=0.0, prediction_type="v_prediction")
+    torch.testing.assert_close(mean, single(1.64))
+    assert std.tolist() == [0.0]
+
+
+@pytest.mark.parametrize("a, a_next, prediction_type", [(0.0, 0.5, "epsilon"), (0.0, 0.0, "v_prediction")])
+def test_ddim_refuses_a_step_that_has_no_signal_to_divide_by(a, a_next, prediction_type):
+    with pytest.raises(ValueError, match=r"0 < alpha_cumprod < 1 \(0 itself for v_prediction only\)"):
+        ddim_transition(single(1.0), single(2.0), a, a_next, noise_level=0.5, prediction_type=prediction_type)
+
+
+def test_ddim_refuses_a_prediction_that_it_does_not_know():
+    with pytest.raises(ValueError, match="prediction_type is 'sample'"):
+        ddim_transition(single(1.0), single(2.0), 0.36, 0.64, noise_level=0.5, prediction_type="sample")
 
 
 @pytest.mark.parametrize("transition", ALL)

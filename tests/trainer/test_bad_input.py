@@ -354,7 +354,7 @@ def test_negative_dense_rewards_are_refused_with_the_remedy(tmp_path):
     def darkness(prompts, images, **kwargs):
         return [-value for value in brightness(prompts, images)]
 
-    with pytest.raises(RewardError, match="darkness gave -0.5.*Add an offset"):
+    with pytest.raises(RewardError, match="'darkness' gave -0.5.*Add an offset"):
         tiny_trainer(tmp_path / "out", reward_funcs=darkness, dense_rewards=True).train()
 
 

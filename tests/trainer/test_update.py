@@ -221,11 +221,11 @@ def test_the_ratio_is_exactly_1_with_frozen_weights_in_half_precision(tmp_path):
 
 def test_a_ratio_that_is_off_is_reported_with_its_size_and_the_likely_causes(tmp_path):
     lora = tiny_lora(init_lora_weights=False, lora_dropout=0.5)
-    deviation, warnings = first_deviation(tmp_path, lora=lora, disable_dropout=False)
+    deviation, warnings = first_deviation(tmp_path, lora=lora, disable_dropout=False, epsilon=2e-4)
     assert deviation > 1e-4
     (warning,) = warnings
     assert f"{deviation:.2e}" in warning
-    assert "clip range 0.0001" in warning
+    assert "clip range 0.0002" in warning
     for cause in ("dropout", "half precision", "torch.compile"):
         assert cause in warning
 
@@ -444,3 +444,39 @@ def test_every_recipe_trains(cls, fields, tmp_path):
     assert all(value.isfinite().all() for value in after.values())
     assert distance(after, before) > 1e-4
     assert logged(trainer, 1)["grad_norm"] > 0
+
+
+# ---- The clip range ----
+
+
+@pytest.mark.parametrize(
+    ("cls", "fields", "low", "high"),
+    [
+        # left at their defaults, the papers' ranges for 65,536 dimensions grow with the root of the ratio
+        (FlowGRPOConfig, {}, 1e-4, 1e-4),
+        (GuardConfig, {}, 2e-6, 2e-6),
+        (FlowGRPOConfig, {"epsilon": 3e-4, "scale_epsilon": True}, 3e-4, 3e-4),
+        (FlowGRPOConfig, {"epsilon_high": 3e-4, "scale_epsilon": True}, 1e-4, 3e-4),
+    ],
+    ids=str,
+)
+def test_the_clip_range_scales_with_the_latents_size(cls, fields, low, high, tmp_path):
+    trainer = tiny_trainer(tmp_path, cls=cls, **fields)
+    factor = (65536 / trainer._initial_noise(0, [0]).numel()) ** 0.5
+    assert factor > 10
+    assert trainer.epsilon_low == pytest.approx(low * factor)
+    assert trainer.epsilon_high == pytest.approx(high * factor)
+
+
+@pytest.mark.parametrize(
+    ("fields", "low", "high"),
+    [
+        ({"epsilon": 3e-4}, 3e-4, 3e-4),
+        ({"epsilon_high": 3e-4}, 1e-4, 3e-4),
+        ({"scale_epsilon": False}, 1e-4, 1e-4),
+    ],
+    ids=str,
+)
+def test_a_clip_range_that_is_set_is_taken_as_it_is(fields, low, high, tmp_path):
+    trainer = tiny_trainer(tmp_path, **fields)
+    assert (trainer.epsilon_low, trainer.epsilon_high) == (low, high)

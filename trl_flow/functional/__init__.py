@@ -9,7 +9,7 @@ and CPU tensors; an accelerator is never made to wait for such a check, unless t
 
 from trl_flow.functional.grpo import clipped_loss, gaussian_kl, group_advantages
 from trl_flow.functional.guard import log_ratio, timestep_weight
-from trl_flow.functional.slas import max_advantage_power, super_linear
+from trl_flow.functional.slas import max_advantage_power, max_advantage_power_bounded, super_linear
 from trl_flow.functional.transitions import (
     Transition,
     cps_transition,
@@ -37,6 +37,7 @@ __all__ = [
     "group_advantages",
     "log_ratio",
     "max_advantage_power",
+    "max_advantage_power_bounded",
     "ode_transition",
     "project_to_data",
     "super_linear",

@@ -63,25 +63,17 @@ def max_advantage_power(
     Raises:
         ValueError: there are no advantages, one is NaN or infinite, or a number is out of its domain.
     """
-    check_number("grad_sq_norm", grad_sq_norm, 0)
-    check_number("fisher_eigenvalue", fisher_eigenvalue, 0)
-    check_number("learning_rate", learning_rate, 0)
-    check_number("max_kl", max_kl, 0)
-    if max_kl == 0:
-        raise ValueError("max_kl is 0: no update at all would be within it. Give the KL that an update may cause.")
+    log_limit = _log_limit(grad_sq_norm, fisher_eigenvalue, learning_rate, max_kl)
     if advantages.numel() == 0:
         raise ValueError(f"advantages has shape {tuple(advantages.shape)}: there is nothing to take the mean of.")
     check_finite("advantages", advantages)
 
     magnitudes = advantages.detach().to(device="cpu", dtype=torch.float64).abs().flatten()
     logs = magnitudes[magnitudes > 0].log()  # an advantage of 0 adds nothing to the mean, whatever the power
-    if grad_sq_norm == 0 or fisher_eigenvalue == 0 or learning_rate == 0 or logs.numel() == 0:
+    if log_limit == math.inf or logs.numel() == 0:
         return math.inf
     # In logarithms throughout: high powers overflow. p is the exponent 2 (1 + gamma), so it starts at 2.
     log_count = math.log(magnitudes.numel())
-    log_limit = (
-        math.log(2 * max_kl) - 2 * math.log(learning_rate) - math.log(fisher_eigenvalue) - math.log(grad_sq_norm)
-    )
 
     def excess(p: float) -> float:
         """Log of the p-th moment, minus log C: the bound holds where this is not positive."""
@@ -109,6 +101,59 @@ def max_advantage_power(
             return 0.0
     low, high = _bracket(start, lambda p: excess(p) > 0)
     return _bisect(low, high, lambda p: excess(p) > 0) / 2 - 1
+
+
+def max_advantage_power_bounded(
+    bound: float,
+    *,
+    grad_sq_norm: float,
+    fisher_eigenvalue: float,
+    learning_rate: float,
+    max_kl: float,
+) -> float:
+    """The largest power with which an update stays in its trust region whatever its advantages are, as long as none is
+    larger than `bound` (SLAS Corollary 1).
+
+        |A| <= M, M > 1:  gamma <= log C / (2 log M) - 1,  C = 2 max_kl / (lr^2 lambda_max B)
+
+    It is `max_advantage_power` of advantages that all have the magnitude `M`, the worst case, so it never exceeds what
+    that function returns for others within the bound. Shaping never enlarges advantages of at most 1: there is no
+    upper limit for `M < 1`, nor for `M = 1` if `C >= 1`.
+
+    Args:
+        bound: `M`, at least 0, of the linear advantages: the range that they are clamped to, for example.
+        grad_sq_norm: `B`, as for `max_advantage_power`.
+        fisher_eigenvalue: `lambda_max`, as for `max_advantage_power`.
+        learning_rate: `lr`, at least 0.
+        max_kl: the KL an update may cause, above 0.
+
+    Returns:
+        A number at least 0, or `inf`. 0 if no power is safe for all such advantages, or none above 0 is.
+
+    Raises:
+        ValueError: a number is out of its domain.
+    """
+    check_number("bound", bound, 0)
+    log_limit = _log_limit(grad_sq_norm, fisher_eigenvalue, learning_rate, max_kl)
+    if bound < 1 or log_limit == math.inf or (bound == 1 and log_limit >= 0):
+        return math.inf
+    if bound == 1:
+        return 0.0
+    return max(log_limit / (2 * math.log(bound)) - 1, 0.0)
+
+
+def _log_limit(grad_sq_norm: float, fisher_eigenvalue: float, learning_rate: float, max_kl: float) -> float:
+    """`log C` of Theorem 4; infinite for an update of length 0."""
+    check_number("grad_sq_norm", grad_sq_norm, 0)
+    check_number("fisher_eigenvalue", fisher_eigenvalue, 0)
+    check_number("learning_rate", learning_rate, 0)
+    check_number("max_kl", max_kl, 0)
+    if max_kl == 0:
+        raise ValueError("max_kl is 0: no update at all would be within it. Give the KL that an update may cause.")
+    if grad_sq_norm == 0 or fisher_eigenvalue == 0 or learning_rate == 0:
+        return math.inf
+    # One logarithm for each: the product may be too small for a float
+    return math.log(2 * max_kl) - 2 * math.log(learning_rate) - math.log(fisher_eigenvalue) - math.log(grad_sq_norm)
 
 
 def _bracket(start: float, is_beyond: Callable[[float], bool]) -> tuple[float, float]:

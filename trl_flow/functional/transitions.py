@@ -11,7 +11,7 @@
 """
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -194,6 +194,7 @@ def ddim_transition(
     alpha_cumprod_next: float | torch.Tensor,
     *,
     noise_level: float,
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon",
 ) -> Transition:
     """One stochastic DDIM step for models that predict the noise (DDIM, arXiv:2010.02502, Eq. 12 and 16).
 
@@ -201,31 +202,47 @@ def ddim_transition(
         std = eta sqrt((1 - a') / (1 - a) (1 - a / a'))
         mean = sqrt(a') x0 + sqrt(1 - a' - std^2) e
 
+    With `prediction_type="v_prediction"` the model predicts `v = sqrt(a) e - sqrt(1 - a) x_0` (arXiv:2202.00512), so
+    that `x0 = sqrt(a) x_t - sqrt(1 - a) v` and `e = sqrt(a) v + sqrt(1 - a) x_t`, also where `a` is 0.
+
+    The gradient of `mean` in `e` is `-(sqrt(a' (1 - a) / a) - sqrt(1 - a' - std^2))`, in `v` it is `sqrt(a)` times
+    that. A step to `a' = 1` without noise gives the predicted data, `mean = x0`.
+
     Args:
-        noise_pred: `(B, ...)`, `e`, guidance included.
+        noise_pred: `(B, ...)`, `e`, guidance included; `v` with `prediction_type="v_prediction"`.
         latents: `(B, ...)`, `x_t = sqrt(a) x_0 + sqrt(1 - a) noise`.
-        alpha_cumprod: `(B,)` or scalar, `a` before the step, above 0 and below 1.
-        alpha_cumprod_next: `(B,)` or scalar, `a'` after the step, at least `a` and at most 1.
+        alpha_cumprod: `(B,)` or scalar, `a` before the step, above 0 (at least 0 for `v`) and below 1.
+        alpha_cumprod_next: `(B,)` or scalar, `a'` after the step, above 0, at least `a` and at most 1.
         noise_level: `eta` in `[0, 1]`; 0 is deterministic DDIM, 1 has the variance of DDPM.
+        prediction_type: what the model predicts, diffusers' names.
 
     Raises:
         ValueError: a shape does not fit; `noise_level` is not in `[0, 1]`; alphas on the CPU are out of order or out
-            of `(0, 1]`.
+            of `(0, 1]`; `prediction_type` is unknown.
     """
     check_number("noise_level", noise_level, 0, 1)
-    x, e = _prepare_latents("noise_pred", noise_pred, latents)
+    if prediction_type not in ("epsilon", "v_prediction"):
+        raise ValueError(f'prediction_type is {prediction_type!r}: it must be "epsilon" or "v_prediction".')
+    x, prediction = _prepare_latents("noise_pred", noise_pred, latents)
     a = per_sample("alpha_cumprod", alpha_cumprod, x, "latents")
     a_next = per_sample("alpha_cumprod_next", alpha_cumprod_next, x, "latents")
-    if is_free_to_read(a) and not bool(((a > 0) & (a < 1) & (a <= a_next) & (a_next <= 1)).all()):
-        raise ValueError(
-            f"alpha_cumprod is {a.tolist()} and alpha_cumprod_next is {a_next.tolist()}: a step goes from noise to "
-            "data, 0 < alpha_cumprod < 1 and alpha_cumprod <= alpha_cumprod_next <= 1."
-        )
+    if is_free_to_read(a):
+        positive = a > 0 if prediction_type == "epsilon" else a >= 0
+        if not bool((positive & (a < 1) & (a <= a_next) & (0 < a_next) & (a_next <= 1)).all()):
+            raise ValueError(
+                f"alpha_cumprod is {a.tolist()} and alpha_cumprod_next is {a_next.tolist()}: a step goes from noise "
+                "to data, 0 < alpha_cumprod < 1 (0 itself for v_prediction only) and "
+                "alpha_cumprod <= alpha_cumprod_next <= 1."
+            )
     std = noise_level * ((1 - a_next) / (1 - a) * (1 - a / a_next)).sqrt()
-    data_prediction = (x - over_latent((1 - a).sqrt(), x) * e) / over_latent(a.sqrt(), x)
+    signal, noise = over_latent(a.sqrt(), x), over_latent((1 - a).sqrt(), x)
+    if prediction_type == "epsilon":
+        data_prediction, noise_prediction = (x - noise * prediction) / signal, prediction
+    else:
+        data_prediction, noise_prediction = signal * x - noise * prediction, signal * prediction + noise * x
     # never negative for eta <= 1, but rounding may make it so where it is 0
     direction = (1 - a_next - std**2).clamp(min=0).sqrt()
-    mean = over_latent(a_next.sqrt(), x) * data_prediction + over_latent(direction, x) * e
+    mean = over_latent(a_next.sqrt(), x) * data_prediction + over_latent(direction, x) * noise_prediction
     return Transition(mean, std)
 
 

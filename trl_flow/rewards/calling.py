@@ -68,6 +68,23 @@ def reward_names(funcs: Iterable[RewardFunc]) -> list[str]:
     return names
 
 
+def is_dense(func: RewardFunc) -> bool:
+    """
+    Whether `func` can score unfinished images: unless it, or the function inside a `functools.partial`, has an
+    attribute `dense = False`.
+
+    Raises:
+        TypeError: if that attribute is not True or False.
+    """
+    dense = getattr(func, "dense", getattr(_unwrap(func), "dense", True))
+    if not isinstance(dense, bool):
+        raise TypeError(
+            f"The attribute `dense` of the reward function '{reward_name(func)}' is {dense!r}, but must be True, or "
+            "False if it can not score unfinished images."
+        )
+    return dense
+
+
 def check_reward_func(func: RewardFunc, columns: Iterable[str]) -> None:
     """
     Refuses a reward function that could not be called with the data set at hand, before anything is computed.
@@ -81,7 +98,8 @@ def check_reward_func(func: RewardFunc, columns: Iterable[str]) -> None:
             Names of the data set's columns. `prompt` is passed as `prompts`, all others under their own names.
 
     Raises:
-        TypeError: if `func` is no callable, is a class, or does not take the keywords it is called with.
+        TypeError: if `func` is no callable, is a class, does not take the keywords it is called with, or has an
+            attribute `dense` that is not True or False.
         ValueError: if `func` needs a column that is not there, or a column has the name of something that every
             reward function is given.
     """
@@ -97,6 +115,7 @@ def check_reward_func(func: RewardFunc, columns: Iterable[str]) -> None:
             "such a `__call__`."
         )
 
+    is_dense(func)
     columns = [column for column in columns if column != "prompt"]
     if taken := [column for column in columns if column in _GIVEN]:
         raise ValueError(
