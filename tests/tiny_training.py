@@ -21,6 +21,11 @@ def brightness(prompts, images, **kwargs):
     return [float(np.asarray(image, dtype=np.float32).mean() / 255) for image in images]
 
 
+def darkness(prompts, images, **kwargs):
+    """What is left of 1: a score that falls when the brightness rises."""
+    return [1 - value for value in brightness(prompts, images)]
+
+
 def prompts(number: int = len(PROMPTS), **columns) -> Dataset:
     """The first `number` of `PROMPTS`, repeated with a number behind them when there are not as many."""
     rows = [PROMPTS[i % len(PROMPTS)] + (f" {i}" if i >= len(PROMPTS) else "") for i in range(number)]
@@ -66,6 +71,7 @@ def tiny_trainer(
     eval_dataset=None,
     lora: LoraConfig | None | str = "default",
     callbacks=None,
+    eval_reward_funcs=None,
     **fields,
 ) -> FlowGRPOTrainer:
     """A trainer on a fresh tiny pipeline; `lora=None` trains all weights."""
@@ -77,6 +83,7 @@ def tiny_trainer(
         eval_dataset=eval_dataset,
         callbacks=callbacks,
         peft_config=tiny_lora() if lora == "default" else lora,
+        eval_reward_funcs=eval_reward_funcs,
     )
 
 

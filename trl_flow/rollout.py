@@ -131,8 +131,8 @@ class Dynamics:
 
     def diffusion(self, transition: Transition, step: int) -> torch.Tensor:
         """
-        What the difference of two means is measured in by the KL, `(B,)`: the diffusion coefficient `std / sqrt(dt)`,
-        as Flow-GRPO's KL has it; for DDIM the `std` itself, which gives the Gaussians' own KL (DPOK, arXiv:2305.16381).
+        What the KL measures the difference of two means in, `(B,)`: the diffusion coefficient `std / sqrt(dt)`, as in
+        Flow-GRPO; for DDIM the `std` itself, which gives the Gaussians' own KL (DPOK, arXiv:2305.16381).
         """
         return transition.std if self.is_ddim else transition.std / self.dt(step).sqrt()
 

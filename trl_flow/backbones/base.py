@@ -26,6 +26,30 @@ class Schedule:
         return len(self.timesteps)
 
 
+@dataclass(frozen=True)
+class DDIMSchedule:
+    """
+    The noise levels of one sampling run of `T` steps of a U-Net that predicts the noise, `x_t = sqrt(a) x_0 +
+    sqrt(1 - a) e`; its transitions are those of DDIM.
+
+    Attributes:
+        alphas_cumprod (`torch.Tensor`): `a` before each step, ascending, float32, shape `(T,)`.
+        alphas_cumprod_next (`torch.Tensor`): `a` after each step, float32, shape `(T,)`. Mostly the `a` before the
+            next one; not always, as diffusers' `DDIMScheduler` rounds the timesteps.
+        timesteps (`torch.Tensor`): what the U-Net is told at each step, shape `(T,)`.
+        prediction_type (`str`): `"epsilon"` or `"v_prediction"`, what the U-Net predicts.
+    """
+
+    alphas_cumprod: torch.Tensor
+    alphas_cumprod_next: torch.Tensor
+    timesteps: torch.Tensor
+    prediction_type: str = "epsilon"
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.timesteps)
+
+
 class Backbone(ABC):
     """
     A pipeline family behind five methods, each on the pipeline's own code. A subclass is one file.
@@ -44,6 +68,8 @@ class Backbone(ABC):
 
     component = "transformer"  # the pipeline's module that is trained
     lora_target_modules: list[str]  # default targets of a LoRA whose config names none
+    takes_image = False  # whether it edits a picture: `encode_prompt` then gets the one in the row's column `image`
+    takes_negative_prompt = True  # whether guidance can lead away from a prompt of one's own
 
     def __init__(self, pipeline: DiffusionPipeline, *, height: int, width: int, max_sequence_length: int):
         missing = [name for name in (self.component, "vae", "scheduler") if getattr(pipeline, name, None) is None]
@@ -78,17 +104,24 @@ class Backbone(ABC):
 
     @abstractmethod
     def encode_prompt(self, prompt: str) -> dict[str, torch.Tensor]:
-        """The condition of one prompt, batch size 1, on the pipeline's device."""
+        """The condition of one prompt, batch size 1, on the pipeline's device. With `takes_image` it has a second
+        argument, `image`: the picture to be edited, RGB, of any size; the condition's shapes must not depend on it."""
+
+    def check_image_size(self, height: int, width: int) -> None:
+        """With `takes_image`: raises `ValueError` if a picture of this size can not be edited."""
+        return  # any size, unless a family says otherwise
 
     @abstractmethod
-    def schedule(self, num_inference_steps: int) -> Schedule:
-        """The noise levels that the pipeline's own scheduler takes for this number of steps."""
+    def schedule(self, num_inference_steps: int) -> Schedule | DDIMSchedule:
+        """The noise levels that the pipeline's own scheduler takes for this number of steps. Its class says what kind
+        of transitions the model is sampled with."""
 
     @abstractmethod
     def predict(
         self, model: torch.nn.Module, latents: torch.Tensor, timestep: torch.Tensor, condition: dict[str, torch.Tensor]
     ) -> torch.Tensor:
-        """One forward of `model` (the trained module, possibly wrapped) without guidance: the velocity `(B, ...)`."""
+        """One forward of `model` (the trained module, possibly wrapped) without guidance: the velocity `(B, ...)`, or
+        what the `prediction_type` of a [`DDIMSchedule`] says."""
 
     @abstractmethod
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
@@ -104,7 +137,7 @@ class Backbone(ABC):
         guidance_scale: float = 1.0,
     ) -> torch.Tensor:
         """
-        The velocity `v = x_1 - x_0` after guidance.
+        The velocity `v = x_1 - x_0` after guidance, or what the `prediction_type` of a [`DDIMSchedule`] says.
 
         Args:
             model (`torch.nn.Module`): the trained module, possibly wrapped (PEFT, DDP, FSDP).
@@ -123,6 +156,10 @@ class Backbone(ABC):
         both = {key: torch.cat([negative_condition[key], condition[key]]) for key in condition}
         prediction = self.predict(model, torch.cat([latents, latents]), timestep, both)
         unconditional, conditional = prediction.float().chunk(2)
+        return self.guide(conditional, unconditional, guidance_scale)
+
+    def guide(self, conditional: torch.Tensor, unconditional: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+        """The pipeline's guidance, from the velocities of the prompts and of the negative prompts, both `(B, ...)`."""
         return unconditional + guidance_scale * (conditional - unconditional)
 
     def uses_guidance(self, guidance_scale: float) -> bool:

@@ -1,0 +1,197 @@
+"""The Qwen-Image-Edit backbones compute what the stock pipelines compute."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
+from PIL import Image
+from tiny_qwen import smaller_input_images, tiny_qwen_edit_pipeline
+from tiny_training import warnings_of
+
+from trl_flow.backbones import QwenImageEditBackbone, QwenImageEditPlusBackbone, get_backbone
+from trl_flow.rollout import Dynamics, draw_noise, rollout, sample_generator
+
+
+PROMPTS = ["a red circle", "two"]
+TOKENS = 20
+STEPS = 3
+SIZE = {"height": 64, "width": 64}
+BACKBONES = {QwenImageEditPipeline: QwenImageEditBackbone, QwenImageEditPlusPipeline: QwenImageEditPlusBackbone}
+each_pipeline = pytest.mark.parametrize("cls", BACKBONES)
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    # as the trainer calls a backbone
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def small_input_images(monkeypatch):
+    smaller_input_images(monkeypatch)
+
+
+def picture(index: int, width: int, height: int) -> Image.Image:
+    pixels = np.random.default_rng(index).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def pictures(backbone) -> list[Image.Image]:
+    """One for each prompt, of other sizes than what is drawn and of its aspect ratio."""
+    return [picture(i, backbone.width * factor // 4, backbone.height * factor // 4) for i, factor in enumerate((3, 5))]
+
+
+def make_backbone(cls, max_sequence_length=TOKENS, size=SIZE, **transformer_config) -> QwenImageEditBackbone:
+    pipeline = tiny_qwen_edit_pipeline(cls, **transformer_config)
+    return get_backbone(pipeline, max_sequence_length=max_sequence_length, **size)
+
+
+def conditions(backbone, prompts):
+    encoded = [backbone.encode_prompt(*pair) for pair in zip(prompts, pictures(backbone), strict=True)]
+    return {key: torch.cat([condition[key] for condition in encoded]) for key in encoded[0]}
+
+
+def noise(backbone) -> torch.Tensor:
+    generators = [sample_generator(1, i) for i in range(len(PROMPTS))]
+    return draw_noise(backbone.latent_shape(), generators, torch.device("cpu"))
+
+
+def ode_rollout(backbone, guidance_scale: float, negative_prompt: str = "") -> torch.Tensor:
+    """Latents of the rollout without noise, as evaluation runs it."""
+    guided = backbone.uses_guidance(guidance_scale)
+    return rollout(
+        backbone,
+        backbone.model,
+        Dynamics(backbone.schedule(STEPS), sde_type="flow", noise_level=0.7),
+        conditions(backbone, PROMPTS),
+        conditions(backbone, [negative_prompt] * len(PROMPTS)) if guided else None,
+        guidance_scale=guidance_scale,
+        initial_noise=noise(backbone),
+        generators=[],
+        stochastic_steps=[],
+        trained_steps=[],
+    ).final
+
+
+def drawn_by_the_pipeline(backbone, guidance_scale: float, output_type: str, negative_prompt: str = ""):
+    # One after another: Plus takes no more at once, and its elder's batches show the text encoder other sizes
+    rows = zip(PROMPTS, pictures(backbone), noise(backbone).split(1), strict=True)
+    return (
+        backbone.pipeline(
+            image,
+            prompt,
+            negative_prompt=negative_prompt if guidance_scale > 1 else None,
+            true_cfg_scale=guidance_scale,
+            height=backbone.height,
+            width=backbone.width,
+            num_inference_steps=STEPS,
+            latents=latents,
+            output_type=output_type,
+        ).images[0]
+        for prompt, image, latents in rows
+    )
+
+
+@each_pipeline
+@pytest.mark.parametrize("size", [SIZE, {"height": 96, "width": 32}, {"height": 64, "width": 96}], ids=str)
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
+def test_a_rollout_without_noise_draws_the_pipelines_own_images(cls, size, guidance_scale, small_input_images):
+    backbone = make_backbone(cls, size=size)
+    assert type(backbone) is BACKBONES[cls]
+    final = ode_rollout(backbone, guidance_scale)
+    latents = torch.stack(list(drawn_by_the_pipeline(backbone, guidance_scale, "latent")))
+    # Prompts are filled up, and all drawn in one batch
+    torch.testing.assert_close(final, latents, rtol=0, atol=3e-6)
+    images, expected = backbone.decode(final), drawn_by_the_pipeline(backbone, guidance_scale, "pil")
+    for image, other in zip(images, expected, strict=True):
+        assert image.size == (backbone.width, backbone.height)
+        difference = np.abs(np.asarray(image, dtype=int) - np.asarray(other, dtype=int))
+        assert difference.max() <= 1  # a value that falls on the other side of 1/2
+        assert (difference > 0).mean() < 0.01
+
+
+def test_an_input_image_of_a_megapixel():
+    backbone = make_backbone(QwenImageEditPipeline)
+    condition = backbone.encode_prompt(PROMPTS[0], pictures(backbone)[0])
+    assert condition["image_latents"].shape == (1, (1024 // 32) ** 2, 16)
+    steps = Dynamics(backbone.schedule(STEPS), sde_type="flow", noise_level=0.7)
+    steps_of = {"generators": [], "stochastic_steps": [], "trained_steps": []}
+    x = noise(backbone)[:1]
+    final = rollout(
+        backbone, backbone.model, steps, condition, None, guidance_scale=1.0, initial_noise=x, **steps_of
+    ).final
+    expected = next(iter(drawn_by_the_pipeline(backbone, 1.0, "latent")))
+    torch.testing.assert_close(final[0], expected, rtol=0, atol=3e-6)
+
+
+def test_a_transformer_that_takes_the_input_image_for_finished(small_input_images):
+    # As Qwen-Image-Edit-2511's: the tokens of the input image are told the time 0
+    backbone = make_backbone(QwenImageEditPlusPipeline, zero_cond_t=True)
+    final = ode_rollout(backbone, 2.5)
+    latents = torch.stack(list(drawn_by_the_pipeline(backbone, 2.5, "latent")))
+    torch.testing.assert_close(final, latents, rtol=0, atol=3e-6)
+    assert (final - ode_rollout(make_backbone(QwenImageEditPlusPipeline), 2.5)).abs().max() > 1e-3
+
+
+@each_pipeline
+def test_a_negative_prompt_is_the_pipelines(cls, small_input_images):
+    backbone = make_backbone(cls)
+    final = ode_rollout(backbone, 2.5, negative_prompt="blurred")
+    latents = torch.stack(list(drawn_by_the_pipeline(backbone, 2.5, "latent", negative_prompt="blurred")))
+    torch.testing.assert_close(final, latents, rtol=0, atol=3e-6)
+    assert (final - ode_rollout(backbone, 2.5)).abs().max() > 1e-3
+
+
+@each_pipeline
+def test_the_image_matters_to_the_text_encoder_and_beside_the_latents(cls, small_input_images):
+    backbone = make_backbone(cls)
+    one, other = (backbone.encode_prompt("two", picture(i, 64, 64)) for i in range(2))
+    assert (one["encoder_hidden_states"] - other["encoder_hidden_states"]).abs().max() > 1e-3
+    x, timestep = noise(backbone)[:1], torch.tensor(500.0)
+    velocity = backbone.velocity(backbone.model, x, timestep, one)
+    mixed = backbone.velocity(backbone.model, x, timestep, one | {"image_latents": other["image_latents"]})
+    assert (velocity - mixed).abs().max() > 1e-3
+
+
+@each_pipeline
+def test_conditions_do_not_depend_on_the_prompts_length_nor_the_images_size(cls, small_input_images):
+    backbone = make_backbone(cls)
+    one = backbone.encode_prompt("", picture(0, 64, 64))
+    other = backbone.encode_prompt("x" * TOKENS, picture(0, 200, 200))
+    assert {key: value.shape for key, value in one.items()} == {key: value.shape for key, value in other.items()}
+    # The longest prompt fills its place, the empty one leaves as much as it is long
+    assert other["encoder_hidden_states_mask"].all()
+    assert (~one["encoder_hidden_states_mask"]).sum() == TOKENS
+
+
+def test_a_prompt_that_is_too_long_is_cut_with_a_warning(small_input_images):
+    backbone, image = make_backbone(QwenImageEditPipeline), picture(0, 64, 64)
+    long = "x" * (TOKENS + 3)
+    with warnings_of("trl_flow") as messages:
+        condition = backbone.encode_prompt(long, image)
+    assert len(messages) == 1 and f"has {TOKENS + 3} tokens" in messages[0]
+    whole = make_backbone(QwenImageEditPipeline, max_sequence_length=TOKENS + 3).encode_prompt(long, image)
+    assert torch.equal(condition["encoder_hidden_states"], whole["encoder_hidden_states"][:, :-3])
+
+
+@each_pipeline
+def test_an_image_of_another_shape_is_refused(cls):
+    backbone = make_backbone(cls)
+    backbone.check_image_size(1000, 1010)
+    with pytest.raises(
+        ValueError, match="64 pixels high and 96 wide, but must have the aspect ratio of the drawn images"
+    ):
+        backbone.check_image_size(64, 96)
+    with pytest.raises(ValueError, match="64 pixels high"):
+        backbone.encode_prompt("two", picture(0, 96, 64))
+
+
+def test_a_vae_of_another_dtype_than_the_text_encoders(small_input_images):
+    # As the trainer loads them for half precision; the pipeline's own call would fail
+    backbone, image = make_backbone(QwenImageEditPipeline), picture(0, 64, 64)
+    whole = backbone.encode_prompt("two", image)
+    backbone.pipeline.text_encoder.to(torch.bfloat16)
+    half = backbone.encode_prompt("two", image)
+    assert torch.equal(half["image_latents"], whole["image_latents"])
+    torch.testing.assert_close(half["encoder_hidden_states"].float(), whole["encoder_hidden_states"], rtol=0, atol=0.1)

@@ -1,0 +1,179 @@
+"""The Z-Image backbone computes what the stock pipeline computes."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from tiny_qwen import tiny_z_image_pipeline
+
+from trl_flow.backbones import ZImageBackbone, get_backbone
+from trl_flow.rollout import Dynamics, draw_noise, rollout, sample_generator
+
+
+# With the template 31 and 42 tokens; the transformer fills them up to 32 and 64
+PROMPTS = ["two", "three red fish"]
+TOKENS = 48
+STEPS = 3
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    # as the trainer calls a backbone
+    with torch.no_grad():
+        yield
+
+
+def make_backbone(pipeline=None, **size) -> ZImageBackbone:
+    pipeline = tiny_z_image_pipeline() if pipeline is None else pipeline
+    return get_backbone(pipeline, **{"height": 16, "width": 16, "max_sequence_length": TOKENS} | size)
+
+
+def conditions(backbone, prompts):
+    encoded = [backbone.encode_prompt(prompt) for prompt in prompts]
+    return {key: torch.cat([condition[key] for condition in encoded]) for key in encoded[0]}
+
+
+def noise(backbone, number: int = len(PROMPTS)) -> torch.Tensor:
+    generators = [sample_generator(1, i) for i in range(number)]
+    return draw_noise(backbone.latent_shape(), generators, torch.device("cpu"))
+
+
+def ode_rollout(backbone, guidance_scale: float, negative_prompt: str = "", prompts=PROMPTS) -> torch.Tensor:
+    """Latents of the rollout without noise, as evaluation runs it."""
+    guided = backbone.uses_guidance(guidance_scale)
+    return rollout(
+        backbone,
+        backbone.model,
+        Dynamics(backbone.schedule(STEPS), sde_type="flow", noise_level=0.7),
+        conditions(backbone, prompts),
+        conditions(backbone, [negative_prompt] * len(prompts)) if guided else None,
+        guidance_scale=guidance_scale,
+        initial_noise=noise(backbone, len(prompts)),
+        generators=[],
+        stochastic_steps=[],
+        trained_steps=[],
+    ).final
+
+
+def drawn_by_the_pipeline(backbone, guidance_scale: float, output_type: str, negative_prompt=None, prompts=PROMPTS):
+    return backbone.pipeline(
+        list(prompts),  # the pipeline writes into the list
+        negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts),
+        height=backbone.height,
+        width=backbone.width,
+        num_inference_steps=STEPS,
+        guidance_scale=guidance_scale,
+        max_sequence_length=backbone.max_sequence_length,
+        latents=noise(backbone, len(prompts)),
+        output_type=output_type,
+    ).images
+
+
+@pytest.mark.parametrize("size", [{}, {"height": 24, "width": 8}, {"height": 32, "width": 32}], ids=str)
+@pytest.mark.parametrize("guidance_scale", [0.0, 0.5, 2.5])
+def test_a_rollout_without_noise_draws_the_pipelines_own_images(size, guidance_scale):
+    backbone = make_backbone(**size)
+    final = ode_rollout(backbone, guidance_scale)
+    # Prompts are encoded one by one here, and guidance runs the negative prompts first
+    torch.testing.assert_close(final, drawn_by_the_pipeline(backbone, guidance_scale, "latent"), rtol=0, atol=3e-6)
+    images, expected = backbone.decode(final), drawn_by_the_pipeline(backbone, guidance_scale, "pil")
+    for image, other in zip(images, expected, strict=True):
+        assert image.size == (backbone.width, backbone.height)
+        difference = np.abs(np.asarray(image, dtype=int) - np.asarray(other, dtype=int))
+        assert difference.max() <= 1  # a value that falls on the other side of 1/2
+        assert (difference > 0).mean() < 0.01
+
+
+def test_the_pipelines_images_come_from_the_same_latents_to_the_last_bit():
+    backbone = make_backbone()
+    latents = drawn_by_the_pipeline(backbone, 2.5, "latent")
+    images, expected = backbone.decode(latents), drawn_by_the_pipeline(backbone, 2.5, "pil")
+    for image, other in zip(images, expected, strict=True):
+        assert np.array_equal(np.asarray(image), np.asarray(other))
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_a_condition_holds_the_pipelines_embeddings(prompt):
+    backbone = make_backbone()
+    (embeds,), _ = backbone.pipeline.encode_prompt(
+        prompt, do_classifier_free_guidance=False, max_sequence_length=TOKENS
+    )
+    condition = backbone.encode_prompt(prompt)
+    assert torch.equal(condition["embeds"][condition["mask"]], embeds)
+    assert condition["embeds"].shape[1] == TOKENS > len(embeds)
+
+
+def test_prompts_that_the_transformer_fills_up_to_different_lengths():
+    backbone = make_backbone()
+    lengths = conditions(backbone, PROMPTS)["mask"].sum(dim=1).tolist()
+    assert [-(-length // 32) for length in lengths] == [1, 2]
+    condition = conditions(backbone, PROMPTS)
+    latents, timestep = noise(backbone), torch.tensor(500.0)
+    together = backbone.predict(backbone.model, latents, timestep, condition)
+    for i in range(len(PROMPTS)):
+        own = {key: value[i : i + 1] for key, value in condition.items()}
+        alone = backbone.predict(backbone.model, latents[i : i + 1], timestep, own)
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=2e-6)
+
+
+def test_the_velocity_points_from_the_data_to_the_noise():
+    # The transformer's time is 0 at the noise and 1 at the data, and its velocity that of this time
+    backbone = make_backbone()
+    latents, condition = noise(backbone), conditions(backbone, PROMPTS)
+    embeds = [own[mask] for own, mask in zip(condition["embeds"], condition["mask"], strict=True)]
+    towards_data = backbone.model(list(latents.unsqueeze(2)), torch.tensor([0.25, 0.25]), embeds).sample
+    velocity = backbone.velocity(backbone.model, latents, torch.tensor(750.0), condition)
+    assert torch.equal(velocity, -torch.cat([own.transpose(0, 1) for own in towards_data]))
+
+
+def test_a_negative_prompt_is_the_pipelines():
+    backbone = make_backbone()
+    final = ode_rollout(backbone, 2.5, negative_prompt="blurred")
+    expected = drawn_by_the_pipeline(backbone, 2.5, "latent", negative_prompt="blurred")
+    torch.testing.assert_close(final, expected, rtol=0, atol=3e-6)
+    assert (final - ode_rollout(backbone, 2.5)).abs().max() > 1e-3
+
+
+def test_guidance_by_hand():
+    # 3 + 2 (3 - 1), not the 1 + 2 (3 - 1) of other pipelines
+    guided = make_backbone().guide(torch.tensor([3.0]), torch.tensor([1.0]), 2.0)
+    assert torch.equal(guided, torch.tensor([7.0]))
+
+
+@pytest.mark.parametrize(("scale", "uses"), [(0.0, False), (0.01, True), (1.0, True), (4.5, True)])
+def test_guidance_is_used_where_the_pipeline_uses_it(scale, uses):
+    backbone = make_backbone()
+    backbone.pipeline._guidance_scale = scale
+    assert backbone.pipeline.do_classifier_free_guidance is uses
+    assert backbone.uses_guidance(scale) is uses
+
+
+@pytest.mark.parametrize("size", [{}, {"height": 32, "width": 8}], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"shift": 6.0},
+        {"use_dynamic_shifting": True},
+        {"use_dynamic_shifting": True, "base_image_seq_len": 4, "max_image_seq_len": 64, "max_shift": 2.0},
+    ],
+    ids=str,
+)
+def test_every_scheduler_of_the_pipeline_keeps_its_noise_levels(config, size):
+    pipeline = tiny_z_image_pipeline()
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(**config)
+    backbone = make_backbone(pipeline, **size)
+    drawn_by_the_pipeline(backbone, 0.0, "latent")
+    sigmas, timesteps = pipeline.scheduler.sigmas, pipeline.scheduler.timesteps
+    schedule = backbone.schedule(STEPS)
+    assert torch.equal(schedule.sigmas, sigmas)
+    assert torch.equal(schedule.timesteps, timesteps)
+    assert schedule.num_steps == STEPS
+    assert schedule.sigmas[-1] == 0
+    assert (schedule.sigmas.diff() < 0).all()
+
+
+@pytest.mark.parametrize("size", [{"height": 18}, {"width": 68}], ids=str)
+def test_a_size_that_the_model_can_not_draw_is_refused(size):
+    # 16 positions of 4 pixels each way
+    with pytest.raises(ValueError, match="multiples of 4 pixels up to 64 x 64"):
+        make_backbone(**size)

@@ -1,0 +1,113 @@
+"""FLUX.1, dev and schnell."""
+
+import numpy as np
+import torch
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+from PIL import Image
+
+from trl_flow.backbones.base import Backbone, Schedule
+
+
+class FluxBackbone(Backbone):
+    """
+    [`~diffusers.FluxPipeline`]: CLIP and T5 for text encoders, a joint transformer on packed latents, rectified flow.
+
+    `guidance_scale` is the pipeline's argument of this name: dev, which was distilled from guided samples, is told the
+    scale, whatever it is, and runs one forward; schnell is not told, and the scale has no effect. The pipeline's
+    `true_cfg_scale`, guidance by a second forward, is left at 1, and so there is no negative prompt.
+    """
+
+    # Flow-GRPO's choice: the attention of all blocks, and the feed-forward layers of those with two streams
+    lora_target_modules = [
+        "attn.add_k_proj",
+        "attn.add_q_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+        "attn.to_k",
+        "attn.to_out.0",
+        "attn.to_q",
+        "attn.to_v",
+        "ff.net.0.proj",
+        "ff.net.2",
+        "ff_context.net.0.proj",
+        "ff_context.net.2",
+    ]
+    takes_negative_prompt = False
+
+    def check_size(self, height: int, width: int) -> None:
+        multiple = self.pipeline.vae_scale_factor * 2
+        if height % multiple or width % multiple:
+            raise ValueError(
+                f"height and width are {height} x {width}, but this model draws multiples of {multiple} pixels. "
+                f"Set height={max(1, round(height / multiple)) * multiple} and "
+                f"width={max(1, round(width / multiple)) * multiple}."
+            )
+
+    def _grid(self) -> tuple[int, int]:
+        """Height and width of the image in the transformer's tokens, each of 2 x 2 latents."""
+        multiple = self.pipeline.vae_scale_factor * 2
+        return self.height // multiple, self.width // multiple
+
+    def latent_shape(self) -> tuple[int, ...]:
+        height, width = self._grid()
+        return (height * width, self.model.config.in_channels)
+
+    def encode_prompt(self, prompt: str) -> dict[str, torch.Tensor]:
+        embeds, pooled, text_ids = self.pipeline.encode_prompt(
+            prompt, prompt_2=None, device=self.device, max_sequence_length=self.max_sequence_length
+        )
+        return {"encoder_hidden_states": embeds, "pooled_projections": pooled, "text_ids": text_ids[None]}
+
+    def schedule(self, num_inference_steps: int) -> Schedule:
+        scheduler = self.pipeline.scheduler
+        mu = calculate_shift(
+            self.latent_shape()[0],
+            scheduler.config.get("base_image_seq_len", 256),
+            scheduler.config.get("max_image_seq_len", 4096),
+            scheduler.config.get("base_shift", 0.5),
+            scheduler.config.get("max_shift", 1.15),
+        )
+        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+        timesteps, _ = retrieve_timesteps(scheduler, device=self.device, sigmas=sigmas, mu=mu)
+        return Schedule(sigmas=scheduler.sigmas.to(self.device, torch.float32), timesteps=timesteps)
+
+    def _image_ids(self, device: torch.device) -> torch.Tensor:
+        """Where the tokens of the latents stand, `(L, 3)`: the first number is 0, then come row and column."""
+        return self.pipeline._prepare_latent_image_ids(1, *self._grid(), device, self.dtype)
+
+    def predict(
+        self, model: torch.nn.Module, latents: torch.Tensor, timestep: torch.Tensor, condition: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        return model(
+            hidden_states=latents.to(self.dtype),
+            timestep=timestep.expand(len(latents)).to(self.dtype) / 1000,
+            guidance=condition.get("guidance"),
+            pooled_projections=condition["pooled_projections"].to(self.dtype),
+            encoder_hidden_states=condition["encoder_hidden_states"].to(self.dtype),
+            txt_ids=condition["text_ids"][0].to(self.dtype),
+            img_ids=self._image_ids(latents.device),
+            return_dict=False,
+        )[0]
+
+    def velocity(
+        self,
+        model: torch.nn.Module,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        condition: dict[str, torch.Tensor],
+        negative_condition: dict[str, torch.Tensor] | None = None,
+        guidance_scale: float = 1.0,
+    ) -> torch.Tensor:
+        if self.model.config.guidance_embeds:
+            condition = condition | {"guidance": torch.full((len(latents),), guidance_scale, device=latents.device)}
+        return self.predict(model, latents, timestep, condition).float()
+
+    def uses_guidance(self, guidance_scale: float) -> bool:
+        return False  # not by a negative prompt
+
+    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
+        vae = self.pipeline.vae
+        latents = self.pipeline._unpack_latents(latents, self.height, self.width, self.pipeline.vae_scale_factor)
+        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+        pixels = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+        return self.pipeline.image_processor.postprocess(pixels.float(), output_type="pil")

@@ -1,0 +1,94 @@
+"""FLUX.2 klein, the base models and the distilled ones."""
+
+import numpy as np
+import torch
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu, retrieve_timesteps
+from PIL import Image
+
+from trl_flow.backbones.base import Backbone, Schedule
+
+
+class Flux2KleinBackbone(Backbone):
+    """
+    [`~diffusers.Flux2KleinPipeline`] without reference pictures: a language model for a text encoder, a joint
+    transformer on packed latents, rectified flow.
+
+    The base models are guided away from the empty prompt, the only negative one that the pipeline has; the distilled
+    ones (`is_distilled` in the pipeline's config) are not guided, whatever `guidance_scale` is.
+    """
+
+    # The attention of the blocks with two streams, and the layer of the others that attention and feed-forward share
+    lora_target_modules = [
+        "attn.add_k_proj",
+        "attn.add_q_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+        "attn.to_k",
+        "attn.to_out.0",
+        "attn.to_q",
+        "attn.to_qkv_mlp_proj",
+        "attn.to_v",
+    ]
+    takes_negative_prompt = False
+
+    def check_size(self, height: int, width: int) -> None:
+        multiple = self.pipeline.vae_scale_factor * 2
+        if height % multiple or width % multiple:
+            raise ValueError(
+                f"height and width are {height} x {width}, but this model draws multiples of {multiple} pixels. "
+                f"Set height={max(1, round(height / multiple)) * multiple} and "
+                f"width={max(1, round(width / multiple)) * multiple}."
+            )
+
+    def _grid(self) -> tuple[int, int]:
+        """Height and width of the image in the transformer's tokens, each of 2 x 2 latents."""
+        multiple = self.pipeline.vae_scale_factor * 2
+        return self.height // multiple, self.width // multiple
+
+    def latent_shape(self) -> tuple[int, ...]:
+        height, width = self._grid()
+        return (height * width, self.model.config.in_channels)
+
+    def encode_prompt(self, prompt: str) -> dict[str, torch.Tensor]:
+        embeds, text_ids = self.pipeline.encode_prompt(
+            prompt, device=self.device, max_sequence_length=self.max_sequence_length
+        )
+        return {"encoder_hidden_states": embeds, "text_ids": text_ids}
+
+    def schedule(self, num_inference_steps: int) -> Schedule:
+        scheduler = self.pipeline.scheduler
+        mu = compute_empirical_mu(image_seq_len=self.latent_shape()[0], num_steps=num_inference_steps)
+        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+        timesteps, _ = retrieve_timesteps(scheduler, device=self.device, sigmas=sigmas, mu=mu)
+        return Schedule(sigmas=scheduler.sigmas.to(self.device, torch.float32), timesteps=timesteps)
+
+    def _image_ids(self, latents: torch.Tensor) -> torch.Tensor:
+        """Where the tokens of the latents `(B, L, C)` stand, `(B, L, 4)`."""
+        # Of the unpacked latents only the shape is read
+        return self.pipeline._prepare_latent_ids(latents.new_empty(len(latents), 0, *self._grid())).to(latents.device)
+
+    def predict(
+        self, model: torch.nn.Module, latents: torch.Tensor, timestep: torch.Tensor, condition: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        return model(
+            hidden_states=latents.to(self.dtype),
+            timestep=timestep.expand(len(latents)).to(self.dtype) / 1000,
+            guidance=None,
+            encoder_hidden_states=condition["encoder_hidden_states"].to(self.dtype),
+            txt_ids=condition["text_ids"],
+            img_ids=self._image_ids(latents),
+            return_dict=False,
+        )[0]
+
+    def uses_guidance(self, guidance_scale: float) -> bool:
+        return guidance_scale > 1 and not self.pipeline.config.is_distilled
+
+    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
+        vae = self.pipeline.vae
+        latents = self.pipeline._unpack_latents_with_ids(latents, self._image_ids(latents), *self._grid())
+        # In the VAE's own normalisation, kept in its batch norm
+        mean = vae.bn.running_mean.view(1, -1, 1, 1).to(latents)
+        std = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).to(latents)
+        latents = self.pipeline._unpatchify_latents(latents * std + mean)
+        pixels = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+        return self.pipeline.image_processor.postprocess(pixels.float(), output_type="pil")

@@ -1,0 +1,133 @@
+"""Qwen-Image."""
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift, retrieve_timesteps
+from PIL import Image
+
+from trl_flow.backbones.base import Backbone, Schedule
+
+
+class QwenImageBackbone(Backbone):
+    """
+    [`~diffusers.QwenImagePipeline`]: a vision-language model for a text encoder, a joint transformer on packed
+    latents, rectified flow.
+
+    `guidance_scale` is what the pipeline calls `true_cfg_scale`. Without a negative prompt the pipeline leaves
+    guidance out, whatever the scale; here it is then the empty one, which draws the images of `negative_prompt=""`.
+
+    Raises:
+        ValueError: besides the reasons of [`Backbone`], for a transformer with `guidance_embeds`, which diffusers'
+            `QwenImageTransformer2DModel` can be configured with but not run.
+    """
+
+    # The attention of both streams but for the text's way out (`attn.to_add_out`): that of the last block leads
+    # nowhere, and processes that reduce their gradients would wait for one that never comes
+    lora_target_modules = [
+        "attn.add_k_proj",
+        "attn.add_q_proj",
+        "attn.add_v_proj",
+        "attn.to_k",
+        "attn.to_out.0",
+        "attn.to_q",
+        "attn.to_v",
+    ]
+
+    def __init__(self, pipeline: DiffusionPipeline, *, height: int, width: int, max_sequence_length: int):
+        super().__init__(pipeline, height=height, width=width, max_sequence_length=max_sequence_length)
+        if self.model.config.guidance_embeds:
+            raise ValueError(
+                "The transformer's config has guidance_embeds=True (a guidance-distilled model), but diffusers' "
+                "QwenImageTransformer2DModel has no weights to embed a guidance scale with. Use a model without it."
+            )
+
+    def check_size(self, height: int, width: int) -> None:
+        multiple = self.pipeline.vae_scale_factor * 2
+        if height % multiple or width % multiple:
+            raise ValueError(
+                f"height and width are {height} x {width}, but this model draws multiples of {multiple} pixels. "
+                f"Set height={max(1, round(height / multiple)) * multiple} and "
+                f"width={max(1, round(width / multiple)) * multiple}."
+            )
+
+    def _grid(self) -> tuple[int, int]:
+        """Height and width of the image in the transformer's tokens, each of 2 x 2 latents."""
+        multiple = self.pipeline.vae_scale_factor * 2
+        return self.height // multiple, self.width // multiple
+
+    def latent_shape(self) -> tuple[int, ...]:
+        height, width = self._grid()
+        return (height * width, self.model.config.in_channels)
+
+    def encode_prompt(self, prompt: str) -> dict[str, torch.Tensor]:
+        embeds, _ = self.pipeline.encode_prompt(
+            prompt, device=self.device, max_sequence_length=self.max_sequence_length
+        )
+        return self._padded(embeds, self.max_sequence_length)
+
+    @staticmethod
+    def _padded(embeds: torch.Tensor, length: int) -> dict[str, torch.Tensor]:
+        """Embeddings `(1, L, D)` filled up to `length` tokens, as the pipeline fills up those of a batch, and their
+        mask."""
+        missing = length - embeds.shape[1]
+        mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+        return {
+            "encoder_hidden_states": torch.nn.functional.pad(embeds, (0, 0, 0, missing)),
+            "encoder_hidden_states_mask": torch.nn.functional.pad(mask, (0, missing)),
+        }
+
+    def schedule(self, num_inference_steps: int) -> Schedule:
+        scheduler = self.pipeline.scheduler
+        mu = calculate_shift(
+            self.latent_shape()[0],
+            scheduler.config.get("base_image_seq_len", 256),
+            scheduler.config.get("max_image_seq_len", 4096),
+            scheduler.config.get("base_shift", 0.5),
+            scheduler.config.get("max_shift", 1.15),
+        )
+        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+        timesteps, _ = retrieve_timesteps(scheduler, device=self.device, sigmas=sigmas, mu=mu)
+        return Schedule(sigmas=scheduler.sigmas.to(self.device, torch.float32), timesteps=timesteps)
+
+    def predict(
+        self, model: torch.nn.Module, latents: torch.Tensor, timestep: torch.Tensor, condition: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        return self._forward(model, latents, timestep, condition, [(1, *self._grid())])
+
+    def _forward(
+        self,
+        model: torch.nn.Module,
+        tokens: torch.Tensor,
+        timestep: torch.Tensor,
+        condition: dict[str, torch.Tensor],
+        shapes: list[tuple[int, int, int]],
+    ) -> torch.Tensor:
+        """The transformer's output for every one of `tokens`, those of the images of `shapes` (frames, height, width)
+        one after another."""
+        return model(
+            hidden_states=tokens.to(self.dtype),
+            # Rounded before it is divided, as in the pipeline
+            timestep=timestep.expand(len(tokens)).to(self.dtype) / 1000,
+            encoder_hidden_states=condition["encoder_hidden_states"].to(self.dtype),
+            encoder_hidden_states_mask=condition["encoder_hidden_states_mask"],
+            img_shapes=[shapes] * len(tokens),
+            return_dict=False,
+        )[0]
+
+    def guide(self, conditional: torch.Tensor, unconditional: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+        guided = super().guide(conditional, unconditional, guidance_scale)
+        # The guided velocity of each token keeps the length of the one without guidance
+        return guided * (conditional.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+
+    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
+        vae = self.pipeline.vae
+        latents = self.pipeline._unpack_latents(latents, self.height, self.width, self.pipeline.vae_scale_factor)
+        latents = latents.to(vae.dtype)
+        mean, std = (
+            torch.tensor(values).view(1, -1, 1, 1, 1).to(latents)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        # A video of one frame; divided by the inverse as in the pipeline, to the last bit
+        pixels = vae.decode(latents / (1 / std) + mean, return_dict=False)[0][:, :, 0]
+        return self.pipeline.image_processor.postprocess(pixels.float(), output_type="pil")

@@ -1,0 +1,113 @@
+"""Stable Diffusion 1.x and 2.x."""
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+from PIL import Image
+from transformers.utils import logging
+
+from trl_flow.backbones.base import Backbone, DDIMSchedule
+
+
+logger = logging.get_logger(__name__)
+
+
+class StableDiffusionBackbone(Backbone):
+    """
+    [`~diffusers.StableDiffusionPipeline`]: one text encoder, a U-Net that predicts the noise or `v`.
+
+    Sampling while training and evaluating is DDIM's, as in DDPO (arXiv:2305.13301) and in DanceGRPO's and SLAS's
+    results on Stable Diffusion 1.4, whatever scheduler the pipeline came with (PNDM in the released 1.4 and 1.5, Euler
+    in XL): a [`~diffusers.DDIMScheduler`] is made from that one's config, in `scheduler`, and the pipeline's own is
+    left as it is. The trained weights serve with any scheduler; only `pipeline.scheduler = backbone.scheduler` draws
+    an evaluation's images again to the last digit.
+
+    The safety checker, which would give rewards black images to score, is not run. There is no `max_sequence_length`:
+    prompts always have the tokenizer's length.
+
+    Raises:
+        ValueError: in addition to the causes of [`Backbone`], if the scheduler's noise levels are not DDIM's, it clips
+            the predicted data, or the U-Net takes the guidance scale as an input (distilled LCM).
+    """
+
+    component = "unet"
+    # DDPO's choice: self- and cross-attention
+    lora_target_modules = ["to_k", "to_out.0", "to_q", "to_v"]
+
+    def __init__(self, pipeline: DiffusionPipeline, *, height: int, width: int, max_sequence_length: int):
+        super().__init__(pipeline, height=height, width=width, max_sequence_length=max_sequence_length)
+        config = pipeline.scheduler.config
+        if "beta_schedule" not in config or config.get("prediction_type") not in ("epsilon", "v_prediction"):
+            raise ValueError(
+                f"The pipeline's scheduler is a {type(pipeline.scheduler).__name__} with prediction_type "
+                f"{config.get('prediction_type')!r}, from which no DDIMScheduler for predicted noise (epsilon) or "
+                "v_prediction can be made. Give the pipeline the scheduler that the U-Net was trained for."
+            )
+        if config.get("clip_sample", False) or config.get("thresholding", False):
+            raise ValueError(
+                f"The pipeline's {type(pipeline.scheduler).__name__} has clip_sample={config.get('clip_sample')} and "
+                f"thresholding={config.get('thresholding')}: clipping is for pixels and would cut the latents off. "
+                "Give the pipeline a scheduler without: pipeline.scheduler = DDIMScheduler.from_config("
+                "pipeline.scheduler.config, clip_sample=False, thresholding=False)."
+            )
+        if self.model.config.get("time_cond_proj_dim") is not None:
+            raise ValueError(
+                "The U-Net takes the guidance scale as an input (time_cond_proj_dim): it is distilled for a few steps "
+                "of a consistency scheduler, and is not sampled with DDIM. Train the model that it was made from."
+            )
+        # PNDM has no clip_sample, and DDIM's default is to clip
+        self.scheduler = DDIMScheduler.from_config(config, clip_sample=False)
+
+    def check_size(self, height: int, width: int) -> None:
+        own = self.model.config.sample_size
+        factor = self.pipeline.vae_scale_factor
+        own_height, own_width = (side * factor for side in ((own, own) if isinstance(own, int) else own))
+        multiple = max(8, factor)
+        if height % multiple or width % multiple:
+            raise ValueError(
+                f"height and width are {height} x {width}, but this model draws multiples of {multiple} pixels; its "
+                f"own size is {own_height} x {own_width}. Set height={own_height} and width={own_width}."
+            )
+        if 2 * height * width < own_height * own_width:
+            logger.warning(
+                f"height and width are {height} x {width}, but this model was trained on {own_height} x {own_width}, "
+                "and draws poor images when they are much smaller."
+            )
+
+    def latent_shape(self) -> tuple[int, ...]:
+        factor = self.pipeline.vae_scale_factor
+        return (self.model.config.in_channels, self.height // factor, self.width // factor)
+
+    def encode_prompt(self, prompt: str) -> dict[str, torch.Tensor]:
+        prompt_embeds, _ = self.pipeline.encode_prompt(
+            prompt, self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        return {"encoder_hidden_states": prompt_embeds}
+
+    def schedule(self, num_inference_steps: int) -> DDIMSchedule:
+        scheduler = self.scheduler
+        scheduler.set_timesteps(num_inference_steps)
+        # As in DDIMScheduler.step: rounded, a step may end a little beside the next one's timestep
+        following = scheduler.timesteps - scheduler.config.num_train_timesteps // num_inference_steps
+        alphas = scheduler.alphas_cumprod
+        alphas_next = torch.where(following >= 0, alphas[following.clamp(min=0)], scheduler.final_alpha_cumprod)
+        return DDIMSchedule(
+            alphas_cumprod=alphas[scheduler.timesteps].to(self.device, torch.float32),
+            alphas_cumprod_next=alphas_next.to(self.device, torch.float32),
+            timesteps=scheduler.timesteps.to(self.device),
+            prediction_type=scheduler.config.prediction_type,
+        )
+
+    def predict(
+        self, model: torch.nn.Module, latents: torch.Tensor, timestep: torch.Tensor, condition: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        return model(
+            latents.to(self.dtype),
+            timestep.expand(len(latents)),
+            encoder_hidden_states=condition["encoder_hidden_states"].to(self.dtype),
+            return_dict=False,
+        )[0]
+
+    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
+        vae = self.pipeline.vae
+        pixels = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
+        return self.pipeline.image_processor.postprocess(pixels.float(), output_type="pil")

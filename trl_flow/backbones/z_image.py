@@ -1,0 +1,91 @@
+"""Z-Image."""
+
+import torch
+from diffusers.pipelines.z_image.pipeline_z_image import (
+    calculate_shift,
+    get_default_z_image_sigmas,
+    retrieve_timesteps,
+)
+from PIL import Image
+
+from trl_flow.backbones.base import Backbone, Schedule
+
+
+class ZImageBackbone(Backbone):
+    """
+    [`~diffusers.ZImagePipeline`]: a language model for a text encoder, a single-stream transformer, rectified flow.
+
+    Guidance is the pipeline's, `c + guidance_scale (c - u)`: it is off at a scale of 0, not 1. As by default there, it
+    is neither normalised nor cut short.
+    """
+
+    # The attention of all blocks, the refiners' too
+    lora_target_modules = ["attention.to_k", "attention.to_out.0", "attention.to_q", "attention.to_v"]
+
+    def check_size(self, height: int, width: int) -> None:
+        multiple = self.pipeline.vae_scale_factor * 2
+        largest = [length * multiple for length in self.model.config.axes_lens[1:]]
+        if height % multiple or width % multiple or height > largest[0] or width > largest[1]:
+            raise ValueError(
+                f"height and width are {height} x {width}, but this model draws multiples of {multiple} pixels up to "
+                f"{largest[0]} x {largest[1]}. Set height and width to such."
+            )
+
+    def latent_shape(self) -> tuple[int, ...]:
+        factor = self.pipeline.vae_scale_factor
+        return (self.model.config.in_channels, self.height // factor, self.width // factor)
+
+    def encode_prompt(self, prompt: str) -> dict[str, torch.Tensor]:
+        (embeds,), _ = self.pipeline.encode_prompt(
+            prompt,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+        )
+        missing = self.max_sequence_length - len(embeds)
+        mask = torch.ones(len(embeds), dtype=torch.bool, device=embeds.device)
+        return {
+            "embeds": torch.nn.functional.pad(embeds, (0, 0, 0, missing))[None],
+            "mask": torch.nn.functional.pad(mask, (0, missing))[None],
+        }
+
+    def schedule(self, num_inference_steps: int) -> Schedule:
+        scheduler = self.pipeline.scheduler
+        _, height, width = self.latent_shape()
+        mu = calculate_shift(
+            (height // 2) * (width // 2),
+            scheduler.config.get("base_image_seq_len", 256),
+            scheduler.config.get("max_image_seq_len", 4096),
+            scheduler.config.get("base_shift", 0.5),
+            scheduler.config.get("max_shift", 1.15),
+        )
+        sigmas = get_default_z_image_sigmas(num_inference_steps)
+        timesteps, _ = retrieve_timesteps(scheduler, device=self.device, sigmas=sigmas, mu=mu)
+        return Schedule(sigmas=scheduler.sigmas.to(self.device, torch.float32), timesteps=timesteps)
+
+    def predict(
+        self, model: torch.nn.Module, latents: torch.Tensor, timestep: torch.Tensor, condition: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        lengths = condition["mask"].sum(dim=1).tolist()
+        embeds = condition["embeds"].to(self.dtype)
+        velocities = model(
+            # A list of videos of one frame
+            list(latents.to(self.dtype).unsqueeze(2)),
+            # The model's time runs from noise to data, and so does its velocity
+            (1000 - timestep.expand(len(latents))) / 1000,
+            [own[:length] for own, length in zip(embeds, lengths, strict=True)],
+            return_dict=False,
+        )[0]
+        return -torch.stack(velocities).squeeze(2)
+
+    def guide(self, conditional: torch.Tensor, unconditional: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+        return conditional + guidance_scale * (conditional - unconditional)
+
+    def uses_guidance(self, guidance_scale: float) -> bool:
+        return guidance_scale > 0
+
+    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
+        vae = self.pipeline.vae
+        latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+        pixels = vae.decode(latents, return_dict=False)[0]
+        return self.pipeline.image_processor.postprocess(pixels.float(), output_type="pil")
