@@ -6,6 +6,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_flux import tiny_klein_pipeline, tiny_kontext_pipeline, tiny_kontext_sizes
 
 from trl_flow.evaluation.scoring import PairedDifference, draw, paired_difference, score_images
 from trl_flow.rewards.calling import RewardError
@@ -131,6 +132,29 @@ def test_arguments_reach_the_pipeline(tiny_sd3):
     assert not np.array_equal(plain, drawn(tiny_sd3, guidance_scale=30.0))
     assert not np.array_equal(plain, drawn(tiny_sd3, guidance_scale=30.0, negative_prompt="a cat"))
     assert drawn(tiny_sd3, height=8, width=12).shape == (3, 8, 12, 3)
+
+
+def test_pictures_are_edited_each_with_its_prompt():
+    rng = np.random.default_rng(0)
+    inputs = [Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(2)]
+    options = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 2.0, "max_sequence_length": 16}
+    with tiny_kontext_sizes():
+        pipeline = tiny_kontext_pipeline()
+        images = draw(pipeline, PROMPTS[:2], seed=0, images=inputs, num_images_per_prompt=2, **options)
+        alone = draw(pipeline, PROMPTS[:1], seed=0, images=inputs[:1], num_images_per_prompt=2, **options)
+        swapped = draw(pipeline, PROMPTS[:2], seed=0, images=inputs[::-1], num_images_per_prompt=2, **options)
+        with pytest.raises(ValueError, match="2 images for 3 prompts"):
+            draw(pipeline, PROMPTS, seed=0, images=inputs)
+    assert [image.size for image in images] == [(16, 16)] * 4
+    assert [np.array_equal(a, b) for a, b in zip(images, alone, strict=False)] == [True, True]
+    assert not any(np.array_equal(a, b) for a, b in zip(images, swapped, strict=True))
+
+
+def test_a_pipeline_whose_first_argument_is_not_the_prompt():
+    options = {"seed": 0, "num_inference_steps": 2, "guidance_scale": 2.0, "height": 16, "width": 16}
+    images = drawn(tiny_klein_pipeline(), **options)
+    assert images.shape == (3, 16, 16, 3)
+    assert abs(images[0] - images[1]).max() > 1
 
 
 def test_the_pipelines_own_bar_is_as_before(tiny_sd3, capfd):

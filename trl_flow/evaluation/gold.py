@@ -1,0 +1,147 @@
+"""The composite gold score: functions that are never optimised, normalised to the base model (GRPO-Guard, Table 1)."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class GoldScore:
+    """
+    A model's gold score beside the base model's, on the same prompts from the same seeds.
+
+    Attributes:
+        scores (`dict[str, float]`): mean score of each function, NaN where it applies to no prompt.
+        relative (`dict[str, float]`): the same divided by the base model's mean; 1 is the base model.
+        average (`float`): mean of `relative` over the functions that apply; NaN if none does.
+        influence (`np.ndarray`): float64, `(P,)`: what each of the `P` prompts adds to the deviation of `average`
+            from its value over infinitely many prompts, times `P`. Its mean is 0.
+    """
+
+    scores: dict[str, float]
+    relative: dict[str, float]
+    average: float
+    influence: np.ndarray
+
+    @property
+    def standard_error(self) -> float:
+        """Of `average`, from the spread over prompts; NaN for a single prompt."""
+        return _standard_error(self.influence)
+
+
+def gold_score(
+    base: Mapping[str, Sequence[float] | np.ndarray],
+    scores: Mapping[str, Sequence[float] | np.ndarray],
+    *,
+    num_images_per_prompt: int = 1,
+) -> GoldScore:
+    r"""
+    Divides the mean of each function by the base model's mean, and averages over the functions (GRPO-Guard, Table 1):
+
+    $$\text{average} = \frac{1}{F} \sum_f \frac{\sum_p a_{fp}}{\sum_p b_{fp}}$$
+
+    with $b_{fp}$ the base model's and $a_{fp}$ the trained model's score of prompt $p$, the mean over its pictures.
+
+    The standard error is that of a ratio of means over paired prompts (delta method): prompt $p$ contributes
+    $\frac{1}{F} \sum_f (a_{fp} - R_f b_{fp}) / \bar b_f$ with $R_f$ the ratio of function $f$. How hard a prompt is
+    raises or lowers both of its scores, and so drops out.
+
+    Args:
+        base, scores (`Mapping[str, Sequence[float]]`): the base model's and the trained model's scores by function,
+            each of shape `(N,)`: entry `i` of both has the same prompt and seed, and those of one prompt are next to
+            each other. A pair with a NaN (the function does not apply) is left out.
+        num_images_per_prompt (`int`): `K`, a divisor of `N`.
+
+    Returns:
+        [`GoldScore`]
+
+    Raises:
+        ValueError: if the functions or the shapes differ, or a base model's mean is not positive.
+    """
+    if list(base) != list(scores) or not scores:
+        raise ValueError(f"base has scores of {list(base)} and scores of {list(scores)}, but both must be the same.")
+    means: dict[str, float] = {}
+    relative: dict[str, float] = {}
+    contributions: list[np.ndarray] = []
+    for name in scores:
+        before, after = _by_prompt(base[name], scores[name], num_images_per_prompt, name)
+        present = ~np.isnan(before)
+        if not present.any():
+            means[name] = relative[name] = math.nan
+            contributions.append(np.full(len(before), math.nan))
+            continue
+        check_base(name, before)
+        mean_before, mean_after = before[present].mean(), after[present].mean()
+        ratio = mean_after / mean_before
+        means[name], relative[name] = float(mean_after), float(ratio)
+        # A mean over some of the prompts: those count for more, the others for nothing
+        share = present.mean()
+        contributions.append(np.where(present, (after - ratio * before) / (mean_before * share), 0.0))
+    applicable = [contribution for contribution in contributions if not np.isnan(contribution).any()]
+    if not applicable:
+        return GoldScore(means, relative, math.nan, np.full(len(contributions[0]), math.nan))
+    average = float(np.nanmean(list(relative.values())))
+    return GoldScore(means, relative, average, np.mean(applicable, axis=0))
+
+
+def gold_difference(before: GoldScore, after: GoldScore) -> tuple[float, float]:
+    """
+    How the gold score changed between two evaluations of the same prompts and seeds.
+
+    Returns:
+        `tuple[float, float]`: `after.average - before.average` and the standard error of this difference, paired over
+        the prompts; the error of a single prompt is NaN.
+
+    Raises:
+        ValueError: if the two have different numbers of prompts.
+    """
+    if before.influence.shape != after.influence.shape:
+        raise ValueError(
+            f"The gold scores are of {len(before.influence)} and of {len(after.influence)} prompts, but must be of "
+            "the same ones."
+        )
+    return after.average - before.average, _standard_error(after.influence - before.influence)
+
+
+def check_base(name: str, base: Sequence[float] | np.ndarray) -> None:
+    """
+    Refuses a base model's scores whose mean, NaN left out, could not be divided by.
+
+    Raises:
+        ValueError: if it is not positive.
+    """
+    base = np.asarray(base, dtype=np.float64)
+    mean = float(np.nanmean(base)) if not np.isnan(base).all() else math.nan
+    if mean <= 0:
+        raise ValueError(
+            f"The base model's mean by the gold function {name!r} is {mean:g}. Gold scores are divided by it, so that "
+            "it must be positive. Add an offset that makes it so, such as `lambda prompts, images, **kwargs: [value + "
+            "5 for value in func(prompts=prompts, images=images, **kwargs)]`; a function that gives 0 for every "
+            "picture of the base model can not be normalised at all: leave it out, or choose easier prompts."
+        )
+
+
+def _by_prompt(
+    base: Sequence[float] | np.ndarray, scores: Sequence[float] | np.ndarray, number: int, name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Means over the `number` pictures of each prompt, of the pairs in which both are numbers; NaN without any."""
+    before, after = np.asarray(base, dtype=np.float64), np.asarray(scores, dtype=np.float64)
+    if before.shape != after.shape or before.ndim != 1 or len(before) == 0:
+        raise ValueError(
+            f"The scores by {name!r} have the shapes {before.shape} (base) and {after.shape}, but both must be (N,) "
+            "with the same N."
+        )
+    if number < 1 or len(before) % number != 0:
+        raise ValueError(f"num_images_per_prompt is {number}, which does not divide the {len(before)} scores.")
+    pairs = np.stack([before, after]).reshape(2, -1, number)
+    valid = ~np.isnan(pairs).any(axis=0)
+    counts = valid.sum(axis=1)
+    sums = np.where(valid, pairs, 0.0).sum(axis=2)
+    first, second = np.where(counts > 0, sums / np.maximum(counts, 1), math.nan)
+    return first, second
+
+
+def _standard_error(influence: np.ndarray) -> float:
+    return float(influence.std(ddof=1) / math.sqrt(len(influence))) if len(influence) > 1 else math.nan

@@ -1,0 +1,174 @@
+"""The log of a finished or running training run, and what it says about each trained step."""
+
+import json
+import math
+import os
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+# What the trainer writes as training goes on
+LOG_NAME = "log_history.jsonl"
+_STATE_NAME = "trainer_state.json"
+
+# The table shows the latest of so many logs, so that it says how training is doing and not how it has been
+_TABLE_LOGS = 50
+
+LogHistory = Sequence[Mapping[str, Any]]
+Run = LogHistory | str | os.PathLike
+
+_STEP_METRIC = re.compile(r"(ratio/mean|ratio/std|clip_ratio/low|clip_ratio/high|grad_norm)(?:_|/)step_(\d+)")
+
+
+def read_log_history(run: Run) -> LogHistory:
+    """
+    The logs of a run, in order.
+
+    Args:
+        run (`str`, `os.PathLike` or `Sequence[Mapping]`): a run's `output_dir`, finished or running; a checkpoint's
+            folder; a `trainer_state.json` or `log_history.jsonl`; or `trainer.state.log_history` itself.
+
+    Raises:
+        ValueError: if there is no log in the folder, or the file is none.
+    """
+    if not isinstance(run, str | os.PathLike):
+        return run
+    path = Path(run)
+    if path.is_dir():
+        path = _newest_log(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"The log {path} can not be read: {error}.") from error
+    try:
+        if path.suffix == ".jsonl":
+            lines = text.splitlines(keepends=True)
+            # The last line of a running training may be half written
+            return [json.loads(line) for line in lines if line.endswith("\n")]
+        return json.loads(text)["log_history"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no log of a training run ({type(error).__name__}: {error}). Give the run's output_dir, or the "
+            f"{_STATE_NAME} or {LOG_NAME} in it."
+        ) from error
+
+
+def _newest_log(folder: Path) -> Path:
+    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.rsplit("-", 1)[1].isdigit()]
+    checkpoints.sort(key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
+    for path in [folder / LOG_NAME, *(place / _STATE_NAME for place in [folder, *checkpoints])]:
+        if path.is_file():
+            return path
+    raise ValueError(
+        f"{folder} has no {LOG_NAME}, no {_STATE_NAME} and no checkpoint with one: nothing has been logged there yet, "
+        "or it is not the output_dir of a training run."
+    )
+
+
+@dataclass(frozen=True)
+class StepStatistics:
+    """
+    What was logged of one trained step, over several logs; `None` where nothing was.
+
+    Attributes:
+        step (`int`): index of the sampling step, 0 is the noisiest.
+        ratio_mean, ratio_std (`float`): mean and standard deviation of the importance ratio over all samples of all
+            the logs.
+        clip_low, clip_high (`float`): share of ratios below `1 - epsilon` and above `1 + epsilon_high`, whatever the
+            advantage's sign.
+        grad_norm (`float`): mean norm of the step's policy gradient.
+    """
+
+    step: int
+    ratio_mean: float | None
+    ratio_std: float | None
+    clip_low: float | None
+    clip_high: float | None
+    grad_norm: float | None
+
+
+def step_statistics(log_history: LogHistory, *, last: int | None = None) -> list[StepStatistics]:
+    """
+    Means over logs for each trained step, in the steps' order; each log counts the same.
+
+    Args:
+        log_history (`Sequence[Mapping]`): the logs.
+        last (`int`, *optional*): only the latest so many logs with such values; default: all.
+    """
+    logs = [found for found in map(_step_values, log_history) if found]
+    values: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for found in logs if last is None else logs[-last:]:
+        for (name, step), value in found.items():
+            values[step][name].append(value)
+
+    def mean(numbers: Sequence[float]) -> float | None:
+        return sum(numbers) / len(numbers) if numbers else None
+
+    def spread(means: Sequence[float], stds: Sequence[float]) -> float | None:
+        if not stds or len(stds) != len(means):
+            return None
+        # Of all samples: the logs' own spreads, and that of their means. Deviations from 1 are tiny: 1 is taken off
+        # before they are squared
+        deviations = [value - 1 for value in means]
+        centre = sum(deviations) / len(deviations)
+        return math.sqrt(mean([s**2 + (d - centre) ** 2 for s, d in zip(stds, deviations, strict=True)]))
+
+    return [
+        StepStatistics(
+            step=step,
+            ratio_mean=mean(found["ratio/mean"]),
+            ratio_std=spread(found["ratio/mean"], found["ratio/std"]),
+            clip_low=mean(found["clip_ratio/low"]),
+            clip_high=mean(found["clip_ratio/high"]),
+            grad_norm=mean(found["grad_norm"]),
+        )
+        for step, found in sorted(values.items())
+    ]
+
+
+def _step_values(log: Mapping[str, Any]) -> dict[tuple[str, int], float]:
+    found = {}
+    for key, value in log.items():
+        if (match := _STEP_METRIC.fullmatch(key)) and is_number(value):
+            found[match[1], int(match[2])] = value
+    return found
+
+
+def diagnostics_table(log_history: LogHistory) -> str | None:
+    """The latest logs' statistics as a Markdown table, one row for each trained step; `None` if there are none."""
+    logs = [entry for entry in log_history[-4 * _TABLE_LOGS :] if _step_values(entry)][-_TABLE_LOGS:]
+    if not logs:
+        return None
+
+    def cell(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    lines = [
+        f"Means over the {len(logs)} latest logs, of updates up to {logs[-1]['step']}. Step 0 is the noisiest.",
+        "",
+        "| step | ratio mean - 1 | ratio std | below 1 - epsilon | above 1 + epsilon | gradient norm |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in step_statistics(logs):
+        shift = None if row.ratio_mean is None else row.ratio_mean - 1
+        cells = [
+            str(row.step),
+            cell(shift, "+.2e"),
+            cell(row.ratio_std, ".2e"),
+            cell(row.clip_low, ".1%"),
+            cell(row.clip_high, ".1%"),
+            cell(row.grad_norm, ".3g"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    if all(row.grad_norm is None for row in step_statistics(logs)):
+        lines += ["", "Gradient norms are measured with `diagnostics_steps=1` (or more, to do it less often)."]
+    return "\n".join(lines) + "\n"
+
+
+def is_number(value: Any) -> bool:
+    """Whether a logged value is one; `None` stands for a mean over nothing."""
+    return isinstance(value, int | float) and math.isfinite(value)
