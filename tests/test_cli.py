@@ -170,6 +170,15 @@ def test_rewards_of_ones_own_get_the_columns(recipe, tmp_path):
     assert log["rewards/weighted/mean"] in possible
 
 
+def test_gold_scores(recipe, tmp_path):
+    (tmp_path / "gold_for_cli.py").write_text("def two(prompts, images, **kwargs):\n    return [2.0] * len(prompts)\n")
+    fields = {"dataset_test_split": "train", "eval_strategy": "steps", "eval_steps": 1}
+    path = recipe(eval_reward_funcs=["gold_for_cli.two"], **fields)
+    assert main(["train", "--config", path, "--max_steps", "1", "--eval_num_inference_steps", "2"]) == 0
+    log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert [(e["step"], e["eval_gold/two"]) for e in log if "eval_gold/average" in e] == [(0, 2.0), (1, 2.0)]
+
+
 @pytest.mark.parametrize(
     "name, content, prompts",
     [
@@ -234,11 +243,15 @@ def test_the_bundled_models_size_is_its_default_and_can_be_changed():
         ({"num_generations": 3}, [], "not divisible by num_generations (3)"),
         ({"model_name_or_path": None}, [], "model_name_or_path is missing"),
         ({"model_name_or_path": "."}, [], "no model_index.json"),
-        ({"load_in_4bit": True}, [], "load_in_4bit is TRL's option for language models"),
+        ({"load_in_4bit": True, "load_in_8bit": True}, [], "can't use 8 bit and 4 bit precision at the same time"),
+        ({"load_in_4bit": True, "use_peft": False}, [], "quantised ones can not be. Train an adapter"),
+        ({"dtype": "bfloat16", "model_dtype": "float32"}, [], "Remove one"),
         ({"attn_implementation": "sdpa"}, [], "attn_implementation is TRL's option"),
         ({"ignore_bias_buffers": True}, [], "ignore_bias_buffers is TRL's option"),
         ({"dtype": "float23"}, [], "float23"),
         ({"reward_funcs": None}, [], "reward_funcs is missing"),
+        ({"eval_reward_funcs": ["shape_soft"]}, [], "Did you mean shapes_soft?"),
+        ({"eval_reward_funcs": ["shapes_soft"]}, [], "there is no eval_dataset"),
         ({"reward_funcs": ["shape_soft"]}, [], "Did you mean shapes_soft?"),
         ({"reward_funcs": ["no_such_module.reward"]}, [], "No module named 'no_such_module'"),
         ({"reward_funcs": ["json.no_such_reward"]}, [], "has no 'no_such_reward'"),
@@ -384,3 +397,49 @@ def test_demo_refuses_a_folder_with_other_things(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("precious")
     assert "not empty" in mistake(capsys, "demo", "--output-dir", str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+# ---- trl-flow memory ----
+
+
+def test_memory_of_a_recipe(recipe, capsys):
+    assert main(["memory", "--config", recipe()]) == 0
+    shown = capsys.readouterr().out
+    assert "transformer weights" in shown and "24 GB: fits" in shown and "To need less" not in shown
+
+
+def test_memory_as_json_for_several_processes(recipe, capsys):
+    options = ["--config", recipe(lora_r=3), "--json"]
+    assert main(["memory", *options]) == 0
+    one = json.loads(capsys.readouterr().out)
+    assert main(["memory", *options, "--accelerate_config", "zero2", "--num_processes", "4"]) == 0
+    four = json.loads(capsys.readouterr().out)
+    assert one["trained_parameters"] == four["trained_parameters"] > 0
+    assert four["resident"]["gradients"] == one["resident"]["gradients"] // 4
+    # Each process samples as many images as the one did
+    assert four["resident"]["stored samples"] == one["resident"]["stored samples"]
+    assert one["total"] == sum(one["resident"].values()) + max(one["phases"].values()) + one["allowance"]
+
+
+def test_memory_of_the_bundled_model_without_a_recipe(capsys):
+    assert main(["memory", "--model", "bundled", "--use_peft", "true", "--per_device_train_batch_size", "8"]) == 0
+    assert "total" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ([], "nothing to estimate"),
+        (["--json"], "there is no model"),
+        (["--model", "no/such/model"], "neither a folder nor a hub id"),
+        (["--model", "user/model"], "could not be fetched"),
+        (["--model", "."], "no model_index.json"),
+        (["--model", "bundled", "--num_processes", "0"], "num_processes is 0"),
+        (["--model", "bundled", "--accelerate_config", "fsdp3"], "neither a file nor one of fsdp2"),
+        (["--model", "bundled", "--learning-rat", "1"], "Did you mean --learning-rate?"),
+        (["--model", "bundled", "--per_device_train_batch_size", "3"], "not divisible by num_generations"),
+    ],
+)
+def test_what_memory_can_not_be_estimated_for(capsys, tmp_path, monkeypatch, argv, words):
+    monkeypatch.chdir(tmp_path)
+    assert words in mistake(capsys, "memory", *argv)

@@ -162,14 +162,80 @@ def test_sd35_flow_grpo_trains_twice_on_48_groups_of_24(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
-def test_recipes_train(recipe, reduced, capsys):
+def test_recipes_train(recipe, reduced, capsys, monkeypatch):
     prompts = reduced / "prompts.jsonl"
     prompts.write_text('{"prompt": "a red circle"}\n{"prompt": "two blue squares"}\n')
+    # What the user brings: a score for each picture under whatever name the recipe has for it
+    (reduced / "my_rewards.py").write_text(
+        "def __getattr__(name):\n    return lambda prompts, **kwargs: [float(i + 1) for i in range(len(prompts))]\n"
+    )
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     given = [] if "reward_funcs" in settings else ["--reward_funcs", "jpeg_compressibility"]
+    if settings.get("load_in_4bit"):
+        given += ["--load_in_4bit", "false"]  # which needs a GPU
     argv = ["train", "--config", str(recipe), "--dataset_name", str(prompts), "--output_dir", "out", *given]
+    argv += ["--num_inference_steps", "6"] if settings["num_inference_steps"] > 16 else []
     assert cli.main([*argv, "--use_cpu", "true", "--bf16", "false", "--report_to", "none"]) == 0
-    assert (reduced / "out" / "pytorch_lora_weights.safetensors").is_file()
+    name = "pytorch_lora_weights" if settings["use_peft"] else "diffusion_pytorch_model"
+    assert (reduced / "out" / f"{name}.safetensors").is_file()
+
+
+def recipe_config(recipe: Path):
+    """The configuration that a recipe gives on one process, and its text."""
+    text = recipe.read_text(encoding="utf-8")
+    settings = yaml.safe_load(text)
+    parser = cli._train_parser(settings["method"], bundled=settings["model_name_or_path"])
+    _, config, *_ = parser.parse_args_and_config(["--config", str(recipe), "--use_cpu", "true", "--bf16", "false"])
+    return config, text
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_recipes_have_whole_groups_and_updates(recipe):
+    config, text = recipe_config(recipe)
+    assert config.generation_batch_size % config.num_generations == 0
+    assert config.steps_per_generation % config.gradient_accumulation_steps == 0
+    # Rewards are logged by updates that sampled
+    assert config.logging_steps % (config.steps_per_generation // config.gradient_accumulation_steps) == 0
+    # The command for several processes that the recipe prints gives the same batches
+    command = re.search(
+        r"--num_processes (\d+) --steps_per_generation (\d+) --gradient_accumulation_steps (\d+)", text
+    )
+    if command:
+        processes, steps, accumulation = map(int, command.groups())
+        assert processes * steps == config.steps_per_generation
+        assert processes * accumulation == config.gradient_accumulation_steps
+
+
+@pytest.mark.parametrize(
+    "recipe", [recipe for recipe in RECIPES if recipe.stem.endswith("gb")], ids=lambda recipe: recipe.stem
+)
+def test_recipes_for_one_gpu_train_on_the_same_groups_and_images(recipe):
+    base, _ = recipe_config(recipe.with_stem(recipe.stem.rsplit("_", 1)[0]))
+    config, _ = recipe_config(recipe)
+    # What may differ: how the images are cut into micro-batches, and what saves memory
+    allowed = {"per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps", "output_dir"}
+    allowed |= {"gradient_checkpointing", "activation_checkpointing", "enable_vae_slicing", "precompute_prompt_embeds"}
+    allowed |= {"logging_dir", "run_name"}
+    differing = {name for name, value in base.to_dict().items() if config.to_dict()[name] != value}
+    assert differing <= allowed
+    assert config.generation_batch_size == base.generation_batch_size
+    for one in (config, base):
+        one.images = one.per_device_train_batch_size * one.gradient_accumulation_steps
+    assert config.images == base.images
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_recipes_say_where_every_number_comes_from(recipe):
+    """A line with a number has a comment, but for the batch's, which has one above, and the bundled model's."""
+    if recipe.stem in ("shapes_guard", "sd35_guard"):
+        return
+    bare = ("num_generations", "per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps")
+    for line in recipe.read_text(encoding="utf-8").splitlines():
+        name, _, value = line.partition(":")
+        if not name.startswith("#") and re.match(r"\s*\[?[-\d.]", value) and name not in bare:
+            assert "# " in value, line
 
 
 def test_five_lines_of_the_public_surface(reduced, tiny_sd3_path):
@@ -234,3 +300,15 @@ def test_benchmark_compares_equal_work(monkeypatch, capsys, tiny_sd3_path):
     assert result["trainer_s"] > 0 and result["bare_s"] > 0
     # Three forwards without and three with gradients in each of two steps to warm up and two that are measured
     assert calls == {"trainer": 24, "bare": 24}
+
+
+def test_benchmark_of_one_update_prints_the_estimate(monkeypatch, capsys):
+    """On a CPU the peak is not measured; the transformers of the full size have the released models' parameters."""
+    benchmark = load_program("benchmarks/full_size_update.py")
+    options = ("--model=tiny", "--batch-size=2", "--size=64", "--tokens=16", "--repeats=1")
+    monkeypatch.setattr(sys, "argv", ["full_size_update.py", *options])
+    benchmark.main()
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    weights = 2 * result["parameters"] + 4 * 4 * result["trained_parameters"]
+    assert result["update_s"] > 0 and result["estimated_bytes"] > weights
+    assert (result["peak_bytes"] is None) == (result["device"] == "cpu")

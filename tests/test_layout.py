@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "rollout": {"backbones", "functional"},
     "evaluation": {"rewards"},
     "sharing": set(),
+    "memory": {"backbones", "trainer"},  # it plans for the trainer's runs
 }
 FREE = {"", "__main__", "cli", "demo", "trainer"}
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

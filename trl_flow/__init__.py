@@ -8,9 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from trl_flow.trainer import FlowGRPOConfig, FlowGRPOTrainer, GuardConfig, SLASConfig, VGPOConfig
+    from trl_flow.trainer import (
+        FlowGRPOConfig,
+        FlowGRPOTrainer,
+        GuardConfig,
+        OverOptimizationCallback,
+        SLASConfig,
+        VGPOConfig,
+    )
 
-__all__ = ["FlowGRPOConfig", "FlowGRPOTrainer", "GuardConfig", "SLASConfig", "VGPOConfig"]
+__all__ = [
+    "FlowGRPOConfig",
+    "FlowGRPOTrainer",
+    "GuardConfig",
+    "OverOptimizationCallback",
+    "SLASConfig",
+    "VGPOConfig",
+]
 
 
 def __getattr__(name: str) -> Any:

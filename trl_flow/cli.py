@@ -25,11 +25,8 @@ ACCELERATE_CONFIGS = Path(__file__).parent / "accelerate_configs"
 _LAUNCHED = "TRL_FLOW_LAUNCHED"
 _TRACEBACK = "TRL_FLOW_DEBUG"
 
-# Fields of TRL's ModelConfig for language models and quantisation. Options that did nothing would mislead.
-_UNSUPPORTED_MODEL_OPTIONS = (
-    *("attn_implementation", "lora_task_type", "load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type"),
-    *("use_bnb_nested_quant", "bnb_4bit_quant_storage"),
-)
+# Fields of TRL's ModelConfig for language models. Options that did nothing would mislead.
+_UNSUPPORTED_MODEL_OPTIONS = ("attn_implementation", "lora_task_type")
 
 _TRAIN_DESCRIPTION = """\
 Train a text-to-image pipeline by online reinforcement learning.
@@ -65,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv[:1] == ["train"]:
             return _train(argv[1:])
+        if argv[:1] == ["memory"]:
+            return _memory(argv[1:])
         arguments = _parser().parse_args(argv)
         if arguments.command is None:
             _parser().print_help()
@@ -111,6 +110,11 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "train",
         help="train a model by a recipe: trl-flow train --config recipe.yaml (train --help lists all options)",
+        add_help=False,
+    )
+    commands.add_parser(
+        "memory",
+        help="estimate the device memory that a recipe needs: trl-flow memory --config recipe.yaml",
         add_help=False,
     )
     commands.add_parser(
@@ -190,6 +194,110 @@ def _env(arguments: argparse.Namespace) -> int:
     lines["CPU threads of torch"] = str(torch.get_num_threads())
     print("\n".join(f"- {name}: {value}" for name, value in lines.items()))
     return 0
+
+
+# ---- memory ----
+
+_MEMORY_DESCRIPTION = """\
+Estimate the memory that training will need on each device, from the model's configuration files: nothing is downloaded
+in full, and no GPU is needed.
+
+  trl-flow memory --config recipe.yaml
+  trl-flow memory --model stabilityai/stable-diffusion-3.5-medium --use_peft --per_device_train_batch_size 8
+  trl-flow memory --config recipe.yaml --accelerate_config fsdp2 --num_processes 8
+"""
+
+
+def _memory(argv: list[str]) -> int:
+    parser = _Parser(
+        prog="trl-flow memory",
+        usage="trl-flow memory [--config recipe.yaml] [--model MODEL] [--json] [--option value ...]",
+        description=_MEMORY_DESCRIPTION,
+        epilog="All options of `trl-flow train` can be given too, and count as they do there.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="PATH", help="a recipe, as for `trl-flow train`")
+    parser.add_argument("--model", "--model_name_or_path", help="hub id, folder, or `bundled`")
+    parser.add_argument("--json", action="store_true", help="print the numbers, in bytes, as one line of JSON")
+    parser.add_argument(
+        "--accelerate_config", metavar="NAME", help="as for `trl-flow train`: fsdp2, zero2 and zero3 shard"
+    )
+    parser.add_argument(
+        "--num_processes", type=int, metavar="N", help="devices; default: the accelerate config's, or 1"
+    )
+    # Not with `parse_known_args`, which here names the option that was probably meant: that is for the options' parser
+    arguments, others = argparse.ArgumentParser.parse_known_args(parser, argv)
+    if not argv:
+        raise UsageError("nothing to estimate. Give a recipe, --config recipe.yaml, or a model, --model.")
+
+    config = ["--config", arguments.config] if arguments.config else []
+    recipe = _read_recipe(config)
+    with _mistakes():
+        sharding, num_processes = _sharding(arguments.accelerate_config or recipe.pop("accelerate_config", None))
+        num_processes = num_processes if arguments.num_processes is None else arguments.num_processes
+        if num_processes < 1:
+            raise ValueError(f"num_processes is {num_processes}, but must be at least 1.")
+        model = arguments.model or recipe.get("model_name_or_path")
+        if model is None:
+            raise ValueError("there is no model: give --model, or model_name_or_path in the recipe.")
+        options = _train_parser(_method(others, recipe), bundled=model, num_processes=num_processes)
+        # A GPU that has bfloat16 is what is planned for, on whatever machine
+        options.set_defaults(bf16=True, use_cpu=True)
+        *parsed, unknown_in_recipe, unknown = options.parse_args_and_config(
+            [*config, *others], return_remaining_strings=True, separate_remaining_strings=True
+        )
+    unknown = [token for token in [*unknown_in_recipe, *unknown] if token.startswith("--")]
+    unknown = [token for token in unknown if token.split("=")[0] not in ("--accelerate_config", "--num_processes")]
+    if unknown:
+        known = [*options._option_string_actions, *parser._option_string_actions]
+        raise UsageError(_unknown_option(unknown[0], known))
+    _, args, model_args, _ = parsed
+    with _mistakes():
+        print(_estimate(model, args, model_args, sharding, as_json=arguments.json))
+    return 0
+
+
+def _sharding(name: str | None) -> tuple[str, int]:
+    """What an accelerate config shards (as in `trl_flow.memory`), and its number of processes."""
+    import yaml
+
+    if name is None:
+        return "none", 1
+    path = Path(name) if Path(name).is_file() else ACCELERATE_CONFIGS / f"{name}.yaml"
+    if not path.is_file():
+        names = sorted(path.stem for path in ACCELERATE_CONFIGS.glob("*.yaml"))
+        raise ValueError(f"accelerate_config is {name!r}, which is neither a file nor one of {', '.join(names)}.")
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    stage = (config.get("deepspeed_config") or {}).get("zero_stage", 0)
+    kind = (
+        "weights" if config.get("distributed_type") == "FSDP" or stage == 3 else "gradients" if stage == 2 else "none"
+    )
+    return kind, config.get("num_processes") or 1
+
+
+def _estimate(model: str, args: "FlowGRPOConfig", model_args: "ModelConfig", sharding: str, *, as_json: bool) -> str:
+    import json
+
+    from trl import get_peft_config
+
+    from trl_flow import memory
+
+    if model in BUNDLED_MODELS:
+        from trl_flow.shapes import pipeline_path
+
+        model = pipeline_path()
+    args.model_init_kwargs = _model_init_kwargs(args.model_init_kwargs, model_args, bundled=os.path.isdir(model))
+    kwargs = args.model_init_kwargs
+    folder = memory.fetch_configs(model, revision=kwargs.get("revision"), token=kwargs.get("token"))
+    plan = memory.Plan(args, get_peft_config(model_args), sharding)
+    result = memory.estimate(folder, plan)
+    found = []
+    if result.total > min(memory.CARDS) * memory.GIB:
+        found = memory.savings(plan, result, lambda other: memory.estimate(folder, other))
+    if as_json:
+        return json.dumps(memory.as_json(result, found))
+    return memory.as_text(result, plan, found)
 
 
 # ---- train ----
@@ -273,7 +381,8 @@ def _method(argv: list[str], recipe: dict[str, Any]) -> str:
     return method
 
 
-def _train_parser(method: str, *, bundled: str | None = None) -> "TrlParser":
+def _train_parser(method: str, *, bundled: str | None = None, num_processes: int | None = None) -> "TrlParser":
+    """The parser of all options. `num_processes` is for plans: the batches of as many processes as there will be."""
     from dataclasses import dataclass, field
 
     import transformers
@@ -301,10 +410,17 @@ def _train_parser(method: str, *, bundled: str | None = None) -> "TrlParser":
                 "the current folder too; a class is called without arguments."
             },
         )
+        eval_reward_funcs: list[str] | None = field(
+            default=None,
+            metadata={"help": "Functions that only score evaluations (gold scores), named as `reward_funcs` are."},
+        )
 
     configs = {"flow_grpo": FlowGRPOConfig, "guard": GuardConfig, "slas": SLASConfig, "vgpo": VGPOConfig}
+    config = configs[method]
+    if num_processes is not None:
+        config = type(config.__name__, (config,), {"world_size": property(lambda self: num_processes)})
     parser = TrlParser(
-        (FlowScriptArguments, configs[method], ModelConfig, DatasetMixtureConfig),
+        (FlowScriptArguments, config, ModelConfig, DatasetMixtureConfig),
         prog="trl-flow train",
         usage="trl-flow train --config recipe.yaml [--option value ...]",
         description=_TRAIN_DESCRIPTION,
@@ -403,6 +519,8 @@ def _run_training(
             model = pipeline_path()
         args.model_init_kwargs = _model_init_kwargs(args.model_init_kwargs, model_args, bundled=bundled)
         reward_funcs = _reward_funcs(script_args.reward_funcs)
+        gold = script_args.eval_reward_funcs
+        eval_reward_funcs = _reward_funcs(gold) if gold else None
         train_dataset, eval_dataset = _datasets(
             script_args, mixture_args, bundled=bundled, evaluate=args.eval_strategy != "no"
         )
@@ -421,6 +539,7 @@ def _run_training(
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             peft_config=get_peft_config(model_args),
+            eval_reward_funcs=eval_reward_funcs,
         )
 
     try:
@@ -455,6 +574,14 @@ def _model_init_kwargs(given: dict | None, model_args: "ModelConfig", *, bundled
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype is {model_args.dtype!r}, but must be float32, bfloat16 or float16.")
         kwargs.setdefault("dtype", dtype)
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        quantization = {"load_in_4bit": True} if model_args.load_in_4bit else {"load_in_8bit": True}
+        if model_args.load_in_4bit:
+            quantization["bnb_4bit_quant_type"] = model_args.bnb_4bit_quant_type
+            quantization["bnb_4bit_use_double_quant"] = model_args.use_bnb_nested_quant
+            if model_args.bnb_4bit_quant_storage is not None:
+                quantization["bnb_4bit_quant_storage"] = model_args.bnb_4bit_quant_storage
+        kwargs.setdefault("quantization_config", quantization)
     return kwargs
 
 

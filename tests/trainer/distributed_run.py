@@ -15,9 +15,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # trl_flow, where it is not 
 
 import torch
 from safetensors.torch import save_file
-from tiny_training import assert_equal, brightness, prompts, tiny_trainer, trained_weights
+from tiny_training import assert_equal, brightness, darkness, prompts, tiny_trainer, trained_weights
 from torch.nn.parallel import DistributedDataParallel
 
+from trl_flow import OverOptimizationCallback
 from trl_flow.rewards.calling import RewardError
 
 
@@ -45,7 +46,10 @@ SCENARIOS = {
     },
     # groups of 8: each prompt's group is split over the processes
     "large groups and second epoch": {"num_generations": 8, "max_steps": 5, "data_seed": 1},
+    "adapted power": {"advantage_power": "auto", "target_kl": 1e-3, "max_steps": 3},
     "all weights": {"lora": None, "learning_rate": 0.01},
+    # each prompt's three pictures are split over the processes
+    "gold": {"eval_reward_funcs": [darkness], "num_generations_eval": 3},
 }
 
 
@@ -129,12 +133,48 @@ def resume_in_the_middle(folder: str) -> None:
         "save_strategy": "steps",
         "save_steps": 1,
         "use_ema": True,
+        "advantage_power": "auto",
+        "target_kl": 1e-4,
     }
     whole = tiny_trainer(folder, **fields)
     whole.train()
     rest = tiny_trainer(folder, **fields)
     rest.train(resume_from_checkpoint=os.path.join(folder, "checkpoint-1"))
     assert_equal(trained_weights(rest), trained_weights(whole))
+
+
+def stop_of_over_optimization(folder: str) -> list[int]:
+    """The updates after which this process saved the best model, and the one at which it stopped."""
+    saved = []
+
+    def growing(prompts, images, trainer_state, **kwargs):
+        return [value + trainer_state.global_step for value in brightness(prompts, images)]
+
+    def falling(prompts, images, trainer_state, **kwargs):
+        # one process alone sees it fall
+        level = 1.0 if RANK < WORLD_SIZE - 1 else [1.0, 1.2, 0.9, 0.8, 0.7][trainer_state.global_step]
+        return [level + 1e-3 * value for value in darkness(prompts, images)]
+
+    trainer = tiny_trainer(
+        folder,
+        per_device_train_batch_size=4,
+        reward_funcs=growing,
+        eval_reward_funcs=falling,
+        eval_dataset=prompts(4),
+        eval_strategy="steps",
+        eval_steps=1,
+        max_steps=4,
+        callbacks=[OverOptimizationCallback(stop=True, num_standard_errors=1.0)],
+    )
+    save_model = trainer.save_model
+
+    def counted(*args, **kwargs):
+        saved.append(trainer.state.global_step)
+        save_model(*args, **kwargs)
+
+    trainer.save_model = counted
+    trainer.train()
+    return [*saved, trainer.state.global_step]
 
 
 def main(folder: str) -> None:
@@ -147,6 +187,7 @@ def main(folder: str) -> None:
         "error": error_on_the_last_process(os.path.join(folder, "error")),
         "only": only_on_the_last_process(os.path.join(folder, "only")),
         "reductions": reductions(os.path.join(folder, "reductions")),
+        "stop": stop_of_over_optimization(os.path.join(folder, "stop")),
     }
     resume_in_the_middle(os.path.join(folder, "resume"))
     Path(folder, f"report-{RANK}.json").write_text(json.dumps(report))

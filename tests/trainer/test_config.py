@@ -1,6 +1,7 @@
 """The configs' defaults are the published ones, they are read from command lines and YAML, and refuse nonsense."""
 
 import dataclasses
+import json
 import re
 
 import pytest
@@ -217,6 +218,56 @@ def test_what_is_refused(cls, fields, parts):
         assert part in str(raised.value)
 
 
+# ---- SLAS's power ----
+
+
+@pytest.mark.parametrize("cls", CONFIGS)
+def test_an_adapted_power_fills_in_what_it_needs(cls):
+    args = config(cls, advantage_power="auto", target_kl=1e-5)
+    assert (args.advantage_power, args.target_kl, args.fisher_steps) == ("auto", 1e-5, 50)
+    assert args.max_kl is None
+    args = config(cls, advantage_power="auto", target_kl=1e-5, max_kl=2e-5, fisher_steps=7)
+    assert (args.max_kl, args.fisher_steps) == (2e-5, 7)
+    fixed = config(cls, advantage_power="0.25")  # as it comes from a command line
+    assert fixed.advantage_power == 0.25
+    assert fixed.target_kl is fixed.max_kl is fixed.fisher_steps is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "part"),
+    [
+        ({"advantage_power": "automatic"}, "advantage_power is 'automatic', but must be a number or 'auto'"),
+        ({"advantage_power": None}, "advantage_power is None"),
+        ({"advantage_power": "-1"}, "advantage_power is -1.0"),
+        ({"advantage_power": 0.5, "target_kl": 1e-5}, "target_kl is 1e-05, but advantage_power is 0.5"),
+        ({"max_kl": 1e-5}, "max_kl is 1e-05"),
+        ({"fisher_steps": 50}, "fisher_steps is 50"),
+        ({"advantage_power": "auto", "target_kl": 0.0}, "target_kl is 0.0"),
+        ({"advantage_power": "auto", "target_kl": float("nan")}, "target_kl is nan"),
+        ({"advantage_power": "auto", "target_kl": 1e-5, "max_kl": -1.0}, "max_kl is -1.0"),
+        ({"advantage_power": "auto", "target_kl": 1e-5, "fisher_steps": 0}, "fisher_steps is 0"),
+    ],
+    ids=str,
+)
+def test_a_power_that_makes_no_sense_is_refused(fields, part):
+    with pytest.raises(ValueError) as raised:
+        config(**fields)
+    assert part in str(raised.value)
+
+
+@pytest.mark.parametrize("cls", CONFIGS)
+@pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("0.5", 0.5)])
+def test_the_power_from_a_command_line_and_from_a_file(text, value, cls, tmp_path):
+    settings = ["--target_kl", "1e-5", "--fisher_steps", "7"] if text == "auto" else []
+    line = ["--output_dir", "out", "--use_cpu", "--report_to", "none", *settings]
+    args = TrlParser((cls,)).parse_args_into_dataclasses([*line, "--advantage_power", text])[0]
+    assert args.advantage_power == value
+    assert args.fisher_steps == (7 if settings else None)
+    (tmp_path / "recipe.yaml").write_text(f"advantage_power: {text}\n")
+    (args,) = TrlParser((cls,)).parse_args_and_config(["--config", str(tmp_path / "recipe.yaml"), *line])
+    assert args.advantage_power == value
+
+
 def test_a_misspelt_option_is_refused():
     with pytest.raises(TypeError, match="'noise_levl'"):
         config(noise_levl=0.5)
@@ -334,3 +385,22 @@ def test_a_config_serves_two_trainers(tmp_path):
         FlowGRPOTrainer(pipeline, brightness, config, prompts(), peft_config=tiny_lora())
         assert pipeline.transformer.gradient_checkpointing
     assert config.to_dict() == before
+
+
+# ---- The clip range ----
+
+
+@pytest.mark.parametrize(("cls", "published"), [(FlowGRPOConfig, 1e-4), (GuardConfig, 2e-6)])
+def test_a_clip_range_is_scaled_unless_it_is_set(cls, published, tmp_path):
+    assert (config(cls).epsilon, config(cls).scale_epsilon) == (published, True)
+    assert config(cls, epsilon=published).scale_epsilon is False
+    assert config(cls, epsilon_high=published).scale_epsilon is False
+    assert config(cls, epsilon=published, scale_epsilon=True).scale_epsilon is True
+    # from a recipe and a command line as well
+    (tmp_path / "recipe.yaml").write_text(f"output_dir: {tmp_path}\nuse_cpu: true\nepsilon: {published}\n")
+    (set_,) = TrlParser(cls).parse_args_and_config(["--config", str(tmp_path / "recipe.yaml")])
+    assert (set_.epsilon, set_.scale_epsilon) == (published, False)
+    (left,) = TrlParser(cls).parse_args_and_config(["--output_dir", str(tmp_path), "--use_cpu"])
+    assert (left.epsilon, left.scale_epsilon) == (published, True)
+    # written to JSON and read again
+    assert json.loads(left.to_json_string())["epsilon"] == published

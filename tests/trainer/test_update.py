@@ -472,6 +472,9 @@ def test_the_clip_range_scales_with_the_latents_size(cls, fields, low, high, tmp
     ("fields", "low", "high"),
     [
         ({"epsilon": 3e-4}, 3e-4, 3e-4),
+        # the published range too, when it is set
+        ({"epsilon": 1e-4}, 1e-4, 1e-4),
+        ({"cls": GuardConfig, "epsilon": 2e-6}, 2e-6, 2e-6),
         ({"epsilon_high": 3e-4}, 1e-4, 3e-4),
         ({"scale_epsilon": False}, 1e-4, 1e-4),
     ],

@@ -31,7 +31,15 @@ _SETTINGS = (
     *_SAMPLING_SETTINGS,
     *("sde_type", "noise_level", "sde_window_size", "sde_window_range", "timestep_fraction", "share_initial_noise"),
     *("importance_ratio", "timestep_weighting", "epsilon", "epsilon_high", "beta"),
-    *("scale_rewards", "advantage_power", "advantage_clip", "dense_rewards", "value_discount", "value_scale"),
+    *(
+        "scale_rewards",
+        "advantage_power",
+        "target_kl",
+        "advantage_clip",
+        "dense_rewards",
+        "value_discount",
+        "value_scale",
+    ),
     *("reward_weights", "num_iterations", "generation_batch_size", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "optim", "weight_decay", "max_grad_norm"),
     *("max_steps", "num_train_epochs", "bf16", "fp16", "seed"),
@@ -57,6 +65,8 @@ def create_model_card(
     is_lora: bool = True,
     component: str = "transformer",
     component_class: str = "SD3Transformer2DModel",
+    ddim: bool = False,
+    takes_image: bool = False,
     repo_id: str | None = None,
     model_name: str | None = None,
     reward_names: Sequence[str] = (),
@@ -80,6 +90,8 @@ def create_model_card(
         is_lora (`bool`): whether the folder holds an adapter; otherwise the whole `component`.
         component (`str`): name of the trained module in the pipeline.
         component_class (`str`): its class, for the code that loads it.
+        ddim (`bool`): whether training sampled with a `DDIMScheduler` instead of the pipeline's own scheduler.
+        takes_image (`bool`): whether the pipeline edits pictures.
         repo_id (`str`, *optional*): where the model is going to be on the Hub. By default the code loads the local
             folder.
         model_name (`str`, *optional*): title; by default the repository's or the folder's name.
@@ -105,11 +117,12 @@ def create_model_card(
     base_id = hub_model_id(base_model)
     shown = [(_link(output_dir, path), prompt) for path, prompt in samples if (output_dir / path).is_file()]
     gallery = [{"text": _one_line(prompt), "output": {"url": link}} for link, prompt in shown if prompt is not None]
-    own_tags = ["trl_flow", "diffusers-training", "text-to-image", "lora" if is_lora else "full-finetune"]
+    task = "image-to-image" if takes_image else "text-to-image"
+    own_tags = ["trl_flow", "diffusers-training", task, "lora" if is_lora else "full-finetune"]
 
     data = ModelCardData(
         library_name="diffusers",
-        pipeline_tag="text-to-image",
+        pipeline_tag=task,
         base_model=base_id,
         base_model_relation="adapter" if base_id and is_lora else "finetune" if base_id else None,
         license=license,
@@ -134,6 +147,8 @@ def create_model_card(
             is_lora=is_lora,
             component=component,
             component_class=component_class,
+            ddim=ddim,
+            takes_image=takes_image,
             settings=settings,
         )
         + "\n```",
@@ -166,13 +181,15 @@ def _loading_code(
     is_lora: bool,
     component: str,
     component_class: str,
+    ddim: bool,
+    takes_image: bool,
     settings: Mapping[str, object],
 ) -> str:
     """Lines that load the trained model into a stock pipeline and draw a picture as it was drawn in training."""
     base_id, pipeline = hub_model_id(base_model), pipeline_class.__name__
-    imports, on_gpu, dtype = [f"from diffusers import {pipeline}"], "", ""
-    if not is_lora:
-        imports = [f"from diffusers import {', '.join(sorted([component_class, pipeline]))}"]
+    on_gpu, dtype = "", ""
+    classes = [pipeline] + (["DDIMScheduler"] if ddim else []) + ([] if is_lora else [component_class])
+    imports = [f"from diffusers import {', '.join(sorted(classes))}"]
     if base_id:
         # Models of the Hub are large; the others are most likely small ones of one's own
         imports = ["import torch", *imports]
@@ -181,11 +198,20 @@ def _loading_code(
         imports.append("from trl_flow.shapes import pipeline_path")
     base = "pipeline_path()" if _is_bundled(base_model) else _quoted(base_id or f"path/to/{_folder_name(base_model)}")
     accepted = inspect.signature(pipeline_class.__call__).parameters
+    if "true_cfg_scale" in accepted and accepted["guidance_scale"].default is None:
+        # Qwen-Image calls it so, keeps the other name for distilled models, and guides with a negative prompt only
+        settings = _with_true_guidance(settings)
     arguments = "".join(
         f", {name}={settings[name]!r}"
-        for name in _SAMPLING_SETTINGS
+        for name in (*_SAMPLING_SETTINGS, "true_cfg_scale")
         if settings.get(name) is not None and name in accepted
     )
+    if "max_area" in accepted and settings.get("height") and settings.get("width"):
+        # To which Kontext would scale its pictures otherwise
+        arguments += f", max_area={settings['height'] * settings['width']}"
+    if takes_image:
+        imports.append("from diffusers.utils import load_image")
+        arguments = ', image=load_image("path/to/picture.png")' + arguments
     if is_lora:
         load = [
             f"pipeline = {pipeline}.from_pretrained({base}{dtype}){on_gpu}",
@@ -196,8 +222,22 @@ def _loading_code(
             f"{component} = {component_class}.from_pretrained({_quoted(source)}{dtype})",
             f"pipeline = {pipeline}.from_pretrained({base}, {component}={component}{dtype}){on_gpu}",
         ]
-    draw = f'image = pipeline("a prompt"{arguments}).images[0]'
+    if ddim:
+        # Clipping, where the pipeline's scheduler does not know of it, would be on by default
+        load.append("pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)")
+    # By keyword: the first argument of pipelines that edit is the picture
+    draw = f'image = pipeline({"prompt=" if "image" in accepted else ""}"a prompt"{arguments}).images[0]'
     return "\n".join([*imports, "", *load, draw])
+
+
+def _with_true_guidance(settings: Mapping[str, object]) -> dict[str, object]:
+    """`settings` as the call of a pipeline takes them whose guidance scale is its `true_cfg_scale`."""
+    settings = dict(settings)
+    scale = settings.pop("guidance_scale", None)
+    if scale is not None:
+        guided = {"negative_prompt": settings.get("negative_prompt") or ""} if scale > 1 else {}
+        settings |= {"true_cfg_scale": scale} | guided
+    return settings
 
 
 def _is_bundled(base_model: str | os.PathLike | None) -> bool:

@@ -3,8 +3,16 @@
 from trl_flow.trainer.flow_grpo_config import FlowGRPOConfig
 from trl_flow.trainer.flow_grpo_trainer import FlowGRPOTrainer
 from trl_flow.trainer.guard_config import GuardConfig
+from trl_flow.trainer.over_optimization import OverOptimizationCallback
 from trl_flow.trainer.slas_config import SLASConfig
 from trl_flow.trainer.vgpo_config import VGPOConfig
 
 
-__all__ = ["FlowGRPOConfig", "FlowGRPOTrainer", "GuardConfig", "SLASConfig", "VGPOConfig"]
+__all__ = [
+    "FlowGRPOConfig",
+    "FlowGRPOTrainer",
+    "GuardConfig",
+    "OverOptimizationCallback",
+    "SLASConfig",
+    "VGPOConfig",
+]

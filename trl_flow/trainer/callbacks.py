@@ -1,11 +1,22 @@
 """The trainer's own callbacks."""
 
+import json
+import math
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
+from transformers.utils import logging
+
+from trl_flow.evaluation.run_log import LOG_NAME, diagnostics_table
+
+
+logger = logging.get_logger(__name__)
 
 
 class FlowProgressCallback(ProgressCallback):
@@ -37,7 +48,7 @@ class FlowProgressCallback(ProgressCallback):
 
     def _is_shown(self, name: str) -> bool:
         is_reward = name.endswith("/mean") and "rewards/" in name
-        return name in self.SHOWN or is_reward or name.endswith("_reward")
+        return name in self.SHOWN or is_reward or name.endswith(("_reward", "_gold/average"))
 
     def show_stage(self, stage: str) -> None:
         if self.training_bar is not None:
@@ -57,3 +68,66 @@ class EMACallback(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.ema.step(self.parameters)
+
+
+class BaseScoresCallback(TrainerCallback):
+    """Has the base model's scores measured once everything is prepared, and before the first update."""
+
+    def __init__(self, measure: Callable[[], None]):
+        self.measure = measure
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.measure()
+
+
+class RunLogCallback(TrainerCallback):
+    """
+    Writes what is logged to `output_dir/log_history.jsonl` as training goes on, one log a line, and the table of
+    `diagnostics_table` to `output_dir/diagnostics.md`.
+
+    A run that is resumed begins the file anew with its checkpoint's logs.
+    """
+
+    TABLE_NAME = "diagnostics.md"
+
+    _writes = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._writes = state.is_world_process_zero
+        self._write(Path(args.output_dir, LOG_NAME), "w", state.log_history)
+        self._write_table(args, state)
+
+    def on_log(self, args, state, control, **kwargs):
+        self._write(Path(args.output_dir, LOG_NAME), "a", state.log_history[-1:])
+        self._write_table(args, state)
+
+    def _write(self, path: Path, mode: str, logs: list[dict[str, Any]]) -> None:
+        if not self._writes:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open(mode, encoding="utf-8") as file:
+                file.writelines(json.dumps(_finite(log)) + "\n" for log in logs)
+        except OSError as error:
+            self._give_up(path, error)
+
+    def _write_table(self, args, state) -> None:
+        table = diagnostics_table(state.log_history) if self._writes else None
+        if table is None:
+            return
+        path = Path(args.output_dir, self.TABLE_NAME)
+        try:
+            path.write_text(table, encoding="utf-8")
+        except OSError as error:
+            self._give_up(path, error)
+
+    def _give_up(self, path: Path, error: OSError) -> None:
+        # Training is worth more than its log, which checkpoints hold too
+        self._writes = False
+        logger.warning(f"{path} can not be written ({error}): logs are kept in checkpoints and trackers only.")
+
+
+def _finite(log: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in log.items()
+    }

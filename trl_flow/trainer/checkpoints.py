@@ -4,10 +4,14 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
+
+from trl_flow.trainer.prompt_cache import image_fingerprint
 
 
 logger = logging.get_logger(__name__)
@@ -26,6 +30,7 @@ class MicroBatch:
         steps (`tuple[int, ...]`): the trained steps, length `S`.
         latents, next_latents, means, log_probs: as in [`~trl_flow.rollout.Trajectory`].
         advantages (`torch.Tensor`): `(B, S)`, float32.
+        images (`list[PIL.Image.Image]` or `None`): the pictures that are edited, RGB, length `B`.
     """
 
     prompts: list[str]
@@ -35,6 +40,7 @@ class MicroBatch:
     means: torch.Tensor
     log_probs: torch.Tensor
     advantages: torch.Tensor
+    images: list[Image.Image] | None = None
 
     TENSORS = ("latents", "next_latents", "means", "log_probs", "advantages")
 
@@ -46,8 +52,18 @@ def save_micro_batches(batches: list[MicroBatch], folder: Path, rank: int) -> No
         for k, batch in enumerate(batches)
         for name in MicroBatch.TENSORS
     }
+    # A picture is shared by a group, and often by several prompts
+    names = [
+        None if batch.images is None else [image_fingerprint(image) for image in batch.images] for batch in batches
+    ]
+    for batch, own in zip(batches, names, strict=True):
+        for image, name in zip(batch.images or [], own or [], strict=True):
+            tensors[f"image.{name}"] = torch.from_numpy(np.array(image))
     save_file(tensors, folder / f"rollouts-{rank}.safetensors")
-    lists = [{"prompts": batch.prompts, "steps": batch.steps} for batch in batches]
+    lists = [
+        {"prompts": batch.prompts, "steps": batch.steps, "images": own}
+        for batch, own in zip(batches, names, strict=True)
+    ]
     (folder / f"rollouts-{rank}.json").write_text(json.dumps(lists))
 
 
@@ -59,6 +75,9 @@ def load_micro_batches(folder: Path, rank: int, device: torch.device) -> list[Mi
         MicroBatch(
             prompts=entry["prompts"],
             steps=tuple(entry["steps"]),
+            images=None
+            if entry["images"] is None
+            else [Image.fromarray(tensors[f"image.{name}"].numpy()) for name in entry["images"]],
             **{name: tensors[f"{k}.{name}"].to(device) for name in MicroBatch.TENSORS},
         )
         for k, entry in enumerate(json.loads((folder / f"rollouts-{rank}.json").read_text()))

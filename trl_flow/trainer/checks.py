@@ -1,22 +1,34 @@
-"""What can be refused before training starts, and the loading of the pipeline."""
+"""What can be refused before training starts."""
 
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import torch
+import datasets
 from datasets import Dataset
-from diffusers import DiffusionPipeline
 from peft import PeftConfig
+from PIL import Image
 
+from trl_flow.backbones import Backbone
+from trl_flow.rollout import Dynamics
 from trl_flow.trainer.flow_grpo_config import FlowGRPOConfig
+from trl_flow.trainer.loading import is_quantized
+from trl_flow.trainer.over_optimization import OverOptimizationCallback
 
 
 # Names under which reward functions are given something other than a column
 RESERVED_COLUMNS = ("prompts", "images", "trainer_state", "log_metric", "log_extra")
+
+# What rollout and trainer use of a backbone, which need not be a subclass of ours
+BACKBONE_MEMBERS = (
+    *("pipeline", "component", "model", "dtype", "device", "lora_target_modules"),
+    *("takes_image", "takes_negative_prompt"),
+    *("latent_shape", "encode_prompt", "schedule", "uses_guidance", "velocity", "decode"),
+)
 
 
 def named_eval_datasets(eval_dataset: Any) -> Iterator[tuple[str, Any]]:
@@ -58,6 +70,144 @@ def check_dataset(dataset: Any, name: str) -> None:
         )
 
 
+def check_backbone(backbone: Any, args: FlowGRPOConfig, peft_config: PeftConfig | None) -> None:
+    """
+    Raises unless `backbone` has what rollout and trainer use of one, whatever its class, and can do what is asked.
+
+    Raises:
+        TypeError: if it lacks something of [`Backbone`].
+        ValueError: if it can not do what the config asks: guide away from the negative prompt, keep conditions on
+            disk, checkpoint gradients, save a LoRA, train quantised weights, slice or tile its VAE.
+    """
+    missing = [name for name in BACKBONE_MEMBERS if not hasattr(backbone, name)]
+    if missing:
+        raise TypeError(
+            f"backbone is a {type(backbone).__name__} without {', '.join(missing)}. Subclass "
+            "trl_flow.backbones.Backbone, or add what is missing as it is described there."
+        )
+    if args.gradient_checkpointing and not getattr(backbone.model, "_supports_gradient_checkpointing", False):
+        raise ValueError(
+            f"gradient_checkpointing is on, which {type(backbone.model).__name__} does not support. Set "
+            "gradient_checkpointing=False."
+        )
+    if args.precompute_prompt_embeds and not isinstance(backbone, Backbone):
+        raise ValueError(
+            f"precompute_prompt_embeds keeps conditions under a fingerprint of all that they depend on, which for a "
+            f"{type(backbone).__name__} is not known. Subclass trl_flow.backbones.Backbone, or leave the option out."
+        )
+    if args.negative_prompt is not None and not backbone.takes_negative_prompt:
+        raise ValueError(
+            f"negative_prompt is {args.negative_prompt!r}, but {type(backbone).__name__} takes none: this model's "
+            "guidance does not lead away from a prompt, or only from the empty one. Set negative_prompt=None."
+        )
+    if peft_config is not None and not hasattr(backbone.pipeline, "save_lora_weights"):
+        raise ValueError(
+            f"{type(backbone.pipeline).__name__} has no save_lora_weights: an adapter could be trained but not saved. "
+            "Let the pipeline inherit one of diffusers' LoRA loaders (such as SD3LoraLoaderMixin), or train "
+            "all weights: leave peft_config out."
+        )
+    if peft_config is None and is_quantized(backbone.model):
+        raise ValueError(
+            f"The pipeline's {backbone.component} has quantised weights, which can not be trained. Train an adapter: "
+            "pass a peft_config, or load the pipeline without a quantization_config."
+        )
+    for name, method in (("enable_vae_slicing", "use_slicing"), ("enable_vae_tiling", "use_tiling")):
+        if getattr(args, name) and not hasattr(backbone.pipeline.vae, method):
+            raise ValueError(
+                f"{name} is set, but the pipeline's {type(backbone.pipeline.vae).__name__} can not do that. Leave it "
+                "out, and lower per_device_train_batch_size if decoding needs too much memory."
+            )
+
+
+def check_images(dataset: Dataset, name: str, backbone: Backbone) -> None:
+    """Raises `ValueError` unless each row of `dataset` has a picture that fits, where `backbone` edits pictures."""
+    if not backbone.takes_image:
+        return
+    editor = f"{type(backbone).__name__} edits pictures"
+    if "image" not in dataset.column_names:
+        raise ValueError(
+            f"{name} has no column 'image', but {editor}: each row needs the one that its prompt is about. Its "
+            f"columns are {dataset.column_names}. Add the column, or rename the one that holds the pictures: "
+            "dataset.rename_column(old, 'image')."
+        )
+    feature = dataset.features["image"]
+    if not isinstance(feature, datasets.Image) or not feature.decode:
+        raise ValueError(
+            f"{name} has a column 'image' of {feature}, but {editor}: it must hold PIL images. If it holds paths or "
+            "bytes of pictures, convert it: dataset.cast_column('image', datasets.Image())."
+        )
+    encoded = dataset.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
+    for index, row in enumerate(encoded):
+        if row["image"] is None:
+            raise ValueError(
+                f"{name} has no image in row {index}, but {editor}. Filter such rows out: "
+                "dataset.filter(lambda row: row['image'] is not None)."
+            )
+        path, content = row["image"]["path"], row["image"]["bytes"]
+        # Reads the file's head only
+        with Image.open(path if content is None else BytesIO(content)) as image:
+            width, height = image.size
+        try:
+            backbone.check_image_size(height, width)
+        except ValueError as error:
+            raise ValueError(f"{name} has an image in row {index} that can not be edited: {error}") from error
+
+
+def check_eval_reward_funcs(names: list[str], eval_dataset: Any) -> None:
+    """Raises `ValueError` for functions of these names that no evaluation would call, or that hide the composite."""
+    if not names:
+        return
+    if not any(True for _ in named_eval_datasets(eval_dataset)):
+        raise ValueError(
+            f"eval_reward_funcs ({', '.join(names)}) score evaluations only, but there is no eval_dataset. Pass one "
+            "with the prompts to evaluate, and set eval_strategy='steps', or leave eval_reward_funcs out."
+        )
+    if taken := {"average", "average_std_err"} & set(names):
+        raise ValueError(
+            f"One of eval_reward_funcs is called {taken.pop()!r}, which is the name of the composite's own metric. "
+            "Rename it (its __name__ counts)."
+        )
+
+
+def check_over_optimization(callbacks: list, gold_names: list[str], eval_dataset: Any, args: FlowGRPOConfig) -> None:
+    """
+    Tells an [`OverOptimizationCallback`] among the callbacks which evaluation set to watch.
+
+    Raises:
+        ValueError: if it would never be told of an evaluation that it could judge.
+    """
+    found = [callback for callback in callbacks if isinstance(callback, OverOptimizationCallback)]
+    if not found:
+        return
+    if len(found) > 1:
+        raise ValueError(
+            f"There are {len(found)} OverOptimizationCallbacks, which would keep their models in one place."
+        )
+    (callback,) = found
+    if not gold_names:
+        raise ValueError(
+            "OverOptimizationCallback compares the optimised reward with gold scores, but eval_reward_funcs is empty. "
+            "Pass functions that are not optimised, or leave the callback out."
+        )
+    if args.eval_strategy == "no":
+        raise ValueError(
+            "OverOptimizationCallback judges the evaluations while training, but eval_strategy is 'no'. Set "
+            "eval_strategy='steps' and eval_steps."
+        )
+    sets = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
+    callback.watched = next(iter(sets)) if callback.eval_name is None else callback.eval_name
+    if callback.watched not in sets:
+        raise ValueError(
+            f"OverOptimizationCallback has eval_name={callback.eval_name!r}, but the evaluation sets are "
+            f"{list(eval_dataset) if isinstance(eval_dataset, dict) else 'a single one without a name'}."
+        )
+    if len(sets[callback.watched]) < 2:
+        raise ValueError(
+            "OverOptimizationCallback estimates the gold score's noise from its spread over prompts, but the "
+            "evaluation set has a single one. Give it more."
+        )
+
+
 def check_output_dir(args: FlowGRPOConfig) -> None:
     """Training that can not save is refused now, not at its first checkpoint."""
     if not args.should_save:
@@ -92,34 +242,25 @@ def probe_output_dir(args: FlowGRPOConfig, num_parameters: int) -> None:
         )
 
 
-def load_pipeline(model: str | os.PathLike, args: FlowGRPOConfig, peft_config: PeftConfig | None) -> DiffusionPipeline:
-    """The pipeline of a hub id or folder, frozen parts in half precision where that is trained in."""
-    kwargs = dict(args.model_init_kwargs or {})
-    # diffusers' older name for it, which it warns of
-    dtype = kwargs.pop("torch_dtype", None) if kwargs.get("dtype") is None else kwargs["dtype"]
-    if dtype is None:
-        half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-        # The VAE loses accuracy in half precision; weights that are trained need float32
-        dtype = {"default": half, "vae": torch.float32}
-        if peft_config is None:
-            dtype |= {"transformer": torch.float32, "unet": torch.float32}
-    elif isinstance(dtype, str):
-        # from a command line or a YAML file; diffusers would take float32 in its place
-        name, dtype = dtype, getattr(torch, dtype, None)
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"model_init_kwargs has dtype {name!r}, but must be float32, bfloat16 or float16.")
-    kwargs["dtype"] = dtype
-    if os.path.isdir(model) and not os.path.isfile(os.path.join(model, "model_index.json")):
+def checked_stochastic_steps(dynamics: Dynamics, args: FlowGRPOConfig) -> list[int]:
+    """
+    The steps of the model's schedule that can be stochastic and trained.
+
+    Raises:
+        ValueError: if there are none, or too few for the window.
+    """
+    steps = dynamics.stochastic_steps
+    if not steps:
         raise ValueError(
-            f"The folder {os.fspath(model)!r} is not a diffusers pipeline: it has no model_index.json. It holds "
-            f"{sorted(os.listdir(model))[:10]}. Pass the folder that DiffusionPipeline.save_pretrained wrote, or "
-            "a hub id."
+            f"num_inference_steps is {args.num_inference_steps}, and on this model's schedule no step adds noise: "
+            "there is nothing to train. Use at least 2 steps."
         )
-    try:
-        return DiffusionPipeline.from_pretrained(os.fspath(model), **kwargs)
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"The model {os.fspath(model)!r} could not be loaded as a diffusers pipeline: {error}. Pass a hub id "
-            "such as 'stabilityai/stable-diffusion-3.5-medium' (log in with `hf auth login` if it is gated), a "
-            "local folder, or a loaded pipeline."
-        ) from error
+    if args.sde_window_size is not None:
+        first, end = args.sde_window_range
+        if min(end, len(steps)) - first < args.sde_window_size:
+            raise ValueError(
+                f"sde_window_range is {args.sde_window_range}, but on this model's schedule the last of "
+                f"{args.num_inference_steps} steps is deterministic and can not be trained, so that a window of "
+                f"{args.sde_window_size} steps does not fit. Use more steps, a smaller window or a lower start."
+            )
+    return steps

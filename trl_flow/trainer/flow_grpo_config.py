@@ -12,6 +12,16 @@ SDE_TYPES = ("flow", "dance", "cps")
 IMPORTANCE_RATIOS = ("standard", "mean_revised", "ratio_norm")
 TIMESTEP_WEIGHTINGS = ("none", "temp", "inverse_dt", "beta_over_dt", "inverse_beta_dt")
 SCALE_REWARDS = ("group", "batch", "none")
+# Dimensions of the latents for which the papers give their clip ranges: 512 x 512 images in Stable Diffusion 3.5
+REFERENCE_DIM = 16 * 64 * 64
+
+
+class Published(float):
+    """A clip range that is a default, for latents of `REFERENCE_DIM` dimensions: not the same number set by a user."""
+
+
+SDE_WINDOW_SCHEDULES = ("random", "progressive")
+MODEL_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -41,6 +51,25 @@ class FlowGRPOConfig(_BaseConfig):
             diffusers' format and what is pushed then use the average.
         ema_decay (`float`, *optional*, defaults to `0.9`):
             Decay of the average per update, in [0, 1).
+
+        > Parameters that control the memory
+
+        model_dtype (`str`, *optional*, defaults to `"auto"`):
+            Dtype in which frozen parts are loaded when the `model` argument of the trainer is a string: `"float32"`,
+            `"bfloat16"` or `"float16"`. `"auto"` takes the one that is trained in (`bf16`, `fp16`). The VAE is float32
+            in any case, and so are weights that are trained; `model_init_kwargs={"dtype": ...}` decides for each part.
+        enable_vae_slicing (`bool`, *optional*, defaults to `False`):
+            Whether the VAE decodes one image at a time.
+        enable_vae_tiling (`bool`, *optional*, defaults to `False`):
+            Whether the VAE decodes large images in overlapping tiles, of the size that it was trained on. Smaller
+            images are not affected.
+        precompute_prompt_embeds (`bool`, *optional*, defaults to `False`):
+            Whether to encode all prompts of the training and evaluation sets before training, keep their embeddings on
+            disk, and take the text encoders off the device. Prompts that are met only later (`evaluate` on another
+            set) bring them back for the time that it takes.
+        prompt_embeds_dir (`str`, *optional*):
+            Folder for these embeddings, which serve later runs with the same encoders and settings too; `None`:
+            `trl_flow/prompt_embeds` in `HF_HOME`. Needs `precompute_prompt_embeds`.
 
         > Parameters that control the data and the groups
 
@@ -81,14 +110,21 @@ class FlowGRPOConfig(_BaseConfig):
 
         sde_type (`str`, *optional*, defaults to `"flow"`):
             `"flow"` (Flow-GRPO), `"dance"` (DanceGRPO: constant diffusion) or `"cps"` (coefficients-preserving
-            sampling, whose last step is deterministic and not trained).
+            sampling, whose last step is deterministic and not trained). These are for flow models: U-Nets that predict
+            noise (Stable Diffusion 1, 2 and XL) always have the stochastic transitions of DDIM, whatever is set here.
         noise_level (`float`, *optional*, defaults to `0.7`):
-            Strength of the noise, η.
+            Strength of the noise, η. For U-Nets it is DDIM's η, in (0, 1]; DDPO and DanceGRPO have 1 there.
         sde_window_size (`int`, *optional*):
             Number of consecutive steps that are stochastic and trained, the rest being ODE steps. `None`: all.
         sde_window_range (`list[int]`, *optional*):
-            `[first, end]`: the window lies in steps `first ... end - 1`, its start drawn anew for each generation
-            batch. `None`: anywhere.
+            `[first, end]`: the window lies in steps `first ... end - 1`. `None`: anywhere.
+        sde_window_schedule (`str`, *optional*, defaults to `"random"`):
+            Where in that range the window begins: `"random"`, drawn anew for each generation batch (Flow-GRPO-Fast),
+            or `"progressive"`, from the noisiest steps on to the last, where it stays (MixGRPO).
+        sde_window_interval (`int`, *optional*):
+            Generation batches after which a progressive window moves on; `None`: 25 (MixGRPO's shift interval).
+        sde_window_stride (`int`, *optional*):
+            Steps by which a progressive window moves; `None`: 1.
         timestep_fraction (`float`, *optional*, defaults to `1.0`):
             Share of the stochastic steps that are trained, drawn anew for each generation batch, in (0, 1].
         share_initial_noise (`bool`, *optional*, defaults to `False`):
@@ -100,14 +136,20 @@ class FlowGRPOConfig(_BaseConfig):
             `"standard"`, `"mean_revised"` or `"ratio_norm"` (GRPO-Guard, Eq. 8).
         timestep_weighting (`str`, *optional*, defaults to `"none"`):
             `"none"`, `"temp"` (the transition's standard deviation), `"inverse_dt"` (GRPO-Guard, Eq. 12),
-            `"beta_over_dt"` or `"inverse_beta_dt"` (for `sde_type="dance"`).
+            `"beta_over_dt"` or `"inverse_beta_dt"` (for `sde_type="dance"`). For U-Nets the last three are the same:
+            one over the factor with which the prediction enters the mean of the DDIM step.
         epsilon (`float`, *optional*, defaults to `1e-4`):
             Clip range. Log-probabilities are means over the latent's dimensions, so it is far smaller than for text,
             and it depends on the latent's size.
         epsilon_high (`float`, *optional*):
             Upper clip range; `None` means `epsilon`.
+        scale_epsilon (`bool`, *optional*):
+            Whether the clip ranges are given for latents of 65,536 dimensions, as in the papers (512 x 512 images in
+            Stable Diffusion 3.5), and are multiplied by `sqrt(65536 / D)` for latents of `D` dimensions. `None`: yes
+            when neither is set, no otherwise: what is set is taken as it is.
         beta (`float`, *optional*, defaults to `0.0`):
-            KL coefficient towards the initial model. With `0.0` no reference forward is run.
+            KL coefficient towards the initial model. With `0.0` no reference forward is run. The KL of flow models is
+            Flow-GRPO's, in units of the diffusion coefficient; that of U-Nets is the KL of the two Gaussians.
 
         > Parameters that control the advantages
 
@@ -116,12 +158,26 @@ class FlowGRPOConfig(_BaseConfig):
         scale_rewards (`str` or `bool`, *optional*, defaults to `"batch"`):
             `"batch"` (Flow-GRPO, SLAS), `"group"` (GRPO, GRPO-Guard) or `"none"`: which standard deviation divides.
             With `dense_rewards` it is always the group's, at each step (VGPO, Eq. 14).
-        advantage_power (`float`, *optional*, defaults to `0.0`):
-            SLAS's γ: advantages become `sign(A) |A|^(1 + γ)`; 0 is linear.
+        advantage_power (`float` or `"auto"`, *optional*, defaults to `0.0`):
+            SLAS's γ: advantages become `sign(A) |A|^(1 + γ)`; 0 is linear. With `"auto"` it begins at 0 and changes
+            while training, so that the KL that each update causes (`kl_per_update` in the logs) stays at `target_kl`,
+            up to 2 and never above the bound of SLAS's Appendix E.
+        target_kl (`float`, *optional*):
+            For `advantage_power="auto"`: the KL per update to hold, in the convention of the log-probabilities, a mean
+            over the latent's dimensions. `None`: the KL that the updates of the first sampling phase cause in
+            which rewards differ; its advantages are linear.
+        max_kl (`float`, *optional*):
+            For `advantage_power="auto"`: the KL that an update may cause in the worst case that SLAS's bound allows
+            for. `None`: 100 times the target, as an optimizer's step causes far less than the worst of its length.
+        fisher_steps (`int`, *optional*):
+            For `advantage_power="auto"`: updates after which the largest eigenvalue of the Fisher matrix, which the
+            bound needs, is estimated anew. `None`: 50.
         advantage_clip (`float`, *optional*, defaults to `5.0`):
             Advantages are clamped to ± this value before SLAS's shaping.
         dense_rewards (`bool`, *optional*, defaults to `False`):
-            VGPO's reward for each step, from the one-step projection to the image.
+            VGPO's reward for each step, from the one-step projection to the image. A reward function that can not
+            score unfinished images says so by an attribute `dense = False`, and counts with its reward of the finished
+            one at every step.
         value_discount (`float`, *optional*, defaults to `0.9`):
             VGPO's discount, in [0, 1).
         value_scale (`float`, *optional*, defaults to `0.0`):
@@ -177,6 +233,24 @@ class FlowGRPOConfig(_BaseConfig):
     use_ema: bool = field(default=False, metadata={"help": "Keep a moving average of the trained weights."})
     ema_decay: float = field(default=0.9, metadata={"help": "Decay of the moving average per update, in [0, 1)."})
 
+    # Memory
+    model_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Dtype of frozen parts: `auto` (as trained in), `float32`, `bfloat16` or `float16`.",
+            "choices": MODEL_DTYPES,
+        },
+    )
+    enable_vae_slicing: bool = field(default=False, metadata={"help": "Decode one image at a time."})
+    enable_vae_tiling: bool = field(default=False, metadata={"help": "Decode large images in overlapping tiles."})
+    precompute_prompt_embeds: bool = field(
+        default=False,
+        metadata={"help": "Encode all prompts before training, to disk, and take the text encoders off the device."},
+    )
+    prompt_embeds_dir: str | None = field(
+        default=None, metadata={"help": "Folder for these embeddings; default: `trl_flow/prompt_embeds` in `HF_HOME`."}
+    )
+
     # Data and groups
     num_generations: int = field(default=8, metadata={"help": "Images per prompt (the group)."})
     num_generations_eval: int = field(default=1, metadata={"help": "Images per prompt in evaluation."})
@@ -211,6 +285,19 @@ class FlowGRPOConfig(_BaseConfig):
     sde_window_range: list[int] | None = field(
         default=None, metadata={"help": "`first end`: the window lies in steps first ... end - 1."}
     )
+    sde_window_schedule: str = field(
+        default="random",
+        metadata={
+            "help": "`random` or `progressive`: where in its range the window begins.",
+            "choices": SDE_WINDOW_SCHEDULES,
+        },
+    )
+    sde_window_interval: int | None = field(
+        default=None, metadata={"help": "Generation batches after which a progressive window moves; default: 25."}
+    )
+    sde_window_stride: int | None = field(
+        default=None, metadata={"help": "Steps by which a progressive window moves; default: 1."}
+    )
     timestep_fraction: float = field(default=1.0, metadata={"help": "Share of the stochastic steps that is trained."})
     share_initial_noise: bool = field(default=False, metadata={"help": "One initial noise for the whole group."})
 
@@ -226,8 +313,12 @@ class FlowGRPOConfig(_BaseConfig):
             "choices": TIMESTEP_WEIGHTINGS,
         },
     )
-    epsilon: float = field(default=1e-4, metadata={"help": "Clip range."})
+    epsilon: float = field(default=Published(1e-4), metadata={"help": "Clip range."})
     epsilon_high: float | None = field(default=None, metadata={"help": "Upper clip range; default: epsilon."})
+    scale_epsilon: bool | None = field(
+        default=None,
+        metadata={"help": "Scale the clip ranges from 65,536 latent dimensions to the model's; default: if not set."},
+    )
     beta: float = field(default=0.0, metadata={"help": "KL coefficient."})
 
     # Advantages
@@ -237,7 +328,23 @@ class FlowGRPOConfig(_BaseConfig):
     scale_rewards: str = field(
         default="batch", metadata={"help": "`group`, `batch` or `none`: which standard deviation divides."}
     )
-    advantage_power: float = field(default=0.0, metadata={"help": "SLAS's gamma; 0 is linear."})
+    # HfArgumentParser has one type for each option: of a union with None it takes the second, and so reads "auto"
+    advantage_power: float | str | None = field(
+        default=0.0, metadata={"help": "SLAS's gamma; 0 is linear, `auto` holds the KL per update at `target_kl`."}
+    )
+    target_kl: float | None = field(
+        default=None, metadata={"help": "The KL per update to hold; for `advantage_power: auto`, which needs it."}
+    )
+    max_kl: float | None = field(
+        default=None,
+        metadata={"help": "Worst-case KL of an update under `advantage_power: auto`; default: 100 target_kl."},
+    )
+    fisher_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Updates between two estimates of the Fisher eigenvalue for `advantage_power: auto`; default: 50."
+        },
+    )
     advantage_clip: float = field(default=5.0, metadata={"help": "Clamp of the advantages."})
     dense_rewards: bool = field(default=False, metadata={"help": "VGPO's reward for each step."})
     value_discount: float = field(default=0.9, metadata={"help": "VGPO's discount gamma, in [0, 1)."})
@@ -269,6 +376,9 @@ class FlowGRPOConfig(_BaseConfig):
             # transformers would look for a loss, which evaluation has not
             self.metric_for_best_model = "reward"
         super().__post_init__()
+        if self.scale_epsilon is None:
+            self.scale_epsilon = isinstance(self.epsilon, Published) and self.epsilon_high is None
+        self.epsilon = float(self.epsilon)
         self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
         # HfArgumentParser reads a missing list as None, YAML as a list: one form from here on
         if self.sde_window_range is not None:
@@ -285,6 +395,8 @@ class FlowGRPOConfig(_BaseConfig):
             ("importance_ratio", IMPORTANCE_RATIOS),
             ("timestep_weighting", TIMESTEP_WEIGHTINGS),
             ("scale_rewards", SCALE_REWARDS),
+            ("sde_window_schedule", SDE_WINDOW_SCHEDULES),
+            ("model_dtype", MODEL_DTYPES),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but must be one of {', '.join(choices)}.")
@@ -292,6 +404,11 @@ class FlowGRPOConfig(_BaseConfig):
             raise ValueError(
                 f"timestep_weighting={self.timestep_weighting!r} needs the beta of Dance-SDE, but sde_type is "
                 f"{self.sde_type!r}. Use timestep_weighting='inverse_dt', or sde_type='dance'."
+            )
+        if self.prompt_embeds_dir is not None and not self.precompute_prompt_embeds:
+            raise ValueError(
+                f"prompt_embeds_dir is {self.prompt_embeds_dir!r}, but precompute_prompt_embeds is False: no "
+                "embeddings are written. Set precompute_prompt_embeds=True, or leave prompt_embeds_dir out."
             )
         if self.auto_find_batch_size:
             raise ValueError(
@@ -325,13 +442,13 @@ class FlowGRPOConfig(_BaseConfig):
         if self.sde_type == "cps":
             check("noise_level", self.noise_level <= 1, "at most 1 for sde_type='cps'")
         check("guidance_scale", self.guidance_scale >= 0, "0 or more")
-        for name in ("noise_level", "guidance_scale", "beta", "advantage_power", "value_scale"):
+        for name in ("noise_level", "guidance_scale", "beta", "value_scale"):
             check(name, math.isfinite(getattr(self, name)), "finite")
         check("timestep_fraction", 0 < self.timestep_fraction <= 1, "in (0, 1]")
         check("epsilon", self.epsilon > 0, "above 0")
         check("epsilon_high", self.epsilon_high is None or self.epsilon_high > 0, "above 0, or None")
         check("beta", self.beta >= 0, "0 or more")
-        check("advantage_power", self.advantage_power >= 0, "0 or more")
+        self._check_advantage_power()
         check("advantage_clip", self.advantage_clip > 0, "above 0")
         check("value_discount", 0 <= self.value_discount < 1, "in [0, 1)")
         check("value_scale", self.value_scale >= 0, "0 or more")
@@ -343,6 +460,33 @@ class FlowGRPOConfig(_BaseConfig):
         check("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
         check("reward_timeout", self.reward_timeout is None or self.reward_timeout > 0, "above 0 seconds, or None")
         check("diagnostics_steps", self.diagnostics_steps >= 0, "0 or more")
+
+    def _check_advantage_power(self) -> None:
+        if self.advantage_power != "auto":
+            try:
+                self.advantage_power = float(self.advantage_power)  # text from a command line
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"advantage_power is {self.advantage_power!r}, but must be a number or 'auto'."
+                ) from None
+            if not (math.isfinite(self.advantage_power) and self.advantage_power >= 0):
+                raise ValueError(
+                    f"advantage_power is {self.advantage_power!r}, but must be finite and 0 or more, or 'auto'."
+                )
+            for name in ("target_kl", "max_kl", "fisher_steps"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} is {getattr(self, name)}, but advantage_power is {self.advantage_power:g}: only a "
+                        f"power that adapts itself uses it. Set advantage_power='auto', or leave {name} out."
+                    )
+            return
+        self.fisher_steps = 50 if self.fisher_steps is None else self.fisher_steps
+        for name in ("target_kl", "max_kl"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} is {value!r}, but must be finite and above 0, or None.")
+        if not isinstance(self.fisher_steps, int) or self.fisher_steps < 1:
+            raise ValueError(f"fisher_steps is {self.fisher_steps!r}, but must be a whole number of at least 1.")
 
     @property
     def num_stochastic_steps(self) -> int:
@@ -361,6 +505,13 @@ class FlowGRPOConfig(_BaseConfig):
                     f"sde_window_range is {self.sde_window_range}, but sde_window_size is not set. Say how many steps "
                     "the window has, or leave both out to train all steps."
                 )
+            if self.sde_window_schedule == "progressive":
+                raise ValueError(
+                    "sde_window_schedule is 'progressive', but sde_window_size is not set: there is no window that "
+                    "could move. Say how many steps it has."
+                )
+        self._check_window_schedule()
+        if self.sde_window_size is None:
             return
         if self.sde_window_range is None:
             self.sde_window_range = [0, self.num_stochastic_steps]
@@ -382,6 +533,20 @@ class FlowGRPOConfig(_BaseConfig):
                 f"sde_window_size is {self.sde_window_size}, but the window must have at least 1 step and fit into "
                 f"sde_window_range {self.sde_window_range}, which has {end - first}."
             )
+
+    def _check_window_schedule(self) -> None:
+        for name, default in (("sde_window_interval", 25), ("sde_window_stride", 1)):
+            value = getattr(self, name)
+            if self.sde_window_schedule == "random":
+                if value is not None:
+                    raise ValueError(
+                        f"{name} is {value}, but sde_window_schedule is 'random': only a progressive window moves on. "
+                        f"Set sde_window_schedule='progressive', or leave {name} out."
+                    )
+            elif value is None:
+                setattr(self, name, default)
+            elif not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}, but must be a whole number of at least 1.")
 
     def _resolve_batches(self) -> None:
         # The arithmetic of TRL's GRPOConfig, with what to change in the messages

@@ -12,9 +12,10 @@ import random
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,11 @@ from transformers.utils import logging
 
 from trl_flow import sharing
 from trl_flow.backbones import Backbone, get_backbone
+from trl_flow.evaluation.diversity import mean_pairwise_distance, pixel_features, thumbnails
+from trl_flow.evaluation.gold import GoldScore, check_base, gold_score
 from trl_flow.evaluation.pictures import image_grid
 from trl_flow.functional import (
+    Transition,
     clipped_loss,
     cumulative_values,
     dual_advantages,
@@ -47,9 +51,16 @@ from trl_flow.functional import (
     timestep_weight,
 )
 from trl_flow.functional.grpo import STD_EPSILON
-from trl_flow.rewards.calling import RewardError, call_reward_funcs, check_reward_func, reward_names
+from trl_flow.rewards.calling import RewardError, call_reward_funcs, check_reward_func, is_dense, reward_names
 from trl_flow.rollout import Dynamics, draw_noise, rollout, sample_generator
-from trl_flow.trainer.callbacks import EMACallback, FlowProgressCallback
+from trl_flow.trainer.advantage_power import (
+    FISHER_SAMPLES,
+    KL_SAMPLES,
+    AdvantagePower,
+    AdvantagePowerCallback,
+    Transitions,
+)
+from trl_flow.trainer.callbacks import BaseScoresCallback, EMACallback, FlowProgressCallback, RunLogCallback
 from trl_flow.trainer.checkpoints import (
     STATE_NAME,
     MicroBatch,
@@ -59,15 +70,23 @@ from trl_flow.trainer.checkpoints import (
     save_micro_batches,
 )
 from trl_flow.trainer.checks import (
+    check_backbone,
     check_dataset,
+    check_eval_reward_funcs,
+    check_images,
     check_output_dir,
-    load_pipeline,
+    check_over_optimization,
+    checked_stochastic_steps,
     named_eval_datasets,
     probe_output_dir,
 )
 from trl_flow.trainer.diffusers_compat import make_trainable
-from trl_flow.trainer.flow_grpo_config import FlowGRPOConfig
+from trl_flow.trainer.flow_grpo_config import REFERENCE_DIM, FlowGRPOConfig
+from trl_flow.trainer.gold_evaluation import BaseScores, Evaluation, evaluation_key
+from trl_flow.trainer.loading import is_quantized, load_pipeline
+from trl_flow.trainer.over_optimization import BEST_FOLDER, OverOptimizationCallback
 from trl_flow.trainer.prompt_cache import PromptCache
+from trl_flow.trainer.prompt_files import PromptFiles, default_folder, encoding_fingerprint
 from trl_flow.trainer.publishing import PublishingMixin
 from trl_flow.trainer.ratio_statistics import RatioStatistics
 from trl_flow.trainer.trl_compat import (
@@ -112,7 +131,7 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
 
     Args:
         model (`str` or [`~diffusers.DiffusionPipeline`]):
-            Hub id or folder of a pipeline, or a loaded one, whose transformer is trained in place.
+            Hub id or folder of a pipeline, or a loaded one, whose transformer (or U-Net) is trained in place.
         reward_funcs (`Callable` or `list[Callable]`):
             Called by keyword as `func(prompts=..., images=..., **columns, trainer_state=..., log_metric=...,
             log_extra=...)`, with lists of one entry for each image; returns a list of numbers, `None` where the
@@ -120,7 +139,8 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
         args ([`FlowGRPOConfig`], *optional*):
             Configuration; defaults to `FlowGRPOConfig("{name of the model}-Flow-GRPO")`.
         train_dataset ([`~datasets.Dataset`]):
-            A column `"prompt"` of non-empty strings; all other columns reach the reward functions.
+            A column `"prompt"` of non-empty strings, and with a pipeline that edits pictures a column `"image"` of
+            them; all columns but the prompt reach the reward functions under their own names.
         eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
             Prompts to evaluate on: always the same seeds, along the ODE.
         callbacks (list of [`~transformers.TrainerCallback`], *optional*): further callbacks.
@@ -128,7 +148,13 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
         peft_config ([`~peft.PeftConfig`], *optional*):
             Trains an adapter; without it all weights of the transformer are trained.
         backbone ([`Backbone`], *optional*):
-            Instead of the one chosen by the pipeline's class, for pipelines of your own.
+            Instead of the one chosen by the pipeline's class, for pipelines of your own. Any object that has what
+            [`Backbone`] has and the trainer uses; it need not be a subclass.
+        eval_reward_funcs (`Callable` or `list[Callable]`, *optional*):
+            Functions as `reward_funcs` that are never optimised: evaluations score by them too, and divide by what
+            the base model scores on the same prompts from the same seeds, which is measured before the first update
+            (`eval_gold/{name}` and `eval_gold/average`, where 1 is the base model). Need an `eval_dataset`, and a
+            positive mean for the base model.
 
     Raises:
         TypeError, ValueError: for anything that would make training fail later; nothing has been written then.
@@ -149,6 +175,7 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: PeftConfig | None = None,
         backbone: Backbone | None = None,
+        eval_reward_funcs: RewardFunc | list[RewardFunc] | None = None,
     ):
         # Args
         if not isinstance(model, str | os.PathLike | DiffusionPipeline):
@@ -171,17 +198,26 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
         self.reward_funcs = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         if not self.reward_funcs:
             raise ValueError("reward_funcs is empty. Pass at least one reward function.")
+        self.eval_reward_funcs = (
+            list(eval_reward_funcs)
+            if isinstance(eval_reward_funcs, list | tuple)
+            else [func for func in [eval_reward_funcs] if func is not None]
+        )
         check_dataset(train_dataset, "train_dataset")
         for func in self.reward_funcs:
             check_reward_func(func, [] if args.remove_unused_columns else train_dataset.column_names)
         for name, dataset in named_eval_datasets(eval_dataset):
             check_dataset(dataset, name)
-            for func in self.reward_funcs:
+            for func in [*self.reward_funcs, *self.eval_reward_funcs]:
                 try:
                     check_reward_func(func, dataset.column_names)
                 except (TypeError, ValueError) as error:
                     raise type(error)(f"{name}: {error}") from error
-        self.reward_func_names = reward_names(self.reward_funcs)
+        names = reward_names([*self.reward_funcs, *self.eval_reward_funcs])
+        self.reward_func_names = names[: len(self.reward_funcs)]
+        self.eval_reward_func_names = names[len(self.reward_funcs) :]
+        check_eval_reward_funcs(self.eval_reward_func_names, eval_dataset)
+        check_over_optimization(callbacks or [], self.eval_reward_func_names, eval_dataset, args)
         weights = args.reward_weights if args.reward_weights is not None else [1.0] * len(self.reward_funcs)
         if len(weights) != len(self.reward_funcs):
             raise ValueError(
@@ -189,6 +225,10 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
                 f"{', '.join(self.reward_func_names)}. Give one weight for each."
             )
         self.reward_weights = torch.tensor(weights, dtype=torch.float32)
+        # The functions that score unfinished images: those that can, and whose scores count
+        self._dense_funcs = [
+            i for i, func in enumerate(self.reward_funcs) if args.dense_rewards and is_dense(func) and weights[i] != 0
+        ]
         check_output_dir(args)
         if peft_config is not None:
             sharing.check_lora_config(peft_config)
@@ -202,6 +242,9 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
             pipeline, height=args.height, width=args.width, max_sequence_length=args.max_sequence_length
         )
         self.model_id = str(model) if isinstance(model, str | os.PathLike) else pipeline.config.get("_name_or_path")
+        check_backbone(self.backbone, args, peft_config)
+        for name, dataset in [("train_dataset", train_dataset), *named_eval_datasets(eval_dataset)]:
+            check_images(dataset, name, self.backbone)
         policy = self._prepare_model(args, peft_config)
         probe_output_dir(args, sum(p.numel() for p in policy.parameters() if p.requires_grad))
 
@@ -218,14 +261,20 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
         # Multi-step
         self.num_generations = args.num_generations
         self.num_iterations = args.num_iterations
-        self.epsilon_low = args.epsilon
-        self.epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+        # The spread of a mean over D dimensions falls with sqrt(D), and with it the clip range that does the same
+        scale = math.sqrt(REFERENCE_DIM / math.prod(self.backbone.latent_shape())) if args.scale_epsilon else 1.0
+        self.epsilon_low = args.epsilon * scale
+        self.epsilon_high = self.epsilon_low if args.epsilon_high is None else args.epsilon_high * scale
         self.beta = args.beta
         # Micro-batches so far, over all accumulation cycles; with it comes the buffer of sampled ones
         self._step = 0
         self._buffered_inputs: list[MicroBatch] | None = None
         self._ratio_checked = False
         self._first_deviation = 0.0
+
+        # Before the model goes to the device: the text encoders may need the room there
+        self.prompt_cache = self._make_prompt_cache(args)
+        self._encode_ahead(args, [train_dataset, *(dataset for _, dataset in named_eval_datasets(eval_dataset))])
 
         super().__init__(
             model=policy,
@@ -246,9 +295,11 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
             self.add_callback(FlowProgressCallback())
         self._place_frozen_modules()
         self.ref_model = self._make_reference(policy)
-        self.prompt_cache = PromptCache(self.backbone)
-        for name in ("use_ema", "diagnostics_steps"):
-            if getattr(args, name) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        refused = {"use_ema": args.use_ema, "diagnostics_steps": args.diagnostics_steps}
+        refused["advantage_power='auto'"] = args.advantage_power == "auto"
+        refused["a quantised model"] = is_quantized(self.backbone.model)
+        for name, used in refused.items():
+            if used and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
                 raise ValueError(
                     f"{name} is not supported with FSDP or DeepSpeed, which shard the weights. Leave it out, or use "
                     "several processes without sharding (--accelerate_config multi_gpu)."
@@ -269,6 +320,28 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
             variance_free=args.sde_type == "cps" and args.importance_ratio == "standard",
         )
         self.eval_dynamics = replace(self.dynamics, schedule=self.backbone.schedule(args.eval_num_inference_steps))
+        self._stochastic_steps = checked_stochastic_steps(self.dynamics, args)
+
+        self.add_callback(RunLogCallback())
+        # What the base model scores on each evaluation set, and whether the weights are still those it was given
+        self._base_scores: dict[str, BaseScores] = {}
+        self._is_untrained = True
+        if self.eval_reward_funcs:
+            self.add_callback(BaseScoresCallback(self._measure_base_scores))
+
+        # SLAS's power, where it adapts itself
+        self.advantage_power: AdvantagePower | None = None
+        if args.advantage_power == "auto":
+            self.advantage_power = AdvantagePower(
+                self.accelerator.unwrap_model(self.model),
+                self.accelerator,
+                target_kl=args.target_kl,
+                max_kl=args.max_kl,
+                fisher_steps=args.fisher_steps,
+                seed=args.seed,
+                log=lambda name, value: self._metrics["train"][name].append(value),
+            )
+            self.add_callback(AdvantagePowerCallback(self.advantage_power, self._last_transitions))
 
         # Uploads that go on in the background
         self._uploads: list[Future] = []
@@ -295,6 +368,10 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
                         "pipeline with from_pretrained and pass it as it is, or pass its hub id or folder."
                     )
                 module.requires_grad_(False).eval()
+        if args.enable_vae_slicing:
+            self.pipeline.vae.enable_slicing()
+        if args.enable_vae_tiling:
+            self.pipeline.vae.enable_tiling()
         model = self.backbone.model
         if getattr(model, "peft_config", None):
             raise ValueError(
@@ -325,9 +402,44 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
 
     def _place_frozen_modules(self) -> None:
         trained = self.backbone.model
-        for module in self.pipeline.components.values():
-            if isinstance(module, torch.nn.Module) and module is not trained:
-                module.to(self.accelerator.device)
+        for name, module in self.pipeline.components.items():
+            # The prompt cache moves the text encoders where their embeddings are on disk
+            elsewhere = name.startswith("text_encoder") and self.args.precompute_prompt_embeds
+            if isinstance(module, torch.nn.Module) and module is not trained and not elsewhere:
+                if not is_quantized(module):
+                    module.to(self.accelerator.device)
+
+    def _make_prompt_cache(self, args: FlowGRPOConfig) -> PromptCache:
+        if not args.precompute_prompt_embeds:
+            return PromptCache(self.backbone)
+        self.pipeline.vae.to(args.device)  # where the backbone encodes, too
+        folder = default_folder() if args.prompt_embeds_dir is None else args.prompt_embeds_dir
+        return PromptCache(self.backbone, files=PromptFiles(folder, encoding_fingerprint(self.backbone)))
+
+    def _encode_ahead(self, args: FlowGRPOConfig, data: list[Dataset]) -> None:
+        """With `precompute_prompt_embeds`, writes the embeddings of all prompts of `data` that are not on disk yet."""
+        if self.prompt_cache.files is None:
+            return
+        scales = [args.guidance_scale, args.eval_guidance_scale]
+        guided = any(scale is not None and self.backbone.uses_guidance(scale) for scale in scales)
+        negative = [args.negative_prompt or ""] if guided else []
+
+        def pairs() -> Iterator[tuple[str, Image.Image | None]]:
+            for dataset in data:
+                if not self.backbone.takes_image:
+                    yield from ((prompt, None) for prompt in [*negative, *dataset["prompt"]])
+                else:
+                    for row in dataset:
+                        (image,) = self._images_to_edit([row])
+                        yield from ((prompt, image) for prompt in [*negative, row["prompt"]])
+
+        rank, number = args.process_index, args.world_size
+        progress = args.local_process_index == 0 and not args.disable_tqdm
+        self.prompt_cache.write(pairs, rank=rank, num_processes=number, progress=progress)
+        if number > 1:
+            # Those of the other processes too, should each machine have a folder of its own
+            args.distributed_state.wait_for_everyone()
+            self.prompt_cache.write(pairs, progress=progress)
 
     def _make_reference(self, policy: torch.nn.Module) -> torch.nn.Module | None:
         """A frozen copy for the KL of full fine-tuning; an adapter is switched off instead."""
@@ -351,7 +463,7 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
     def _set_signature_columns_if_needed(self):
         # Only used with `remove_unused_columns=True`
         if self._signature_columns is None:
-            self._signature_columns = ["prompt"]
+            self._signature_columns = ["prompt", *(["image"] if self.backbone.takes_image else [])]
 
     # As in TRL, the loader yields whole generation batches, each as often as there are micro-batches in it: they are
     # sampled from at the first time and buffered, see `_prepare_inputs`.
@@ -402,6 +514,12 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
         self._buffered_inputs = None
         self._ratio_checked = False
         self._first_deviation = 0.0
+        # Those that were added after the constructor, too
+        check_over_optimization(
+            self.callback_handler.callbacks, self.eval_reward_func_names, self.eval_dataset, self.args
+        )
+        for callback in self._over_optimization_callbacks:
+            callback.reset()
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.args.save_strategy != "no":
             self.save_model(_internal_call=True)
@@ -426,7 +544,7 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
 
     def _backward(self, model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
         """Forward and backward over the trained steps of one micro-batch; returns its loss, detached, a scalar."""
-        condition, negative_condition = self._conditions(batch.prompts, self.args.guidance_scale)
+        condition, negative_condition = self._conditions(batch.prompts, self.args.guidance_scale, batch.images)
         scale = len(batch.steps) * self.current_gradient_accumulation_steps
         kwargs = {}
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -439,10 +557,11 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
             # The forward belongs inside: DDP makes ready for the reduction there
             with self._defer_sync(model, defer=self.args.backward_per_timestep and not last):
                 with self.compute_loss_context_manager():
-                    loss = self._compute_loss(model, batch, index, condition, negative_condition) / scale
+                    loss, policy_loss = self._compute_loss(model, batch, index, condition, negative_condition)
+                    loss = loss / scale
                 total += loss.detach()
                 if measure:
-                    norm = self._gradient_norm(loss) * scale
+                    norm = self._gradient_norm(policy_loss)
                     self._metrics["train"][f"grad_norm/step_{batch.steps[index]}"].append(norm)
                 if self.args.backward_per_timestep:
                     self.accelerator.backward(loss, **kwargs)
@@ -488,21 +607,30 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
         return self.args.steps_per_generation * self.num_iterations
 
     def _conditions(
-        self, prompts: list[str], guidance_scale: float
+        self, prompts: list[str], guidance_scale: float, images: list[Image.Image] | None
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
-        condition = self.prompt_cache(prompts)
+        condition = self.prompt_cache(prompts, images)
         if not self.backbone.uses_guidance(guidance_scale):
             return condition, None
-        return condition, self.prompt_cache([self.args.negative_prompt or ""] * len(prompts))
+        return condition, self.prompt_cache([self.args.negative_prompt or ""] * len(prompts), images)
+
+    def _images_to_edit(self, rows: list[dict[str, Any]]) -> list[Image.Image] | None:
+        """The rows' pictures, RGB, where the backbone takes one."""
+        return [row["image"].convert("RGB") for row in rows] if self.backbone.takes_image else None
 
     def _choose_steps(self, generation: int) -> tuple[list[int], list[int]]:
         """The stochastic and the trained steps of one generation batch, equal on all processes."""
         rng = np.random.default_rng([self.seed, generation, 1])
-        stochastic = list(range(self.args.num_stochastic_steps))
+        stochastic = self._stochastic_steps
         if self.args.sde_window_size is not None:
             first, end = self.args.sde_window_range
-            start = int(rng.integers(first, end - self.args.sde_window_size + 1))
-            stochastic = list(range(start, start + self.args.sde_window_size))
+            last = min(end, len(stochastic)) - self.args.sde_window_size
+            if self.args.sde_window_schedule == "progressive":
+                moves = generation // self.args.sde_window_interval
+                start = min(first + moves * self.args.sde_window_stride, last)
+            else:
+                start = int(rng.integers(first, last + 1))
+            stochastic = stochastic[start : start + self.args.sde_window_size]
         number = max(1, round(self.args.timestep_fraction * len(stochastic)))
         trained = sorted(rng.choice(stochastic, size=number, replace=False).tolist())
         return stochastic, trained
@@ -525,12 +653,14 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
         offset = self.accelerator.process_index * len(inputs)
         trajectories = []
         images: list[Image.Image] = [None] * len(inputs)
-        projected: list[list[Image.Image]] = [None] * len(inputs)
+        projections: list[torch.Tensor] = [None] * len(inputs)
         model = self._sampling_model
+        first_step, starts = self._starts(generation, inputs, stochastic)
         for chunk in range(number):
             indices = list(range(chunk, len(inputs), number))
             prompts = [inputs[i]["prompt"] for i in indices]
-            condition, negative_condition = self._conditions(prompts, self.args.guidance_scale)
+            edited = self._images_to_edit([inputs[i] for i in indices])
+            condition, negative_condition = self._conditions(prompts, self.args.guidance_scale, edited)
             places = [offset + i for i in indices]
             with self.accelerator.autocast():
                 trajectory = rollout(
@@ -540,11 +670,12 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
                     condition,
                     negative_condition,
                     guidance_scale=self.args.guidance_scale,
-                    initial_noise=self._initial_noise(generation, places),
+                    initial_noise=starts[indices],
                     generators=[sample_generator(self.seed, generation, 3, place) for place in places],
                     stochastic_steps=stochastic,
                     trained_steps=trained,
-                    keep_projections=self.args.dense_rewards,
+                    keep_projections=bool(self._dense_funcs),
+                    first_step=first_step,
                     on_step=lambda step, chunk=chunk: self._show_stage(
                         f"sampling {chunk * self.args.num_inference_steps + step + 1}"
                         f"/{number * self.args.num_inference_steps}"
@@ -560,13 +691,18 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
             self._show_stage("decoding")
             for i, image in zip(indices, self._decode(trajectory.final), strict=True):
                 images[i] = image
-            if self.args.dense_rewards:
-                columns = [self._decode(trajectory.projections[:, t]) for t in range(trajectory.projections.shape[1])]
-                for row, i in enumerate(indices):
-                    projected[i] = [column[row] for column in columns]
-            trajectories.append((indices, prompts, replace(trajectory, projections=None)))
+            if self._dense_funcs:
+                # On the host, and as latents: the pictures of all steps at once would take gigabytes
+                for i, own in zip(indices, trajectory.projections.cpu(), strict=True):
+                    projections[i] = own
+            trajectories.append((indices, prompts, edited, replace(trajectory, projections=None)))
 
-        advantages = self._score(inputs, images, projected if self.args.dense_rewards else None, trained)
+        if self.advantage_power is not None:
+            _, prompts, edited, trajectory = trajectories[0]
+            self.advantage_power.estimate_if_due(
+                self._measured_transitions(FISHER_SAMPLES, prompts, trained, trajectory.latents, edited)
+            )
+        advantages = self._score(inputs, images, projections, trained)
         updates = max(1, number // self.args.gradient_accumulation_steps)
         order = [chunk for update in range(updates) for chunk in range(update, number, updates)]
         return [
@@ -578,21 +714,83 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
                 means=trajectory.means,
                 log_probs=trajectory.log_probs,
                 advantages=advantages[indices],
+                images=edited,
             )
-            for indices, prompts, trajectory in (trajectories[chunk] for chunk in order)
+            for indices, prompts, edited, trajectory in (trajectories[chunk] for chunk in order)
         ]
 
+    def _starts(
+        self, generation: int, inputs: list[dict[str, Any]], stochastic: list[int]
+    ) -> tuple[int, torch.Tensor]:
+        """
+        Where the local samples of a generation batch begin: a step, and the latents there, `(N, ...)`.
+
+        With `share_initial_noise` the images of a group are one and the same up to the first stochastic step: the ODE
+        steps before it are taken once for each group.
+        """
+        number, first_step = len(inputs), min(stochastic)
+        offset = self.accelerator.process_index * number
+        places = [offset + i for i in range(number)]
+        if not self.args.share_initial_noise:
+            return 0, self._initial_noise(generation, places)
+        groups = [place // self.num_generations for place in places]
+        distinct = sorted(set(groups))
+        latents = self._initial_noise(generation, distinct)
+        if first_step > 0:
+            # A process may have the end of one group and the beginning of another, and so one group more than others:
+            # all take as many forwards, so that sharded ones stay in step
+            world = range(self.accelerator.num_processes)
+            most = (
+                max(
+                    ((rank + 1) * number - 1) // self.num_generations - rank * number // self.num_generations
+                    for rank in world
+                )
+                + 1
+            )
+            rows = [inputs[groups.index(group)] for group in distinct]
+            rows += rows[-1:] * (most - len(rows))
+            padded = latents[[min(i, len(distinct) - 1) for i in range(most)]]
+            latents = self._ode_prefix(rows, padded, first_step)
+        return first_step, latents[[distinct.index(group) for group in groups]]
+
+    def _ode_prefix(self, rows: list[dict[str, Any]], noise: torch.Tensor, num_steps: int) -> torch.Tensor:
+        """The latents of `rows` after `num_steps` ODE steps from `noise`, both `(M, ...)`."""
+        size = self.args.per_device_train_batch_size
+        parts = []
+        for first in range(0, len(rows), size):
+            part = rows[first : first + size]
+            condition, negative_condition = self._conditions(
+                [row["prompt"] for row in part], self.args.guidance_scale, self._images_to_edit(part)
+            )
+            with self.accelerator.autocast():
+                trajectory = rollout(
+                    self.backbone,
+                    self._sampling_model,
+                    self.dynamics,
+                    condition,
+                    negative_condition,
+                    guidance_scale=self.args.guidance_scale,
+                    initial_noise=noise[first : first + size],
+                    generators=[],
+                    stochastic_steps=[],
+                    trained_steps=[],
+                    num_steps=num_steps,
+                    on_step=lambda step: self._show_stage(f"sampling the groups' common steps {step + 1}/{num_steps}"),
+                )
+            parts.append(trajectory.final)
+        return torch.cat(parts)
+
     def _initial_noise(self, generation: int, places: list[int]) -> torch.Tensor:
-        """`x_1` for samples at `places` of the global generation batch."""
-        if self.args.share_initial_noise:
-            places = [place // self.num_generations for place in places]
+        """`x_1` for samples at `places` of the global generation batch, or with `share_initial_noise` for groups."""
         generators = [sample_generator(self.seed, generation, 2, place) for place in places]
         return draw_noise(self.backbone.latent_shape(), generators, self.accelerator.device)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _decode(self, latents: torch.Tensor) -> list[Image.Image]:
         # Small parts: decoding takes far more memory than a step, and gains nothing from a large batch
-        return [image for part in latents.split(16) for image in self.backbone.decode(part)]
+        return [
+            image for part in latents.split(16) for image in self.backbone.decode(part.to(self.accelerator.device))
+        ]
 
     # ---- Rewards and advantages ----
 
@@ -604,17 +802,21 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
         """Adds one value for each image to the captions of the logged grid, from within a reward function."""
         self._pending_extra_logs[column].extend(values)
 
-    def _calculate_rewards(self, inputs: list[dict[str, Any]], images: list[Image.Image]) -> torch.Tensor:
+    def _calculate_rewards(
+        self, inputs: list[dict[str, Any]], images: list[Image.Image], chosen: list[int] | None = None
+    ) -> torch.Tensor:
         """
-        Rewards of the local samples by every function.
+        Rewards of the local samples by every function, or the chosen ones.
 
         Returns:
-            `torch.Tensor`: `(N, number of functions)`, float32, NaN where a function does not apply.
+            `torch.Tensor`: `(N, number of functions)`, float32, NaN where a function does not apply or is not chosen.
         """
+        chosen = list(range(len(self.reward_funcs))) if chosen is None else chosen
         columns = {key: [row[key] for row in inputs] for key in inputs[0] if key != "prompt"}
-        rewards = call_reward_funcs(
-            self.reward_funcs,
-            self.reward_func_names,
+        rewards = torch.full((len(inputs), len(self.reward_funcs)), torch.nan)
+        rewards[:, chosen] = call_reward_funcs(
+            [self.reward_funcs[i] for i in chosen],
+            [self.reward_func_names[i] for i in chosen],
             [row["prompt"] for row in inputs],
             images,
             columns,
@@ -624,7 +826,7 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
             log_extra=self._log_extra,
         ).to(self.accelerator.device)
         unscored = self._combine(rewards).isnan()
-        if unscored.any():
+        if unscored.any() and len(chosen) == len(self.reward_funcs):
             row = int(unscored.nonzero()[0])
             logger.warning(
                 f"Every reward function that counts returned None for {inputs[row]['prompt']!r}: the sample is left "
@@ -632,11 +834,17 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
             )
         return rewards
 
-    def _gathered_rewards(self, inputs: list[dict[str, Any]], images: list[Image.Image]) -> torch.Tensor:
+    def _gathered_rewards(
+        self, inputs: list[dict[str, Any]], images: list[Image.Image], chosen: list[int] | None = None
+    ) -> torch.Tensor:
         """`_calculate_rewards` of all processes. An error in one of them is raised in all, so that none waits."""
-        error, rewards = None, torch.zeros(len(inputs), len(self.reward_funcs), device=self.accelerator.device)
+        return self._gathered(lambda: self._calculate_rewards(inputs, images, chosen))
+
+    def _gathered(self, score: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What `score` gives in all processes, one after another. An error in one is raised in all."""
+        error, rewards = None, None
         try:
-            rewards = self._calculate_rewards(inputs, images)
+            rewards = score()
         except RewardError as reward_error:
             error = reward_error
         if self.accelerator.num_processes > 1:
@@ -658,26 +866,74 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
         self,
         inputs: list[dict[str, Any]],
         images: list[Image.Image],
-        projected: list[list[Image.Image]] | None,
+        projections: list[torch.Tensor],
         trained: list[int],
     ) -> torch.Tensor:
-        """Rewards, their metrics, and the advantages of the local samples, `(N, S)`."""
+        """
+        Rewards, their metrics, and the advantages of the local samples, `(N, S)`.
+
+        Args:
+            inputs (`list[dict[str, Any]]`): the local rows, `N`.
+            images (`list[PIL.Image.Image]`): the finished images.
+            projections (`list[torch.Tensor]`): for dense rewards the projected latents of each sample, from the first
+                trained step on, `(T - trained[0], ...)`, on the host.
+            trained (`list[int]`): the trained steps.
+        """
         self._show_stage("rewards")
         rewards_per_func = self._gathered_rewards(inputs, images)
         rewards = self._combine(rewards_per_func)
-        if projected is None:
+        if not self.args.dense_rewards:
             advantages = self._shape(self._group_advantages(rewards))[:, None].expand(-1, len(trained))
         else:
-            instant = [
-                self._combine(self._gathered_rewards(inputs, [row[t] for row in projected]))
-                for t in range(len(projected[0]) - 1)
-            ]
-            advantages = self._dense_advantages(torch.stack([*instant, rewards], dim=1))
-            advantages = self._shape(advantages)[:, [step - trained[0] for step in trained]]
+            instant = self._instant_rewards(inputs, projections, rewards_per_func, trained[0])
+            advantages = self._shape(self._dense_advantages(instant)[:, [step - trained[0] for step in trained]])
         self._log_rewards(rewards_per_func, rewards)
+        self._metrics["train"]["diversity"].append(self._diversity(images, self.num_generations, len(rewards)))
         self._log_samples(inputs, images, rewards_per_func)
         local = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
         return advantages[local].contiguous()
+
+    def _instant_rewards(
+        self, inputs: list[dict[str, Any]], projections: list[torch.Tensor], terminal: torch.Tensor, first: int
+    ) -> torch.Tensor:
+        """
+        VGPO's reward of every step from `first` on (Eq. 10), of all processes' samples: `(N, T - first)`.
+
+        One step's projections are decoded, scored and dropped before the next, so that no more images are held than
+        the finished ones. Functions that can not judge an unfinished image count with their terminal reward.
+        """
+        number = self.args.num_inference_steps - first
+        steps = []
+        for t in range(number):
+            by_func = terminal
+            if self._dense_funcs and t < number - 1:
+                self._show_stage(f"rewards of step {t + 1}/{number}")
+                latents = torch.stack([own[t] for own in projections])
+                by_func = terminal.clone()
+                scored = self._gathered_rewards(inputs, self._decode(latents), self._dense_funcs)
+                by_func[:, self._dense_funcs] = scored[:, self._dense_funcs]
+            self._check_sign(by_func, first + t)
+            steps.append(self._combine(by_func))
+            present = steps[-1][~steps[-1].isnan()]
+            if len(present) > 1:
+                self._metrics["train"][f"instant_reward/mean_step_{first + t}"].append(present.mean().item())
+                self._metrics["train"][f"instant_reward/std_step_{first + t}"].append(present.std().item())
+        return torch.stack(steps, dim=1)
+
+    def _check_sign(self, rewards_per_func: torch.Tensor, step: int) -> None:
+        """VGPO's weights (Eq. 12) are shares of a sample's values, which must not be negative."""
+        total = self._combine(rewards_per_func).nan_to_num(0.0)
+        if total.min() >= 0:
+            return
+        row = rewards_per_func[total.argmin()] * self.reward_weights.to(rewards_per_func.device)
+        parts = {name: value for name, value in zip(self.reward_func_names, row.tolist(), strict=True) if value < 0}
+        raise RewardError(
+            "With dense_rewards, VGPO's weights need rewards of one sign, but "
+            + " and ".join(f"the reward function {name!r} gave {value:g}" for name, value in parts.items())
+            + f" (weight included) for an image as it stands after step {step}. Add an offset to it that makes all "
+            "its values positive, such as `lambda prompts, images, **kwargs: [value + 5 for value in "
+            "reward(prompts=prompts, images=images, **kwargs)]`, or set dense_rewards=False."
+        )
 
     def _group_advantages(self, rewards: torch.Tensor) -> torch.Tensor:
         """Advantages from rewards `(N,)` of all processes; a NaN is left out of its group and gets 0, as in TRL."""
@@ -699,24 +955,68 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
 
     def _dense_advantages(self, instant_rewards: torch.Tensor) -> torch.Tensor:
         """VGPO's advantages from rewards `(N, T)` of all processes."""
-        if (instant_rewards < 0).any():
-            negative = instant_rewards[instant_rewards < 0].min().item()
-            raise RewardError(
-                "With dense_rewards, VGPO's weights need rewards of one sign, but "
-                f"{' + '.join(self.reward_func_names)} gave {negative:g}. Add an offset to the reward function that "
-                "makes all its values positive, or set dense_rewards=False."
-            )
         # A sample that no function applies to takes its group's mean: no signal, and the others keep theirs
         grouped = instant_rewards.unflatten(0, (-1, self.num_generations))
         mean = grouped.nanmean(dim=1, keepdim=True).nan_to_num(0.0)
         filled = torch.where(grouped.isnan(), mean, grouped).flatten(0, 1)
         values = cumulative_values(filled, self.args.value_discount)
-        return dual_advantages(values, self.num_generations, scale=self.args.value_scale)
+        advantages = dual_advantages(values, self.num_generations, scale=self.args.value_scale)
+        if self.args.value_scale > 0:
+            relative = dual_advantages(values, self.num_generations, scale=0.0)
+            absolute = (advantages - relative).abs().sum()
+            share = absolute / (absolute + relative.abs().sum()).clamp(min=torch.finfo(torch.float32).tiny)
+            self._metrics["train"]["advantage/value_share"].append(share.item())
+        return advantages
 
     def _shape(self, advantages: torch.Tensor) -> torch.Tensor:
         """Clamped, then SLAS's power: the bound of the clamp is the one that Corollary 1 of SLAS asks for."""
         clipped = advantages.clamp(-self.args.advantage_clip, self.args.advantage_clip)
-        return super_linear(clipped, self.args.advantage_power)
+        power = self.args.advantage_power if self.advantage_power is None else self.advantage_power.choose(clipped)
+        shaped = super_linear(clipped, power)
+        # The effective sample size, as a share: 1 where all samples count alike, 1 / N where one of N counts alone
+        squares = shaped.numel() * shaped.square().sum()
+        share = shaped.abs().sum() ** 2 / squares.clamp(min=torch.finfo(torch.float32).tiny)
+        self._metrics["train"]["advantage/effective_share"].append(share.item())
+        return shaped
+
+    def _last_transitions(self) -> Transitions:
+        """`_measured_transitions` of the micro-batch that was last trained on."""
+        batch = self._buffered_inputs[(self._step - 1) % self.args.steps_per_generation]
+        return self._measured_transitions(KL_SAMPLES, batch.prompts, batch.steps, batch.latents, batch.images)
+
+    def _measured_transitions(
+        self,
+        total: int,
+        prompts: list[str],
+        steps: Sequence[int],
+        latents: torch.Tensor,
+        images: list[Image.Image] | None = None,
+    ) -> Transitions:
+        """
+        For [`AdvantagePower`]: of some samples of a micro-batch, `total` over all processes; `latents` `(B, S, ...)`.
+        """
+        chosen = self.advantage_power.measured(len(prompts), total)
+        condition, negative_condition = self._conditions(
+            [prompts[i] for i in chosen],
+            self.args.guidance_scale,
+            None if images is None else [images[i] for i in chosen],
+        )
+        latents = latents[chosen]
+
+        def transition(index: int) -> Transition:
+            # An autocast of its own each time: one caches the weights in half precision, and would not see them move
+            with self.accelerator.autocast():
+                velocity = self.backbone.velocity(
+                    self._sampling_model,
+                    latents[:, index],
+                    self.dynamics.schedule.timesteps[steps[index]],
+                    condition,
+                    negative_condition,
+                    self.args.guidance_scale,
+                )
+            return self.dynamics.transition(velocity, latents[:, index], steps[index])
+
+        return [partial(transition, index) for index in range(len(steps))]
 
     def _log_rewards(self, rewards_per_func: torch.Tensor, rewards: torch.Tensor) -> None:
         metrics = self._metrics["train"]
@@ -778,7 +1078,7 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
         index: int,
         condition: dict[str, torch.Tensor],
         negative_condition: dict[str, torch.Tensor] | None,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Loss of one trained step, a mean over the samples (Flow-GRPO Eq. 5; GRPO-Guard Eq. 12).
 
@@ -789,7 +1089,7 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
             condition, negative_condition (`dict[str, torch.Tensor]`): of the prompts.
 
         Returns:
-            `torch.Tensor`: a scalar.
+            `tuple[torch.Tensor, torch.Tensor]`: two scalars, the loss, and the policy's part of it, without the KL.
         """
         args = self.args
         step = batch.steps[index]
@@ -821,19 +1121,20 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
         losses = clipped_loss(
             log_ratios, advantages, epsilon=self.epsilon_low, epsilon_high=self.epsilon_high, weight=weight
         )
+        policy_loss = losses.mean()
         kl = None
         if self.beta > 0:
             # The copy of full fine-tuning has not been prepared for autocast, as the policy has
             with torch.no_grad(), self.accelerator.autocast(), self._reference() as reference:
                 ref_mean = transition_of(reference).mean
-            kl = gaussian_kl(transition.mean, ref_mean, transition.std / dt.sqrt())
+            kl = gaussian_kl(transition.mean, ref_mean, self.dynamics.diffusion(transition, step))
             losses = losses + self.beta * kl
             kl = kl.detach()
         self._ratio_statistics.add(
             step, log_ratios.detach(), advantages, self.epsilon_low, self.epsilon_high, kl, losses.detach()
         )
         self._note_first_ratio(log_ratios)
-        return losses.mean()
+        return losses.mean(), policy_loss
 
     @contextlib.contextmanager
     def _reference(self) -> Iterator[torch.nn.Module]:
@@ -890,7 +1191,11 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
             metric_key_prefix (`str`): prefix of the metrics.
 
         Returns:
-            `dict[str, float]`: `{prefix}_reward`, `{prefix}_rewards/{name}/mean` and so on.
+            `dict[str, float]`: `{prefix}_reward`, `{prefix}_rewards/{name}/mean` and so on, with `eval_reward_funcs`
+                `{prefix}_gold/average` and so on, and `{prefix}_diversity` with several images for each prompt.
+
+        Raises:
+            ValueError: if there is no such set, or its gold scores can not be normalised to the base model's.
         """
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if eval_dataset is None:
@@ -898,8 +1203,9 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
         if isinstance(eval_dataset, dict):
             metrics = {}
             for name, dataset in eval_dataset.items():
-                metrics |= self.evaluate(dataset, ignore_keys, f"{metric_key_prefix}_{name}")
+                metrics |= self._evaluate_one(dataset, f"{metric_key_prefix}_{name}", name)
             return metrics
+        name = None
         if isinstance(eval_dataset, str):
             if not isinstance(self.eval_dataset, dict) or eval_dataset not in self.eval_dataset:
                 known = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else "none with a name"
@@ -907,53 +1213,82 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
                     f"eval_dataset is {eval_dataset!r}, but the trainer's evaluation sets are {known}. Pass one of "
                     "these, or a data set."
                 )
-            eval_dataset = self.eval_dataset[eval_dataset]
-        check_dataset(eval_dataset, "eval_dataset")
+            name, eval_dataset = eval_dataset, self.eval_dataset[eval_dataset]
+        return self._evaluate_one(eval_dataset, metric_key_prefix, name)
 
+    def _evaluate_one(self, dataset: Dataset, prefix: str, name: str | None) -> dict[str, float]:
+        """Metrics of one evaluation set; `name` is its name among several."""
+        check_dataset(dataset, "eval_dataset")
+        check_images(dataset, "eval_dataset", self.backbone)
+        if self.eval_reward_funcs:
+            self._measure_base(dataset)
         start = time.time()
         was_training = self.model.training
         self.model.eval()
         with self._unchanged_random_state(), self._averaged_weights():
-            rows, images, rewards_per_func = self._draw_and_score(eval_dataset)
+            rows, images, rewards_per_func, scores = self._draw_and_score(dataset, self._sampling_model)
+        key, gold = None, None
+        if self.eval_reward_funcs:
+            key = self._evaluation_key(dataset)
+            base = self._base_scores[key].gold
+            gold = gold_score(base, scores.gold, num_images_per_prompt=self.args.num_generations_eval)
         lists: dict[str, list[float]] = defaultdict(list)
         self._append_reward_metrics(rewards_per_func, self._combine(rewards_per_func), lists)
-        metrics = {f"{metric_key_prefix}_{name}": values[0] for name, values in lists.items()}
-        metrics = {name: None if math.isnan(value) else value for name, value in metrics.items()}
-        metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(rewards_per_func))
+        metrics = {name: values[0] for name, values in lists.items()} | self._gold_metrics(scores, gold)
+        metrics = self._with_prefix(metrics, prefix)
+        metrics |= speed_metrics(prefix, start, num_samples=len(rewards_per_func))
         # First: a tracker may start with its first log
         self.log(metrics)
-        self._write_grid(
-            images,
-            [row["prompt"] for row in rows],
-            f"{metric_key_prefix}-{self.state.global_step:06d}",
+        self._write_grid(images, [row["prompt"] for row in rows], f"{prefix}-{self.state.global_step:06d}")
+        evaluation = None
+        if gold is not None:
+            evaluation = Evaluation(
+                name=name,
+                key=key,
+                reward=scores.reward,
+                gold=gold,
+                base_reward=self._base_scores[key].reward,
+                save=lambda folder: self.save_model(os.fspath(folder), _internal_call=True),
+            )
+        # As CallbackHandler.on_evaluate, which not every version of transformers lets pass anything further
+        self.control.should_evaluate = False
+        self.control = self.callback_handler.call_event(
+            "on_evaluate", self.args, self.state, self.control, metrics=metrics, evaluation=evaluation
         )
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if was_training:
             self.model.train()
         return metrics
 
-    def _draw_and_score(self, dataset: Dataset) -> tuple[list[dict[str, Any]], list[Image.Image], torch.Tensor]:
-        """Rows and images of this process, and the rewards of all in the data set's order."""
-        total = len(dataset) * self.args.num_generations_eval
+    def _draw_and_score(
+        self, dataset: Dataset, model: torch.nn.Module
+    ) -> tuple[list[dict[str, Any]], list[Image.Image], torch.Tensor, BaseScores]:
+        """
+        Rows and images of this process; the rewards of all processes' images in the data set's order,
+        `(N, number of functions)`, and their summary with the gold scores.
+        """
+        self._encode_ahead(self.args, [dataset])
+        number = self.args.num_generations_eval
+        total = len(dataset) * number
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         size = self.args.per_device_eval_batch_size
         # Every process takes the same number of samples, so that sharded forwards stay in step: some twice
         each = math.ceil(total / world)
         places = [min(rank * each + i, total - 1) for i in range(each)]
-        rows = [dataset[place // self.args.num_generations_eval] for place in places]
+        rows = [dataset[place // number] for place in places]
         guidance_scale = self.args.eval_guidance_scale
         guidance_scale = self.args.guidance_scale if guidance_scale is None else guidance_scale
         images: list[Image.Image] = []
         for first in range(0, each, size):
             chunk = places[first : first + size]
+            part = rows[first : first + size]
             condition, negative_condition = self._conditions(
-                [row["prompt"] for row in rows[first : first + size]], guidance_scale
+                [row["prompt"] for row in part], guidance_scale, self._images_to_edit(part)
             )
             generators = [sample_generator(self.seed, 4, place) for place in chunk]
             with self.accelerator.autocast():
                 trajectory = rollout(
                     self.backbone,
-                    self._sampling_model,
+                    model,
                     self.eval_dynamics,
                     condition,
                     negative_condition,
@@ -969,9 +1304,114 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
             images += self._decode(trajectory.final)
         self._show_stage("evaluation rewards")
         rewards = self._gathered_rewards(rows, images)[:total]
+        gold: dict[str, np.ndarray] = {}
+        if self.eval_reward_funcs:
+            by_func = self._gathered(lambda: self._calculate_gold(rows, images))[:total]
+            gold = dict(zip(self.eval_reward_func_names, by_func.T.double().cpu().numpy(), strict=True))
+        scores = BaseScores(
+            reward=self._combine(rewards).nanmean().item(),
+            gold=gold,
+            diversity=self._diversity(images, number, total) if number > 1 else None,
+        )
         self._pending_metrics.clear()
         self._pending_extra_logs.clear()
-        return rows, images, rewards
+        return rows, images, rewards, scores
+
+    def _calculate_gold(self, rows: list[dict[str, Any]], images: list[Image.Image]) -> torch.Tensor:
+        """Scores of the local images by `eval_reward_funcs`, `(N, number of functions)`, float32."""
+        return call_reward_funcs(
+            self.eval_reward_funcs,
+            self.eval_reward_func_names,
+            [row["prompt"] for row in rows],
+            images,
+            {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"},
+            timeout=self.args.reward_timeout,
+            trainer_state=self.state,
+            log_metric=self._log_metric,
+            log_extra=self._log_extra,
+        ).to(self.accelerator.device)
+
+    def _diversity(self, images: list[Image.Image], group_size: int, total: int) -> float:
+        """Diversity within the groups of all processes' images, of which the first `total` count."""
+        # A group may be split over processes; reduced pictures are small enough to be gathered
+        thumbs = torch.from_numpy(thumbnails(images)).to(self.accelerator.device)
+        thumbs = self.accelerator.gather(thumbs)[:total].cpu().numpy()
+        return mean_pairwise_distance(pixel_features(thumbs), group_size)
+
+    def _measure_base_scores(self) -> None:
+        """Scores all evaluation sets by the base model, before the first update, and logs this as update 0."""
+        several = isinstance(self.eval_dataset, dict)
+        for name, dataset in self.eval_dataset.items() if several else [(None, self.eval_dataset)]:
+            prefix = f"eval_{name}" if several else "eval"
+            base, drawn = self._measure_base(dataset)
+            if self.state.global_step > 0 or self.args.eval_on_start:
+                continue
+            gold = gold_score(base.gold, base.gold, num_images_per_prompt=self.args.num_generations_eval)
+            was_training = self.model.training
+            self.model.eval()
+            self.log(self._with_prefix({"reward": base.reward} | self._gold_metrics(base, gold), prefix))
+            if drawn is not None:
+                self._write_grid(*drawn, f"{prefix}-{self.state.global_step:06d}")
+            self.model.train(was_training)
+        self._is_untrained = False
+
+    def _evaluation_key(self, dataset: Dataset) -> str:
+        names, takes_image = self.eval_reward_func_names, self.backbone.takes_image
+        return evaluation_key(dataset, self.args, names, takes_image=takes_image)
+
+    def _measure_base(self, dataset: Dataset) -> tuple[BaseScores, tuple[list[Image.Image], list[str]] | None]:
+        """
+        What the base model scores on `dataset`, and the images and prompts of this process if they had to be drawn.
+
+        Raises:
+            ValueError: if the base model is not at hand any more, or a gold function can not be normalised to it.
+        """
+        key = self._evaluation_key(dataset)
+        if key in self._base_scores:
+            return self._base_scores[key], None
+        is_lora = isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
+        if self.ref_model is None and not is_lora and not (self._is_untrained and self.state.global_step == 0):
+            raise ValueError(
+                "eval_reward_funcs are normalised to the base model's scores on the same prompts, which have not been "
+                "measured for this evaluation set (or these evaluation settings), and all weights have been trained "
+                "since: the base model is gone. Pass the set as eval_dataset when the run starts, resume from a "
+                "checkpoint of a run that had the same sets and functions, or train an adapter (peft_config)."
+            )
+        was_training = self.model.training
+        self.model.eval()
+        with self._unchanged_random_state(), self._base_model() as model:
+            rows, images, _, scores = self._draw_and_score(dataset, model)
+        self.model.train(was_training)
+        for name, values in scores.gold.items():
+            check_base(name, values)
+        self._base_scores[key] = scores
+        return scores, (images, [row["prompt"] for row in rows])
+
+    def _gold_metrics(self, scores: BaseScores, gold: GoldScore | None) -> dict[str, float]:
+        """Metrics of an evaluation beside the rewards'."""
+        metrics = {} if scores.diversity is None else {"diversity": scores.diversity}
+        if gold is not None:
+            metrics |= {f"gold/{name}": value for name, value in gold.scores.items()}
+            metrics |= {"gold/average": gold.average, "gold/average_std_err": gold.standard_error}
+        return metrics
+
+    @staticmethod
+    def _with_prefix(metrics: dict[str, float], prefix: str) -> dict[str, float | None]:
+        """Metrics by their full names; None in place of NaN, which stands for a mean over no image."""
+        return {f"{prefix}_{name}": None if math.isnan(value) else value for name, value in metrics.items()}
+
+    @property
+    def _over_optimization_callbacks(self) -> list[OverOptimizationCallback]:
+        return [cb for cb in self.callback_handler.callbacks if isinstance(cb, OverOptimizationCallback)]
+
+    @contextlib.contextmanager
+    def _base_model(self) -> Iterator[torch.nn.Module]:
+        """The model as the trainer was given it, for a forward in evaluation."""
+        if self.ref_model is not None or isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
+            with self._reference() as model:
+                yield model
+        else:
+            yield self._sampling_model
 
     @contextlib.contextmanager
     def _unchanged_random_state(self) -> Iterator[None]:
@@ -1114,12 +1554,17 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
         folder.mkdir(parents=True, exist_ok=True)
         if self.is_world_process_zero():
             state = {"step": self._step, "num_processes": self.accelerator.num_processes}
+            state["over_optimization"] = [callback.export() for callback in self._over_optimization_callbacks]
+            if self._base_scores:
+                state["base_scores"] = {key: base.to_json() for key, base in self._base_scores.items()}
             if self.ema is not None:
                 state["ema_step"] = self.ema.optimization_step
                 save_file(
                     {str(i): p.contiguous() for i, p in enumerate(self.ema.shadow_params)},
                     folder / "ema.safetensors",
                 )
+            if self.advantage_power is not None:
+                state["advantage_power"] = self.advantage_power.save(folder)
             (folder / STATE_NAME).write_text(json.dumps(state))
         if self._step % self._generate_every:
             save_micro_batches(self._buffered_inputs, folder, self.accelerator.process_index)
@@ -1130,6 +1575,13 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
             return
         state = json.loads(Path(checkpoint, STATE_NAME).read_text())
         self._step = state["step"]
+        if self.advantage_power is not None and "advantage_power" in state:
+            self.advantage_power.load(Path(checkpoint), state["advantage_power"])
+        self._base_scores |= {key: BaseScores.from_json(base) for key, base in state.get("base_scores", {}).items()}
+        is_kept = any(gather_object([Path(self.args.output_dir, BEST_FOLDER).is_dir()]))
+        exported = state.get("over_optimization", [])
+        for callback, content in zip(self._over_optimization_callbacks, exported, strict=False):
+            callback.restore(content, is_kept)
         self._load_average(checkpoint)
         if self._step % self._generate_every:
             if state["num_processes"] != self.accelerator.num_processes:

@@ -2,7 +2,13 @@
 
 from dataclasses import dataclass, field
 
-from trl_flow.trainer.flow_grpo_config import IMPORTANCE_RATIOS, SCALE_REWARDS, TIMESTEP_WEIGHTINGS, FlowGRPOConfig
+from trl_flow.trainer.flow_grpo_config import (
+    IMPORTANCE_RATIOS,
+    SCALE_REWARDS,
+    TIMESTEP_WEIGHTINGS,
+    FlowGRPOConfig,
+    Published,
+)
 
 
 @dataclass
@@ -14,7 +20,9 @@ class GuardConfig(FlowGRPOConfig):
 
     The weight is `"inverse_dt"` for `sde_type="flow"` and `"cps"`. With `sde_type="dance"` it becomes
     `"inverse_beta_dt"`, whose weight cancels the factor `beta * dt` that the gradient of the transition's mean
-    carries; the paper prints `"beta_over_dt"`, which can be set by hand.
+    carries; the paper prints `"beta_over_dt"`, which can be set by hand. For U-Nets (Stable Diffusion 1, 2 and XL) all
+    three are one over the factor with which the prediction enters the mean of the DDIM step, so that the gradient is
+    the same at every step there, too.
 
     The clip range belongs to latents of 65,536 dimensions (512 x 512 images in Stable Diffusion 3.5): the ratio is a
     mean over dimensions, so that smaller latents, whose mean fluctuates more, need a larger range.
@@ -30,7 +38,7 @@ class GuardConfig(FlowGRPOConfig):
             "choices": TIMESTEP_WEIGHTINGS,
         },
     )
-    epsilon: float = field(default=2e-6, metadata={"help": "Clip range; 4e-6 for PickScore."})
+    epsilon: float = field(default=Published(2e-6), metadata={"help": "Clip range; 4e-6 for PickScore."})
     scale_rewards: str = field(
         default="group",
         metadata={"help": "Which standard deviation divides the advantages.", "choices": SCALE_REWARDS},

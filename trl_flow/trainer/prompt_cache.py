@@ -1,42 +1,142 @@
 """Conditions of prompts, each computed once and kept until the memory set aside for them is full."""
 
+import contextlib
+import hashlib
+import shutil
 from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
+from PIL import Image
+from tqdm import tqdm
 
 from trl_flow.backbones.base import Backbone
+from trl_flow.trainer.prompt_files import PromptFiles
+
+
+def image_fingerprint(image: Image.Image) -> str:
+    """Equal for pictures with equal pixels, however they came to be."""
+    return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
+
+
+def _key(prompt: str, image: Image.Image | None) -> tuple[str, str | None]:
+    return prompt, None if image is None else image_fingerprint(image)
 
 
 class PromptCache:
     """
     The conditions of prompts on the CPU, the least recently used forgotten first.
 
-    Each prompt is encoded by itself, never in a batch: its condition then does not depend on which prompts it was
-    drawn with, nor on the number of processes.
+    Each prompt, with its picture where the backbone takes one, is encoded by itself, never in a batch: its condition
+    then does not depend on which prompts it was drawn with, nor on the number of processes.
 
     Args:
         backbone ([`Backbone`]): encodes.
         max_bytes (`int`): memory for the conditions. 2 GiB hold about 1,200 prompts of Stable Diffusion 3.5.
+        files ([`PromptFiles`], *optional*): keeps them on disk too. The text encoders are then held on the CPU, and on
+            the backbone's device only while something is encoded that is not on disk.
     """
 
-    def __init__(self, backbone: Backbone, max_bytes: int = 2 * 2**30):
+    def __init__(self, backbone: Backbone, max_bytes: int = 2 * 2**30, files: PromptFiles | None = None):
         self.backbone = backbone
         self.max_bytes = max_bytes
+        self.files = files
         self._bytes = 0
-        self._conditions: OrderedDict[str, dict[str, torch.Tensor]] = OrderedDict()
+        self._conditions: OrderedDict[tuple[str, str | None], dict[str, torch.Tensor]] = OrderedDict()
+        self._at_hand = files is None
+        if files is not None:
+            self._move_encoders(torch.device("cpu"))
+
+    def _move_encoders(self, device: torch.device) -> None:
+        for name, module in self.backbone.pipeline.components.items():
+            if name.startswith("text_encoder") and isinstance(module, torch.nn.Module):
+                module.to(device)
+
+    @contextlib.contextmanager
+    def _encoders(self) -> Iterator[None]:
+        """The text encoders on the device, where they are held off it."""
+        if self._at_hand:
+            yield
+            return
+        self._move_encoders(self.backbone.device)
+        self._at_hand = True
+        try:
+            yield
+        finally:
+            self._move_encoders(torch.device("cpu"))
+            self._at_hand = False
+            if self.backbone.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     @torch.no_grad()
-    def _get(self, prompt: str) -> dict[str, torch.Tensor]:
-        if prompt not in self._conditions:
-            condition = {key: value.cpu() for key, value in self.backbone.encode_prompt(prompt).items()}
-            self._conditions[prompt] = condition
-            self._bytes += sum(value.nbytes for value in condition.values())
-        self._conditions.move_to_end(prompt)
-        return self._conditions[prompt]
+    def _encode(self, prompt: str, image: Image.Image | None) -> dict[str, torch.Tensor]:
+        with self._encoders():
+            encoded = self.backbone.encode_prompt(prompt, *([] if image is None else [image]))
+            return {name: value.cpu() for name, value in encoded.items()}
 
-    def __call__(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        """Conditions of `prompts`, stacked along the batch, on the backbone's device."""
-        conditions = [self._get(prompt) for prompt in prompts]
+    def _get(self, prompt: str, image: Image.Image | None) -> dict[str, torch.Tensor]:
+        key = _key(prompt, image)
+        if key not in self._conditions:
+            condition = None if self.files is None else self.files.load(*key)
+            if condition is None:
+                condition = self._encode(prompt, image)
+                if self.files is not None:
+                    self.files.save(*key, condition)
+            self._conditions[key] = condition
+            self._bytes += sum(value.nbytes for value in condition.values())
+        self._conditions.move_to_end(key)
+        return self._conditions[key]
+
+    def write(
+        self,
+        pairs: Callable[[], Iterable[tuple[str, Image.Image | None]]],
+        *,
+        rank: int = 0,
+        num_processes: int = 1,
+        progress: bool = False,
+    ) -> None:
+        """
+        Encodes to disk what is not there yet.
+
+        Args:
+            pairs (`Callable`): gives the prompts with their pictures, anew at each call; some may come again.
+            rank, num_processes (`int`): every `num_processes`-th from the `rank`-th on is encoded here.
+            progress (`bool`): whether to show a bar.
+
+        Raises:
+            OSError: if they do not fit on the disk.
+        """
+        keys = list(dict.fromkeys(_key(*pair) for pair in pairs()))
+        missing = {key for key in keys[rank::num_processes] if key not in self.files}
+        if not missing:
+            return
+        with self._encoders(), tqdm(desc="Encoding prompts", total=len(missing), disable=not progress) as bar:
+            for prompt, image in pairs():
+                key = _key(prompt, image)
+                if key not in missing:
+                    continue
+                condition = self._encode(prompt, image)
+                if bar.n == 0:
+                    self._check_space(condition, len(missing))
+                self.files.save(*key, condition)
+                missing.remove(key)
+                bar.update()
+
+    def _check_space(self, condition: dict[str, torch.Tensor], number: int) -> None:
+        needed = number * sum(value.nbytes for value in condition.values())
+        free = shutil.disk_usage(self.files.folder).free
+        if needed > free:
+            raise OSError(
+                f"The embeddings of {number} prompts take about {needed / 2**30:.1f} GiB, but {self.files.folder} has "
+                f"{free / 2**30:.1f} GiB free. Make room there, set prompt_embeds_dir to another folder, train on "
+                "fewer prompts, or set precompute_prompt_embeds=False."
+            )
+
+    def __call__(self, prompts: list[str], images: list[Image.Image] | None = None) -> dict[str, torch.Tensor]:
+        """Conditions of `prompts`, and of the pictures to be edited with them, stacked along the batch, on the
+        backbone's device."""
+        pairs = zip(prompts, [None] * len(prompts) if images is None else images, strict=True)
+        conditions = [self._get(prompt, image) for prompt, image in pairs]
         while self._bytes > self.max_bytes and len(self._conditions) > 1:
             _, condition = self._conditions.popitem(last=False)
             self._bytes -= sum(value.nbytes for value in condition.values())

@@ -53,6 +53,8 @@ class PublishingMixin:
             is_lora=isinstance(model, PeftModel),
             component=self.backbone.component,
             component_class=type(self.backbone.model).__name__,
+            ddim=self.dynamics.is_ddim,
+            takes_image=self.backbone.takes_image,
             repo_id=self.hub_model_id,
             model_name=model_name,
             reward_names=self.reward_func_names,

@@ -1,0 +1,208 @@
+"""Training a pipeline that edits pictures: each prompt comes with one, from the column `image`."""
+
+import ast
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from diffusers.utils import load_image
+from PIL import Image
+from tiny_flux import tiny_flux_pipeline, tiny_klein_pipeline, tiny_kontext_pipeline, tiny_kontext_sizes
+from tiny_training import assert_equal, brightness, distance, prompts, tiny_trainer, trained_weights
+
+from trl_flow.trainer.gold_evaluation import evaluation_key
+
+
+SIZE = 32  # of the input pictures
+
+
+@pytest.fixture(autouse=True)
+def small_pictures():
+    with tiny_kontext_sizes():
+        yield
+
+
+def picture(seed: int, mode: str = "RGB", size: tuple[int, int] = (SIZE, SIZE)) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], len(mode)), dtype=np.uint8)
+    return Image.fromarray(pixels.squeeze(), mode)
+
+
+def edits(number: int = 4, first: int = 0, **columns) -> Dataset:
+    return prompts(number, image=[picture(first + i) for i in range(number)], **columns)
+
+
+def editing_trainer(output_dir, **kwargs):
+    kwargs = {"pipeline": tiny_kontext_pipeline(), "train_dataset": edits()} | kwargs
+    return tiny_trainer(output_dir, **kwargs)
+
+
+def trained(output_dir, resume_from_checkpoint=None, **kwargs) -> dict[str, torch.Tensor]:
+    trainer = editing_trainer(output_dir, **kwargs)
+    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    return trained_weights(trainer)
+
+
+# ---- What is refused before training ----
+
+
+@pytest.mark.parametrize(
+    ("dataset", "parts"),
+    [
+        (prompts(4, picture=[picture(i) for i in range(4)]), ["no column 'image'", "'picture'", "rename_column"]),
+        (prompts(4, image=["a.png", "b.png", "c.png", "d.png"]), ["PIL images", "cast_column"]),
+        (prompts(4, image=[picture(0), picture(1), None, picture(3)]), ["no image in row 2", "filter"]),
+        (
+            prompts(4, image=[picture(0), picture(1), picture(2), picture(3, size=(24, 72))]),
+            ["image in row 3", "72 pixels high and 24 wide", "24 x 8", "must be 16 x 16", "Crop"],
+        ),
+        (prompts(4, image=[picture(i, size=(3, 40)) for i in range(4)]), ["in row 0", "must have 4 pixels each way"]),
+        (edits().cast_column("image", datasets.Image(decode=False)), ["PIL images"]),
+    ],
+    ids=["none", "paths", "null", "shape", "small", "undecoded"],
+)
+def test_pictures_that_can_not_be_edited(dataset, parts, tmp_path):
+    for name, sets in (
+        ("train_dataset", {"train_dataset": dataset}),
+        ("eval_dataset", {"eval_dataset": dataset}),
+        ("eval_dataset['a']", {"eval_dataset": {"a": dataset}}),
+    ):
+        with pytest.raises(ValueError) as error:
+            editing_trainer(tmp_path / "out", **sets)
+        for part in [name, *parts]:
+            assert part in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_pictures_to_evaluate_are_checked_when_they_are_passed(tmp_path):
+    trainer = editing_trainer(tmp_path)
+    with pytest.raises(ValueError, match="eval_dataset has no column 'image'"):
+        trainer.evaluate(prompts())
+
+
+def test_a_column_image_is_any_column_where_nothing_is_edited(tmp_path):
+    seen = []
+
+    def reward(prompts, images, image, **kwargs):
+        seen.extend(image)
+        return brightness(prompts, images)
+
+    pipeline = tiny_flux_pipeline()
+    dataset = prompts(4, image=["a.png", None, "c.png", "d.png"])
+    tiny_trainer(tmp_path, pipeline=pipeline, train_dataset=dataset, reward_funcs=reward, max_steps=1).train()
+    assert set(seen) <= {"a.png", None, "c.png", "d.png"} and len(seen) == 8
+
+
+@pytest.mark.parametrize("pipeline", [tiny_flux_pipeline, tiny_klein_pipeline, tiny_kontext_pipeline])
+def test_a_negative_prompt_that_would_be_ignored_is_refused(pipeline, tmp_path):
+    with pytest.raises(ValueError, match="negative_prompt is 'blurred', but Flux.*Backbone takes none"):
+        editing_trainer(tmp_path, pipeline=pipeline(), negative_prompt="blurred")
+
+
+# ---- What is trained ----
+
+
+def test_every_sample_is_drawn_from_and_trained_on_its_rows_own_picture(tmp_path):
+    given = []
+
+    def reward(prompts, images, image, **kwargs):
+        given.extend(zip(prompts, image, strict=True))
+        return brightness(prompts, images)
+
+    dataset = edits()
+    own = {row["prompt"]: row["image"].tobytes() for row in dataset}
+    trainer = editing_trainer(tmp_path, train_dataset=dataset, reward_funcs=reward, max_steps=1)
+    trainer.train()
+    assert len(given) == 8
+    assert all(image.tobytes() == own[prompt] for prompt, image in given)
+    (batch,) = trainer._buffered_inputs
+    assert [image.tobytes() for image in batch.images] == [own[prompt] for prompt in batch.prompts]
+    condition, _ = trainer._conditions(batch.prompts, 1.0, batch.images)
+    for i, (prompt, image) in enumerate(zip(batch.prompts, batch.images, strict=True)):
+        expected = trainer.backbone.encode_prompt(prompt, image)
+        assert all(torch.equal(condition[key][i], expected[key][0]) for key in expected)
+
+
+def test_the_cache_tells_pictures_apart_by_their_pixels(tmp_path):
+    cache = editing_trainer(tmp_path).prompt_cache
+    one, other = cache(["a cat", "a cat"], [picture(0), picture(1)])["image_latents"]
+    assert (one - other).abs().max() > 1e-3
+    cache.backbone.encode_prompt = None  # nothing is encoded twice
+    again = cache(["a cat", "a cat"], [picture(1), picture(0)])["image_latents"]
+    assert torch.equal(again, torch.stack([other, one]))
+
+
+def test_other_pictures_give_another_training(tmp_path):
+    first = trained(tmp_path / "first")
+    assert_equal(trained(tmp_path / "again"), first)
+    # what a grey picture or transparency adds is left out: RGB is edited
+    rgba = prompts(4, image=[Image.merge("RGBA", (*picture(i).split(), picture(9, "L"))) for i in range(4)])
+    assert_equal(trained(tmp_path / "rgba", train_dataset=rgba), first)
+    assert distance(trained(tmp_path / "other", train_dataset=edits(first=10)), first) > 1e-4
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_resuming_in_the_middle_of_a_generation_batch(stop, tmp_path):
+    fields = {
+        "per_device_train_batch_size": 4,
+        "steps_per_generation": 4,
+        "num_iterations": 1,
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": stop,
+    }
+    whole = trained(tmp_path, **fields)
+    assert_equal(trained(tmp_path, str(tmp_path / f"checkpoint-{stop}"), **fields), whole)
+
+
+def test_evaluation_draws_from_the_pictures(tmp_path):
+    # Each row from its own: the sets differ in the last one
+    sets = [prompts(4, image=[picture(i) for i in (0, 1, 2, last)]) for last in (3, 3, 10)]
+    rewards = [editing_trainer(tmp_path, eval_dataset=dataset).evaluate()["eval_reward"] for dataset in sets]
+    assert rewards[0] == rewards[1] != rewards[2]
+
+
+def test_gold_scores_of_other_pictures_are_not_compared(tmp_path):
+    trainer = editing_trainer(tmp_path)
+    keys = [
+        evaluation_key(edits(first=first), trainer.args, ["gold"], takes_image=takes_image)
+        for first, takes_image in [(0, True), (0, True), (10, True), (0, False), (10, False)]
+    ]
+    assert keys[0] == keys[1] != keys[2]
+    assert keys[3] == keys[4] != keys[0]
+
+
+# ---- What is shared ----
+
+
+def test_the_cards_code_edits_a_picture_as_training_did(tmp_path):
+    base = tmp_path / "base"
+    tiny_kontext_pipeline().save_pretrained(base)
+    trainer = editing_trainer(tmp_path / "out", pipeline=str(base), height=16, width=16, save_strategy="steps")
+    trainer.train()
+    trainer.create_model_card()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "pipeline_tag: image-to-image" in card
+    code = card.split("```python\n")[1].split("\n```")[0]
+    ast.parse(code)
+    picture(3).save(tmp_path / "picture.png")
+    for name, path in (("base", base), ("out", tmp_path / "out"), ("picture.png", tmp_path / "picture.png")):
+        code = code.replace(f"path/to/{name}", str(path))
+    scope = {}
+    torch.manual_seed(5)
+    exec(code, scope)
+    assert scope["image"].size == (16, 16)
+    torch.manual_seed(5)
+    pipeline = trainer.pipeline
+    expected = pipeline(
+        image=load_image(str(tmp_path / "picture.png")),
+        prompt="a prompt",
+        height=16,
+        width=16,
+        max_area=256,
+        num_inference_steps=3,
+        guidance_scale=2.0,
+        max_sequence_length=16,
+    ).images[0]
+    assert np.array_equal(np.asarray(scope["image"]), np.asarray(expected))

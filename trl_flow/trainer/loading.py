@@ -1,0 +1,158 @@
+"""Loading of the pipeline: the dtypes of its parts, and quantised weights."""
+
+import inspect
+import os
+from typing import Any
+
+import torch
+from diffusers import BitsAndBytesConfig, DiffusionPipeline, PipelineQuantizationConfig
+from diffusers.utils import is_bitsandbytes_available
+from peft import PeftConfig
+
+from trl_flow.trainer.flow_grpo_config import FlowGRPOConfig
+
+
+# Keywords of `from_pretrained` that say where to look for a model
+_WHERE = ("cache_dir", "local_files_only", "proxies", "revision", "token")
+
+
+def component_dtypes(args: FlowGRPOConfig, *, trains_adapter: bool) -> dict[str, torch.dtype]:
+    """
+    The dtype in which each part of a pipeline is loaded, by its name; `"default"` is that of all others.
+
+    Args:
+        args ([`FlowGRPOConfig`]): `model_dtype` and `model_init_kwargs` decide.
+        trains_adapter (`bool`): whether the transformer's own weights are frozen.
+
+    Raises:
+        ValueError: for a dtype that is none, or one that is given twice.
+    """
+    kwargs = args.model_init_kwargs or {}
+    # diffusers' older name for it, which it warns of
+    dtype = kwargs.get("torch_dtype") if kwargs.get("dtype") is None else kwargs["dtype"]
+    if dtype is not None:
+        if args.model_dtype != "auto":
+            raise ValueError(
+                f"model_dtype is {args.model_dtype!r}, and a dtype ({dtype}) is given for loading the model too "
+                "(dtype on the command line, or model_init_kwargs). Remove one."
+            )
+        if isinstance(dtype, dict):
+            return {"default": torch.float32} | {name: _as_dtype(value) for name, value in dtype.items()}
+        return {"default": _as_dtype(dtype)}
+    half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    frozen = half if args.model_dtype == "auto" else _as_dtype(args.model_dtype)
+    # The VAE loses accuracy in half precision; weights that are trained need float32
+    dtypes = {"default": frozen, "vae": torch.float32}
+    if not trains_adapter:
+        dtypes |= {"transformer": torch.float32, "unet": torch.float32}
+    return dtypes
+
+
+def _as_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    # Text comes from a command line or a YAML file; diffusers would take float32 in its place
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"model_init_kwargs has dtype {dtype!r}, but must be float32, bfloat16 or float16.")
+    return found
+
+
+def quantization_settings(settings: dict[str, Any], compute_dtype: torch.dtype) -> dict[str, Any]:
+    """
+    Checked keyword arguments for diffusers' `BitsAndBytesConfig`, with the defaults of QLoRA: NF4, computed in the
+    dtype of the other weights.
+
+    Raises:
+        ValueError: for settings that it does not know, and unless one of `load_in_4bit` and `load_in_8bit` is set.
+    """
+    known = [name for name in inspect.signature(BitsAndBytesConfig).parameters if name != "kwargs"]
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        raise ValueError(f"quantization_config has {', '.join(unknown)}, but only {', '.join(known)} are known.")
+    if bool(settings.get("load_in_4bit")) == bool(settings.get("load_in_8bit")):
+        raise ValueError(
+            f"quantization_config is {settings}, but must have one of load_in_4bit and load_in_8bit set to true."
+        )
+    return {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": compute_dtype} | settings
+
+
+def _quantization_config(
+    model: str, kwargs: dict[str, Any], dtypes: dict[str, torch.dtype], *, trains_adapter: bool
+) -> PipelineQuantizationConfig | None:
+    """What quantises the trained part's base weights, from settings of bitsandbytes or diffusers' own object."""
+    given = kwargs.pop("quantization_config", None)
+    if given is None:
+        return None
+    if not trains_adapter:
+        raise ValueError(
+            "The base weights are to be quantised (quantization_config, load_in_4bit or load_in_8bit), but without a "
+            "peft_config all weights are trained, which quantised ones can not be. Train an adapter: pass a "
+            "peft_config (use_peft in a recipe), or leave the quantisation out."
+        )
+    if isinstance(given, PipelineQuantizationConfig):
+        return given
+    if not isinstance(given, dict):
+        raise ValueError(
+            f"quantization_config is a {type(given).__name__}, but must be a diffusers.PipelineQuantizationConfig, or "
+            "a dictionary of settings for bitsandbytes, such as {'load_in_4bit': True}, for the trained part."
+        )
+    try:
+        index = DiffusionPipeline.load_config(model, **{name: kwargs[name] for name in _WHERE if name in kwargs})
+    except (OSError, ValueError) as error:
+        raise _not_loadable(model, error) from error
+    component = "unet" if "unet" in index else "transformer"
+    settings = quantization_settings(given, dtypes.get(component, dtypes["default"]))
+    if not is_bitsandbytes_available():
+        raise ValueError(
+            "Quantised base weights need bitsandbytes, which is not installed: pip install trl_flow[quantization]."
+        )
+    if not torch.accelerator.is_available():
+        raise ValueError(
+            "Quantised base weights need a GPU, and torch sees none here. Leave the quantisation out, or see that "
+            "torch finds the GPU (trl-flow env)."
+        )
+    return PipelineQuantizationConfig(quant_mapping={component: BitsAndBytesConfig(**settings)})
+
+
+def load_pipeline(model: str | os.PathLike, args: FlowGRPOConfig, peft_config: PeftConfig | None) -> DiffusionPipeline:
+    """
+    The pipeline of a hub id or folder, its parts in the dtypes of [`component_dtypes`].
+
+    `model_init_kwargs` may have a `quantization_config`: a `diffusers.PipelineQuantizationConfig`, or a dictionary of
+    settings of bitsandbytes for the trained part (`{"load_in_4bit": True}`).
+
+    Raises:
+        ValueError: if it can not be loaded, or not so.
+    """
+    path = os.fspath(model)
+    kwargs = dict(args.model_init_kwargs or {})
+    trains_adapter = peft_config is not None
+    dtypes = component_dtypes(args, trains_adapter=trains_adapter)
+    kwargs.pop("torch_dtype", None)
+    kwargs["dtype"] = dtypes["default"] if len(dtypes) == 1 else dtypes
+    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "model_index.json")):
+        raise ValueError(
+            f"The folder {path!r} is not a diffusers pipeline: it has no model_index.json. It holds "
+            f"{sorted(os.listdir(path))[:10]}. Pass the folder that DiffusionPipeline.save_pretrained wrote, or "
+            "a hub id."
+        )
+    quantization = _quantization_config(path, kwargs, dtypes, trains_adapter=trains_adapter)
+    if quantization is not None:
+        kwargs["quantization_config"] = quantization
+    try:
+        return DiffusionPipeline.from_pretrained(path, **kwargs)
+    except (OSError, ValueError, AttributeError) as error:
+        raise _not_loadable(path, error) from error
+
+
+def _not_loadable(model: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"The model {model!r} could not be loaded as a diffusers pipeline: {error}. Pass a hub id "
+        "such as 'stabilityai/stable-diffusion-3.5-medium' (log in with `hf auth login` if it is gated), a "
+        "local folder, or a loaded pipeline."
+    )
+
+
+def is_quantized(module: torch.nn.Module) -> bool:
+    """Whether a module of diffusers or transformers was loaded with quantised weights. Such a module has its place and
+    its dtypes from then on: it is neither moved nor cast."""
+    return bool(getattr(module, "is_quantized", False))

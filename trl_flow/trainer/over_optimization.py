@@ -1,0 +1,193 @@
+"""[`OverOptimizationCallback`]: sees the reward rise while the gold score falls, and keeps the best model by gold."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
+from transformers.utils import logging
+
+from trl_flow.evaluation.gold import GoldScore, gold_difference
+from trl_flow.evaluation.report import write_json
+from trl_flow.trainer.gold_evaluation import Evaluation
+
+
+logger = logging.get_logger(__name__)
+
+# Inside `output_dir`
+BEST_FOLDER = "best_gold"
+SCORES_NAME = "scores.json"
+
+
+class OverOptimizationCallback(TrainerCallback):
+    """
+    Watches for over-optimisation: the optimised reward (the proxy) goes on rising while the gold score falls.
+
+    Each evaluation is compared with the one that had the highest gold average so far, at first the base model: if its
+    reward is higher and its gold average is lower by more than `num_standard_errors` standard errors, for `patience`
+    evaluations in a row, a warning is given, and training stops if asked to. The standard error is that of the
+    difference, paired over the prompts: both evaluations draw the same prompts from the same seeds.
+
+    The model with the highest gold average of all evaluations is kept in `output_dir/best_gold`, in diffusers' format,
+    with its scores in `scores.json`.
+
+    Needs `eval_reward_funcs` and an evaluation set of two or more prompts. A run that is resumed goes on counting
+    where its checkpoint stood.
+
+    Args:
+        patience (`int`): evaluations in a row, at least 1.
+        stop (`bool`): whether to stop training then.
+        num_standard_errors (`float`): how far the gold average must have fallen. Of a score that has not changed, 2
+            standard errors are exceeded by chance in one evaluation of 44, where prompts are many.
+        eval_name (`str`, *optional*): which of several evaluation sets to watch; default: the first.
+
+    Raises:
+        ValueError: if `patience` or `num_standard_errors` makes no sense.
+    """
+
+    def __init__(
+        self,
+        patience: int = 2,
+        stop: bool = False,
+        num_standard_errors: float = 2.0,
+        eval_name: str | None = None,
+    ):
+        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
+            raise ValueError(f"patience is {patience!r}, but must be a whole number of evaluations, at least 1.")
+        if not (math.isfinite(num_standard_errors) and num_standard_errors >= 0):
+            raise ValueError(f"num_standard_errors is {num_standard_errors!r}, but must be a number of at least 0.")
+        self.patience = patience
+        self.stop = stop
+        self.num_standard_errors = num_standard_errors
+        self.eval_name = eval_name
+        self.watched: str | None = None
+        self._training = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all evaluations. For the trainer, when training begins anew."""
+        self._key: str | None = None
+        # The evaluation of the highest gold average: its update, reward and gold score
+        self._best_step = 0
+        self._best_reward = math.nan
+        self._best: GoldScore | None = None
+        # What `best_gold` holds; the base model, which may be better than all, is not kept
+        self._kept_step: int | None = None
+        self._kept_average = -math.inf
+        self._count = 0
+
+    def export(self) -> dict[str, Any] | None:
+        """What a checkpoint has to hold, as JSON; `None` before the first evaluation."""
+        if self._best is None:
+            return None
+        return {
+            "key": self._key,
+            "count": self._count,
+            "best": {
+                "step": self._best_step,
+                "reward": self._best_reward,
+                "average": self._best.average,
+                "influence": self._best.influence.tolist(),
+            },
+            "kept": None if self._kept_step is None else [self._kept_step, self._kept_average],
+        }
+
+    def restore(self, exported: dict[str, Any] | None, is_kept: bool) -> None:
+        """
+        Goes on from what `export` gave.
+
+        Args:
+            exported (`dict` or `None`): that.
+            is_kept (`bool`): whether `output_dir` still has the model that was kept.
+        """
+        self.reset()
+        if exported is None:
+            return
+        self._key, self._count, best = exported["key"], exported["count"], exported["best"]
+        self._best_step, self._best_reward = best["step"], best["reward"]
+        self._best = GoldScore({}, {}, best["average"], np.asarray(best["influence"], dtype=np.float64))
+        if is_kept and exported["kept"] is not None:
+            self._kept_step, self._kept_average = exported["kept"]
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self._training = True
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self._training = False
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        evaluation: Evaluation | None = None,
+        **kwargs,
+    ) -> TrainerControl:
+        if not self._training or evaluation is None or evaluation.name != self.watched:
+            return control
+        if math.isnan(evaluation.gold.average):
+            return control
+        if self._key != evaluation.key:
+            if self._key is not None:
+                logger.warning(
+                    "The evaluation set, its settings or eval_reward_funcs have changed since the checkpoint: "
+                    "OverOptimizationCallback compares with the base model again, and keeps the next evaluation's "
+                    "model as the best."
+                )
+            self.reset()
+            self._key = evaluation.key
+            self._best_reward = evaluation.base_reward
+            self._best = GoldScore({}, {}, 1.0, np.zeros_like(evaluation.gold.influence))
+
+        difference, error = gold_difference(self._best, evaluation.gold)
+        is_worse = evaluation.reward > self._best_reward and -difference > self.num_standard_errors * error
+        self._count = self._count + 1 if is_worse else 0
+        if difference > 0:
+            self._best_step, self._best_reward = state.global_step, evaluation.reward
+            self._best = evaluation.gold
+        if state.global_step > 0 and evaluation.gold.average > self._kept_average:
+            self._keep(evaluation, Path(args.output_dir, BEST_FOLDER), state)
+        if self._count < self.patience:
+            return control
+        if state.is_world_process_zero and (self._count == self.patience or self.stop):
+            logger.warning(self._message(evaluation, state.global_step, difference, error, args.output_dir))
+        if self.stop:
+            control.should_training_stop = True
+        return control
+
+    def _keep(self, evaluation: Evaluation, folder: Path, state: TrainerState) -> None:
+        evaluation.save(folder)
+        self._kept_step, self._kept_average = state.global_step, evaluation.gold.average
+        if not state.is_world_process_zero:
+            return
+        gold = evaluation.gold
+
+        def finite(values: dict[str, float]) -> dict[str, float | None]:
+            return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+        scores = {"reward": evaluation.reward, "base_reward": evaluation.base_reward}
+        scores |= {"gold_average": gold.average, "gold_average_std_err": gold.standard_error}
+        content = {"step": state.global_step, "eval_dataset": evaluation.name, **finite(scores)}
+        content |= {"gold": finite(gold.scores), "gold_relative_to_base": finite(gold.relative)}
+        write_json(folder / SCORES_NAME, content)
+
+    def _message(self, evaluation: Evaluation, step: int, difference: float, error: float, output_dir: str) -> str:
+        of = "the base model" if self._best_step == 0 else f"update {self._best_step}"
+        message = (
+            f"Over-optimisation: at update {step} the optimised reward is {evaluation.reward:.4g}, above "
+            f"{self._best_reward:.4g} of {of}, while the gold average is {evaluation.gold.average:.4g}, below "
+            f"{self._best.average:.4g} (difference {difference:+.2g} ± {error:.1g}), and so in {self._count} "
+            "evaluations in a row. What is learned is the reward's blind spots. "
+        )
+        if self._kept_step is not None:
+            message += (
+                f"The trained model with the highest gold average, {self._kept_average:.4g} at update "
+                f"{self._kept_step}, is in {Path(output_dir, BEST_FOLDER)}. "
+            )
+        message += "Training stops here. " if self.stop else ""
+        return message + (
+            "Look at the pictures in output_dir/images. What helps: GuardConfig, beta > 0, a lower learning_rate, or "
+            "a reward that sees what the gold functions see."
+        )
