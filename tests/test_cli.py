@@ -436,10 +436,29 @@ def test_memory_of_the_bundled_model_without_a_recipe(capsys):
         (["--model", "."], "no model_index.json"),
         (["--model", "bundled", "--num_processes", "0"], "num_processes is 0"),
         (["--model", "bundled", "--accelerate_config", "fsdp3"], "neither a file nor one of fsdp2"),
+        (
+            ["--model", "bundled", "--accelerate_config", "list.yaml"],
+            "'list.yaml' must be a YAML mapping of settings",
+        ),
+        (["--model", "bundled", "--accelerate_config", "broken.yaml"], "'broken.yaml' is not valid YAML"),
+        (["--config", "number.yaml"], "model_name_or_path is 5, but must be a hub id"),
+        (["--model", "list.yaml"], "'list.yaml' is a file. Give the folder"),
         (["--model", "bundled", "--learning-rat", "1"], "Did you mean --learning-rate?"),
         (["--model", "bundled", "--per_device_train_batch_size", "3"], "not divisible by num_generations"),
     ],
 )
 def test_what_memory_can_not_be_estimated_for(capsys, tmp_path, monkeypatch, argv, words):
     monkeypatch.chdir(tmp_path)
+    for name, text in {"list": "- a", "broken": "a: [", "number": "model_name_or_path: 5"}.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
     assert words in mistake(capsys, "memory", *argv)
+
+
+@pytest.mark.parametrize("options", [["--fp16", "true"], ["--fp16"]])
+def test_memory_in_float16(recipe, capsys, options):
+    config = ["memory", "--json", "--config", recipe()]
+    sizes = []
+    for more in ([], options):
+        assert main([*config, *more]) == 0
+        sizes.append(json.loads(capsys.readouterr().out)["resident"]["text_encoder weights"])
+    assert sizes[0] == sizes[1]  # half of float32, as in bfloat16

@@ -208,6 +208,15 @@ def test_recipes_have_whole_groups_and_updates(recipe):
         assert processes * accumulation == config.gradient_accumulation_steps
 
 
+@pytest.mark.parametrize("name", ["flux_dance", "flux_slas", "sd14_dance", "sd14_slas"])
+def test_dancegrpos_300_sampling_phases(name):
+    """The released `max_train_steps` counts sampling phases, `max_steps` updates: three for FLUX.1, two for SD 1.4."""
+    config, _ = recipe_config(ROOT / "examples" / "recipes" / f"{name}.yaml")
+    updates = config.steps_per_generation // config.gradient_accumulation_steps
+    assert updates == (3 if name.startswith("flux") else 2)
+    assert config.max_steps == 300 * updates
+
+
 @pytest.mark.parametrize(
     "recipe", [recipe for recipe in RECIPES if recipe.stem.endswith("gb")], ids=lambda recipe: recipe.stem
 )

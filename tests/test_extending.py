@@ -1,18 +1,20 @@
 """docs/extending.md is followed to the letter: its code runs and does what the page says."""
 
+import copy
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import tiny_sd3_pipeline
 from tiny_training import tiny_config, tiny_lora, tiny_trainer
 
 from trl_flow import FlowGRPOTrainer
-from trl_flow.backbones import Backbone
+from trl_flow.backbones import Backbone, get_backbone
 from trl_flow.trainer.checks import BACKBONE_MEMBERS
 
 
@@ -100,6 +102,31 @@ def test_the_table_of_members_is_complete(tmp_path):
             train_dataset=trainer.train_dataset,
             backbone=Half(),
         )
+
+
+def test_a_backbone_that_edits_must_judge_sizes(painter, tmp_path):
+    editor = copy.copy(painter["trainer"].backbone)
+    editor.takes_image = True
+    with pytest.raises(TypeError, match="PainterBackbone without check_image_size"):
+        FlowGRPOTrainer(
+            model=painter["pipeline"],
+            reward_funcs=painter["brightness"],
+            args=tiny_config(tmp_path),
+            train_dataset=painter["trainer"].train_dataset,
+            backbone=editor,
+        )
+
+
+def test_a_backbone_of_another_pipeline_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="backbone was made for another pipeline than model.*model=backbone.pipeline"):
+        FlowGRPOTrainer(
+            model=tiny_sd3_pipeline(),
+            reward_funcs=lambda prompts, images, **kwargs: [0.0] * len(images),
+            args=tiny_config(tmp_path / "out"),
+            train_dataset=Dataset.from_dict({"prompt": ["a cat", "a dog"]}),
+            backbone=get_backbone(tiny_sd3_pipeline(), height=16, width=16, max_sequence_length=16),
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_reward_of_edited_pictures():

@@ -241,9 +241,13 @@ def _memory(argv: list[str]) -> int:
         model = arguments.model or recipe.get("model_name_or_path")
         if model is None:
             raise ValueError("there is no model: give --model, or model_name_or_path in the recipe.")
+        if not isinstance(model, str):
+            raise ValueError(f"model_name_or_path is {model!r}, but must be a hub id, a folder, or `bundled`.")
         options = _train_parser(_method(others, recipe), bundled=model, num_processes=num_processes)
+        options.prog, options.usage = parser.prog, parser.usage
         # A GPU that has bfloat16 is what is planned for, on whatever machine
-        options.set_defaults(bf16=True, use_cpu=True)
+        in_float16 = str(_option([*others, "--"], recipe, "fp16")).lower() in ("true", "1", "yes", "--")
+        options.set_defaults(bf16=not in_float16, use_cpu=True)
         *parsed, unknown_in_recipe, unknown = options.parse_args_and_config(
             [*config, *others], return_remaining_strings=True, separate_remaining_strings=True
         )
@@ -260,15 +264,9 @@ def _memory(argv: list[str]) -> int:
 
 def _sharding(name: str | None) -> tuple[str, int]:
     """What an accelerate config shards (as in `trl_flow.memory`), and its number of processes."""
-    import yaml
-
     if name is None:
         return "none", 1
-    path = Path(name) if Path(name).is_file() else ACCELERATE_CONFIGS / f"{name}.yaml"
-    if not path.is_file():
-        names = sorted(path.stem for path in ACCELERATE_CONFIGS.glob("*.yaml"))
-        raise ValueError(f"accelerate_config is {name!r}, which is neither a file nor one of {', '.join(names)}.")
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    _, config = _read_accelerate_config(name)
     stage = (config.get("deepspeed_config") or {}).get("zero_stage", 0)
     kind = (
         "weights" if config.get("distributed_type") == "FSDP" or stage == 3 else "gradients" if stage == 2 else "none"
@@ -342,24 +340,36 @@ def _train(argv: list[str]) -> int:
 def _read_recipe(argv: list[str]) -> dict[str, Any]:
     if "--config" not in argv:
         return {}
-    import yaml
-
     index = argv.index("--config")
     if index + 1 == len(argv):
         raise UsageError("--config needs the path of a YAML file.")
-    path = argv[index + 1]
+    return _read_mapping(Path(argv[index + 1]), "recipe", "options, such as `learning_rate: 1e-4`")
+
+
+def _read_mapping(path: Path, kind: str, of: str) -> dict[str, Any]:
+    import yaml
+
+    name = f"the {kind} {os.fspath(path)!r}"
     try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"the recipe {path!r} can not be read: {error.strerror or error}.") from error
+        raise UsageError(f"{name} can not be read: {error.strerror or error}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"the recipe {path!r} is not valid YAML: {error}") from error
-    if not isinstance(recipe, dict):
+        raise UsageError(f"{name} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
         raise UsageError(
-            f"the recipe {path!r} must be a YAML mapping of options, such as `learning_rate: 1e-4`, but holds "
-            f"{'nothing' if recipe is None else f'a {type(recipe).__name__}'}."
+            f"{name} must be a YAML mapping of {of}, but holds "
+            f"{'nothing' if content is None else f'a {type(content).__name__}'}."
         )
-    return recipe
+    return content
+
+
+def _read_accelerate_config(name: str) -> tuple[Path, dict[str, Any]]:
+    path = Path(name) if Path(name).is_file() else ACCELERATE_CONFIGS / f"{name}.yaml"
+    if not path.is_file():
+        names = sorted(path.stem for path in ACCELERATE_CONFIGS.glob("*.yaml"))
+        raise UsageError(f"accelerate_config is {name!r}, which is neither a file nor one of {', '.join(names)}.")
+    return path, _read_mapping(path, "accelerate config", "settings, such as `num_processes: 2`")
 
 
 def _option(argv: list[str], recipe: dict[str, Any], name: str) -> Any:
@@ -453,7 +463,6 @@ def _without(tokens: list[str], removed: list[str]) -> list[str]:
 def _launch(launch_options: list[str], training_options: list[str], parser: "TrlParser") -> int:
     """Starts `trl-flow train` anew in the processes of `accelerate launch`."""
     import torch
-    import yaml
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     index = launch_options.index("--accelerate_config")
@@ -461,10 +470,7 @@ def _launch(launch_options: list[str], training_options: list[str], parser: "Trl
         raise UsageError("--accelerate_config needs a name or the path of a file.")
     name = launch_options[index + 1]
     others = launch_options[:index] + launch_options[index + 2 :]
-    path = Path(name) if Path(name).is_file() else ACCELERATE_CONFIGS / f"{name}.yaml"
-    if not path.is_file():
-        names = sorted(path.stem for path in ACCELERATE_CONFIGS.glob("*.yaml"))
-        raise UsageError(f"accelerate_config is {name!r}, which is neither a file nor one of {', '.join(names)}.")
+    path, config = _read_accelerate_config(name)
     launch_parser = launch_command_parser()
     known = set(launch_parser._option_string_actions)
     for token in others:
@@ -474,7 +480,6 @@ def _launch(launch_options: list[str], training_options: list[str], parser: "Trl
     arguments = launch_parser.parse_args(
         ["--config_file", str(path), *others, "--module", "trl_flow", "train", *training_options]
     )
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
     on_cpu = arguments.cpu or config.get("use_cpu", False)
     if arguments.num_processes is None:
         arguments.num_processes = config.get("num_processes") or torch.accelerator.device_count()

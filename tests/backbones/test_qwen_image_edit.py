@@ -187,6 +187,19 @@ def test_an_image_of_another_shape_is_refused(cls):
         backbone.encode_prompt("two", picture(0, 96, 64))
 
 
+def test_an_image_that_only_the_text_encoder_would_see_at_another_size_is_refused():
+    # The VAE gets both at 832 x 1248, Plus' text encoder one at 320 x 480 and the other at 320 x 448: by its tokens
+    # the condition is longer
+    size = {"height": 1248, "width": 832}
+    plus, elder = (make_backbone(cls, size=size) for cls in (QwenImageEditPlusPipeline, QwenImageEditPipeline))
+    assert plus._input_size(832 / 1248) == plus._input_size(832 / 1214) == (832, 1248)
+    assert [plus._seen_size(832 / height) for height in (1248, 1214)] == [(320, 480), (320, 448)]
+    elder.check_image_size(1214, 832)
+    plus.check_image_size(1250, 832)
+    with pytest.raises(ValueError, match="1214 pixels high and 832 wide, but must have the aspect ratio"):
+        plus.check_image_size(1214, 832)
+
+
 def test_a_vae_of_another_dtype_than_the_text_encoders(small_input_images):
     # As the trainer loads them for half precision; the pipeline's own call would fail
     backbone, image = make_backbone(QwenImageEditPipeline), picture(0, 64, 64)

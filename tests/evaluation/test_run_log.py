@@ -44,6 +44,18 @@ def test_a_file_that_is_no_log_is_refused(content, tmp_path):
         read_log_history(tmp_path / "absent.json")
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00bad\n", b"[1, 2]\n", b"null\n", b'{"reward_std": 1.0}\n'])
+def test_lines_that_are_no_logs_are_refused(content, tmp_path):
+    (tmp_path / "log_history.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match="is no log of a training run"):
+        read_log_history(tmp_path)
+
+
+def test_less_than_one_log_is_refused():
+    with pytest.raises(ValueError, match="last is 0"):
+        step_statistics([{"step": 1, "ratio/mean_step_0": 1.0}], last=0)
+
+
 def test_several_logs_are_pooled():
     """Mean and spread over all samples of two logs are those of the samples put together."""
     rng = np.random.default_rng(0)

@@ -16,7 +16,7 @@ from tiny_models import tiny_sd3_pipeline
 from tiny_training import tiny_config, tiny_lora, tiny_trainer
 
 from trl_flow.backbones import BACKBONES, get_backbone
-from trl_flow.memory import Plan, empty_model, estimate, fetch_configs, savings
+from trl_flow.memory import Estimate, Plan, empty_model, estimate, fetch_configs, savings
 from trl_flow.memory.dry_run import peak_bytes
 from trl_flow.memory.estimate import _quantized_bytes, condition_shapes
 
@@ -287,6 +287,19 @@ def test_savings_are_the_differences_of_estimates(tiny_sd3_path):
         tiny_sd3_path, plan(height=16, width=16, per_device_train_batch_size=64, enable_vae_slicing=True)
     )
     assert sliced == direct
+
+
+@pytest.mark.parametrize(("tiled", "advised"), [(100, False), (50, True)])
+def test_tiling_is_advised_only_where_it_saves_more_than_slicing(tiled, advised):
+    """Decoding takes 600 bytes, one image at a time 100; images no larger than a tile are not cut any further."""
+
+    def by_hand(other: Plan) -> Estimate:
+        size = tiled if other.enable_vae_tiling else 100 if other.enable_vae_slicing else 600
+        return Estimate({}, 0, {"transformer weights": 1000}, {"decoding": size}, 0)
+
+    found = dict(savings(plan(), by_hand(plan()), by_hand))
+    assert found["enable_vae_slicing: true"] == 500
+    assert found.get("enable_vae_tiling: true, with slicing") == (550 if advised else None)
 
 
 def test_the_peak_counts_what_lives_at_the_same_time():

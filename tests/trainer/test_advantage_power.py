@@ -480,3 +480,12 @@ def test_measured_samples_are_spread_over_the_micro_batch():
     power = fake_power()
     assert power.measured(144, 4) == [0, 36, 72, 108]
     assert power.measured(3, 4) == [0, 1, 2]
+
+
+def test_training_anew_begins_with_a_power_of_zero(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=3, **SGD | AUTO)
+    trainer.train()
+    assert trainer.advantage_power._vector is not None
+    trainer.train()
+    powers = [logs["advantage_power"] for logs in trainer.state.log_history if "advantage_power" in logs]
+    assert powers[0] == 0

@@ -64,9 +64,9 @@ CHANGES = {
         "timestep_fraction": 0.6,
         "share_initial_noise": True,
         "scale_rewards": "batch",
-        "advantage_power": 0.5,
+        "advantage_power": 0.25,
     },
-    VGPOConfig: {"share_initial_noise": True, "dense_rewards": True, "value_discount": 0.9, "value_scale": 0.1},
+    VGPOConfig: {"share_initial_noise": True, "dense_rewards": True, "value_discount": 0.9, "value_scale": 0.05},
 }
 
 
@@ -175,7 +175,11 @@ def test_batches_by_hand(fields, steps_per_generation, generation_batch_size):
         ({"sde_window_size": 11}, ["sde_window_size is 11", "[0, 10]"]),
         ({"sde_window_size": 0}, ["sde_window_size is 0", "at least 1"]),
         ({"sde_window_size": 3, "sde_window_range": [1, 3]}, ["sde_window_size is 3", "[1, 3], which has 2"]),
-        ({"sde_window_size": 1, "sde_window_range": [1]}, ["sde_window_range is [1]", "two numbers"]),
+        ({"sde_window_size": 1, "sde_window_range": [1]}, ["sde_window_range is [1]", "two whole numbers"]),
+        ({"sde_window_size": 1, "sde_window_range": [0.0, 5.0]}, ["sde_window_range is [0.0, 5.0]", "whole numbers"]),
+        ({"sde_window_size": 2.0}, ["sde_window_size is 2.0", "whole number"]),
+        ({"sde_window_size": 1, "sde_window_range": 5}, ["sde_window_range is 5", "two whole numbers"]),
+        ({"diagnostics_steps": 1.5}, ["diagnostics_steps is 1.5", "whole number"]),
         ({"sde_window_size": 1, "sde_window_range": [5, 11]}, ["[5, 11]", "num_inference_steps (10)"]),
         ({"sde_window_size": 1, "sde_window_range": [-1, 3]}, ["[-1, 3]", "0 <= first"]),
         ({"sde_window_size": 1, "sde_window_range": [3, 3]}, ["[3, 3]", "first < end"]),
@@ -244,6 +248,7 @@ def test_an_adapted_power_fills_in_what_it_needs(cls):
         ({"fisher_steps": 50}, "fisher_steps is 50"),
         ({"advantage_power": "auto", "target_kl": 0.0}, "target_kl is 0.0"),
         ({"advantage_power": "auto", "target_kl": float("nan")}, "target_kl is nan"),
+        ({"advantage_power": "auto", "target_kl": "1e-5"}, "target_kl is '1e-5'"),
         ({"advantage_power": "auto", "target_kl": 1e-5, "max_kl": -1.0}, "max_kl is -1.0"),
         ({"advantage_power": "auto", "target_kl": 1e-5, "fisher_steps": 0}, "fisher_steps is 0"),
     ],

@@ -168,12 +168,12 @@ def test_the_function_with_negative_rewards_is_named_with_the_remedy(tmp_path):
         sampled(trainer)
     message = str(error.value)
     assert "'minus_three' gave -3 " in message and "brightness" not in message
-    assert "offset" in message and "dense_rewards=False" in message
+    assert "offset" in message and "value + 5" in message and "dense_rewards=False" in message
 
 
 def test_a_negative_weight_is_found_out_as_well(tmp_path):
     trainer = dense(tmp_path, reward_funcs=brightness, reward_weights=[-1.0])
-    with pytest.raises(RewardError, match="'brightness' gave -0"):
+    with pytest.raises(RewardError, match="'brightness' gave -0.*negative, as its weight is.*value - 5"):
         sampled(trainer)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from diffusers.utils import load_image
-from PIL import Image
+from PIL import ExifTags, Image
 from tiny_flux import tiny_flux_pipeline, tiny_klein_pipeline, tiny_kontext_pipeline, tiny_kontext_sizes
 from tiny_training import assert_equal, brightness, distance, prompts, tiny_trainer, trained_weights
 
@@ -98,6 +98,38 @@ def test_a_column_image_is_any_column_where_nothing_is_edited(tmp_path):
 def test_a_negative_prompt_that_would_be_ignored_is_refused(pipeline, tmp_path):
     with pytest.raises(ValueError, match="negative_prompt is 'blurred', but Flux.*Backbone takes none"):
         editing_trainer(tmp_path, pipeline=pipeline(), negative_prompt="blurred")
+
+
+@pytest.mark.parametrize("content", [None, b"no picture"], ids=["missing", "broken"])
+def test_a_file_that_is_no_picture_is_named_by_its_row(content, tmp_path):
+    paths = [tmp_path / f"{i}.png" for i in range(4)]
+    for i, path in enumerate(paths):
+        picture(i).save(path)
+    paths[2].unlink()
+    if content is not None:
+        paths[2].write_bytes(content)
+    dataset = prompts(4, image=[str(path) for path in paths]).cast_column("image", datasets.Image())
+    with pytest.raises(ValueError, match="train_dataset has an image in row 2 that can not be read: .*2.png"):
+        editing_trainer(tmp_path / "out", train_dataset=dataset)
+
+
+@pytest.mark.parametrize("format", ["torch", "numpy"])
+def test_a_format_that_makes_arrays_of_pictures_is_refused(format, tmp_path):
+    with pytest.raises(ValueError, match=rf"has the format '{format}'.*with_format\(None\)"):
+        editing_trainer(tmp_path, train_dataset=edits().with_format(format))
+
+
+def test_a_photo_has_the_size_at_which_it_is_shown(tmp_path):
+    # Stored lying, with the note that the camera was turned: `datasets` gives it upright, 24 x 8 and not 8 x 24
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    for i in range(4):
+        picture(i, size=(72, 24)).save(tmp_path / f"{i}.jpg", exif=exif)
+    dataset = prompts(4, image=[str(tmp_path / f"{i}.jpg") for i in range(4)]).cast_column("image", datasets.Image())
+    assert dataset[0]["image"].size == (24, 72)
+    editing_trainer(tmp_path / "upright", train_dataset=dataset, height=24, width=8, max_steps=1).train()
+    with pytest.raises(ValueError, match="in row 0 that can not be edited: It is 72 pixels high and 24 wide"):
+        editing_trainer(tmp_path / "lying", train_dataset=dataset, height=8, width=24)
 
 
 # ---- What is trained ----

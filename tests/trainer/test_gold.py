@@ -16,6 +16,7 @@ from tiny_training import (
     tiny_lora,
     tiny_trainer,
     trained_weights,
+    warnings_of,
 )
 
 from trl_flow.evaluation.diversity import diversity
@@ -194,6 +195,17 @@ def test_what_does_not_apply_is_left_out(tmp_path):
     rest = gold_trainer(tmp_path, eval_reward_funcs=[cats_only, never])
     rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert golds(rest)[-1] == last
+
+
+def test_a_function_that_applies_to_nothing_is_named(tmp_path):
+    def absent(prompts, images, **kwargs):
+        return [None] * len(images)
+
+    trainer = gold_trainer(tmp_path, eval_reward_funcs=[darkness, absent], max_steps=1)
+    with warnings_of("trl_flow") as warnings:
+        trainer.train()
+    (warning,) = [message for message in warnings if "gold function" in message]
+    assert "'absent' returned None for every picture" in warning
 
 
 def test_several_evaluation_sets(tmp_path):

@@ -36,6 +36,12 @@ def test_a_dtype_given_twice(tmp_path, tiny_sd3_path):
         tiny_trainer(tmp_path, pipeline=tiny_sd3_path, **fields)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float64", "no_dtype"])
+def test_dtypes_that_are_not_trained_in(tmp_path, tiny_sd3_path, dtype):
+    with pytest.raises(ValueError, match=f"dtype '{dtype}', but must be float32, bfloat16 or float16"):
+        tiny_trainer(tmp_path, pipeline=tiny_sd3_path, model_init_kwargs={"dtype": dtype})
+
+
 def quantized(tmp_path, path, settings, **kwargs):
     return tiny_trainer(tmp_path, pipeline=path, model_init_kwargs={"quantization_config": settings}, **kwargs)
 

@@ -136,6 +136,13 @@ def test_they_are_moved_there_and_back():
     assert pipeline.vae.device.type == pipeline.transformer.device.type == "cpu"
 
 
+def test_quantised_encoders_stay_where_they_are():
+    pipeline = tiny_sd3_pipeline()
+    pipeline.text_encoder_3.is_quantized = True  # as loading does
+    PromptCache(backbone(pipeline))._move_encoders(torch.device("meta"))
+    assert (pipeline.text_encoder.device.type, pipeline.text_encoder_3.device.type) == ("meta", "cpu")
+
+
 def test_each_process_writes_its_share(tmp_path, encoded):
     pairs = [(text, None) for text in "abcade"]
     caches = [PromptCache(backbone(), files=PromptFiles(tmp_path, "a")) for _ in range(2)]

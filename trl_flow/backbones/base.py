@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from PIL import Image
 
 
@@ -24,6 +24,26 @@ class Schedule:
     @property
     def num_steps(self) -> int:
         return len(self.timesteps)
+
+    @classmethod
+    def of(cls, scheduler: SchedulerMixin, device: torch.device) -> "Schedule":
+        """
+        The noise levels that a pipeline's scheduler has set.
+
+        Raises:
+            ValueError: if the pipeline does not take Euler steps along the ODE with this scheduler, from noise to
+                data: it would draw other images.
+        """
+        config = scheduler.config
+        other = [name for name in ("stochastic_sampling", "invert_sigmas") if config.get(name)]
+        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or other:
+            raise ValueError(
+                f"The pipeline's scheduler is a {type(scheduler).__name__}"
+                + (f" with {' and '.join(other)}" if other else "")
+                + ", but must be the FlowMatchEulerDiscreteScheduler that flow models are released with, which takes "
+                "Euler steps from noise to data. Train with that one; another may draw with the trained model."
+            )
+        return cls(sigmas=scheduler.sigmas.to(device, torch.float32), timesteps=scheduler.timesteps.to(device))
 
 
 @dataclass(frozen=True)
@@ -63,12 +83,14 @@ class Backbone(ABC):
         max_sequence_length (`int`): prompt tokens, where the pipeline takes this argument.
 
     Raises:
-        ValueError: if the pipeline can not draw images of this size, or a part that training needs is missing.
+        ValueError: if the pipeline can not draw images of this size or read prompts of this length, or a part that
+            training needs is missing.
     """
 
     component = "transformer"  # the pipeline's module that is trained
     lora_target_modules: list[str]  # default targets of a LoRA whose config names none
     takes_image = False  # whether it edits a picture: `encode_prompt` then gets the one in the row's column `image`
+    sequence_length_limit: int | None = None  # the longest `max_sequence_length` that the pipeline takes
     takes_negative_prompt = True  # whether guidance can lead away from a prompt of one's own
 
     def __init__(self, pipeline: DiffusionPipeline, *, height: int, width: int, max_sequence_length: int):
@@ -76,6 +98,11 @@ class Backbone(ABC):
         if missing:
             raise ValueError(
                 f"The pipeline has no {' and no '.join(missing)}, which sampling needs. Load it with all its parts."
+            )
+        if self.sequence_length_limit is not None and max_sequence_length > self.sequence_length_limit:
+            raise ValueError(
+                f"max_sequence_length is {max_sequence_length}, but {type(pipeline).__name__} takes "
+                f"{self.sequence_length_limit} at most. Lower it."
             )
         self.pipeline = pipeline
         self.height = height

@@ -32,6 +32,7 @@ class FluxBackbone(Backbone):
         "ff_context.net.0.proj",
         "ff_context.net.2",
     ]
+    sequence_length_limit = 512
     takes_negative_prompt = False
 
     def check_size(self, height: int, width: int) -> None:
@@ -68,8 +69,8 @@ class FluxBackbone(Backbone):
             scheduler.config.get("max_shift", 1.15),
         )
         sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-        timesteps, _ = retrieve_timesteps(scheduler, device=self.device, sigmas=sigmas, mu=mu)
-        return Schedule(sigmas=scheduler.sigmas.to(self.device, torch.float32), timesteps=timesteps)
+        retrieve_timesteps(scheduler, device=self.device, sigmas=sigmas, mu=mu)
+        return Schedule.of(scheduler, self.device)
 
     def _image_ids(self, device: torch.device) -> torch.Tensor:
         """Where the tokens of the latents stand, `(L, 3)`: the first number is 0, then come row and column."""

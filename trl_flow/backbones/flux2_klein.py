@@ -59,8 +59,8 @@ class Flux2KleinBackbone(Backbone):
         scheduler = self.pipeline.scheduler
         mu = compute_empirical_mu(image_seq_len=self.latent_shape()[0], num_steps=num_inference_steps)
         sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-        timesteps, _ = retrieve_timesteps(scheduler, device=self.device, sigmas=sigmas, mu=mu)
-        return Schedule(sigmas=scheduler.sigmas.to(self.device, torch.float32), timesteps=timesteps)
+        retrieve_timesteps(scheduler, device=self.device, sigmas=sigmas, mu=mu)
+        return Schedule.of(scheduler, self.device)
 
     def _image_ids(self, latents: torch.Tensor) -> torch.Tensor:
         """Where the tokens of the latents `(B, L, C)` stand, `(B, L, 4)`."""

@@ -33,6 +33,7 @@ class QwenImageBackbone(Backbone):
         "attn.to_q",
         "attn.to_v",
     ]
+    sequence_length_limit = 1024
 
     def __init__(self, pipeline: DiffusionPipeline, *, height: int, width: int, max_sequence_length: int):
         super().__init__(pipeline, height=height, width=width, max_sequence_length=max_sequence_length)
@@ -87,8 +88,8 @@ class QwenImageBackbone(Backbone):
             scheduler.config.get("max_shift", 1.15),
         )
         sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-        timesteps, _ = retrieve_timesteps(scheduler, device=self.device, sigmas=sigmas, mu=mu)
-        return Schedule(sigmas=scheduler.sigmas.to(self.device, torch.float32), timesteps=timesteps)
+        retrieve_timesteps(scheduler, device=self.device, sigmas=sigmas, mu=mu)
+        return Schedule.of(scheduler, self.device)
 
     def predict(
         self, model: torch.nn.Module, latents: torch.Tensor, timestep: torch.Tensor, condition: dict[str, torch.Tensor]

@@ -25,8 +25,10 @@ class QwenImageEditBackbone(QwenImageBackbone):
     takes_image = True
 
     def check_image_size(self, height: int, width: int) -> None:
-        size = self._input_size(self.width / self.height)
-        if self._input_size(width / height) != size:
+        own, expected = (
+            (self._input_size(ratio), self._seen_size(ratio)) for ratio in (width / height, self.width / self.height)
+        )
+        if own != expected:
             raise ValueError(
                 f"It is {height} pixels high and {width} wide, but must have the aspect ratio of the drawn images, "
                 f"{self.height} x {self.width}: a batch holds one shape only. Crop the pictures, or set height and "

@@ -21,6 +21,7 @@ class StableDiffusion3Backbone(Backbone):
         "attn.to_q",
         "attn.to_v",
     ]
+    sequence_length_limit = 512
 
     def check_size(self, height: int, width: int) -> None:
         multiple = self.pipeline.vae_scale_factor * self.pipeline.patch_size
@@ -59,8 +60,8 @@ class StableDiffusion3Backbone(Backbone):
                 scheduler.config.get("base_shift", 0.5),
                 scheduler.config.get("max_shift", 1.16),
             )
-        timesteps, _ = retrieve_timesteps(scheduler, num_inference_steps, self.device, **kwargs)
-        return Schedule(sigmas=scheduler.sigmas.to(self.device, torch.float32), timesteps=timesteps)
+        retrieve_timesteps(scheduler, num_inference_steps, self.device, **kwargs)
+        return Schedule.of(scheduler, self.device)
 
     def predict(
         self, model: torch.nn.Module, latents: torch.Tensor, timestep: torch.Tensor, condition: dict[str, torch.Tensor]

@@ -60,8 +60,8 @@ class ZImageBackbone(Backbone):
             scheduler.config.get("max_shift", 1.15),
         )
         sigmas = get_default_z_image_sigmas(num_inference_steps)
-        timesteps, _ = retrieve_timesteps(scheduler, device=self.device, sigmas=sigmas, mu=mu)
-        return Schedule(sigmas=scheduler.sigmas.to(self.device, torch.float32), timesteps=timesteps)
+        retrieve_timesteps(scheduler, device=self.device, sigmas=sigmas, mu=mu)
+        return Schedule.of(scheduler, self.device)
 
     def predict(
         self, model: torch.nn.Module, latents: torch.Tensor, timestep: torch.Tensor, condition: dict[str, torch.Tensor]

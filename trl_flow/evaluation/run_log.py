@@ -41,15 +41,20 @@ def read_log_history(run: Run) -> LogHistory:
     if path.is_dir():
         path = _newest_log(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     except OSError as error:
         raise ValueError(f"The log {path} can not be read: {error}.") from error
     try:
+        text = content.decode("utf-8")
         if path.suffix == ".jsonl":
             lines = text.splitlines(keepends=True)
             # The last line of a running training may be half written
-            return [json.loads(line) for line in lines if line.endswith("\n")]
-        return json.loads(text)["log_history"]
+            logs = [json.loads(line) for line in lines if line.endswith("\n")]
+        else:
+            logs = json.loads(text)["log_history"]
+        if not isinstance(logs, list) or not all(isinstance(log, dict) and "step" in log for log in logs):
+            raise TypeError("it is not a list of logs with a step each")
+        return logs
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is no log of a training run ({type(error).__name__}: {error}). Give the run's output_dir, or the "
@@ -98,7 +103,12 @@ def step_statistics(log_history: LogHistory, *, last: int | None = None) -> list
     Args:
         log_history (`Sequence[Mapping]`): the logs.
         last (`int`, *optional*): only the latest so many logs with such values; default: all.
+
+    Raises:
+        ValueError: if `last` is below 1.
     """
+    if last is not None and last < 1:
+        raise ValueError(f"last is {last}, but must be a number of logs, at least 1, or None for all.")
     logs = [found for found in map(_step_values, log_history) if found]
     values: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for found in logs if last is None else logs[-last:]:

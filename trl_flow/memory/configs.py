@@ -44,6 +44,8 @@ def fetch_configs(model: str | os.PathLike, revision: str | None = None, token: 
         ValueError: if there is no such model, it is gated, or the Hub can not be reached.
     """
     folder = Path(model)
+    if folder.is_file():
+        raise ValueError(f"{os.fspath(model)!r} is a file. Give the folder of a diffusers pipeline, or a hub id.")
     if not folder.is_dir():
         name = os.fspath(model)
         patterns = [INDEX, "*/config.json", "*/scheduler_config.json"]

@@ -45,6 +45,9 @@ def savings(plan: Plan, now: Estimate, again: Callable[[Plan], Estimate]) -> lis
     if plan.beta > 0 and plan.peft_config is None:
         options.append(("beta: 0 (no reference model)", plan.changed(beta=0.0)))
     found = [(text, now.total - again(other).total) for text, other in options]
+    # Images no larger than a tile are not cut: what is saved then is the slicing's
+    sliced = dict(found).get("enable_vae_slicing: true", 0)
+    found = [(text, saved) for text, saved in found if not text.startswith("enable_vae_tiling") or saved > sliced]
     if plan.peft_config is None:
         found.append(("use_peft: true (an adapter in place of all weights)", _all_but_frozen(now)))
     # Less than this is within what the estimate does not know

@@ -199,11 +199,16 @@ class AdvantagePower:
     ):
         self.model = model
         self.accelerator = accelerator
-        self.target_kl = target_kl
+        self._given_target_kl = target_kl
         self.max_kl = max_kl
         self.fisher_steps = fisher_steps
         self.seed = seed
         self.log = log
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all measurements. For the trainer, when training begins anew."""
+        self.target_kl = self._given_target_kl
         self.power = 0.0
         self.eigenvalue: float | None = None
         self._updates = 0  # since the eigenvalue was estimated

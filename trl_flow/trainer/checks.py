@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 from datasets import Dataset
 from peft import PeftConfig
-from PIL import Image
+from PIL import ExifTags, Image
 
 from trl_flow.backbones import Backbone
 from trl_flow.rollout import Dynamics
@@ -79,7 +79,8 @@ def check_backbone(backbone: Any, args: FlowGRPOConfig, peft_config: PeftConfig 
         ValueError: if it can not do what the config asks: guide away from the negative prompt, keep conditions on
             disk, checkpoint gradients, save a LoRA, train quantised weights, slice or tile its VAE.
     """
-    missing = [name for name in BACKBONE_MEMBERS if not hasattr(backbone, name)]
+    needed = [*BACKBONE_MEMBERS, *(["check_image_size"] if getattr(backbone, "takes_image", False) else [])]
+    missing = [name for name in needed if not hasattr(backbone, name)]
     if missing:
         raise TypeError(
             f"backbone is a {type(backbone).__name__} without {', '.join(missing)}. Subclass "
@@ -112,9 +113,10 @@ def check_backbone(backbone: Any, args: FlowGRPOConfig, peft_config: PeftConfig 
             "pass a peft_config, or load the pipeline without a quantization_config."
         )
     for name, method in (("enable_vae_slicing", "use_slicing"), ("enable_vae_tiling", "use_tiling")):
-        if getattr(args, name) and not hasattr(backbone.pipeline.vae, method):
+        vae = getattr(backbone.pipeline, "vae", None)
+        if getattr(args, name) and not hasattr(vae, method):
             raise ValueError(
-                f"{name} is set, but the pipeline's {type(backbone.pipeline.vae).__name__} can not do that. Leave it "
+                f"{name} is set, but the pipeline's VAE ({type(vae).__name__}) can not do that. Leave it "
                 "out, and lower per_device_train_batch_size if decoding needs too much memory."
             )
 
@@ -136,7 +138,13 @@ def check_images(dataset: Dataset, name: str, backbone: Backbone) -> None:
             f"{name} has a column 'image' of {feature}, but {editor}: it must hold PIL images. If it holds paths or "
             "bytes of pictures, convert it: dataset.cast_column('image', datasets.Image())."
         )
-    encoded = dataset.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
+    if dataset.format["type"] not in (None, "custom", "python"):
+        raise ValueError(
+            f"{name} has the format {dataset.format['type']!r}, in which a picture is an array, but {editor}: its "
+            "column 'image' must give PIL images. Take the format off: dataset.with_format(None)."
+        )
+    encoded = dataset.with_format(None).select_columns(["image"])
+    encoded = encoded.cast_column("image", datasets.Image(decode=False))
     for index, row in enumerate(encoded):
         if row["image"] is None:
             raise ValueError(
@@ -144,9 +152,14 @@ def check_images(dataset: Dataset, name: str, backbone: Backbone) -> None:
                 "dataset.filter(lambda row: row['image'] is not None)."
             )
         path, content = row["image"]["path"], row["image"]["bytes"]
-        # Reads the file's head only
-        with Image.open(path if content is None else BytesIO(content)) as image:
-            width, height = image.size
+        try:
+            # Reads the file's head only
+            with Image.open(path if content is None else BytesIO(content)) as image:
+                width, height = image.size
+                if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:
+                    width, height = height, width  # decoded, it is turned as the camera was
+        except OSError as error:
+            raise ValueError(f"{name} has an image in row {index} that can not be read: {error}.") from error
         try:
             backbone.check_image_size(height, width)
         except ValueError as error:

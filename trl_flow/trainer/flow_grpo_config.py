@@ -381,7 +381,7 @@ class FlowGRPOConfig(_BaseConfig):
         self.epsilon = float(self.epsilon)
         self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
         # HfArgumentParser reads a missing list as None, YAML as a list: one form from here on
-        if self.sde_window_range is not None:
+        if isinstance(self.sde_window_range, tuple):
             self.sde_window_range = list(self.sde_window_range)
 
         self._check_choices()
@@ -459,7 +459,11 @@ class FlowGRPOConfig(_BaseConfig):
             )
         check("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
         check("reward_timeout", self.reward_timeout is None or self.reward_timeout > 0, "above 0 seconds, or None")
-        check("diagnostics_steps", self.diagnostics_steps >= 0, "0 or more")
+        check(
+            "diagnostics_steps",
+            isinstance(self.diagnostics_steps, int) and self.diagnostics_steps >= 0,
+            "a whole number of at least 0",
+        )
 
     def _check_advantage_power(self) -> None:
         if self.advantage_power != "auto":
@@ -483,8 +487,8 @@ class FlowGRPOConfig(_BaseConfig):
         self.fisher_steps = 50 if self.fisher_steps is None else self.fisher_steps
         for name in ("target_kl", "max_kl"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} is {value!r}, but must be finite and above 0, or None.")
+            if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} is {value!r}, but must be a finite number above 0, or None.")
         if not isinstance(self.fisher_steps, int) or self.fisher_steps < 1:
             raise ValueError(f"fisher_steps is {self.fisher_steps!r}, but must be a whole number of at least 1.")
 
@@ -515,8 +519,11 @@ class FlowGRPOConfig(_BaseConfig):
             return
         if self.sde_window_range is None:
             self.sde_window_range = [0, self.num_stochastic_steps]
-        if len(self.sde_window_range) != 2:
-            raise ValueError(f"sde_window_range is {self.sde_window_range}, but must be two numbers: [first, end].")
+        steps = self.sde_window_range
+        if not isinstance(steps, list) or len(steps) != 2 or not all(isinstance(step, int) for step in steps):
+            raise ValueError(
+                f"sde_window_range is {self.sde_window_range}, but must be two whole numbers: [first, end]."
+            )
         first, end = self.sde_window_range
         if not 0 <= first < end <= self.num_inference_steps:
             raise ValueError(
@@ -528,6 +535,8 @@ class FlowGRPOConfig(_BaseConfig):
                 f"sde_window_range is {self.sde_window_range}, which includes the last step; with sde_type='cps' it "
                 f"is deterministic and can not be trained. Use an end of at most {self.num_stochastic_steps}."
             )
+        if not isinstance(self.sde_window_size, int):
+            raise ValueError(f"sde_window_size is {self.sde_window_size!r}, but must be a whole number of steps.")
         if not 1 <= self.sde_window_size <= end - first:
             raise ValueError(
                 f"sde_window_size is {self.sde_window_size}, but the window must have at least 1 step and fit into "

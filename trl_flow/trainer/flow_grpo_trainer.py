@@ -233,6 +233,12 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
         if peft_config is not None:
             sharing.check_lora_config(peft_config)
 
+        if getattr(backbone, "pipeline", model) is not model:
+            raise ValueError(
+                "backbone was made for another pipeline than model: the one would be trained, and the other prepared "
+                "for it. Pass one and the same: model=backbone.pipeline."
+            )
+
         # Model. A LoRA draws its initial weights at random, so the seed comes first.
         set_seed(args.seed)
         pipeline = load_pipeline(model, args, peft_config) if isinstance(model, str | os.PathLike) else model
@@ -520,6 +526,8 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
         )
         for callback in self._over_optimization_callbacks:
             callback.reset()
+        if self.advantage_power is not None:
+            self.advantage_power.reset()
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.args.save_strategy != "no":
             self.save_model(_internal_call=True)
@@ -927,12 +935,15 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
             return
         row = rewards_per_func[total.argmin()] * self.reward_weights.to(rewards_per_func.device)
         parts = {name: value for name, value in zip(self.reward_func_names, row.tolist(), strict=True) if value < 0}
+        # What a negative weight turns around needs an offset that is turned around, too
+        positive = self.reward_weights[self.reward_func_names.index(next(iter(parts)))] > 0
         raise RewardError(
             "With dense_rewards, VGPO's weights need rewards of one sign, but "
             + " and ".join(f"the reward function {name!r} gave {value:g}" for name, value in parts.items())
             + f" (weight included) for an image as it stands after step {step}. Add an offset to it that makes all "
-            "its values positive, such as `lambda prompts, images, **kwargs: [value + 5 for value in "
-            "reward(prompts=prompts, images=images, **kwargs)]`, or set dense_rewards=False."
+            f"its values {'positive' if positive else 'negative, as its weight is'}, such as `lambda prompts, images, "
+            f"**kwargs: [value {'+' if positive else '-'} 5 for value in reward(prompts=prompts, images=images, "
+            "**kwargs)]`, or set dense_rewards=False."
         )
 
     def _group_advantages(self, rewards: torch.Tensor) -> torch.Tensor:
@@ -1384,6 +1395,11 @@ class FlowGRPOTrainer(PublishingMixin, _BaseTrainer):
         self.model.train(was_training)
         for name, values in scores.gold.items():
             check_base(name, values)
+            if np.isnan(values).all():
+                logger.warning(
+                    f"The gold function {name!r} returned None for every picture of this evaluation set: it is left "
+                    "out of the gold average."
+                )
         self._base_scores[key] = scores
         return scores, (images, [row["prompt"] for row in rows])
 

@@ -51,7 +51,7 @@ def component_dtypes(args: FlowGRPOConfig, *, trains_adapter: bool) -> dict[str,
 def _as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     # Text comes from a command line or a YAML file; diffusers would take float32 in its place
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype):
+    if found not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"model_init_kwargs has dtype {dtype!r}, but must be float32, bfloat16 or float16.")
     return found
 

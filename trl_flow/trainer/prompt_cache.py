@@ -11,6 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from trl_flow.backbones.base import Backbone
+from trl_flow.trainer.loading import is_quantized
 from trl_flow.trainer.prompt_files import PromptFiles
 
 
@@ -49,7 +50,8 @@ class PromptCache:
 
     def _move_encoders(self, device: torch.device) -> None:
         for name, module in self.backbone.pipeline.components.items():
-            if name.startswith("text_encoder") and isinstance(module, torch.nn.Module):
+            is_encoder = name.startswith("text_encoder") and isinstance(module, torch.nn.Module)
+            if is_encoder and not is_quantized(module):
                 module.to(device)
 
     @contextlib.contextmanager

@@ -40,7 +40,7 @@ def encoding_fingerprint(backbone: Backbone) -> str:
         "max_sequence_length": backbone.max_sequence_length,
         "size": [backbone.height, backbone.width],
         "device": backbone.device.type,
-        "versions": [diffusers.__version__, transformers.__version__],
+        "versions": [diffusers.__version__, torch.__version__, transformers.__version__],
         "config": {
             key: value
             for key, value in sorted(pipeline.config.items())
@@ -92,8 +92,13 @@ class PromptFiles:
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
     def __contains__(self, key: tuple[str, str | None]) -> bool:
-        """Whether there is a file for a prompt and the fingerprint of its picture; it may yet prove damaged."""
-        return self._path(*key).is_file()
+        """Whether there is a file of full length for a prompt and the fingerprint of its picture."""
+        try:
+            # Reads the head, and holds the file's length against it
+            with safe_open(self._path(*key), framework="pt"):
+                return True
+        except (SafetensorError, OSError, ValueError):
+            return False
 
     def load(self, prompt: str, image: str | None) -> dict[str, torch.Tensor] | None:
         """The condition as it was saved, on the CPU; `None` if there is none, or it is not whole."""

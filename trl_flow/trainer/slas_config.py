@@ -19,5 +19,5 @@ class SLASConfig(FlowGRPOConfig):
     timestep_fraction: float = field(default=0.6, metadata={"help": "Share of the stochastic steps that is trained."})
     share_initial_noise: bool = field(default=True, metadata={"help": "One initial noise for the whole group."})
     advantage_power: float | str | None = field(
-        default=0.5, metadata={"help": "SLAS's gamma; 0 is linear, `auto` holds the KL per update at `target_kl`."}
+        default=0.25, metadata={"help": "SLAS's gamma; 0 is linear, `auto` holds the KL per update at `target_kl`."}
     )

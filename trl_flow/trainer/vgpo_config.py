@@ -15,5 +15,5 @@ class VGPOConfig(FlowGRPOConfig):
 
     dense_rewards: bool = field(default=True, metadata={"help": "VGPO's reward for each step."})
     value_discount: float = field(default=0.9, metadata={"help": "VGPO's discount gamma, in [0, 1)."})
-    value_scale: float = field(default=0.1, metadata={"help": "VGPO's k; needs dense_rewards."})
+    value_scale: float = field(default=0.05, metadata={"help": "VGPO's k; needs dense_rewards."})
     share_initial_noise: bool = field(default=True, metadata={"help": "One initial noise for the whole group."})
