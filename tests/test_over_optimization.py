@@ -119,8 +119,7 @@ def test_every_arm_can_be_configured():
 
 
 def test_scores_are_read_where_the_proxy_first_reaches_a_level():
-    scores = {name: np.array([0.0, 1.0, 0.5, 2.0]) for name in results.SCORES}
-    scores["gold"] = np.array([1.0, 0.8, 0.9, 0.4])
+    scores = {"proxy": np.array([0.0, 1.0, 0.5, 2.0]), "gold": np.array([1.0, 0.8, 0.9, 0.4])}
     curve = results.Curve(steps=np.array([0, 10, 20, 30]), scores=scores, training=[], seconds=0.0)
     # A quarter of the way up the first climb, and a third of the way up the second one
     assert curve.updates_to(0.25) == pytest.approx(2.5)
@@ -131,7 +130,7 @@ def test_scores_are_read_where_the_proxy_first_reaches_a_level():
 
 
 def test_before_an_update_every_ratio_is_one():
-    measured = ratios.measure("flow", prompts=1, num_generations=2, updates=0, num_steps=2, seed=0)
+    measured = ratios.measure("flow", prompts=1, num_generations=2, updates=0, learning_rate=1e-3, num_steps=2, seed=0)
     assert measured["dimensions"] == 1024
     for ratio in measured["ratios"].values():
         assert ratio["mean"] == [0.0, 0.0] and ratio["std"] == [0.0, 0.0]

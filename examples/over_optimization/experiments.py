@@ -62,8 +62,16 @@ EPSILON: dict[tuple[str, str], float] = {
     ("standard", "dance"): 1.3e-3,
 }
 
-# What section "ratios" measures: updates between sampling and measuring, and seeds
-RATIOS: dict[str, Any] = {"sde_types": ["flow", "dance"], "updates": [1, 3], "num_steps": 6, "seeds": 2}
+# What section "ratios" measures, for each of two seeds: updates between sampling and measuring, and the learning rate
+RATIO_SEEDS = 2
+RATIOS: list[dict[str, Any]] = [
+    {"sde_type": "flow", "updates": 1, "learning_rate": 1e-3},
+    {"sde_type": "flow", "updates": 3, "learning_rate": 1e-3},
+    {"sde_type": "dance", "updates": 1, "learning_rate": 1e-3},
+    {"sde_type": "dance", "updates": 3, "learning_rate": 1e-3},
+    {"sde_type": "flow", "updates": 1, "learning_rate": 1e-4},
+    {"sde_type": "flow", "updates": 1, "learning_rate": 3e-4},
+]
 
 
 @dataclass(frozen=True)
@@ -222,7 +230,7 @@ SECTIONS: dict[str, Section] = {
         title="GRPO-Guard with a learned reward",
         claim="As above.",
         arms=("learned/baseline", "learned/guard"),
-        seeds=1,
+        seeds=2,
     ),
     "jpeg": Section(
         title="GRPO-Guard with JPEG compressibility",

@@ -47,14 +47,23 @@ VARIANTS: dict[str, tuple[float, dict[str, tuple[str, str]]]] = {
 CLIPPED_SHARE = 0.2
 
 
-def measure(sde_type: str, *, prompts: int, num_generations: int, updates: int, num_steps: int, seed: int) -> dict:
+def measure(
+    sde_type: str,
+    *,
+    prompts: int,
+    num_generations: int,
+    updates: int,
+    learning_rate: float,
+    num_steps: int,
+    seed: int,
+) -> dict[str, Any]:
     """
     Everything that section "ratios" reports of one kind of dynamics.
 
     Args:
         sde_type (`str`): `"flow"` or `"dance"`.
         prompts, num_generations (`int`): size of the one batch.
-        updates (`int`): updates between sampling and measuring.
+        updates, learning_rate (`int`, `float`): of AdamW, between sampling and measuring.
         num_steps (`int`): sampling steps, all of them trained.
         seed (`int`): of prompts, noise and adapter.
 
@@ -137,7 +146,7 @@ def measure(sde_type: str, *, prompts: int, num_generations: int, updates: int, 
         )
         return ratios, transition.std
 
-    optimizer = torch.optim.AdamW(parameters, lr=COMMON["learning_rate"], weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-4)
     for _ in range(updates):
         optimizer.zero_grad()
         for step in steps:

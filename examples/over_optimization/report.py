@@ -1,6 +1,5 @@
 """One page of tables, and the figures beside it, from the runs that are finished."""
 
-import json
 import os
 import platform
 from pathlib import Path
@@ -8,8 +7,8 @@ from typing import Any
 
 import figures
 import numpy as np
-from experiments import ARMS, RATIOS, SECTIONS, Scale
-from results import Curve, common_level, read_section, spread
+from experiments import ARMS, COMMON, SECTIONS, Scale
+from results import Curve, common_level, ratio_file, ratio_settings, read_ratio, read_section, spread
 
 from trl_flow.evaluation.report import versions
 
@@ -45,7 +44,7 @@ def write(
     lines = ["# Over-optimization, measured", "", *_preamble(sections, scale, command)]
     if findings:
         lines += ["", FINDINGS.read_text(encoding="utf-8").strip()]
-    lines += _ratios(output, folder)
+    lines += _ratios(output, folder, scale)
     for name, runs in sections.items():
         if runs:
             lines += _section(name, runs, folder)
@@ -77,9 +76,9 @@ def _preamble(sections: dict[str, dict[str, dict[int, Curve]]], scale: Scale, co
         f"{scale.prompts} prompts x {scale.num_generations} pictures, 6 steps, no guidance, trained on in two halves, "
         f"twice. Evaluation every {scale.eval_steps} updates on {scale.eval_prompts} held-out prompts x 2 pictures "
         "along the ODE, the same noise for all arms of a seed. **Gold** is the mean of the strict checker, the "
-        "fidelity to a clean rendering and the soft checker, each divided by the base model's value; **diversity** is "
-        "the root mean square difference of the two pictures of a prompt. None of these is optimised. Numbers are "
-        "means over seeds ± their standard deviation (one seed: no spread).",
+        "fidelity to a clean rendering and the diversity, each divided by the base model's value; the diversity is "
+        "the root mean square difference of the two pictures of a prompt. Neither these nor the soft checker are "
+        "optimised. Numbers are means over seeds ± their standard deviation (one seed: no spread).",
     ]
 
 
@@ -138,7 +137,7 @@ def _section(name: str, runs: dict[str, dict[int, Curve]], folder: Path) -> list
         )
     lines += ["", f"![{section.title}]({name}.png)"]
     if name == "guard":
-        figures.steps_in_training(runs, RATIOS["num_steps"], folder / "guard_steps.png")
+        figures.steps_in_training(runs, COMMON["num_inference_steps"], folder / "guard_steps.png")
         lines += [
             "",
             "Over the whole training of each arm, every arm with its own policy and pictures:",
@@ -157,10 +156,15 @@ _PROXIES = {
 _FINAL = ("proxy", "gold", "strict", "fidelity", "soft", "diversity")
 
 
-def _ratios(output: Path, folder: Path) -> list[str]:
-    try:
-        measured = json.loads((output / "ratios.json").read_text(encoding="utf-8"))["measured"]
-    except (OSError, ValueError, KeyError):
+def _ratios(output: Path, folder: Path, scale: Scale) -> list[str]:
+    measured = []
+    for settings in ratio_settings(scale):
+        content = read_ratio(ratio_file(output, settings), settings)
+        if content is not None:
+            measured.append(settings | content)
+    # As the runs are trained; the others tell how clip ranges depend on it
+    usual = [entry for entry in measured if entry["learning_rate"] == COMMON["learning_rate"]]
+    if not usual:
         return []
     lines = [
         "",
@@ -174,14 +178,13 @@ def _ratios(output: Path, folder: Path) -> list[str]:
         "this policy on these samples. Means over seeds; all steps are trained. The clip range is the one that a "
         "fifth of all ratios lie outside of.",
     ]
-    for kind in dict.fromkeys(entry["sde_type"] for entry in measured):
-        for updates in dict.fromkeys(entry["updates"] for entry in measured):
-            entries = [e for e in measured if e["sde_type"] == kind and e["updates"] == updates]
+    for kind in dict.fromkeys(entry["sde_type"] for entry in usual):
+        for updates in dict.fromkeys(entry["updates"] for entry in usual):
+            entries = [e for e in usual if e["sde_type"] == kind and e["updates"] == updates]
             lines += _ratio_table(entries, kind, updates)
-        figures.ratios([e for e in measured if e["sde_type"] == kind], folder / f"ratios_{kind}.png")
+        figures.ratios([e for e in usual if e["sde_type"] == kind], folder / f"ratios_{kind}.png")
         lines += ["", f"![ratios, clipping and gradients, {kind}](ratios_{kind}.png)"]
-    lines += _dimensions(measured)
-    return lines
+    return lines + _dimensions(usual) + _learning_rates(measured)
 
 
 def _ratio_table(entries: list[dict[str, Any]], kind: str, updates: int) -> list[str]:
@@ -240,4 +243,23 @@ def _dimensions(measured: list[dict[str, Any]]) -> list[str]:
             exponent = np.polyfit(np.log([int(size) for size in sizes]), np.log(values), 1)[0]
             cells = " | ".join(f"{value:.1e}" for value in values)
             lines.append(f"| {kind} | {updates} | {samples} | {cells} | {exponent:.2f} |")
+    return lines
+
+
+def _learning_rates(measured: list[dict[str, Any]]) -> list[str]:
+    entries = [entry for entry in measured if entry["sde_type"] == "flow" and entry["updates"] == 1]
+    kinds = list(entries[0]["ratios"])
+    lines = [
+        "",
+        "### Clip ranges and the learning rate",
+        "",
+        "The range that a fifth of the ratios lie outside of, Flow-SDE, one update after sampling:",
+        "",
+        "| learning rate | " + " | ".join(kinds) + " |",
+        "| --- " * (1 + len(kinds)) + "|",
+    ]
+    for rate in sorted({entry["learning_rate"] for entry in entries}):
+        same = [entry for entry in entries if entry["learning_rate"] == rate]
+        ranges = [np.mean([entry["ratios"][kind]["epsilon"] for entry in same]) for kind in kinds]
+        lines.append(f"| {rate:g} | " + " | ".join(f"{value:.1e}" for value in ranges) + " |")
     return lines

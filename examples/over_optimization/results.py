@@ -6,18 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from experiments import ARMS, SECTIONS, Scale
-from training import RESULT, is_finished, settings_of
+from experiments import ARMS, COMMON, RATIO_SEEDS, RATIOS, SECTIONS, Scale
+from training import RESULT, fingerprint, is_finished, settings_of
 
 
+# What the log calls them
 SCORES = {
     "proxy": "eval_reward",
-    "gold": "eval_gold/average",
     "strict": "eval_gold/shapes_strict",
     "fidelity": "eval_gold/shapes_fidelity",
     "soft": "eval_gold/shapes_soft",
     "diversity": "eval_diversity",
 }
+# The mean of these, each divided by the base model's value, is "gold". The soft checker is not: it sees colours too.
+GOLD = ("strict", "fidelity", "diversity")
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Curve:
 
     Attributes:
         steps (`np.ndarray`): updates at the evaluations, `(E,)`; the first is 0, the base model.
-        scores (`dict[str, np.ndarray]`): for each of `SCORES` its values there, `(E,)`.
+        scores (`dict[str, np.ndarray]`): for each of `SCORES` its values there, `(E,)`, and the composite `"gold"`.
         training (`list[dict]`): the log of every update.
         seconds (`float`): how long the run took.
     """
@@ -75,9 +77,11 @@ def read_curve(path: Path) -> Curve:
     content = json.loads(path.read_text(encoding="utf-8"))
     log = content["log_history"]
     evaluations = [entry for entry in log if SCORES["proxy"] in entry]
+    scores = {name: np.array([entry[key] for entry in evaluations], dtype=float) for name, key in SCORES.items()}
+    scores["gold"] = np.mean([scores[name] / scores[name][0] for name in GOLD], axis=0)
     return Curve(
         steps=np.array([entry["step"] for entry in evaluations]),
-        scores={name: np.array([entry[key] for entry in evaluations], dtype=float) for name, key in SCORES.items()},
+        scores=scores,
         training=[entry for entry in log if "ratio/mean" in entry],
         seconds=content["seconds"],
     )
@@ -93,6 +97,33 @@ def read_section(output: Path, section: str, scale: Scale, seeds: int | None) ->
             if is_finished(folder, settings_of(ARMS[arm], seed, scale)):
                 found.setdefault(arm, {})[seed] = read_curve(folder / RESULT)
     return found
+
+
+def ratio_settings(scale: Scale) -> list[dict[str, Any]]:
+    """The measurements of section "ratios": keyword arguments of `ratios.measure`."""
+    # Twice a training batch: the numbers are to be those of the formulas, not of the batch
+    sizes = {"prompts": 2 * scale.prompts, "num_generations": scale.num_generations}
+    num_steps = COMMON["num_inference_steps"]
+    return [
+        {**settings, **sizes, "num_steps": num_steps, "seed": seed}
+        for settings in RATIOS
+        for seed in range(RATIO_SEEDS)
+    ]
+
+
+def ratio_file(output: Path, settings: dict[str, Any]) -> Path:
+    """Where a measurement is kept."""
+    name = "{sde_type}-{updates}-updates-rate-{learning_rate:g}-seed-{seed}.json".format(**settings)
+    return output / "ratios" / name
+
+
+def read_ratio(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """A measurement with these settings, if it is there."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content["measured"] if content.get("fingerprint") == fingerprint(settings) else None
 
 
 def common_level(runs: dict[str, dict[int, Curve]], slow: tuple[str, ...]) -> float:

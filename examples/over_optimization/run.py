@@ -8,7 +8,6 @@ have changed is repeated. A run that fails is reported, and the others go on.
 """
 
 import argparse
-import json
 import os
 import shlex
 import sys
@@ -22,8 +21,9 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import report
-from experiments import ARMS, FULL, QUICK, RATIOS, SECTIONS, VERSION, Scale
+from experiments import ARMS, FULL, QUICK, SECTIONS, Scale
 from ratios import measure
+from results import ratio_file, ratio_settings, read_ratio
 from training import fingerprint, is_finished, run, settings_of
 
 from trl_flow.evaluation.report import write_json
@@ -130,30 +130,14 @@ def results(tasks: list[Task], output: Path, jobs: int):
 
 
 def run_ratios(output: Path, scale: Scale) -> None:
-    """The section without training: `ratios.json`, unless it is there with these settings."""
-    path = output / "ratios.json"
-    # Twice a training batch: the numbers are to be those of the formulas, not of the batch
-    sizes = {"prompts": 2 * scale.prompts, "num_generations": scale.num_generations}
-    settings = RATIOS | sizes | {"version": VERSION}
-    try:
-        if json.loads(path.read_text(encoding="utf-8"))["fingerprint"] == fingerprint(settings):
-            return
-    except (OSError, ValueError, KeyError):
-        pass
-    print("Measuring ratios and gradients ...", flush=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    measured = [
-        {
-            "sde_type": kind,
-            "updates": updates,
-            "seed": seed,
-            **measure(kind, **sizes, num_steps=settings["num_steps"], updates=updates, seed=seed),
-        }
-        for kind in settings["sde_types"]
-        for updates in settings["updates"]
-        for seed in range(settings["seeds"])
-    ]
-    write_json(path, {"fingerprint": fingerprint(settings), "settings": settings, "measured": measured})
+    """The section without training: one file in `ratios` for each measurement that is not there."""
+    for settings in ratio_settings(scale):
+        path = ratio_file(output, settings)
+        if read_ratio(path, settings) is None:
+            print(f"Measuring {path.stem} ...", flush=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content = {"fingerprint": fingerprint(settings), "settings": settings, "measured": measure(**settings)}
+            write_json(path, content)
 
 
 if __name__ == "__main__":
