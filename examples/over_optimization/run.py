@@ -1,7 +1,7 @@
 """The laboratory: what the three papers claim, measured on the bundled world with proxies that are wrong on purpose.
 
-    python examples/over_optimization/run.py            # all of it, hours on one core
-    python examples/over_optimization/run.py --quick    # every section in small, minutes
+    python examples/over_optimization/run.py                     # all of it, two hours of one core
+    python examples/over_optimization/run.py --quick --jobs 2    # every section in small, minutes
 
 A run whose result is there is skipped, so that the same command goes on where it was stopped; a run whose settings
 have changed is repeated. A run that fails is reported, and the others go on.
