@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny_training import assert_equal, brightness, prompts, tiny_lora, tiny_trainer, train, trained_weights
+from transformers import TrainerCallback
 
 from trl_flow import FlowGRPOConfig, GuardConfig, SLASConfig
 from trl_flow.functional import Transition, max_advantage_power
@@ -317,7 +318,12 @@ def powers_of(tmp_path, target_kl: float, steps: int = 12, start: float = 0.0, *
         lora=tiny_lora(init_lora_weights=False),
         **SGD | {"advantage_power": "auto", "target_kl": target_kl, "max_kl": 1e6} | fields,
     )
-    trainer.advantage_power.power = start
+
+    class Start(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            trainer.advantage_power.power = start
+
+    trainer.add_callback(Start())
     trainer.train()
     return trainer
 
