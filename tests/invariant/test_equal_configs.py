@@ -180,10 +180,10 @@ def test_sampling_does_not_depend_on_the_global_random_state(tmp_path):
                 "noise_level": 0.3,
                 "timestep_fraction": 0.6,
                 "share_initial_noise": True,
-                "advantage_power": 0.5,
+                "advantage_power": 0.25,
             },
         ),
-        (VGPOConfig, {"dense_rewards": True, "value_scale": 0.1, "share_initial_noise": True}),
+        (VGPOConfig, {"dense_rewards": True, "value_scale": 0.05, "share_initial_noise": True}),
     ],
 )
 def test_a_preset_is_nothing_but_defaults(preset, fields, tmp_path):
