@@ -161,7 +161,11 @@ def test_sd35_flow_grpo_trains_twice_on_48_groups_of_24(monkeypatch, tmp_path):
     assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 48 * 24 / 2
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+# Those for one GPU differ from their models in batches and memory settings alone
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(path, marks=pytest.mark.slow if path.stem.endswith("gb") else (), id=path.stem) for path in RECIPES],
+)
 def test_recipes_train(recipe, reduced, capsys, monkeypatch):
     prompts = reduced / "prompts.jsonl"
     prompts.write_text('{"prompt": "a red circle"}\n{"prompt": "two blue squares"}\n')

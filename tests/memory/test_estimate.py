@@ -89,6 +89,7 @@ def test_conditions_have_the_shapes_that_encoding_gives(name):
     assert shapes == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
