@@ -119,5 +119,5 @@ def test_slices_and_tiles_of_the_vae(tmp_path):
 def test_a_vae_that_can_not_be_sliced(tmp_path):
     pipeline = tiny_sd3_pipeline()
     del pipeline.vae.use_slicing
-    with pytest.raises(ValueError, match="enable_vae_slicing is set, but the pipeline's AutoencoderKL can not"):
+    with pytest.raises(ValueError, match="enable_vae_slicing is set, but the pipeline's VAE .AutoencoderKL. can not"):
         tiny_trainer(tmp_path, pipeline=pipeline, enable_vae_slicing=True)
