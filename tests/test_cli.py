@@ -9,7 +9,8 @@ import yaml
 from safetensors.torch import load_file
 from tiny_training import PROMPTS
 
-from trl_flow.cli import ACCELERATE_CONFIGS, main
+from trl_flow.cli import main
+from trl_flow.commands.recipe import ACCELERATE_CONFIGS
 
 
 @pytest.fixture
@@ -116,7 +117,7 @@ def test_env_names_versions_and_devices(capsys):
         (["env", "--output-dir", "x"], "there is no option --output-dir"),
         (["train"], "nothing to train"),
         (["train", "--config"], "needs the path"),
-        (["train", "--config", "no-such.yaml"], "'no-such.yaml' can not be read: No such file"),
+        (["train", "--config", "no-such.yaml"], "'no-such.yaml' cannot be read: No such file"),
     ],
 )
 def test_mistakes_on_the_command_line(capsys, argv, words):
@@ -187,16 +188,19 @@ def test_gold_scores(recipe, tmp_path):
         ("p.json", '[{"prompt": "a cat"}, {"prompt": "a dog"}, {"prompt": "a cow"}]', 3),
     ],
 )
-def test_files_of_prompts(recipe, tmp_path, name, content, prompts):
-    from trl import DatasetMixtureConfig, ScriptArguments
-
-    from trl_flow.cli import _datasets
-
+def test_files_of_prompts(tmp_path, name, content, prompts):
     (tmp_path / name).write_text(content)
-    train, evaluation = _datasets(
-        ScriptArguments(dataset_name=str(tmp_path / name)), DatasetMixtureConfig(), bundled=False, evaluate=False
-    )
+    train, evaluation = datasets_of("--dataset_name", str(tmp_path / name))
     assert len(train) == prompts and train[0]["prompt"] == "a cat" and evaluation is None
+
+
+def datasets_of(*argv: str, **kwargs):
+    """The prompts to train and to evaluate on, by these options."""
+    from trl_flow.commands.options import training_parser
+    from trl_flow.commands.train import load_datasets
+
+    script_args, *_, mixture_args = training_parser(argv, {}).parse_args_and_config(list(argv))
+    return load_datasets(script_args, mixture_args, **{"bundled": False, "evaluate": False} | kwargs)
 
 
 def test_a_mixture_of_data_sets(recipe, tmp_path):
@@ -208,21 +212,19 @@ def test_a_mixture_of_data_sets(recipe, tmp_path):
 
 
 def test_the_bundled_prompts_are_the_bundled_models_default():
-    from trl import DatasetMixtureConfig, ScriptArguments
-
-    from trl_flow.cli import _datasets
     from trl_flow.shapes import load_prompts
 
-    train, evaluation = _datasets(ScriptArguments(), DatasetMixtureConfig(), bundled=True, evaluate=True)
+    train, evaluation = datasets_of(bundled=True, evaluate=True)
     assert train["prompt"] == load_prompts("train")["prompt"]
     assert evaluation["prompt"] == load_prompts("test")["prompt"]
 
 
 def test_the_bundled_models_size_is_its_default_and_can_be_changed():
-    from trl_flow.cli import _train_parser
+    from trl_flow.commands.options import training_parser
 
-    def size(bundled, *argv):
-        _, config, *_ = _train_parser("flow_grpo", bundled=bundled).parse_args_and_config(list(argv))
+    def size(*argv):
+        argv = ["--model_name_or_path", *argv]
+        _, config, *_ = training_parser(argv, {}).parse_args_and_config(argv)
         return config.height, config.width
 
     assert size("bundled") == size("shapes") == (32, 32)
@@ -265,7 +267,7 @@ def test_the_bundled_models_size_is_its_default_and_can_be_changed():
         ({"resume_from_checkpoint": "no-such"}, [], "'no-such', which is no complete checkpoint"),
         ({"accelerate_config": "multi_gpus"}, [], "neither a file nor one of fsdp2, multi_gpu, single_gpu"),
         ({}, ["--accelerate_config", "single_gpu", "--num_proceses", "2"], "Did you mean --num_processes?"),
-        ({}, ["--accelerate_config"], "needs a name"),
+        ({}, ["--accelerate_config"], "expected one argument"),
     ],
 )  # fmt: skip
 def test_what_can_not_be_trained_is_refused(recipe, tmp_path, capsys, fields, options, words):
@@ -430,7 +432,7 @@ def test_memory_of_the_bundled_model_without_a_recipe(capsys):
     "argv, words",
     [
         ([], "nothing to estimate"),
-        (["--json"], "there is no model"),
+        (["--json"], "model_name_or_path is missing"),
         (["--model", "no/such/model"], "neither a folder nor a hub id"),
         (["--model", "user/model"], "could not be fetched"),
         (["--model", "."], "no model_index.json"),

@@ -19,6 +19,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 import trl_flow.backbones
 import trl_flow.trainer
 from trl_flow import cli
+from trl_flow.commands.options import training_parser
 from trl_flow.prompts import PROMPT_SETS
 from trl_flow.rewards.base import ModelReward
 from trl_flow.rewards.named import NAMED_REWARDS
@@ -208,8 +209,8 @@ def recipe_config(recipe: Path):
     """The configuration that a recipe gives on one process, and its text."""
     text = recipe.read_text(encoding="utf-8")
     settings = yaml.safe_load(text)
-    parser = cli._train_parser(settings["method"], bundled=settings["model_name_or_path"])
-    _, config, *_ = parser.parse_args_and_config(["--config", str(recipe), "--use_cpu", "true", "--bf16", "false"])
+    argv = ["--config", str(recipe), "--use_cpu", "true", "--bf16", "false"]
+    _, config, *_ = training_parser(argv, settings).parse_args_and_config(argv)
     return config, text
 
 
