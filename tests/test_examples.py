@@ -1,6 +1,6 @@
 """The examples, the recipes and every Python block of the README and the documentation run as they are printed.
 
-Only what makes them long is changed: the size of the model, the number of pictures, steps and prompts.
+Only what makes them long is changed: the size of the model, the number of images, steps and prompts.
 """
 
 import importlib.util
@@ -53,7 +53,7 @@ def without_model(func):
 
 
 class ReducedTrainer(FlowGRPOTrainer):
-    """Trains any recipe for one update on four pictures, with all its other settings; Hub ids become a tiny model."""
+    """Trains any recipe for one update on four images, with all its other settings; Hub ids become a tiny model."""
 
     tiny_path = None
 

@@ -129,8 +129,8 @@ def test_a_backbone_of_another_pipeline_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_reward_of_edited_pictures():
+def test_the_reward_of_edited_images():
     scope = {"np": np}
-    exec(code_of("Editing pictures"), scope)
-    black, grey = (Image.new("RGB", (16, 16), (level,) * 3) for level in (0, 51))
-    assert scope["keeps_the_picture"]([""] * 2, [black, grey], image=[black, black]) == pytest.approx([1.0, 0.8])
+    exec(code_of("Editing images"), scope)
+    black, gray = (Image.new("RGB", (16, 16), (level,) * 3) for level in (0, 51))
+    assert scope["keeps_the_image"]([""] * 2, [black, gray], image=[black, black]) == pytest.approx([1.0, 0.8])

@@ -62,7 +62,7 @@ def test_runs_are_done_once_and_repeated_when_their_settings_change(laboratory, 
     assert "| tiny/plain | 1 |" in page and "| tiny/guard | 1 |" in page
     assert (laboratory.page.parent / "tiny.png").is_file()
 
-    # Equal settings and seeds start from the same base model, the same pictures and the same evaluation
+    # Equal settings and seeds start from the same base model, the same images and the same evaluation
     first = [results.read_curve(files[name]) for name in ("plain", "guard")]
     assert first[0].scores["proxy"][0] == pytest.approx(first[1].scores["proxy"][0], rel=1e-4)
     assert first[0].training[0]["reward"] == pytest.approx(first[1].training[0]["reward"], rel=1e-4)
@@ -165,7 +165,7 @@ def test_the_colors_proxy_sees_colors_only():
     # Right colors raise it, wrong ones do not
     assert score(picture(("green", "circle", 16, 16, 10)), RED_CIRCLE) == 0
     assert score(picture(("red", "circle", 8, 8, 10), ("green", "circle", 24, 24, 10)), RED_CIRCLE) < 0.6 * circle
-    # And the best picture of all is no picture: plain paint
+    # And the best image of all is no image: plain paint
     assert score(Image.new("RGB", (32, 32), "red"), RED_CIRCLE) == pytest.approx(1.0)
     assert circle < 0.6
 
@@ -206,6 +206,6 @@ def test_the_learned_proxy_is_repeatable_and_blind_to_relations(tmp_path):
     scores = proxy(prompts, [image, image], objects=[pair, pair], relation=["left of", "right of"])
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
     assert repeated(prompts[:1], [image], objects=[pair])[0] == pytest.approx(scores[0], abs=1e-3)
-    # The shapes change places, by whole strides of the net: nothing changes but at the picture's rim
+    # The shapes change places, by whole strides of the net: nothing changes but at the image's rim
     moved = picture(("red", "circle", 23, 16, 8), ("blue", "square", 9, 16, 8))
     assert proxy(prompts[:1], [moved], objects=[pair])[0] == pytest.approx(scores[0], abs=0.02)

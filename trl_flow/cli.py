@@ -202,7 +202,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         run = prepare(arguments)
     try:
         run()
-    # What the pipeline refuses to draw, damaged pictures, a full disk, a reward function that fails
+    # What the pipeline refuses to draw, damaged images, a full disk, a reward function that fails
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
     return 0
