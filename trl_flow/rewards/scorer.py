@@ -25,6 +25,10 @@ from trl_flow.rewards.checks import (
 )
 
 
+# Seconds that a call which was not waited for is given when the process ends
+_LAST_MOMENT = 5.0
+
+
 class RewardLogs:
     """
     What reward functions have logged: `log_metric` and `log_extra` are handed to them.
@@ -319,7 +323,7 @@ def _run_sync(func: RewardFunc, name: str, arguments: dict[str, Any], timeout: f
     finally:
         if not future.done():
             # Python aborts when it tears a daemon thread out of one of PyTorch's operations
-            atexit.register(thread.join, 5.0)
+            atexit.register(thread.join, _LAST_MOMENT)
     if not future.done():
         raise _late([name], timeout)
     return future.result()
