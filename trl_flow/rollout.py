@@ -234,7 +234,7 @@ def rollout(
     for step in range(first_step, end):
         if on_step is not None:
             on_step(step)
-        velocity = backbone.velocity(
+        velocity = backbone.guided_prediction(
             model, latents, schedule.timesteps[step], condition, negative_condition, guidance_scale
         )
         if keep_projections and step > first_trained:
