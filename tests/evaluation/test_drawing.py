@@ -74,7 +74,9 @@ def expected_image(backbone, prompt: str, image, negative_prompt: str, index: in
     schedule = backbone.schedule(2)
     latents = torch.randn(backbone.latent_shape(), generator=sample_generator(7, EVALUATION_STREAM, index))[None]
     for step in range(2):
-        prediction = backbone.velocity(backbone.model, latents, schedule.timesteps[step], condition, negative, 2.0)
+        prediction = backbone.guided_prediction(
+            backbone.model, latents, schedule.timesteps[step], condition, negative, 2.0
+        )
         if hasattr(schedule, "sigmas"):
             latents = latents + (schedule.sigmas[step + 1] - schedule.sigmas[step]) * prediction
         else:
