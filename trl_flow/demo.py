@@ -233,7 +233,7 @@ def _load(model: str | os.PathLike) -> "StableDiffusion3Pipeline":
 
 
 def _draw(pipeline: Any, prompts: Any, settings: DemoSettings, progress: str) -> list["Image.Image"]:
-    from trl_flow.evaluation.scoring import draw
+    from trl_flow.evaluation.drawing import draw
     from trl_flow.shapes import PICTURE_SIZE
     from trl_flow.shapes.model import T5_TOKENS
 
