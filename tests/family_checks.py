@@ -248,7 +248,7 @@ def ratio_deviation(family: Family, dtype: torch.dtype) -> float:
         own = slice(row, row + 1)
         for index, step in enumerate(steps):
             latents = trajectory.latents[own, index]
-            velocity = backbone.velocity(
+            velocity = backbone.guided_prediction(
                 backbone.model,
                 latents,
                 dynamics.schedule.timesteps[step],

@@ -65,7 +65,8 @@ def test_results_have_what_a_reader_needs(demo, tiny_sd3_path):
 
 
 def test_the_saved_adapter_draws_the_images_that_were_scored(demo, tiny_sd3_path):
-    from trl_flow.evaluation.scoring import draw, score_images
+    from trl_flow.evaluation.drawing import draw
+    from trl_flow.evaluation.scoring import score_images
     from trl_flow.rewards import ShapesReward
     from trl_flow.shapes import load_prompts
 

@@ -108,7 +108,7 @@ def test_the_stored_numbers_are_those_of_the_equations(sde_type, steps, backbone
     for index, step in enumerate(steps):
         x, sigma, sigma_next = t.latents[:, index], sigmas[step], sigmas[step + 1]
         with torch.no_grad():
-            v = backbone.velocity(backbone.model, x, sigma * 1000, condition)
+            v = backbone.guided_prediction(backbone.model, x, sigma * 1000, condition)
         if sde_type == "flow":
             expected = flow_sde_transition(v, x, sigma, sigma_next, noise_level=0.7, sigma_max=sigmas[1])
         else:
@@ -144,9 +144,9 @@ def test_steps_outside_the_window_follow_the_ode(backbone, condition):
     sigmas = backbone.schedule(STEPS).sigmas
     x = draw_noise((4, 8, 8), [sample_generator(0, place) for place in range(4)], torch.device("cpu"))
     with torch.no_grad():
-        x1 = x - backbone.velocity(backbone.model, x, sigmas[0] * 1000, condition) * (sigmas[0] - sigmas[1])
+        x1 = x - backbone.guided_prediction(backbone.model, x, sigmas[0] * 1000, condition) * (sigmas[0] - sigmas[1])
         x3 = t.next_latents[:, 1]
-        x4 = x3 - backbone.velocity(backbone.model, x3, sigmas[3] * 1000, condition) * sigmas[3]
+        x4 = x3 - backbone.guided_prediction(backbone.model, x3, sigmas[3] * 1000, condition) * sigmas[3]
     torch.testing.assert_close(t.latents[:, 0], x1)
     torch.testing.assert_close(t.final, x4)
     assert ode.steps == ()
@@ -193,7 +193,7 @@ def test_projections_by_hand(backbone, condition):
     for step in ALL[:-1]:
         x, sigma = t.next_latents[:, step], sigmas[step + 1]
         with torch.no_grad():
-            expected = x - sigma * backbone.velocity(backbone.model, x, sigma * 1000, condition)
+            expected = x - sigma * backbone.guided_prediction(backbone.model, x, sigma * 1000, condition)
         torch.testing.assert_close(t.projections[:, step], expected)
     assert torch.equal(t.projections[:, -1], t.final)
 

@@ -125,7 +125,7 @@ def measure(
     def move(samples: Trajectory, step: int) -> torch.Tensor:
         """`-Delta * eps` of a step under the current policy, whose mean over a latent is RatioNorm's log-ratio."""
         latents = samples.latents[:, step]
-        velocity = backbone.velocity(policy, latents, dynamics.schedule.timesteps[step], condition, None, 1.0)
+        velocity = backbone.guided_prediction(policy, latents, dynamics.schedule.timesteps[step], condition, None, 1.0)
         transition = dynamics.transition(velocity, latents, step)
         noise = samples.next_latents[:, step] - samples.means[:, step]
         return ((transition.mean - samples.means[:, step]) * noise).flatten(1) / transition.std[:, None]
@@ -133,7 +133,7 @@ def measure(
     def log_ratios(step: int, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-ratios and standard deviations of a step under the current policy, both `(B,)`."""
         latents = trajectory.latents[:, step]
-        velocity = backbone.velocity(policy, latents, dynamics.schedule.timesteps[step], condition, None, 1.0)
+        velocity = backbone.guided_prediction(policy, latents, dynamics.schedule.timesteps[step], condition, None, 1.0)
         transition = dynamics.transition(velocity, latents, step)
         log_prob = dynamics.log_prob(trajectory.next_latents[:, step], transition)
         ratios = log_ratio(

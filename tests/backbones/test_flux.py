@@ -181,7 +181,7 @@ def test_the_picture_changes_the_image():
     condition, another = (backbone.encode_prompt("a cat", image) for image in (one, other))
     latents, timestep = torch.randn(1, *backbone.latent_shape()), torch.tensor(500.0)
     with torch.no_grad():
-        edits = [backbone.velocity(backbone.model, latents, timestep, c) for c in (condition, another)]
+        edits = [backbone.guided_prediction(backbone.model, latents, timestep, c) for c in (condition, another)]
     assert edits[0].shape == latents.shape
     assert (edits[0] - edits[1]).abs().max() > 1e-3
 

@@ -127,8 +127,8 @@ def test_the_image_matters_to_the_text_encoder_and_beside_the_latents(cls, small
     one, other = (backbone.encode_prompt("two", picture(i, 64, 64)) for i in range(2))
     assert (one["encoder_hidden_states"] - other["encoder_hidden_states"]).abs().max() > 1e-3
     x, timestep = initial_noise(backbone, len(PROMPTS))[:1], torch.tensor(500.0)
-    velocity = backbone.velocity(backbone.model, x, timestep, one)
-    mixed = backbone.velocity(backbone.model, x, timestep, one | {"image_latents": other["image_latents"]})
+    velocity = backbone.guided_prediction(backbone.model, x, timestep, one)
+    mixed = backbone.guided_prediction(backbone.model, x, timestep, one | {"image_latents": other["image_latents"]})
     assert (velocity - mixed).abs().max() > 1e-3
 
 

@@ -73,7 +73,7 @@ def test_every_weight_of_the_default_lora_is_reached_by_the_gradient(family, tmp
     backbone = trainer.backbone
     with torch.no_grad():
         condition = conditions(backbone, ["a cat"])
-    velocity = backbone.velocity(trainer.model, initial_noise(backbone, 1), torch.tensor(500.0), condition)
+    velocity = backbone.guided_prediction(trainer.model, initial_noise(backbone, 1), torch.tensor(500.0), condition)
     velocity.square().mean().backward()
     assert [name for name, weight in weights.items() if weight.grad is None] == []
 

@@ -113,9 +113,9 @@ def test_guidance_by_hand():
     backbone = make_backbone(tiny_sd3_pipeline())
     condition, negative = conditions(backbone, PROMPTS), conditions(backbone, ["", ""])
     latents, timestep = initial_noise(backbone, len(PROMPTS)), torch.tensor(500.0)
-    towards = backbone.velocity(backbone.model, latents, timestep, condition)
-    away = backbone.velocity(backbone.model, latents, timestep, negative)
-    guided = backbone.velocity(backbone.model, latents, timestep, condition, negative, 3.0)
+    towards = backbone.guided_prediction(backbone.model, latents, timestep, condition)
+    away = backbone.guided_prediction(backbone.model, latents, timestep, negative)
+    guided = backbone.guided_prediction(backbone.model, latents, timestep, condition, negative, 3.0)
     torch.testing.assert_close(guided, 3 * towards - 2 * away, rtol=0, atol=1e-5)
     assert (guided - towards).abs().max() > 1e-3
 

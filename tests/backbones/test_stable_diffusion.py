@@ -375,7 +375,9 @@ def test_the_ratio_hardly_depends_on_the_batch(make, dtype):
     def log_ratios(step: int, part: slice) -> torch.Tensor:
         own, negative_own = ({key: value[part] for key, value in c.items()} for c in (condition, negative))
         x = t.latents[part, step]
-        prediction = backbone.velocity(backbone.model, x, dynamics.schedule.timesteps[step], own, negative_own, 7.5)
+        prediction = backbone.guided_prediction(
+            backbone.model, x, dynamics.schedule.timesteps[step], own, negative_own, 7.5
+        )
         transition = dynamics.transition(prediction, x, step)
         return dynamics.log_prob(t.next_latents[part, step], transition) - t.log_probs[part, step]
 

@@ -96,7 +96,7 @@ def test_the_velocity_points_from_the_data_to_the_noise():
     latents, condition = initial_noise(backbone, len(PROMPTS)), conditions(backbone, PROMPTS)
     embeds = [own[mask] for own, mask in zip(condition["embeds"], condition["mask"], strict=True)]
     towards_data = backbone.model(list(latents.unsqueeze(2)), torch.tensor([0.25, 0.25]), embeds).sample
-    velocity = backbone.velocity(backbone.model, latents, torch.tensor(750.0), condition)
+    velocity = backbone.guided_prediction(backbone.model, latents, torch.tensor(750.0), condition)
     assert torch.equal(velocity, -torch.cat([own.transpose(0, 1) for own in towards_data]))
 
 

@@ -11,7 +11,7 @@ from trl_flow.evaluation.adapters import (
     loaded_adapter,
     parse_adapters,
 )
-from trl_flow.evaluation.scoring import draw
+from trl_flow.evaluation.drawing import draw
 
 
 OPTIONS = {"seed": 0, "num_inference_steps": 2, "height": 16, "width": 16, "max_sequence_length": 16}

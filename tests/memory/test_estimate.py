@@ -18,7 +18,7 @@ from tiny_training import tiny_config, tiny_lora, tiny_trainer
 from trl_flow.backbones import BACKBONES, get_backbone
 from trl_flow.memory import Estimate, Plan, empty_model, estimate, fetch_configs, savings
 from trl_flow.memory.dry_run import peak_bytes
-from trl_flow.memory.estimate import _quantized_bytes, condition_shapes
+from trl_flow.memory.estimate import _quantized_bytes
 
 
 # One of each family that has a backbone
@@ -80,7 +80,7 @@ def test_conditions_have_the_shapes_that_encoding_gives(name):
     image = [Image.new("RGB", (32, 32))] if backbone.takes_image else []
     condition = backbone.encode_prompt("a cat", *image)
     shapes = {key: tuple(value.shape[1:]) for key, value in condition.items()}
-    expected = {key: shape for key, (shape, _) in condition_shapes(backbone).items()}
+    expected = {key: shape for key, (shape, _) in backbone.condition_shapes().items()}
     if name.startswith("QwenImageEdit"):
         # The template's tokens, which depend on the tokenizer, come on top of the prompt's
         for both in (shapes, expected):
@@ -167,10 +167,10 @@ def saved_bytes(backbone, policy, batch: int) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    shapes = condition_shapes(backbone)
+    shapes = backbone.condition_shapes()
     condition = {name: torch.zeros(batch, *shape) for name, (shape, _) in shapes.items()}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        velocity = backbone.velocity(
+        velocity = backbone.guided_prediction(
             policy, torch.zeros(batch, *backbone.latent_shape()), torch.tensor(500.0), condition
         )
     assert velocity.requires_grad

@@ -1,11 +1,28 @@
-"""What the rollout and the trainer need from a pipeline, whatever its family."""
+"""What the program needs to know of a pipeline, whatever its family."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from PIL import Image
+
+
+# Name of a condition's tensor -> its shape without the batch, and its dtype
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+# Settings of the sampling that have these names in most pipelines' calls
+SAMPLING_SETTINGS = (
+    "num_inference_steps",
+    "guidance_scale",
+    "negative_prompt",
+    "height",
+    "width",
+    "max_sequence_length",
+)
 
 
 @dataclass(frozen=True)
@@ -15,7 +32,7 @@ class Schedule:
 
     Attributes:
         sigmas (`torch.Tensor`): noise levels `t`, from the noisiest down to the data's, float32, shape `(T + 1,)`.
-        timesteps (`torch.Tensor`): what the transformer is told at each step, shape `(T,)`.
+        timesteps (`torch.Tensor`): the model's input at each step, shape `(T,)`.
     """
 
     sigmas: torch.Tensor
@@ -56,7 +73,7 @@ class DDIMSchedule:
         alphas_cumprod (`torch.Tensor`): `a` before each step, ascending, float32, shape `(T,)`.
         alphas_cumprod_next (`torch.Tensor`): `a` after each step, float32, shape `(T,)`. Mostly the `a` before the
             next one; not always, as diffusers' `DDIMScheduler` rounds the timesteps.
-        timesteps (`torch.Tensor`): what the U-Net is told at each step, shape `(T,)`.
+        timesteps (`torch.Tensor`): the U-Net's input at each step, shape `(T,)`.
         prediction_type (`str`): `"epsilon"` or `"v_prediction"`, what the U-Net predicts.
     """
 
@@ -90,33 +107,51 @@ def shift_limits(scheduler: SchedulerMixin, max_shift: float = 1.15) -> tuple[in
 
 class Backbone(ABC):
     """
-    A pipeline family behind five methods, each on the pipeline's own code. A subclass is one file.
+    A pipeline family behind a few methods, each on the pipeline's own code: all that sampling, training, evaluation,
+    the memory estimate and the model card know of it. A subclass is one file.
 
     Conditions are dictionaries of tensors whose first dimension is the batch, so that they can be cached, stacked and
     split without knowing the family.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]): a loaded pipeline; its modules are used in place.
-        height, width (`int`): size of the images in pixels.
-        max_sequence_length (`int`): prompt tokens, where the pipeline takes this argument.
+        height, width (`int`, *optional*): size of the images in pixels; default: the pipeline's own.
+        max_sequence_length (`int`, *optional*): prompt tokens, where the pipeline takes this argument; default: the
+            pipeline's own.
 
     Raises:
-        ValueError: if the pipeline can not draw images of this size or read prompts of this length, or a part that
-            training needs is missing.
+        ValueError: if the pipeline cannot draw images of this size or read prompts of this length, or a part that
+            sampling needs is missing.
     """
 
     component = "transformer"  # the pipeline's module that is trained
     lora_target_modules: list[str]  # default targets of a LoRA whose config names none
-    takes_image = False  # whether it edits a picture: `encode_prompt` then gets the one in the row's column `image`
+    takes_image = False  # whether it edits images: `encode_prompt` then gets the one in the row's column `image`
+    takes_negative_prompt = True  # whether guidance can lead away from a prompt of the user's choice
+    default_sequence_length = 512  # the pipeline's own default for `max_sequence_length`
     sequence_length_limit: int | None = None  # the longest `max_sequence_length` that the pipeline takes
-    takes_negative_prompt = True  # whether guidance can lead away from a prompt of one's own
+    # Code for the model card that gives `pipeline` the scheduler that training sampled with, if it is not its own
+    scheduler_code: str | None = None
 
-    def __init__(self, pipeline: DiffusionPipeline, *, height: int, width: int, max_sequence_length: int):
-        missing = [name for name in (self.component, "vae", "scheduler") if getattr(pipeline, name, None) is None]
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        max_sequence_length: int | None = None,
+    ):
+        # A pipeline of one's own may do without a VAE
+        missing = [name for name in (self.component, "vae", "scheduler") if getattr(pipeline, name, ...) is None]
         if missing:
             raise ValueError(
                 f"The pipeline has no {' and no '.join(missing)}, which sampling needs. Load it with all its parts."
             )
+        if height is None or width is None:
+            own_height, own_width = self.default_size(pipeline)
+            height, width = height or own_height, width or own_width
+        if max_sequence_length is None:
+            max_sequence_length = self.default_sequence_length
         if self.sequence_length_limit is not None and max_sequence_length > self.sequence_length_limit:
             raise ValueError(
                 f"max_sequence_length is {max_sequence_length}, but {type(pipeline).__name__} takes "
@@ -137,24 +172,40 @@ class Backbone(ABC):
 
     @property
     def device(self) -> torch.device:
+        """Where conditions are made and images are decoded."""
         return self.pipeline.vae.device
+
+    # ---- Sizes ----
+
+    @classmethod
+    def default_size(cls, pipeline: DiffusionPipeline) -> tuple[int, int]:
+        """Height and width of the images that the pipeline draws by default."""
+        side = pipeline.default_sample_size * pipeline.vae_scale_factor
+        return side, side
 
     @abstractmethod
     def check_size(self, height: int, width: int) -> None:
-        """Raises `ValueError` if the pipeline can not draw images of this size."""
+        """Raises `ValueError` if the pipeline cannot draw images of this size."""
+
+    def check_image_size(self, height: int, width: int) -> None:
+        """With `takes_image`: raises `ValueError` if an image of this size cannot be edited."""
+        return  # any size, unless a family says otherwise
 
     @abstractmethod
     def latent_shape(self) -> tuple[int, ...]:
         """Shape of one image's latents, without the batch."""
 
+    # ---- Sampling ----
+
     @abstractmethod
     def encode_prompt(self, prompt: str) -> dict[str, torch.Tensor]:
         """The condition of one prompt, batch size 1, on the pipeline's device. With `takes_image` it has a second
-        argument, `image`: the picture to be edited, RGB, of any size; the condition's shapes must not depend on it."""
+        argument, `image`: the image to be edited, RGB, of any size; the condition's shapes must not depend on it."""
 
-    def check_image_size(self, height: int, width: int) -> None:
-        """With `takes_image`: raises `ValueError` if a picture of this size can not be edited."""
-        return  # any size, unless a family says otherwise
+    @abstractmethod
+    def condition_shapes(self) -> Shapes:
+        """Shape, without the batch, and dtype of each tensor of a condition, from the configuration alone: what memory
+        is estimated with, where nothing can be encoded. `predict` then gets tensors without data."""
 
     @abstractmethod
     def schedule(self, num_inference_steps: int) -> Schedule | DDIMSchedule:
@@ -165,14 +216,15 @@ class Backbone(ABC):
     def predict(
         self, model: torch.nn.Module, latents: torch.Tensor, timestep: torch.Tensor, condition: dict[str, torch.Tensor]
     ) -> torch.Tensor:
-        """One forward of `model` (the trained module, possibly wrapped) without guidance: the velocity `(B, ...)`, or
-        what the `prediction_type` of a [`DDIMSchedule`] says."""
+        """One forward of `model` (the trained module, possibly wrapped) without guidance, `(B, ...)`: the velocity
+        `v = x_1 - x_0` of a flow model, or what a U-Net predicts, the noise or v, as the `prediction_type` of its
+        [`DDIMSchedule`] says."""
 
     @abstractmethod
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
         """Images of final latents `(B, ...)`."""
 
-    def velocity(
+    def guided_prediction(
         self,
         model: torch.nn.Module,
         latents: torch.Tensor,
@@ -182,7 +234,7 @@ class Backbone(ABC):
         guidance_scale: float = 1.0,
     ) -> torch.Tensor:
         """
-        The velocity `v = x_1 - x_0` after guidance, or what the `prediction_type` of a [`DDIMSchedule`] says.
+        What `predict` gives, after guidance: a velocity, or a U-Net's noise or v.
 
         Args:
             model (`torch.nn.Module`): the trained module, possibly wrapped (PEFT, DDP, FSDP).
@@ -204,9 +256,25 @@ class Backbone(ABC):
         return self.guide(conditional, unconditional, guidance_scale)
 
     def guide(self, conditional: torch.Tensor, unconditional: torch.Tensor, guidance_scale: float) -> torch.Tensor:
-        """The pipeline's guidance, from the velocities of the prompts and of the negative prompts, both `(B, ...)`."""
+        """The pipeline's guidance, from the predictions for the prompts and the negative prompts, both `(B, ...)`."""
         return unconditional + guidance_scale * (conditional - unconditional)
 
     def uses_guidance(self, guidance_scale: float) -> bool:
         """Whether the pipeline would run its negative prompt at this scale."""
         return guidance_scale > 1
+
+    # ---- Sharing ----
+
+    def call_arguments(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """
+        The keyword arguments with which the pipeline's own call draws what sampling settings mean.
+
+        Args:
+            settings (`Mapping[str, Any]`): `num_inference_steps`, `guidance_scale`, `negative_prompt`, `height`,
+                `width`, `max_sequence_length`. Others, those that are `None` and those that the call does not take are
+                left out.
+        """
+        accepted = signature(type(self.pipeline).__call__).parameters
+        return {
+            name: settings[name] for name in SAMPLING_SETTINGS if settings.get(name) is not None and name in accepted
+        }

@@ -5,7 +5,7 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from PIL import Image
 
-from trl_flow.backbones.base import Schedule, shift_limits
+from trl_flow.backbones.base import Schedule, Shapes, shift_limits
 from trl_flow.backbones.packed import PackedBackbone
 
 
@@ -13,8 +13,8 @@ class FluxBackbone(PackedBackbone):
     """
     [`~diffusers.FluxPipeline`]: CLIP and T5 for text encoders, a joint transformer on packed latents, rectified flow.
 
-    `guidance_scale` is the pipeline's argument of this name: dev, which was distilled from guided samples, is told the
-    scale, whatever it is, and runs one forward; schnell is not told, and the scale has no effect. The pipeline's
+    `guidance_scale` is the pipeline's argument of this name: dev, which was distilled from guided samples, takes the
+    scale as an input and runs one forward; in schnell, which has no such input, it has no effect. The pipeline's
     `true_cfg_scale`, guidance by a second forward, is left at 1, and so there is no negative prompt.
     """
 
@@ -42,12 +42,17 @@ class FluxBackbone(PackedBackbone):
         )
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled, "text_ids": text_ids[None]}
 
+    def condition_shapes(self) -> Shapes:
+        length, config = self.max_sequence_length, self.model.config
+        return {
+            "encoder_hidden_states": ((length, config.joint_attention_dim), self.dtype),
+            "pooled_projections": ((config.pooled_projection_dim,), self.dtype),
+            "text_ids": ((length, 3), self.dtype),
+        }
+
     def schedule(self, num_inference_steps: int) -> Schedule:
         scheduler = self.pipeline.scheduler
-        mu = calculate_shift(
-            self.latent_shape()[0],
-            *shift_limits(scheduler),
-        )
+        mu = calculate_shift(self.latent_shape()[0], *shift_limits(scheduler))
         sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
         retrieve_timesteps(scheduler, device=self.device, sigmas=sigmas, mu=mu)
         return Schedule.of(scheduler, self.device)
@@ -70,7 +75,7 @@ class FluxBackbone(PackedBackbone):
             return_dict=False,
         )[0]
 
-    def velocity(
+    def guided_prediction(
         self,
         model: torch.nn.Module,
         latents: torch.Tensor,

@@ -5,13 +5,13 @@ import torch
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu, retrieve_timesteps
 from PIL import Image
 
-from trl_flow.backbones.base import Schedule
+from trl_flow.backbones.base import Schedule, Shapes
 from trl_flow.backbones.packed import PackedBackbone
 
 
 class Flux2KleinBackbone(PackedBackbone):
     """
-    [`~diffusers.Flux2KleinPipeline`] without reference pictures: a language model for a text encoder, a joint
+    [`~diffusers.Flux2KleinPipeline`] without reference images: a language model for a text encoder, a joint
     transformer on packed latents, rectified flow.
 
     The base models are guided away from the empty prompt, the only negative one that the pipeline has; the distilled
@@ -37,6 +37,13 @@ class Flux2KleinBackbone(PackedBackbone):
             prompt, device=self.device, max_sequence_length=self.max_sequence_length
         )
         return {"encoder_hidden_states": embeds, "text_ids": text_ids}
+
+    def condition_shapes(self) -> Shapes:
+        length = self.max_sequence_length
+        return {
+            "encoder_hidden_states": ((length, self.model.config.joint_attention_dim), self.dtype),
+            "text_ids": ((length, 4), torch.int64),
+        }
 
     def schedule(self, num_inference_steps: int) -> Schedule:
         scheduler = self.pipeline.scheduler
@@ -69,7 +76,7 @@ class Flux2KleinBackbone(PackedBackbone):
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
         vae = self.pipeline.vae
         latents = self.pipeline._unpack_latents_with_ids(latents, self._image_ids(latents), *self._grid())
-        # In the VAE's own normalisation, kept in its batch norm
+        # In the VAE's own normalization, kept in its batch norm
         mean = vae.bn.running_mean.view(1, -1, 1, 1).to(latents)
         std = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).to(latents)
         latents = self.pipeline._unpatchify_latents(latents * std + mean)

@@ -1,27 +1,32 @@
-"""FLUX.1 Kontext, which edits pictures."""
+"""FLUX.1 Kontext, which edits images."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 from PIL import Image
 
+from trl_flow.backbones.base import Shapes
 from trl_flow.backbones.flux import FluxBackbone
 
 
 class FluxKontextBackbone(FluxBackbone):
     """
-    [`~diffusers.FluxKontextPipeline`]: [`FluxBackbone`] with a picture to edit, whose latents stand beside those that
+    [`~diffusers.FluxKontextPipeline`]: [`FluxBackbone`] with an image to edit, whose latents stand beside those that
     are drawn.
 
-    As in the pipeline, the picture is brought to that of the model's sizes, of about a megapixel, whose aspect ratio
-    is closest to its own. The transformer takes batches of one shape only, so all pictures must lead to the same size
-    as the drawn images would. `height` and `width` are those of the drawn images; the pipeline draws them at
+    As in the pipeline, the image is scaled to that of the model's sizes, of about a megapixel, whose aspect ratio is
+    closest to its own. The transformer takes batches of one shape only, so all images to edit must lead to the same
+    size as the drawn ones would. `height` and `width` are those of the drawn images; the pipeline draws them at
     `max_area=height * width`.
     """
 
     takes_image = True
 
     def _input_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width at which the model sees a picture of this size."""
+        """Height and width at which the model sees an image of this size."""
         # Rounded down to whole tokens before and after, as in the pipeline
         processor = self.pipeline.image_processor
         height, width = processor.get_default_height_width(None, height, width)
@@ -38,15 +43,15 @@ class FluxKontextBackbone(FluxBackbone):
             raise ValueError(
                 f"It is {height} pixels high and {width} wide, and this model sees it at {own[0]} x {own[1]}, but for "
                 f"drawn images of {self.height} x {self.width} it must be {expected[0]} x {expected[1]}: a batch "
-                "holds one shape only. Crop the pictures, or set height and width to their aspect ratio."
+                "holds one shape only. Crop the images, or set height and width to their aspect ratio."
             )
 
     def encode_prompt(self, prompt: str, image: Image.Image) -> dict[str, torch.Tensor]:
         """
-        The condition of one prompt and the picture to edit, batch size 1, on the pipeline's device.
+        The condition of one prompt and the image to edit, batch size 1, on the pipeline's device.
 
         Raises:
-            ValueError: if the picture has an aspect ratio too far from the drawn images'.
+            ValueError: if the image has an aspect ratio too far from the drawn images'.
         """
         self.check_image_size(image.height, image.width)
         height, width = self._input_size(self.height, self.width)
@@ -63,11 +68,20 @@ class FluxKontextBackbone(FluxBackbone):
         )
         return super().encode_prompt(prompt) | {"image_latents": image_latents}
 
+    def condition_shapes(self) -> Shapes:
+        tokens = math.prod(self._input_grid())
+        return super().condition_shapes() | {"image_latents": ((tokens, self.model.config.in_channels), torch.float32)}
+
+    def _input_grid(self) -> tuple[int, int]:
+        """Height and width in tokens of the image to edit."""
+        multiple = self.pipeline.vae_scale_factor * 2
+        height, width = self._input_size(self.height, self.width)
+        return height // multiple, width // multiple
+
     def _image_ids(self, device: torch.device) -> torch.Tensor:
         own = super()._image_ids(device)
-        grid = (pixels // (self.pipeline.vae_scale_factor * 2) for pixels in self._input_size(self.height, self.width))
-        image_ids = self.pipeline._prepare_latent_image_ids(1, *grid, device, self.dtype)
-        # As in the pipeline's `prepare_latents`: the picture is told from the drawn latents by its first number
+        image_ids = self.pipeline._prepare_latent_image_ids(1, *self._input_grid(), device, self.dtype)
+        # As in the pipeline's `prepare_latents`: the first number tells the image from the drawn latents
         image_ids[:, 0] = 1
         return torch.cat([own, image_ids])
 
@@ -76,3 +90,10 @@ class FluxKontextBackbone(FluxBackbone):
     ) -> torch.Tensor:
         both = torch.cat([latents, condition["image_latents"].to(latents.dtype)], dim=1)
         return super().predict(model, both, timestep, condition)[:, : latents.shape[1]]
+
+    def call_arguments(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        arguments = super().call_arguments(settings)
+        if "height" in arguments and "width" in arguments:
+            # To which the pipeline would scale its images otherwise
+            arguments["max_area"] = arguments["height"] * arguments["width"]
+        return arguments

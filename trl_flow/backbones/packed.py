@@ -1,4 +1,4 @@
-"""What the families have in common whose transformer reads a picture's latents packed, 2 x 2 of them in each token."""
+"""What the families have in common whose transformer reads an image's latents packed, 2 x 2 of them in each token."""
 
 from trl_flow.backbones.base import Backbone
 

@@ -1,12 +1,15 @@
 """Qwen-Image."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift, retrieve_timesteps
 from PIL import Image
 
-from trl_flow.backbones.base import Schedule, shift_limits
+from trl_flow.backbones.base import Schedule, Shapes, shift_limits
 from trl_flow.backbones.packed import PackedBackbone
 
 
@@ -19,8 +22,8 @@ class QwenImageBackbone(PackedBackbone):
     guidance out, whatever the scale; here it is then the empty one, which draws the images of `negative_prompt=""`.
 
     Raises:
-        ValueError: besides the reasons of [`Backbone`], for a transformer with `guidance_embeds`, which diffusers'
-            `QwenImageTransformer2DModel` can be configured with but not run.
+        ValueError: in addition to the causes of [`Backbone`], for a transformer with `guidance_embeds`, which
+            diffusers' `QwenImageTransformer2DModel` can be configured with but not run.
     """
 
     # The attention of both streams but for the text's way out (`attn.to_add_out`): that of the last block leads
@@ -36,8 +39,8 @@ class QwenImageBackbone(PackedBackbone):
     ]
     sequence_length_limit = 1024
 
-    def __init__(self, pipeline: DiffusionPipeline, *, height: int, width: int, max_sequence_length: int):
-        super().__init__(pipeline, height=height, width=width, max_sequence_length=max_sequence_length)
+    def __init__(self, pipeline: DiffusionPipeline, **settings: int | None):
+        super().__init__(pipeline, **settings)
         if self.model.config.guidance_embeds:
             raise ValueError(
                 "The transformer's config has guidance_embeds=True (a guidance-distilled model), but diffusers' "
@@ -61,12 +64,16 @@ class QwenImageBackbone(PackedBackbone):
             "encoder_hidden_states_mask": torch.nn.functional.pad(mask, (0, missing)),
         }
 
+    def condition_shapes(self) -> Shapes:
+        length = self.max_sequence_length
+        return {
+            "encoder_hidden_states": ((length, self.model.config.joint_attention_dim), self.dtype),
+            "encoder_hidden_states_mask": ((length,), torch.bool),
+        }
+
     def schedule(self, num_inference_steps: int) -> Schedule:
         scheduler = self.pipeline.scheduler
-        mu = calculate_shift(
-            self.latent_shape()[0],
-            *shift_limits(scheduler),
-        )
+        mu = calculate_shift(self.latent_shape()[0], *shift_limits(scheduler))
         sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
         retrieve_timesteps(scheduler, device=self.device, sigmas=sigmas, mu=mu)
         return Schedule.of(scheduler, self.device)
@@ -98,8 +105,18 @@ class QwenImageBackbone(PackedBackbone):
 
     def guide(self, conditional: torch.Tensor, unconditional: torch.Tensor, guidance_scale: float) -> torch.Tensor:
         guided = super().guide(conditional, unconditional, guidance_scale)
-        # The guided velocity of each token keeps the length of the one without guidance
+        # The guided prediction of each token keeps the length of the one without guidance
         return guided * (conditional.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+
+    def call_arguments(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        arguments = super().call_arguments(settings)
+        # The pipeline keeps the name guidance_scale for distilled models, and guides with a negative prompt only
+        scale = arguments.pop("guidance_scale", None)
+        if scale is not None:
+            arguments["true_cfg_scale"] = scale
+            if self.uses_guidance(scale):
+                arguments.setdefault("negative_prompt", "")
+        return arguments
 
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
         vae = self.pipeline.vae
@@ -109,6 +126,6 @@ class QwenImageBackbone(PackedBackbone):
             torch.tensor(values).view(1, -1, 1, 1, 1).to(latents)
             for values in (vae.config.latents_mean, vae.config.latents_std)
         )
-        # A video of one frame; divided by the inverse as in the pipeline, to the last bit
+        # A video of one frame; divided by the inverse as in the pipeline
         pixels = vae.decode(latents / (1 / std) + mean, return_dict=False)[0][:, :, 0]
         return self.pipeline.image_processor.postprocess(pixels.float(), output_type="pil")

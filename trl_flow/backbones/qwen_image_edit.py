@@ -1,10 +1,13 @@
-"""Qwen-Image-Edit, with one picture to edit."""
+"""Qwen-Image-Edit, with one image to edit."""
+
+import math
 
 import torch
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from PIL import Image
 from transformers.utils import logging
 
+from trl_flow.backbones.base import Shapes
 from trl_flow.backbones.qwen_image import QwenImageBackbone
 
 
@@ -13,11 +16,11 @@ logger = logging.get_logger(__name__)
 
 class QwenImageEditBackbone(QwenImageBackbone):
     """
-    [`~diffusers.QwenImageEditPipeline`]: [`QwenImageBackbone`] with a picture to edit, which the text encoder sees and
+    [`~diffusers.QwenImageEditPipeline`]: [`QwenImageBackbone`] with an image to edit, which the text encoder sees and
     whose latents stand beside those that are drawn.
 
-    The pipeline scales the picture to a megapixel and keeps its aspect ratio; the transformer takes batches of one
-    shape only. So all pictures must have the aspect ratio of the drawn images (to 32 pixels in about a thousand).
+    The pipeline scales the image to a megapixel and keeps its aspect ratio; the transformer takes batches of one shape
+    only. So all images to edit must have the aspect ratio of the drawn ones (to 32 pixels in about a thousand).
 
     `max_sequence_length` counts the tokens of the prompt alone; the pipeline takes prompts of any length.
     """
@@ -31,16 +34,16 @@ class QwenImageEditBackbone(QwenImageBackbone):
         if own != expected:
             raise ValueError(
                 f"It is {height} pixels high and {width} wide, but must have the aspect ratio of the drawn images, "
-                f"{self.height} x {self.width}: a batch holds one shape only. Crop the pictures, or set height and "
+                f"{self.height} x {self.width}: a batch holds one shape only. Crop the images, or set height and "
                 "width to their aspect ratio."
             )
 
     def encode_prompt(self, prompt: str, image: Image.Image) -> dict[str, torch.Tensor]:
         """
-        The condition of one prompt and the picture to edit, batch size 1, on the pipeline's device.
+        The condition of one prompt and the image to edit, batch size 1, on the pipeline's device.
 
         Raises:
-            ValueError: if the picture has another aspect ratio than the drawn images.
+            ValueError: if the image has another aspect ratio than the drawn images.
         """
         self.check_image_size(image.height, image.width)
         processor, ratio = self.pipeline.image_processor, image.width / image.height
@@ -70,25 +73,35 @@ class QwenImageEditBackbone(QwenImageBackbone):
         return self._padded(embeds[:, :length], length) | {"image_latents": image_latents}
 
     def _input_size(self, ratio: float) -> tuple[int, int]:
-        """Width and height to which the pipeline scales a picture of this aspect ratio for the VAE."""
+        """Width and height to which the pipeline scales an image of this aspect ratio for the VAE."""
         return pipeline_qwenimage_edit.calculate_dimensions(1024 * 1024, ratio)[:2]
 
     def _seen_size(self, ratio: float) -> tuple[int, int]:
         """The same for the text encoder."""
         return self._input_size(ratio)
 
+    def condition_shapes(self) -> Shapes:
+        # The tokens of the template and the image, which the text encoder adds to the prompt's, are left out
+        tokens = math.prod(self._input_grid())
+        return super().condition_shapes() | {"image_latents": ((tokens, self.model.config.in_channels), torch.float32)}
+
+    def _input_grid(self) -> tuple[int, int]:
+        """Height and width in tokens of the image to edit."""
+        multiple = self.pipeline.vae_scale_factor * 2
+        width, height = self._input_size(self.width / self.height)
+        return height // multiple, width // multiple
+
     def predict(
         self, model: torch.nn.Module, latents: torch.Tensor, timestep: torch.Tensor, condition: dict[str, torch.Tensor]
     ) -> torch.Tensor:
-        multiple = self.pipeline.vae_scale_factor * 2
-        width, height = (size // multiple for size in self._input_size(self.width / self.height))
         tokens = torch.cat([latents, condition["image_latents"].to(latents.dtype)], dim=1)
-        velocities = self._forward(model, tokens, timestep, condition, [(1, *self._grid()), (1, height, width)])
+        shapes = [(1, *self._grid()), (1, *self._input_grid())]
+        velocities = self._forward(model, tokens, timestep, condition, shapes)
         return velocities[:, : latents.shape[1]]
 
 
 class QwenImageEditPlusBackbone(QwenImageEditBackbone):
-    """[`~diffusers.QwenImageEditPlusPipeline`] (2509, 2511): the text encoder sees the picture at a smaller size."""
+    """[`~diffusers.QwenImageEditPlusPipeline`] (2509, 2511): the text encoder sees the image at a smaller size."""
 
     def _input_size(self, ratio: float) -> tuple[int, int]:
         return pipeline_qwenimage_edit_plus.calculate_dimensions(pipeline_qwenimage_edit_plus.VAE_IMAGE_SIZE, ratio)

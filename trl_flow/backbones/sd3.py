@@ -4,7 +4,7 @@ import torch
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift, retrieve_timesteps
 from PIL import Image
 
-from trl_flow.backbones.base import Backbone, Schedule, shift_limits
+from trl_flow.backbones.base import Backbone, Schedule, Shapes, shift_limits
 
 
 class StableDiffusion3Backbone(Backbone):
@@ -21,16 +21,18 @@ class StableDiffusion3Backbone(Backbone):
         "attn.to_q",
         "attn.to_v",
     ]
+    default_sequence_length = 256
     sequence_length_limit = 512
 
     def check_size(self, height: int, width: int) -> None:
         multiple = self.pipeline.vae_scale_factor * self.pipeline.patch_size
         largest = self.model.config.pos_embed_max_size * multiple
-        own = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
         if height % multiple or width % multiple or max(height, width) > largest:
+            own_height, own_width = self.default_size(self.pipeline)
             raise ValueError(
                 f"height and width are {height} x {width}, but this model draws multiples of {multiple} pixels up to "
-                f"{largest}; its own size is {own} x {own}. Set height={own} and width={own}."
+                f"{largest}; its own size is {own_height} x {own_width}. Set height={own_height} and "
+                f"width={own_width}."
             )
 
     def latent_shape(self) -> tuple[int, ...]:
@@ -47,6 +49,14 @@ class StableDiffusion3Backbone(Backbone):
             max_sequence_length=self.max_sequence_length,
         )
         return {"encoder_hidden_states": prompt_embeds, "pooled_projections": pooled_prompt_embeds}
+
+    def condition_shapes(self) -> Shapes:
+        config = self.model.config
+        tokens = self.pipeline.text_encoder.config.max_position_embeddings + self.max_sequence_length
+        return {
+            "encoder_hidden_states": ((tokens, config.joint_attention_dim), self.dtype),
+            "pooled_projections": ((config.pooled_projection_dim,), self.dtype),
+        }
 
     def schedule(self, num_inference_steps: int) -> Schedule:
         scheduler = self.pipeline.scheduler

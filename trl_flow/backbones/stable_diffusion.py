@@ -5,7 +5,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 from transformers.utils import logging
 
-from trl_flow.backbones.base import Backbone, DDIMSchedule
+from trl_flow.backbones.base import Backbone, DDIMSchedule, Shapes
 
 
 logger = logging.get_logger(__name__)
@@ -19,7 +19,7 @@ class StableDiffusionBackbone(Backbone):
     results on Stable Diffusion 1.4, whatever scheduler the pipeline came with (PNDM in the released 1.4 and 1.5, Euler
     in XL): a [`~diffusers.DDIMScheduler`] is made from that one's config, in `scheduler`, and the pipeline's own is
     left as it is. The trained weights serve with any scheduler; only `pipeline.scheduler = backbone.scheduler` draws
-    an evaluation's images again to the last digit.
+    an evaluation's images again to rounding.
 
     The safety checker, which would give rewards black images to score, is not run. There is no `max_sequence_length`:
     prompts always have the tokenizer's length.
@@ -33,9 +33,15 @@ class StableDiffusionBackbone(Backbone):
     component = "unet"
     # DDPO's choice: self- and cross-attention
     lora_target_modules = ["to_k", "to_out.0", "to_q", "to_v"]
+    default_sequence_length = 77
+    # Clipping, where the pipeline's scheduler does not know of it, would be on by default
+    scheduler_code = (
+        "from diffusers import DDIMScheduler\n"
+        "pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)"
+    )
 
-    def __init__(self, pipeline: DiffusionPipeline, *, height: int, width: int, max_sequence_length: int):
-        super().__init__(pipeline, height=height, width=width, max_sequence_length=max_sequence_length)
+    def __init__(self, pipeline: DiffusionPipeline, **settings: int | None):
+        super().__init__(pipeline, **settings)
         config = pipeline.scheduler.config
         if "beta_schedule" not in config or config.get("prediction_type") not in ("epsilon", "v_prediction"):
             raise ValueError(
@@ -58,17 +64,21 @@ class StableDiffusionBackbone(Backbone):
         # PNDM has no clip_sample, and DDIM's default is to clip
         self.scheduler = DDIMScheduler.from_config(config, clip_sample=False)
 
-    def check_size(self, height: int, width: int) -> None:
-        own = self.model.config.sample_size
+    @classmethod
+    def default_size(cls, pipeline: DiffusionPipeline) -> tuple[int, int]:
+        own = pipeline.unet.config.sample_size
         if own is None:
             raise ValueError(
                 "The U-Net's config has no sample_size (the height and width of the latents that it was trained on), "
-                "from which its own picture size is known. Say it: pipeline.unet.register_to_config(sample_size=64) "
-                "for pictures of 512 x 512 pixels, 128 for 1024 x 1024."
+                "from which its own image size is known. Say it: pipeline.unet.register_to_config(sample_size=64) "
+                "for images of 512 x 512 pixels, 128 for 1024 x 1024."
             )
-        factor = self.pipeline.vae_scale_factor
-        own_height, own_width = (side * factor for side in ((own, own) if isinstance(own, int) else own))
-        multiple = max(8, factor)
+        height, width = (own, own) if isinstance(own, int) else own
+        return height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor
+
+    def check_size(self, height: int, width: int) -> None:
+        own_height, own_width = self.default_size(self.pipeline)
+        multiple = max(8, self.pipeline.vae_scale_factor)
         if height % multiple or width % multiple:
             raise ValueError(
                 f"height and width are {height} x {width}, but this model draws multiples of {multiple} pixels; its "
@@ -90,6 +100,10 @@ class StableDiffusionBackbone(Backbone):
         )
         return {"encoder_hidden_states": prompt_embeds}
 
+    def condition_shapes(self) -> Shapes:
+        tokens = self.pipeline.text_encoder.config.max_position_embeddings
+        return {"encoder_hidden_states": ((tokens, self.model.config.cross_attention_dim), self.dtype)}
+
     def schedule(self, num_inference_steps: int) -> DDIMSchedule:
         scheduler = self.scheduler
         scheduler.set_timesteps(num_inference_steps)
@@ -100,7 +114,7 @@ class StableDiffusionBackbone(Backbone):
             raise ValueError(
                 "The scheduler begins at pure noise (rescale_betas_zero_snr, with timestep_spacing "
                 f"{scheduler.config.timestep_spacing!r}), from which a U-Net that predicts the noise (epsilon) "
-                "can not step: there is no data in it. If the U-Net predicts v, set prediction_type='v_prediction' in "
+                "cannot step: there is no data in it. If the U-Net predicts v, set prediction_type='v_prediction' in "
                 "the scheduler's config; else give the pipeline a scheduler without: pipeline.scheduler = "
                 "DDIMScheduler.from_config(pipeline.scheduler.config, rescale_betas_zero_snr=False)."
             )

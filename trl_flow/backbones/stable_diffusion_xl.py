@@ -4,21 +4,22 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from trl_flow.backbones.base import Shapes
 from trl_flow.backbones.stable_diffusion import StableDiffusionBackbone
 
 
 class StableDiffusionXLBackbone(StableDiffusionBackbone):
     """
-    [`~diffusers.StableDiffusionXLPipeline`]: two text encoders, a U-Net that is also told the pooled prompt and the
-    size of the image. As [`StableDiffusionBackbone`] in all else: DDIM, noise or `v` predicted.
+    [`~diffusers.StableDiffusionXLPipeline`]: two text encoders, a U-Net that also gets the pooled prompt and the size
+    of the image. As [`StableDiffusionBackbone`] in all else: DDIM, noise or `v` predicted.
 
-    The released model draws well near 1024 x 1024 only: set `height` and `width`. The empty prompt stands for none:
+    The released model draws well near 1024 x 1024 only. The empty prompt stands for none:
     where the pipeline's `force_zeros_for_empty_prompt` is set, it has embeddings of zeros, as in the pipeline without
     a negative prompt. No watermark is applied.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, *, height: int, width: int, max_sequence_length: int):
-        super().__init__(pipeline, height=height, width=width, max_sequence_length=max_sequence_length)
+    def __init__(self, pipeline: DiffusionPipeline, **settings: int | None):
+        super().__init__(pipeline, **settings)
         if pipeline.vae.dtype == torch.float16 and pipeline.vae.config.force_upcast:
             # It overflows in half precision; the pipeline, too, decodes with it in float32
             pipeline.vae.to(torch.float32)
@@ -39,6 +40,13 @@ class StableDiffusionXLBackbone(StableDiffusionBackbone):
             "time_ids": time_ids.to(prompt_embeds.device),
         }
 
+    def condition_shapes(self) -> Shapes:
+        pooled = self.pipeline.text_encoder_2.config.projection_dim
+        return super().condition_shapes() | {
+            "text_embeds": ((pooled,), self.dtype),
+            "time_ids": ((6,), self.dtype),
+        }
+
     def predict(
         self, model: torch.nn.Module, latents: torch.Tensor, timestep: torch.Tensor, condition: dict[str, torch.Tensor]
     ) -> torch.Tensor:
@@ -54,7 +62,7 @@ class StableDiffusionXLBackbone(StableDiffusionBackbone):
         config = self.pipeline.vae.config
         latents_mean, latents_std = config.get("latents_mean"), config.get("latents_std")
         if latents_mean is not None and latents_std is not None:
-            # Variants of the model whose latents are normalised channel by channel
+            # Variants of the model whose latents are normalized channel by channel
             mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (latents_mean, latents_std))
             latents = latents * std + mean * config.scaling_factor
         return super().decode(latents)

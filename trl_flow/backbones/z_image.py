@@ -1,6 +1,7 @@
 """Z-Image."""
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.pipelines.z_image.pipeline_z_image import (
     calculate_shift,
     get_default_z_image_sigmas,
@@ -8,7 +9,7 @@ from diffusers.pipelines.z_image.pipeline_z_image import (
 )
 from PIL import Image
 
-from trl_flow.backbones.base import Backbone, Schedule, shift_limits
+from trl_flow.backbones.base import Backbone, Schedule, Shapes, shift_limits
 
 
 class ZImageBackbone(Backbone):
@@ -16,11 +17,15 @@ class ZImageBackbone(Backbone):
     [`~diffusers.ZImagePipeline`]: a language model for a text encoder, a single-stream transformer, rectified flow.
 
     Guidance is the pipeline's, `c + guidance_scale (c - u)`: it is off at a scale of 0, not 1. As by default there, it
-    is neither normalised nor cut short.
+    is neither normalized nor cut short.
     """
 
     # The attention of all blocks, the refiners' too
     lora_target_modules = ["attention.to_k", "attention.to_out.0", "attention.to_q", "attention.to_v"]
+
+    @classmethod
+    def default_size(cls, pipeline: DiffusionPipeline) -> tuple[int, int]:
+        return 1024, 1024
 
     def check_size(self, height: int, width: int) -> None:
         multiple = self.pipeline.vae_scale_factor * 2
@@ -49,13 +54,14 @@ class ZImageBackbone(Backbone):
             "mask": torch.nn.functional.pad(mask, (0, missing))[None],
         }
 
+    def condition_shapes(self) -> Shapes:
+        length = self.max_sequence_length
+        return {"embeds": ((length, self.model.config.cap_feat_dim), self.dtype), "mask": ((length,), torch.bool)}
+
     def schedule(self, num_inference_steps: int) -> Schedule:
         scheduler = self.pipeline.scheduler
         _, height, width = self.latent_shape()
-        mu = calculate_shift(
-            (height // 2) * (width // 2),
-            *shift_limits(scheduler),
-        )
+        mu = calculate_shift((height // 2) * (width // 2), *shift_limits(scheduler))
         sigmas = get_default_z_image_sigmas(num_inference_steps)
         retrieve_timesteps(scheduler, device=self.device, sigmas=sigmas, mu=mu)
         return Schedule.of(scheduler, self.device)
@@ -63,7 +69,9 @@ class ZImageBackbone(Backbone):
     def predict(
         self, model: torch.nn.Module, latents: torch.Tensor, timestep: torch.Tensor, condition: dict[str, torch.Tensor]
     ) -> torch.Tensor:
-        lengths = condition["mask"].sum(dim=1).tolist()
+        mask = condition["mask"]
+        # Without data, where memory is estimated, prompts are as long as they may be
+        lengths = [mask.shape[1]] * len(mask) if mask.is_meta else mask.sum(dim=1).tolist()
         embeds = condition["embeds"].to(self.dtype)
         velocities = model(
             # A list of videos of one frame

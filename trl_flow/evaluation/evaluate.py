@@ -10,7 +10,6 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,15 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
+from trl_flow.backbones import Backbone, get_backbone
 from trl_flow.evaluation.adapters import BASE, base_fingerprint, check_adapter, loaded_adapter, parse_adapters
 from trl_flow.evaluation.comparison import compare_scores, markdown
+from trl_flow.evaluation.drawing import draw
 from trl_flow.evaluation.page import write_page
 from trl_flow.evaluation.picture_folder import PictureFolder, PromptList, file_name
 from trl_flow.evaluation.pictures import comparison_grid, evenly
 from trl_flow.evaluation.report import versions, write_json
-from trl_flow.evaluation.scoring import draw, score_images
+from trl_flow.evaluation.scoring import score_images
 from trl_flow.evaluation.vote_results import update_votes
 from trl_flow.rewards.calling import check_reward_func, reward_names
 
@@ -113,6 +114,7 @@ def evaluate_models(
     proxy: Callable | Sequence[Callable] = (),
     gold: Callable | Sequence[Callable] = (),
     options: DrawingOptions | None = None,
+    backbone: Backbone | None = None,
     grid_prompts: int = 16,
     page_megabytes: float = 50.0,
     rescore: bool = False,
@@ -136,6 +138,8 @@ def evaluate_models(
             options. Models, prompt sets and rewards may be added to it.
         proxy, gold (`Callable` or `Sequence[Callable]`): rewards that were optimised, and others. May both be empty.
         options ([`DrawingOptions`], *optional*): how it is drawn.
+        backbone ([`Backbone`], *optional*): for a loaded pipeline of a family that has none here; it decides height,
+            width and `max_sequence_length`.
         grid_prompts (`int`): rows of the picture grids, spread evenly over the prompts.
         page_megabytes (`float`): about how large the page may become.
         rescore (`bool`): compute again the scores that an earlier run has kept.
@@ -156,6 +160,7 @@ def evaluate_models(
         proxy=proxy,
         gold=gold,
         options=options,
+        backbone=backbone,
         grid_prompts=grid_prompts,
         page_megabytes=page_megabytes,
         rescore=rescore,
@@ -181,6 +186,7 @@ class Evaluation:
         proxy: Callable | Sequence[Callable] = (),
         gold: Callable | Sequence[Callable] = (),
         options: DrawingOptions | None = None,
+        backbone: Backbone | None = None,
         grid_prompts: int = 16,
         page_megabytes: float = 50.0,
         rescore: bool = False,
@@ -204,9 +210,8 @@ class Evaluation:
         options = options or DrawingOptions()
 
         # What needs no model is checked before one is loaded
-        self.pipeline, self.options = _load(model, options)
+        self.pipeline, self.backbone, self.options = _load(model, options, backbone)
         self.model_path = os.fspath(model) if isinstance(model, str | os.PathLike) else _origin(model)
-        self._edits = "image" in signature(type(self.pipeline).__call__).parameters
         self._check_images()
         self.models: dict[str, dict[str, str]] = {
             BASE: {"path": self.model_path, "fingerprint": base_fingerprint(self.pipeline)}
@@ -234,16 +239,22 @@ class Evaluation:
         self.rewards = {name: _computed_by(func) for name, func in zip(names, [*self.proxy, *self.gold], strict=True)}
 
     def _check_images(self) -> None:
+        if not self.backbone.takes_image:
+            return
         for name, dataset in self.sets.items():
-            parameter = signature(type(self.pipeline).__call__).parameters.get("image")
-            if parameter is not None and parameter.default is parameter.empty and "image" not in dataset.column_names:
+            if "image" not in dataset.column_names:
                 raise ValueError(
-                    f"{type(self.pipeline).__name__} edits pictures, but the prompt set {name!r} has no column image."
+                    f"{type(self.pipeline).__name__} edits images, but the prompt set {name!r} has no column image."
                 )
+            for row, image in enumerate(dataset["image"]):
+                try:
+                    self.backbone.check_image_size(image.height, image.width)
+                except ValueError as error:
+                    raise ValueError(f"the image in row {row} of the prompt set {name!r}: {error}") from error
 
     def _inputs(self, dataset: Dataset) -> list[Image.Image] | None:
-        """The pictures to be edited."""
-        return list(dataset["image"]) if self._edits and "image" in dataset.column_names else None
+        """The images to be edited."""
+        return list(dataset["image"]) if self.backbone.takes_image else None
 
     def _prompt_list(self, dataset: Dataset) -> PromptList:
         digest = hashlib.sha256()
@@ -273,7 +284,7 @@ class Evaluation:
         self.folder.claim(asdict(self.options), self.models, self.prompt_lists)
         drawn = self._draw()
         # The rewards' models may need the memory
-        del self.pipeline
+        del self.pipeline, self.backbone
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -350,15 +361,12 @@ class Evaluation:
                 chunk = prompts[first : first + size]
                 places = range(first, first + len(chunk))
                 drawn = draw(
-                    self.pipeline,
+                    self.backbone,
                     chunk,
                     seed=options.seed,
                     num_inference_steps=options.num_inference_steps,
                     guidance_scale=options.guidance_scale,
                     negative_prompt=options.negative_prompt,
-                    height=options.height,
-                    width=options.width,
-                    max_sequence_length=options.max_sequence_length,
                     images=None if images is None else [images[i // options.num_images_per_prompt] for i in places],
                     batch_size=size,
                     first_index=first,
@@ -450,9 +458,11 @@ def _prompt_sets(prompts: Dataset | Mapping[str, Dataset]) -> dict[str, Dataset]
 
 
 def _load(
-    model: str | os.PathLike | DiffusionPipeline, options: DrawingOptions
-) -> tuple[DiffusionPipeline, DrawingOptions]:
-    """The pipeline, and the options with the dtype and the device that it has."""
+    model: str | os.PathLike | DiffusionPipeline, options: DrawingOptions, backbone: Backbone | None
+) -> tuple[DiffusionPipeline, Backbone, DrawingOptions]:
+    """The pipeline and its backbone, and the options with everything that these have decided."""
+    if backbone is not None and backbone.pipeline is not model:
+        raise ValueError("backbone was made for another pipeline than model. Pass model=backbone.pipeline.")
     if isinstance(model, str | os.PathLike):
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         try:
@@ -484,8 +494,14 @@ def _load(
         pipeline = model
     else:
         raise ValueError(f"the model is a {type(model).__name__}, but must be a hub id, a folder or a pipeline.")
-    found = {"dtype": str(pipeline.dtype).removeprefix("torch."), "device": torch.device(pipeline.device).type}
-    return pipeline, DrawingOptions(**(asdict(options) | found))
+    sizes = {name: getattr(options, name) for name in ("height", "width", "max_sequence_length")}
+    if backbone is None:
+        backbone = get_backbone(pipeline, **sizes)
+    elif any(value not in (None, getattr(backbone, name)) for name, value in sizes.items()):
+        raise ValueError(f"options have {sizes}, but the backbone draws otherwise. Leave them to the backbone.")
+    found = {name: getattr(backbone, name) for name in sizes}
+    found |= {"dtype": str(pipeline.dtype).removeprefix("torch."), "device": torch.device(pipeline.device).type}
+    return pipeline, backbone, DrawingOptions(**(asdict(options) | found))
 
 
 def _columns_fingerprint(dataset: Dataset) -> str:

@@ -25,8 +25,6 @@ FRAGMENTATION = 0.05
 DECODED_AT_ONCE = 16
 SHARDINGS = ("none", "gradients", "weights")
 
-Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -329,7 +327,7 @@ def _forward(
         latents = torch.empty(batch, *backbone.latent_shape(), device="meta")
         timestep = torch.empty((), device="meta")
         with torch.set_grad_enabled(backward):
-            velocity = backbone.velocity(policy, latents, timestep, condition, negative, 2.0)
+            velocity = backbone.guided_prediction(policy, latents, timestep, condition, negative, 2.0)
             kernels.forget()
             if backward:
                 velocity.square().mean().backward()
@@ -338,66 +336,10 @@ def _forward(
 
 
 def _condition(backbone: Backbone, batch: int) -> dict[str, torch.Tensor]:
-    shapes = condition_shapes(backbone)
-    # Masks are read: they get their values, on the CPU, where the transformers themselves read them
     return {
         name: torch.empty(batch, *shape, dtype=dtype, device="meta")
-        if dtype.is_floating_point
-        else torch.ones(batch, *shape, dtype=dtype, device="cpu" if name == "mask" else "meta")
-        for name, (shape, dtype) in shapes.items()
+        for name, (shape, dtype) in backbone.condition_shapes().items()
     }
-
-
-def condition_shapes(backbone: Backbone) -> Shapes:
-    """
-    The shapes, without the batch, and dtypes of what `backbone.encode_prompt` gives: known without encoding anything,
-    from the configuration.
-    """
-    name, config, dtype = type(backbone).__name__, backbone.model.config, backbone.dtype
-    length, pipeline = backbone.max_sequence_length, backbone.pipeline
-    if name == "StableDiffusion3Backbone":
-        tokens = pipeline.text_encoder.config.max_position_embeddings + length
-        return {
-            "encoder_hidden_states": ((tokens, config.joint_attention_dim), dtype),
-            "pooled_projections": ((config.pooled_projection_dim,), dtype),
-        }
-    if name in ("FluxBackbone", "FluxKontextBackbone"):
-        shapes: Shapes = {
-            "encoder_hidden_states": ((length, config.joint_attention_dim), dtype),
-            "pooled_projections": ((config.pooled_projection_dim,), dtype),
-            "text_ids": ((length, 3), dtype),
-        }
-        return shapes | (_image_latents(backbone) if backbone.takes_image else {})
-    if name == "Flux2KleinBackbone":
-        return {
-            "encoder_hidden_states": ((length, config.joint_attention_dim), dtype),
-            "text_ids": ((length, 4), torch.int64),
-        }
-    if name.startswith("QwenImage"):
-        shapes = {
-            "encoder_hidden_states": ((length, config.joint_attention_dim), dtype),
-            "encoder_hidden_states_mask": ((length,), torch.bool),
-        }
-        return shapes | (_image_latents(backbone) if backbone.takes_image else {})
-    if name == "ZImageBackbone":
-        return {"embeds": ((length, config.cap_feat_dim), dtype), "mask": ((length,), torch.bool)}
-    tokens = pipeline.text_encoder.config.max_position_embeddings
-    shapes = {"encoder_hidden_states": ((tokens, config.cross_attention_dim), dtype)}
-    if name == "StableDiffusionXLBackbone":
-        pooled = pipeline.text_encoder_2.config.projection_dim
-        shapes |= {"text_embeds": ((pooled,), dtype), "time_ids": ((6,), dtype)}
-    return shapes
-
-
-def _image_latents(backbone: Backbone) -> Shapes:
-    """Packed latents of the picture to edit, at the size at which the model sees it."""
-    multiple = backbone.pipeline.vae_scale_factor * 2
-    if type(backbone).__name__ == "FluxKontextBackbone":
-        sides = backbone._input_size(backbone.height, backbone.width)
-    else:
-        sides = backbone._input_size(backbone.width / backbone.height)
-    tokens = math.prod(side // multiple for side in sides)
-    return {"image_latents": ((tokens, backbone.model.config.in_channels), torch.float32)}
 
 
 def _decoding_bytes(backbone: Backbone, plan: Plan) -> int:

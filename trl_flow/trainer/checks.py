@@ -27,7 +27,7 @@ RESERVED_COLUMNS = ("prompts", "images", "trainer_state", "log_metric", "log_ext
 BACKBONE_MEMBERS = (
     *("pipeline", "component", "model", "dtype", "device", "lora_target_modules"),
     *("takes_image", "takes_negative_prompt"),
-    *("latent_shape", "encode_prompt", "schedule", "uses_guidance", "velocity", "decode"),
+    *("latent_shape", "encode_prompt", "schedule", "uses_guidance", "guided_prediction", "decode"),
 )
 
 

@@ -1133,7 +1133,7 @@ class FlowGRPOTrainer(EvaluatingMixin, PublishingMixin, _BaseTrainer):
         def transition(index: int) -> Transition:
             # An autocast of its own each time: one caches the weights in half precision, and would not see them move
             with self.accelerator.autocast():
-                velocity = self.backbone.velocity(
+                velocity = self.backbone.guided_prediction(
                     self._sampling_model,
                     latents[:, index],
                     self.dynamics.schedule.timesteps[steps[index]],
@@ -1231,7 +1231,7 @@ class FlowGRPOTrainer(EvaluatingMixin, PublishingMixin, _BaseTrainer):
         advantages = batch.advantages[:, index]
 
         def transition_of(module: torch.nn.Module):
-            velocity = self.backbone.velocity(
+            velocity = self.backbone.guided_prediction(
                 module,
                 latents,
                 self.dynamics.schedule.timesteps[step],
