@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import torch
 
-from trl_flow.functional._checks import check_finite, check_number, promote
+from trl_flow.functional._checks import check_finite, check_number
+from trl_flow.functional._tensors import promote
 
 
 def super_linear(advantages: torch.Tensor, power: float) -> torch.Tensor:
@@ -15,7 +16,7 @@ def super_linear(advantages: torch.Tensor, power: float) -> torch.Tensor:
 
     Args:
         advantages: any shape.
-        power: `gamma`, at least 0; 0 gives the advantages back, bit for bit.
+        power: `gamma`, at least 0; 0 gives the advantages back as they are.
 
     Returns:
         The shape of `advantages`.
@@ -29,6 +30,43 @@ def super_linear(advantages: torch.Tensor, power: float) -> torch.Tensor:
         return values
     # not A |A|^gamma: its gradient at A = 0 is 0 * inf for gamma below 1
     return values.sign() * values.abs().pow(1 + power)
+
+
+def effective_sample_share(advantages: torch.Tensor) -> torch.Tensor:
+    """The effective sample size of (shaped) advantages, as a share of the samples, `sum(|A|)^2 / (N sum(A^2))`.
+
+    1 where all samples count alike, `1 / N` where one of `N` counts alone; the wider the shaping, the smaller.
+
+    Args:
+        advantages: any shape.
+
+    Returns:
+        A scalar tensor; 0 where all advantages are 0.
+    """
+    (values,) = promote(advantages)
+    squares = values.numel() * values.square().sum()
+    return values.abs().sum() ** 2 / squares.clamp(min=torch.finfo(values.dtype).tiny)
+
+
+def adapt_power(power: float, kl: float, target_kl: float, *, gain: float, max_power: float) -> float:
+    """The next power, so that the KL that an update causes comes to its target (SLAS Appendix E: a power coupled with
+    the KL). It rises by `gain log(target_kl / kl)` where the KL is below the target and falls likewise above it.
+
+    Where the optimizer's step follows the gradient, `log kl` changes by 1 to 2 for each unit of the power (Gaussian
+    advantages: log 3 from 0 to 1, log 5 from 1 to 2): a gain of 0.2 cannot swing.
+
+    Args:
+        power: `gamma` of the last update, at least 0.
+        kl: what it caused, at least 0; from `transition_kl`.
+        target_kl: what it should cause, above 0.
+        gain: the change for a factor of e between the two, at most which the power moves at once.
+        max_power: the power stays in `[0, max_power]`; `inf` for no limit.
+
+    Returns:
+        The power of the next update.
+    """
+    distance = math.log(target_kl / kl) if kl > 0 else math.inf
+    return min(max(power + gain * min(max(distance, -1.0), 1.0), 0.0), max_power)
 
 
 def max_advantage_power(

@@ -2,8 +2,8 @@
 
 import torch
 
-from trl_flow.functional._checks import check_finite, check_groups, check_number, promote
-from trl_flow.functional.grpo import STD_EPSILON, centre, unbiased_std
+from trl_flow.functional._checks import check_finite, check_number, check_shapes
+from trl_flow.functional._tensors import STD_EPSILON, deviations, in_groups, promote, spread
 
 
 def cumulative_values(instant_rewards: torch.Tensor, discount: float) -> torch.Tensor:
@@ -13,7 +13,7 @@ def cumulative_values(instant_rewards: torch.Tensor, discount: float) -> torch.T
 
     Args:
         instant_rewards: `(B, T)`, the reward of the image projected from after each step; column 0 is the first,
-            noisiest step.
+            noisiest step. A NaN makes the values up to its step NaN, see `fill_missing`.
         discount: `gamma`, at least 0 and below 1; 0 gives the instant rewards.
 
     Returns:
@@ -22,7 +22,7 @@ def cumulative_values(instant_rewards: torch.Tensor, discount: float) -> torch.T
     Raises:
         ValueError: `instant_rewards` is not `(B, T)`; `discount` is out of its domain.
     """
-    _check_steps("instant_rewards", instant_rewards)
+    check_shapes("(B, T)", instant_rewards=instant_rewards)
     check_number("discount", discount, 0)
     if discount >= 1:
         raise ValueError(f"discount is {discount!r}: it must be below 1.")
@@ -49,7 +49,7 @@ def value_weights(values: torch.Tensor) -> torch.Tensor:
         ValueError: `values` is not `(B, T)`, or holds NaN, infinity or a negative value (these checks wait for an
             accelerator).
     """
-    _check_steps("values", values)
+    check_shapes("(B, T)", values=values)
     check_finite("values", values)
     (q,) = promote(values)
     if bool((q < 0).any()):
@@ -76,28 +76,46 @@ def dual_advantages(values: torch.Tensor, num_generations: int, *, scale: float)
 
     Args:
         values: `(B, T)`, from `cumulative_values`, never negative; the `num_generations` samples of a prompt are
-            contiguous.
+            contiguous. A sample with NaN among its values is left out of all means and standard deviations.
         num_generations: samples per prompt.
         scale: `k`, at least 0; 0 leaves the relative part alone.
 
     Returns:
-        `(B, T)`.
+        `(B, T)`; 0 for samples with NaN, whatever `k`.
 
     Raises:
-        ValueError: as `value_weights`; `values` does not split into groups; `scale` is negative.
+        ValueError: `values` is not `(B, T)`, does not split into groups, or holds infinity or a negative value (these
+            checks wait for an accelerator); `scale` is negative.
     """
     check_number("scale", scale, 0)
-    _check_steps("values", values)
-    check_groups("values", values, num_generations)
-    weights = value_weights(values)
-    (q,) = promote(values)
-    grouped = q.view(-1, num_generations, q.shape[1])
-    relative = (centre(grouped) / (unbiased_std(grouped) + STD_EPSILON)).view_as(q)
-    return weights * (relative + scale * q)
+    relative, absolute = _dual_parts(values, num_generations)
+    return relative + scale * absolute
 
 
-def _check_steps(name: str, values: torch.Tensor) -> None:
-    if values.ndim != 2 or values.shape[1] == 0:
-        raise ValueError(
-            f"{name} has shape {tuple(values.shape)}: one row per sample and one column per step, (B, T)."
-        )
+def value_share(values: torch.Tensor, num_generations: int, *, scale: float) -> torch.Tensor:
+    """The share of the absolute part in `dual_advantages`; it rises towards 1 as the samples of a group become alike.
+
+        share = sum |omega k Q| / (sum |omega k Q| + sum |omega (Q - mean) / (std + 1e-4)|)
+
+    Args:
+        values, num_generations, scale: as for `dual_advantages`.
+
+    Returns:
+        A scalar tensor; 0 where both parts are 0.
+
+    Raises:
+        ValueError: as `dual_advantages`.
+    """
+    check_number("scale", scale, 0)
+    relative, absolute = (part.abs().sum() for part in _dual_parts(values, num_generations))
+    return scale * absolute / (scale * absolute + relative).clamp(min=torch.finfo(relative.dtype).tiny)
+
+
+def _dual_parts(values: torch.Tensor, num_generations: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`omega (Q - mean) / (std + 1e-4)` and `omega Q`, both `(B, T)` and 0 for samples with NaN."""
+    check_shapes("(B, T)", values=values)
+    missing = values.isnan().any(dim=1, keepdim=True)
+    weights = value_weights(values.masked_fill(missing, 0.0))
+    centered = deviations(in_groups("values", values.masked_fill(missing, torch.nan), num_generations))
+    relative = (centered / (spread(centered) + STD_EPSILON)).flatten(0, 1)
+    return tuple((weights * part).masked_fill(missing, 0.0) for part in (relative, *promote(values)))
