@@ -8,7 +8,6 @@ import torch
 
 from trl_flow.functional import (
     Transition,
-    clip_shares,
     clipped_loss,
     cps_transition,
     cumulative_values,
@@ -21,6 +20,7 @@ from trl_flow.functional import (
     log_ratio,
     ode_transition,
     project_to_data,
+    ratio_statistics,
     super_linear,
     timestep_weight,
     transition_kl,
@@ -55,7 +55,7 @@ def test_losses_read_no_value():
         ratio = log_ratio(LATENTS, LATENTS, LATENTS, NUMBERS, kind=kind)
         loss = clipped_loss(ratio, super_linear(NUMBERS, 0.5), epsilon=1e-4, weight=weight)
         assert (loss.device, loss.shape) == (NUMBERS.device, NUMBERS.shape)
-        assert clip_shares(ratio, NUMBERS, epsilon=1e-4)["above"].shape == (4,)
+        assert ratio_statistics(ratio, NUMBERS, epsilon=1e-4)["above"].shape == (4,)
     assert gaussian_kl(LATENTS, LATENTS, NUMBERS).shape == transition_kl(LATENTS, LATENTS, NUMBERS).shape == (4,)
     assert cumulative_values(torch.empty(4, 10, device="meta"), 0.9).shape == (4, 10)
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_flow.functional import clip_shares, clipped_loss, gaussian_kl, group_advantages, transition_kl
+from trl_flow.functional import clipped_loss, gaussian_kl, group_advantages, ratio_statistics, transition_kl
 
 
 few = settings(deadline=None, derandomize=True, max_examples=60)
@@ -249,18 +249,19 @@ def test_negative_clip_ranges_are_refused():
         clipped_loss(torch.zeros(1), torch.zeros(1), epsilon=0.1, epsilon_high=-0.1)
 
 
-# Clip shares
+# Statistics of the ratio
 
 
-def test_clip_shares_by_hand():
+def test_ratio_statistics_by_hand():
     # range 0.9 to 1.3; the clipping acts above for positive advantages and below for negative ones
     log_ratio = double([1.4, 1.4, 0.8, 0.8, 1.2]).log()
-    shares = clip_shares(log_ratio, double([2, -2, 2, -2, 2]), epsilon=0.1, epsilon_high=0.3)
-    assert {name: share.tolist() for name, share in shares.items()} == {
+    statistics = ratio_statistics(log_ratio, double([2, -2, 2, -2, 2]), epsilon=0.1, epsilon_high=0.3)
+    torch.testing.assert_close(statistics.pop("deviation"), double([0.4, 0.4, -0.2, -0.2, 0.2]))
+    assert {name: flags.tolist() for name, flags in statistics.items()} == {
         "above": [1, 1, 0, 0, 0],
         "below": [0, 0, 1, 1, 0],
-        "clipped_above": [1, 0, 0, 0, 0],
-        "clipped_below": [0, 0, 0, 1, 0],
+        "high": [1, 0, 0, 0, 0],
+        "low": [0, 0, 0, 1, 0],
     }
 
 
@@ -270,8 +271,8 @@ def test_clipping_acts_where_the_loss_has_no_gradient():
     log_ratio.requires_grad_()
     loss = clipped_loss(log_ratio, advantages, epsilon=2e-6, epsilon_high=3e-6)
     (gradient,) = torch.autograd.grad(loss.sum(), log_ratio)
-    shares = clip_shares(log_ratio.detach(), advantages, epsilon=2e-6, epsilon_high=3e-6)
-    clipped = shares["clipped_above"] + shares["clipped_below"]
+    statistics = ratio_statistics(log_ratio.detach(), advantages, epsilon=2e-6, epsilon_high=3e-6)
+    clipped = statistics["high"] + statistics["low"]
     assert 0.2 < clipped.mean() < 0.8
     assert torch.equal(clipped == 1, gradient == 0)
 

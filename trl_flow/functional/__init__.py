@@ -7,7 +7,7 @@ both shapes in the message, a Python number out of its domain too. Values of ten
 docstring says so. NaN among rewards says that a reward does not apply to a sample.
 """
 
-from trl_flow.functional.grpo import clip_shares, clipped_loss, gaussian_kl, group_advantages, transition_kl
+from trl_flow.functional.grpo import clipped_loss, gaussian_kl, group_advantages, ratio_statistics, transition_kl
 from trl_flow.functional.guard import log_ratio, timestep_weight
 from trl_flow.functional.rewards import combine_rewards, fill_missing, frac_zero_std, normalize_then_sum
 from trl_flow.functional.slas import (
@@ -33,7 +33,6 @@ from trl_flow.functional.vgpo import cumulative_values, dual_advantages, value_s
 __all__ = [
     "Transition",
     "adapt_power",
-    "clip_shares",
     "clipped_loss",
     "combine_rewards",
     "cps_transition",
@@ -54,6 +53,7 @@ __all__ = [
     "normalize_then_sum",
     "ode_transition",
     "project_to_data",
+    "ratio_statistics",
     "super_linear",
     "timestep_weight",
     "transition_kl",

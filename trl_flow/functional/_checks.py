@@ -2,10 +2,10 @@
 
 import math
 
-import torch
+from torch import Tensor
 
 
-def check_shapes(form: str, **tensors: torch.Tensor | None) -> None:
+def check_shapes(form: str, **tensors: Tensor | None) -> None:
     """Raises `ValueError` unless all `tensors` (None aside) have one shape of the form `"(B,)"`, `"(B, ...)"`, ..."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
     dimensions, (shape, *others) = form.strip("(),").split(", "), set(shapes.values())
@@ -29,14 +29,14 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(map(repr, choices))}.")
 
 
-def check_on_cpu(holds: torch.Tensor, rule: str, **values: torch.Tensor) -> None:
+def check_on_cpu(holds: Tensor, rule: str, **values: Tensor) -> None:
     """Raises `ValueError` where `holds` is False on the CPU; an accelerator is not made to wait for such a check."""
     if holds.device.type == "cpu" and not bool(holds.all()):
         listed = " and ".join(f"{name} is {value.tolist()}" for name, value in values.items())
         raise ValueError(f"{listed}: {rule}")
 
 
-def check_finite(name: str, tensor: torch.Tensor, *, allow_nan: bool = False) -> None:
+def check_finite(name: str, tensor: Tensor, *, allow_nan: bool = False) -> None:
     """Raises `ValueError` if a value is infinite, or NaN. Waits for an accelerator: fit for once a batch."""
     faulty = tensor.isinf() if allow_nan else ~tensor.isfinite()
     if bool(faulty.any()):

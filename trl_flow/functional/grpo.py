@@ -3,10 +3,12 @@
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from trl_flow.functional._checks import check_choice, check_finite, check_number, check_shapes
 from trl_flow.functional._tensors import (
     STD_EPSILON,
+    Number,
     deviations,
     in_groups,
     latent_mean,
@@ -18,13 +20,13 @@ from trl_flow.functional._tensors import (
 
 
 def clipped_loss(
-    log_ratio: torch.Tensor,
-    advantages: torch.Tensor,
+    log_ratio: Tensor,
+    advantages: Tensor,
     *,
     epsilon: float,
     epsilon_high: float | None = None,
-    weight: torch.Tensor | None = None,
-) -> torch.Tensor:
+    weight: Tensor | None = None,
+) -> Tensor:
     """The clipped surrogate, one loss per sample, to be minimized (GRPO-Guard Eq. 5; Eq. 12 with `weight`).
 
         loss = -weight min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A),  r = exp(log_ratio)
@@ -43,42 +45,42 @@ def clipped_loss(
         ValueError: a shape is not `(B,)`, or a clip range is negative.
     """
     check_shapes("(B,)", log_ratio=log_ratio, advantages=advantages, weight=weight)
-    low, high = _clip_range(epsilon, epsilon_high)
+    high = epsilon if epsilon_high is None else epsilon_high
+    check_number("epsilon", epsilon, 0)
+    check_number("epsilon_high", high, 0)
     log_r, a = promote(log_ratio, advantages)
     # r A = A + (r - 1) A. A clip range of 2e-6 is 17 steps of float32 next to 1; r - 1 itself has all its digits.
     excess = torch.expm1(log_r)
-    loss = -(a + torch.minimum(excess * a, excess.clamp(-low, high) * a))
+    loss = -(a + torch.minimum(excess * a, excess.clamp(-epsilon, high) * a))
     return loss if weight is None else weight.to(loss.dtype) * loss
 
 
-def clip_shares(
-    log_ratio: torch.Tensor, advantages: torch.Tensor, *, epsilon: float, epsilon_high: float | None = None
-) -> dict[str, torch.Tensor]:
-    """Which samples have a ratio outside the clip range, and which of them the clipping of `clipped_loss` acts on.
-
-    A mean over samples is the share that metrics show.
+def ratio_statistics(
+    log_ratio: Tensor, advantages: Tensor, *, epsilon: float, epsilon_high: float | None = None
+) -> dict[str, Tensor]:
+    """How far the importance ratios are from 1, and what the clipping of `clipped_loss` does; means are for metrics.
 
     Args:
         log_ratio, advantages, epsilon, epsilon_high: as for `clipped_loss`.
 
     Returns:
-        Tensors `(B,)` of 0 and 1: `"above"`, `r > 1 + epsilon_high`, and `"below"`, `r < 1 - epsilon` (GRPO-Guard,
-        Fig. 4 of the supplement); `"clipped_above"`, those above with a positive advantage, and `"clipped_below"`,
-        those below with a negative one (`clip_ratio` of TRL).
+        Tensors `(B,)`: `"deviation"`, `r - 1`, with all the digits that it would lose beside 1; and of 0 and 1
+        `"above"`, `r > 1 + epsilon_high`, and `"below"`, `r < 1 - epsilon` (GRPO-Guard, Fig. 4 of the supplement),
+        `"high"`, those above with a positive advantage, and `"low"`, those below with a negative one, on which the
+        clipping acts (TRL's `clip_ratio`).
 
     Raises:
-        ValueError: as `clipped_loss`.
+        ValueError: a shape is not `(B,)`.
     """
     check_shapes("(B,)", log_ratio=log_ratio, advantages=advantages)
-    low, high = _clip_range(epsilon, epsilon_high)
     log_r, a = promote(log_ratio, advantages)
     excess = torch.expm1(log_r)
-    above, below = excess > high, excess < -low
-    shares = {"above": above, "below": below, "clipped_above": above & (a > 0), "clipped_below": below & (a < 0)}
-    return {name: share.to(log_r.dtype) for name, share in shares.items()}
+    above, below = excess > (epsilon if epsilon_high is None else epsilon_high), excess < -epsilon
+    flags = {"above": above, "below": below, "high": above & (a > 0), "low": below & (a < 0)}
+    return {"deviation": excess} | {name: flag.to(excess.dtype) for name, flag in flags.items()}
 
 
-def gaussian_kl(mean: torch.Tensor, ref_mean: torch.Tensor, diffusion: float | torch.Tensor) -> torch.Tensor:
+def gaussian_kl(mean: Tensor, ref_mean: Tensor, diffusion: Number) -> Tensor:
     """Flow-GRPO's KL penalty between two transitions of the same step, `mean((mean - ref_mean)^2) / (2 sigma_t^2)`.
 
     `sigma_t` is the diffusion coefficient, `std / sqrt(dt)`. The true KL of the two Gaussians, `transition_kl`, has
@@ -101,7 +103,7 @@ def gaussian_kl(mean: torch.Tensor, ref_mean: torch.Tensor, diffusion: float | t
     return latent_mean((current - reference) ** 2) / (2 * per_sample("diffusion", diffusion, current) ** 2)
 
 
-def transition_kl(mean: torch.Tensor, old_mean: torch.Tensor, std: float | torch.Tensor) -> torch.Tensor:
+def transition_kl(mean: Tensor, old_mean: Tensor, std: Number) -> Tensor:
     """The KL divergence of two transitions of the same step, `mean((mean - old_mean)^2) / (2 std^2)`.
 
     A mean over the latent's dimensions, as `gaussian_log_prob` is. With the mean stored at rollout it is how far the
@@ -124,8 +126,8 @@ def transition_kl(mean: torch.Tensor, old_mean: torch.Tensor, std: float | torch
 
 
 def group_advantages(
-    rewards: torch.Tensor, num_generations: int, *, scale_rewards: Literal["group", "batch", "none"]
-) -> torch.Tensor:
+    rewards: Tensor, num_generations: int, *, scale_rewards: Literal["group", "batch", "none"]
+) -> Tensor:
     """Rewards relative to those of the same prompt's other samples.
 
     | `scale_rewards` | advantage | where |
@@ -160,10 +162,3 @@ def group_advantages(
     elif scale_rewards == "batch":
         centered = centered / (spread(deviations(grouped.view(1, -1))) + STD_EPSILON)
     return centered.nan_to_num(nan=0.0).view(-1)
-
-
-def _clip_range(epsilon: float, epsilon_high: float | None) -> tuple[float, float]:
-    high = epsilon if epsilon_high is None else epsilon_high
-    check_number("epsilon", epsilon, 0)
-    check_number("epsilon_high", high, 0)
-    return epsilon, high

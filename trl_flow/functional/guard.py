@@ -7,19 +7,20 @@ The two choices, `kind` of `log_ratio` and `kind` of `timestep_weight`, span the
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from trl_flow.functional._checks import check_choice, check_shapes
-from trl_flow.functional._tensors import latent_mean, noise_scale, over_latent, per_sample, promote
+from trl_flow.functional._tensors import Number, latent_mean, noise_scale, over_latent, per_sample, promote
 
 
 def log_ratio(
-    sample: torch.Tensor,
-    mean: torch.Tensor,
-    old_mean: torch.Tensor,
-    std: float | torch.Tensor,
+    sample: Tensor,
+    mean: Tensor,
+    old_mean: Tensor,
+    std: Number,
     *,
     kind: Literal["standard", "mean_revised", "ratio_norm"],
-) -> torch.Tensor:
+) -> Tensor:
     """Log of the importance ratio of one step, per sample, from the means of its transition.
 
     With `Delta = old_mean - mean`, `eps = (sample - old_mean) / std`, the noise that was drawn, and means over the
@@ -66,10 +67,10 @@ def log_ratio(
 def timestep_weight(
     kind: Literal["none", "temp", "inverse_dt", "beta_over_dt", "inverse_beta_dt"],
     *,
-    std: torch.Tensor,
-    dt: float | torch.Tensor,
-    beta: float | torch.Tensor | None = None,
-) -> torch.Tensor:
+    std: Tensor,
+    dt: Number,
+    beta: Number | None = None,
+) -> Tensor:
     """The weight `delta` of a step in the loss (GRPO-Guard Eq. 12).
 
     | `kind` | weight | where |

@@ -1,12 +1,13 @@
 """Several rewards: their weighted sum, their advantages one by one (GDPO), and what to do where one does not apply."""
 
 import torch
+from torch import Tensor
 
 from trl_flow.functional._checks import check_finite, check_shapes
 from trl_flow.functional._tensors import STD_EPSILON, deviations, in_groups, promote, spread
 
 
-def combine_rewards(rewards_per_func: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def combine_rewards(rewards_per_func: Tensor, weights: Tensor) -> Tensor:
     """The weighted sum over the rewards that apply to a sample, `sum_k w_k R_k`, as TRL's `GRPOTrainer` has it.
 
     Args:
@@ -23,7 +24,7 @@ def combine_rewards(rewards_per_func: torch.Tensor, weights: torch.Tensor) -> to
     return (rewards * factors).nansum(dim=-1).masked_fill((rewards.isnan() | (factors == 0)).all(dim=-1), torch.nan)
 
 
-def normalize_then_sum(rewards: torch.Tensor, weights: torch.Tensor, num_generations: int) -> torch.Tensor:
+def normalize_then_sum(rewards: Tensor, weights: Tensor, num_generations: int) -> Tensor:
     """Advantages from several rewards, each of which is normalized by itself before they are added (GDPO,
     arXiv:2601.05242; TRL's `multi_objective_aggregation="normalize_then_sum"`).
 
@@ -59,7 +60,7 @@ def normalize_then_sum(rewards: torch.Tensor, weights: torch.Tensor, num_generat
     return (total / (spread(total.view(1, -1)) + STD_EPSILON)).nan_to_num(nan=0.0).view(-1)
 
 
-def fill_missing(rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
+def fill_missing(rewards: Tensor, num_generations: int) -> Tensor:
     """Puts the group's mean in place of a NaN, for `cumulative_values`, which needs a number at every step.
 
     At its group's mean a sample has no relative advantage and leaves the others' means as they are.
@@ -79,7 +80,7 @@ def fill_missing(rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
     return torch.where(grouped.isnan(), mean, grouped).flatten(0, 1)
 
 
-def frac_zero_std(rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
+def frac_zero_std(rewards: Tensor, num_generations: int) -> Tensor:
     """The share of groups that teach nothing, because in none of their rewards two samples differ.
 
     Args:
@@ -98,7 +99,7 @@ def frac_zero_std(rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
     return (highest <= lowest).all(dim=1).to(grouped.dtype).mean()
 
 
-def _rewards_and_weights(rewards: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _rewards_and_weights(rewards: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     if weights.shape != rewards.shape[-1:]:
         raise ValueError(
             f"rewards has shape {tuple(rewards.shape)} and weights {tuple(weights.shape)}: expected one column and "

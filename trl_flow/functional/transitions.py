@@ -14,9 +14,10 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from trl_flow.functional._checks import check_choice, check_number, check_on_cpu, check_shapes
-from trl_flow.functional._tensors import latent_mean, noise_scale, over_latent, per_sample, promote
+from trl_flow.functional._tensors import Number, latent_mean, noise_scale, over_latent, per_sample, promote
 
 
 class Transition(NamedTuple):
@@ -28,18 +29,12 @@ class Transition(NamedTuple):
         std: `(B,)`, the same dtype; one standard deviation per sample. 0 where the step is deterministic.
     """
 
-    mean: torch.Tensor
-    std: torch.Tensor
+    mean: Tensor
+    std: Tensor
 
 
 def flow_sde_transition(
-    velocity: torch.Tensor,
-    latents: torch.Tensor,
-    sigma: float | torch.Tensor,
-    sigma_next: float | torch.Tensor,
-    *,
-    noise_level: float,
-    sigma_max: float | torch.Tensor,
+    velocity: Tensor, latents: Tensor, sigma: Number, sigma_next: Number, *, noise_level: float, sigma_max: Number
 ) -> Transition:
     """One Euler-Maruyama step of Flow-GRPO's SDE (Flow-GRPO, arXiv:2505.05470; GRPO-Guard Eq. 3, VGPO Eq. 7).
 
@@ -74,12 +69,7 @@ def flow_sde_transition(
 
 
 def dance_sde_transition(
-    velocity: torch.Tensor,
-    latents: torch.Tensor,
-    sigma: float | torch.Tensor,
-    sigma_next: float | torch.Tensor,
-    *,
-    noise_level: float,
+    velocity: Tensor, latents: Tensor, sigma: Number, sigma_next: Number, *, noise_level: float
 ) -> Transition:
     """One Euler-Maruyama step of DanceGRPO's SDE (arXiv:2505.07818): `flow_sde_transition` with `sigma_t = eta`.
 
@@ -89,10 +79,7 @@ def dance_sde_transition(
     The gradient of `mean` in `v` is `-beta dt` with `beta = 1 + eta^2 (1 - t) / (2 t)`.
 
     Args:
-        velocity: `(B, ...)`, predicted at `latents` and `sigma`.
-        latents: `(B, ...)`, `x_t`.
-        sigma: `(B,)` or scalar, `t`, above 0.
-        sigma_next: `(B,)` or scalar, `t'`.
+        velocity, latents, sigma, sigma_next: as for `flow_sde_transition`; `sigma` above 0.
         noise_level: `eta`, at least 0. 0 gives `ode_transition` exactly.
 
     Raises:
@@ -106,12 +93,7 @@ def dance_sde_transition(
 
 
 def cps_transition(
-    velocity: torch.Tensor,
-    latents: torch.Tensor,
-    sigma: float | torch.Tensor,
-    sigma_next: float | torch.Tensor,
-    *,
-    noise_level: float,
+    velocity: Tensor, latents: Tensor, sigma: Number, sigma_next: Number, *, noise_level: float
 ) -> Transition:
     """One step of coefficients-preserving sampling (Flow-CPS, arXiv:2509.05952).
 
@@ -130,15 +112,11 @@ def cps_transition(
     `sqrt(1 / 2)`.
 
     Args:
-        velocity: `(B, ...)`, predicted at `latents` and `sigma`.
-        latents: `(B, ...)`, `x_t`.
-        sigma: `(B,)` or scalar, `t`.
-        sigma_next: `(B,)` or scalar, `t'`.
+        velocity, latents, sigma, sigma_next: as for `flow_sde_transition`.
         noise_level: `eta` in `[0, 1]`. 0 gives `ode_transition` exactly; 1 replaces all of the noise.
 
     Raises:
-        ValueError: a shape does not fit; `noise_level` is not in `[0, 1]`; sigmas on the CPU are out of order or out
-            of `[0, 1]`.
+        ValueError: as `flow_sde_transition`; `noise_level` is not in `[0, 1]`.
     """
     check_number("noise_level", noise_level, 0, 1)
     x, v, t, t_next = _prepare(velocity, latents, sigma, sigma_next)
@@ -150,32 +128,24 @@ def cps_transition(
     return Transition(mean, t_next * math.sin(noise_level * math.pi / 2))
 
 
-def ode_transition(
-    velocity: torch.Tensor,
-    latents: torch.Tensor,
-    sigma: float | torch.Tensor,
-    sigma_next: float | torch.Tensor,
-) -> Transition:
+def ode_transition(velocity: Tensor, latents: Tensor, sigma: Number, sigma_next: Number) -> Transition:
     """One Euler step of the flow's ODE: `mean = x_t - v dt`, `std = 0`. It has no log-probability.
 
     Args:
-        velocity: `(B, ...)`, predicted at `latents` and `sigma`.
-        latents: `(B, ...)`, `x_t`.
-        sigma: `(B,)` or scalar, `t`.
-        sigma_next: `(B,)` or scalar, `t'`.
+        velocity, latents, sigma, sigma_next: as for `flow_sde_transition`.
 
     Raises:
-        ValueError: a shape does not fit; sigmas on the CPU are out of order or out of `[0, 1]`.
+        ValueError: as `flow_sde_transition`.
     """
     x, v, t, t_next = _prepare(velocity, latents, sigma, sigma_next)
     return Transition(x - v * over_latent(t - t_next, x), torch.zeros_like(t))
 
 
 def ddim_transition(
-    noise_pred: torch.Tensor,
-    latents: torch.Tensor,
-    alpha_cumprod: float | torch.Tensor,
-    alpha_cumprod_next: float | torch.Tensor,
+    noise_pred: Tensor,
+    latents: Tensor,
+    alpha_cumprod: Number,
+    alpha_cumprod_next: Number,
     *,
     noise_level: float,
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon",
@@ -205,7 +175,8 @@ def ddim_transition(
     """
     check_number("noise_level", noise_level, 0, 1)
     check_choice("prediction_type", prediction_type, ("epsilon", "v_prediction"))
-    x, prediction = _prepare_latents("noise_pred", noise_pred, latents)
+    check_shapes("(B, ...)", noise_pred=noise_pred, latents=latents)
+    x, prediction = promote(latents, noise_pred)
     a = per_sample("alpha_cumprod", alpha_cumprod, x)
     a_next = per_sample("alpha_cumprod_next", alpha_cumprod_next, x)
     std = noise_level * ((1 - a_next) / (1 - a) * (1 - a / a_next)).sqrt()
@@ -220,7 +191,7 @@ def ddim_transition(
     return Transition(mean, std)
 
 
-def gaussian_log_prob(sample: torch.Tensor, transition: Transition) -> torch.Tensor:
+def gaussian_log_prob(sample: Tensor, transition: Transition) -> Tensor:
     """Log-density of `sample`, averaged over the latent's dimensions (GRPO-Guard Eq. 6, with a mean for the sum).
 
         log p = mean(-(x - mean)^2 / (2 std^2) - log std - log(2 pi) / 2)
@@ -233,9 +204,8 @@ def gaussian_log_prob(sample: torch.Tensor, transition: Transition) -> torch.Ten
         `(B,)`.
 
     Raises:
-        ValueError: a shape does not fit; a `std` on the CPU is not above 0. A deterministic step has no
-            log-probability; on an accelerator, where looking at `std` would cost a wait, the result is NaN or
-            infinite instead.
+        ValueError: a shape does not fit; a `std` on the CPU is not above 0: a deterministic step has no
+            log-probability. On an accelerator, which is not made to wait, the result is NaN or infinite instead.
     """
     check_shapes("(B, ...)", sample=sample, mean=transition.mean)
     x, mean = promote(sample, transition.mean)
@@ -244,7 +214,7 @@ def gaussian_log_prob(sample: torch.Tensor, transition: Transition) -> torch.Ten
     return -0.5 * latent_mean(scaled**2) - std.log() - 0.5 * math.log(2 * math.pi)
 
 
-def project_to_data(latents: torch.Tensor, sigma: float | torch.Tensor, velocity: torch.Tensor) -> torch.Tensor:
+def project_to_data(latents: Tensor, sigma: Number, velocity: Tensor) -> Tensor:
     """The data that one ODE step to the end predicts, `x0_hat = x_t - t v` (VGPO Eq. 10).
 
     Args:
@@ -258,23 +228,17 @@ def project_to_data(latents: torch.Tensor, sigma: float | torch.Tensor, velocity
     Raises:
         ValueError: a shape does not fit.
     """
-    x, v = _prepare_latents("velocity", velocity, latents)
+    check_shapes("(B, ...)", velocity=velocity, latents=latents)
+    x, v = promote(latents, velocity)
     return x - over_latent(per_sample("sigma", sigma, x), x) * v
 
 
-def _prepare_latents(name: str, prediction: torch.Tensor, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    check_shapes("(B, ...)", **{name: prediction}, latents=latents)
-    return promote(latents, prediction)
-
-
 def _prepare(
-    velocity: torch.Tensor,
-    latents: torch.Tensor,
-    sigma: float | torch.Tensor,
-    sigma_next: float | torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    velocity: Tensor, latents: Tensor, sigma: Number, sigma_next: Number
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gives latents and velocity in one dtype and the two sigmas as `(B,)`."""
-    x, v = _prepare_latents("velocity", velocity, latents)
+    check_shapes("(B, ...)", velocity=velocity, latents=latents)
+    x, v = promote(latents, velocity)
     t = per_sample("sigma", sigma, x)
     t_next = per_sample("sigma_next", sigma_next, x)
     rule = "a step goes from noise to data, 1 >= sigma >= sigma_next >= 0."

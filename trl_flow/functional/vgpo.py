@@ -1,12 +1,13 @@
 """VGPO: a value for every step in place of one reward at the end, and advantages that keep its absolute size."""
 
 import torch
+from torch import Tensor
 
 from trl_flow.functional._checks import check_finite, check_number, check_shapes
 from trl_flow.functional._tensors import STD_EPSILON, deviations, in_groups, promote, spread
 
 
-def cumulative_values(instant_rewards: torch.Tensor, discount: float) -> torch.Tensor:
+def cumulative_values(instant_rewards: Tensor, discount: float) -> Tensor:
     """The discounted sum of the rewards from each step on to the end (VGPO Eq. 11).
 
         Q_i = R_i + gamma Q_{i+1},  Q_{T-1} = R_{T-1}
@@ -33,7 +34,7 @@ def cumulative_values(instant_rewards: torch.Tensor, discount: float) -> torch.T
     return torch.stack(columns[::-1], dim=1)
 
 
-def value_weights(values: torch.Tensor) -> torch.Tensor:
+def value_weights(values: Tensor) -> Tensor:
     """How much each step of a sample counts, `omega_t = Q_t / mean_t(Q_t)` (VGPO Eq. 12).
 
     The weights of a sample average to 1 and lie in `[0, T]`. A sample whose values are all 0 has weights of 1: none of
@@ -65,7 +66,7 @@ def value_weights(values: torch.Tensor) -> torch.Tensor:
     return shares / shares.mean(dim=1, keepdim=True)
 
 
-def dual_advantages(values: torch.Tensor, num_generations: int, *, scale: float) -> torch.Tensor:
+def dual_advantages(values: Tensor, num_generations: int, *, scale: float) -> Tensor:
     """Adaptive dual advantages (VGPO Eq. 14), the step weights of Eq. 12 included.
 
         A_t = omega_t [(1 + alpha) Q_t - mean_group(Q_t)] / std_group(Q_t),  alpha = k std_group(Q_t)
@@ -92,7 +93,7 @@ def dual_advantages(values: torch.Tensor, num_generations: int, *, scale: float)
     return relative + scale * absolute
 
 
-def value_share(values: torch.Tensor, num_generations: int, *, scale: float) -> torch.Tensor:
+def value_share(values: Tensor, num_generations: int, *, scale: float) -> Tensor:
     """The share of the absolute part in `dual_advantages`; it rises towards 1 as the samples of a group become alike.
 
         share = sum |omega k Q| / (sum |omega k Q| + sum |omega (Q - mean) / (std + 1e-4)|)
@@ -111,7 +112,7 @@ def value_share(values: torch.Tensor, num_generations: int, *, scale: float) -> 
     return scale * absolute / (scale * absolute + relative).clamp(min=torch.finfo(relative.dtype).tiny)
 
 
-def _dual_parts(values: torch.Tensor, num_generations: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _dual_parts(values: Tensor, num_generations: int) -> tuple[Tensor, Tensor]:
     """`omega (Q - mean) / (std + 1e-4)` and `omega Q`, both `(B, T)` and 0 for samples with NaN."""
     check_shapes("(B, T)", values=values)
     missing = values.isnan().any(dim=1, keepdim=True)
