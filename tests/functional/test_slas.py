@@ -64,11 +64,12 @@ def test_power_zero_gives_the_advantages_back_as_they_are(dtype):
 @given(a=numbers, b=numbers, power=st.floats(0, 3))
 def test_shaping_is_odd_keeps_signs_and_order_and_fixes_one(a, b, power):
     at_a, at_b, at_minus_a, at_one = super_linear(double([a, b, -a, 1]), power).tolist()
-    assert at_minus_a == -at_a
+    assert at_minus_a == pytest.approx(-at_a, rel=1e-12)
+    assert at_one == pytest.approx(1, rel=1e-12)
     assert at_a * a >= 0
-    assert (a <= b) <= (at_a <= at_b)
-    assert at_one == 1
-    assert (abs(at_a) >= abs(a)) if abs(a) >= 1 else (abs(at_a) <= abs(a))
+    rounding = 1e-12 * max(abs(at_a), abs(at_b))
+    assert a > b or at_a <= at_b + rounding
+    assert abs(at_a) >= abs(a) - rounding if abs(a) >= 1 else abs(at_a) <= abs(a) + rounding
 
 
 @few
@@ -90,7 +91,7 @@ def test_gradient_of_shaping_is_finite_everywhere_and_right(power):
 def test_shaping_keeps_shape_and_widens_half_precision():
     shaped = super_linear(torch.full((2, 3), 4.0, dtype=torch.bfloat16), 0.5)
     assert shaped.dtype == torch.float32
-    assert shaped.tolist() == [[8.0] * 3] * 2
+    torch.testing.assert_close(shaped, torch.full((2, 3), 8.0))
 
 
 @pytest.mark.parametrize("power", [-0.1, math.nan, math.inf])
@@ -192,7 +193,7 @@ def test_the_power_returned_is_allowed_and_no_larger_one_is(advantages, limit):
 @few
 @given(advantages=st.lists(numbers, min_size=1, max_size=8), limit=st.floats(0.01, 1e4), factor=st.floats(1, 100))
 def test_a_wider_trust_region_never_allows_less(advantages, limit, factor):
-    assert largest(advantages, limit) <= largest(advantages, factor * limit)
+    assert largest(advantages, limit) <= largest(advantages, factor * limit) * (1 + 1e-9) + 1e-9
 
 
 def test_bound_that_fails_for_linear_advantages_and_holds_for_shaped_ones():
