@@ -40,7 +40,7 @@ def fetch_configs(model: str | os.PathLike, revision: str | None = None, token: 
         except Exception as error:
             reason = " ".join(str(error).split())
             raise ValueError(
-                f"{name!r} is neither a folder nor a hub id whose configuration files could be fetched "
+                f"{name!r} is neither a folder nor a hub id, or its configuration files could not be fetched "
                 f"({type(error).__name__}: {reason}). Check the name and the network, and log in with `hf auth login` "
                 "if the model is private or gated. Or give a folder that holds the files."
             ) from error
