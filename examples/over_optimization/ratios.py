@@ -135,16 +135,8 @@ def measure(
         latents = trajectory.latents[:, step]
         velocity = backbone.guided_prediction(policy, latents, dynamics.schedule.timesteps[step], condition, None, 1.0)
         transition = dynamics.transition(velocity, latents, step)
-        log_prob = dynamics.log_prob(trajectory.next_latents[:, step], transition)
-        ratios = log_ratio(
-            log_prob,
-            trajectory.log_probs[:, step],
-            transition.mean,
-            trajectory.means[:, step],
-            transition.std,
-            kind=kind,
-        )
-        return ratios, transition.std
+        sample, old_mean = trajectory.next_latents[:, step], trajectory.means[:, step]
+        return log_ratio(sample, transition.mean, old_mean, transition.std, kind=kind), transition.std
 
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-4)
     for _ in range(updates):
