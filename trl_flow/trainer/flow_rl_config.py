@@ -363,3 +363,11 @@ class FlowRLConfig(_BaseConfig):
                 "each prompt's group must be complete. Change num_generations, per_device_train_batch_size, or "
                 "gradient_accumulation_steps (or steps_per_generation)."
             )
+        updates = self.updates_per_generation
+        if updates.denominator != 1 and updates.numerator != 1:
+            raise ValueError(
+                f"steps_per_generation ({self.steps_per_generation}) x num_iterations ({self.num_iterations}) = "
+                f"{self.steps_per_generation * self.num_iterations} micro-batches are trained on in each sampling "
+                f"phase, and an update takes gradient_accumulation_steps ({self.gradient_accumulation_steps}) of them: "
+                "one must be a multiple of the other, or an update would end in the middle of the next phase."
+            )
