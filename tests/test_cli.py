@@ -247,7 +247,6 @@ def test_the_bundled_models_size_is_its_default_and_can_be_changed():
         ({"model_name_or_path": "."}, [], "no model_index.json"),
         ({"load_in_4bit": True, "load_in_8bit": True}, [], "can't use 8 bit and 4 bit precision at the same time"),
         ({"load_in_4bit": True, "use_peft": False}, [], "Train an adapter"),
-        ({"dtype": "bfloat16", "model_dtype": "float32"}, [], "Remove one"),
         ({"attn_implementation": "sdpa"}, [], "attn_implementation is TRL's option"),
         ({"ignore_bias_buffers": True}, [], "ignore_bias_buffers is TRL's option"),
         ({"dtype": "float23"}, [], "float23"),

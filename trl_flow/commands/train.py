@@ -106,7 +106,7 @@ def _prepare_run(
     from trl_flow import FlowGRPOTrainer
     from trl_flow.commands.options import BUNDLED_MODELS, resolve_model
     from trl_flow.rewards.named import named_rewards
-    from trl_flow.trainer.checkpoints import is_complete, last_complete_checkpoint
+    from trl_flow.trainer.run_state import is_complete, last_complete_checkpoint
 
     if script_args.ignore_bias_buffers:
         raise ValueError("ignore_bias_buffers is TRL's option for old language models. Remove it.")
@@ -154,7 +154,7 @@ def _run(trainer: "FlowGRPOTrainer", resume: str | None, dataset_name: str | Non
 
 
 def _last_checkpoint(output_dir: str) -> str:
-    from trl_flow.trainer.checkpoints import last_complete_checkpoint
+    from trl_flow.trainer.run_state import last_complete_checkpoint
 
     try:
         last = last_complete_checkpoint(output_dir)
