@@ -6,8 +6,14 @@ from enum import IntEnum
 
 import numpy as np
 import torch
+from PIL import Image
 
+from trl_flow.backbones import Backbone
 from trl_flow.dynamics import Dynamics
+
+
+# Images decoded at a time: decoding takes far more memory than a step, and gains nothing from a large batch
+DECODED_AT_ONCE = 16
 
 
 class RandomStream(IntEnum):
@@ -79,6 +85,13 @@ def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator], devi
     """Unit Gaussian noise `(B, *shape)`, float32: one generator for each sample, drawn on the CPU so that every device
     gets the same numbers."""
     return torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators]).to(device)
+
+
+@torch.inference_mode()
+def decode(backbone: Backbone, latents: torch.Tensor) -> list[Image.Image]:
+    """Images of final latents `(B, ...)`, which may be on any device."""
+    parts = latents.split(DECODED_AT_ONCE)
+    return [image for part in parts for image in backbone.decode(part.to(backbone.device))]
 
 
 @torch.no_grad()

@@ -113,10 +113,11 @@ class Algorithm(ABC):
 
     Attributes:
         dynamics ([`FlowDynamics`] or [`DDIMDynamics`]): what samples while training; to be set by the constructor.
-        papers (`tuple[str, ...]`): keys of `trl_flow.sharing.papers.PAPERS` that a model card cites.
+        needs_reference (`bool`): whether the loss asks for `policy.at("reference")`.
     """
 
     dynamics: Dynamics
+    needs_reference: bool = False
 
     @abstractmethod
     def plan(self, generation: int) -> StepPlan:

@@ -12,7 +12,14 @@ from trl_flow.algorithms.advantages import AdvantageEstimator
 from trl_flow.algorithms.base import Algorithm, LossOutput, MicroBatch, PhaseScores, StepSums
 from trl_flow.backbones import Backbone
 from trl_flow.dynamics import FlowDynamics, make_dynamics
-from trl_flow.functional import clipped_loss, gaussian_kl, log_ratio, timestep_weight, transition_kl
+from trl_flow.functional import (
+    clipped_loss,
+    gaussian_kl,
+    log_ratio,
+    ratio_statistics,
+    timestep_weight,
+    transition_kl,
+)
 from trl_flow.rollout import RandomStream, Rollout, StepPlan
 
 
@@ -75,6 +82,10 @@ class ClippedPolicyGradient(Algorithm):
 
     # ---- Sampling ----
 
+    @property
+    def needs_reference(self) -> bool:
+        return self.args.beta > 0
+
     def plan(self, generation: int) -> StepPlan:
         args, stochastic = self.args, self.stochastic_steps
         rng = np.random.default_rng([args.seed, generation, RandomStream.STEPS])
@@ -121,15 +132,7 @@ class ClippedPolicyGradient(Algorithm):
         clip_range = {"epsilon": self.epsilon_low, "epsilon_high": self.epsilon_high}
         policy_loss = loss = clipped_loss(log_ratios, advantages, weight=weight, **clip_range)
 
-        ratios = torch.expm1(log_ratios.detach().double() if latents.device.type != "mps" else log_ratios.detach())
-        above, below = ratios > self.epsilon_high, ratios < -self.epsilon_low
-        stats = {
-            "ratio": ratios,  # less 1: its digits would be lost beside it
-            "above": above,
-            "below": below,
-            "high": above & (advantages > 0),
-            "low": below & (advantages < 0),
-        }
+        stats = ratio_statistics(log_ratios.detach(), advantages, **clip_range)
         if args.beta > 0:
             with policy.at("reference"):
                 ref_mean = dynamics.transition(policy.predict(latents, timestep, condition), latents, unit).mean
@@ -139,7 +142,7 @@ class ClippedPolicyGradient(Algorithm):
         if self.estimator.power is not None:
             self.estimator.power.observe(transition_kl(mean.detach(), old_mean, std), policy.updates_since_sampling)
         if not self._ratio_checked and policy.updates_since_sampling == 0:
-            self._first_deviation = max(self._first_deviation or 0.0, ratios.abs().max().item())
+            self._first_deviation = max(self._first_deviation or 0.0, stats["deviation"].abs().max().item())
         return LossOutput(loss, stats, policy_loss)
 
     def after_update(self, policy: "Policy") -> dict[str, float]:
@@ -164,8 +167,8 @@ class ClippedPolicyGradient(Algorithm):
         """`clip_ratio/low_mean` and `high_mean` count the ratios that the clipping acts on (TRL's); those of a step
         all ratios outside of the range, whatever the advantage's sign (Guard's supplement, Fig. 4)."""
         metrics = {
-            "ratio/mean": 1 + sums.mean("ratio"),
-            "ratio/std": sums.std("ratio"),
+            "ratio/mean": 1 + sums.mean("deviation"),
+            "ratio/std": sums.std("deviation"),
             "clip_ratio/low_mean": sums.mean("low"),
             "clip_ratio/high_mean": sums.mean("high"),
             "clip_ratio/region_mean": sums.mean("low") + sums.mean("high"),
@@ -173,8 +176,8 @@ class ClippedPolicyGradient(Algorithm):
         if "kl" in sums.names:
             metrics["kl"] = sums.mean("kl")
         for step in sums.units:
-            metrics[f"ratio/mean_step_{step}"] = 1 + sums.mean("ratio", step)
-            metrics[f"ratio/std_step_{step}"] = sums.std("ratio", step)
+            metrics[f"ratio/mean_step_{step}"] = 1 + sums.mean("deviation", step)
+            metrics[f"ratio/std_step_{step}"] = sums.std("deviation", step)
             metrics[f"clip_ratio/low_step_{step}"] = sums.mean("below", step)
             metrics[f"clip_ratio/high_step_{step}"] = sums.mean("above", step)
         return metrics

@@ -1,17 +1,20 @@
 """What can be refused before training starts."""
 
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import datasets
 from datasets import Dataset
+from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from PIL import ExifTags, Image
+from transformers.utils import logging
 
 from trl_flow.backbones import Backbone
 from trl_flow.rewards.checks import RESERVED_COLUMNS
@@ -21,13 +24,43 @@ from trl_flow.trainer.loading import is_quantized
 from trl_flow.trainer.over_optimization import OverOptimizationCallback
 
 
-def named_eval_datasets(eval_dataset: Any) -> Iterator[tuple[str, Any]]:
-    """`(name for messages, data set)` of one, several or no evaluation sets."""
+logger = logging.get_logger(__name__)
+
+
+def check_model(model: Any, backbone: Backbone | None) -> None:
+    """Raises unless `model` is a pipeline or says where one is, and `backbone` was made for it."""
+    if not isinstance(model, str | os.PathLike | DiffusionPipeline):
+        raise TypeError(
+            f"model is a {type(model).__name__}, but must be the hub id or folder of a diffusers pipeline, or a loaded "
+            "DiffusionPipeline."
+        )
+    if getattr(backbone, "pipeline", model) is not model:
+        raise ValueError(
+            "backbone was made for another pipeline than model: the one would be trained, and the other prepared for "
+            "it. Pass one and the same: model=backbone.pipeline."
+        )
+
+
+def check_config(args: Any, config_class: type[FlowRLConfig]) -> None:
+    """Raises `TypeError` unless `args` is a `config_class`."""
+    if not isinstance(args, config_class):
+        raise TypeError(f"args is a {type(args).__name__}, but must be a {config_class.__name__} or a preset of it.")
+
+
+def check_single_device(args: FlowRLConfig) -> None:
+    """Raises `ValueError` where transformers would use `nn.DataParallel`."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process, and nn.DataParallel is not supported. Launch with "
+            "`accelerate launch` or `torchrun`, or show one GPU with CUDA_VISIBLE_DEVICES."
+        )
+
+
+def named_eval_datasets(eval_dataset: Any) -> dict[str, Any]:
+    """One, several or no evaluation sets by their names in messages."""
     if isinstance(eval_dataset, dict):
-        for name, dataset in eval_dataset.items():
-            yield f"eval_dataset[{name!r}]", dataset
-    elif eval_dataset is not None:
-        yield "eval_dataset", eval_dataset
+        return {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
+    return {} if eval_dataset is None else {"eval_dataset": eval_dataset}
 
 
 def check_dataset(dataset: Any, name: str) -> None:
@@ -157,7 +190,7 @@ def check_rewards(
     if not scorer.reward_funcs:
         raise ValueError("reward_funcs is empty. Pass at least one reward function.")
     scorer.check([] if args.remove_unused_columns else train_dataset.column_names)
-    for name, dataset in named_eval_datasets(eval_dataset):
+    for name, dataset in named_eval_datasets(eval_dataset).items():
         for each in (scorer, gold_scorer):
             try:
                 each.check(dataset.column_names)
@@ -175,7 +208,7 @@ def check_eval_reward_funcs(names: list[str], eval_dataset: Any) -> None:
     """Raises `ValueError` for functions of these names that no evaluation would call, or that hide the composite."""
     if not names:
         return
-    if not any(True for _ in named_eval_datasets(eval_dataset)):
+    if not named_eval_datasets(eval_dataset):
         raise ValueError(
             f"eval_reward_funcs ({', '.join(names)}) score evaluations only, but there is no eval_dataset. Pass one "
             "with the prompts to evaluate, and set eval_strategy='steps', or leave eval_reward_funcs out."
@@ -258,3 +291,42 @@ def probe_output_dir(args: FlowRLConfig, num_parameters: int) -> None:
             f"{num_parameters:,} trained parameters takes about {needed / 2**20:.0f} MiB. Make room, choose "
             "another folder, or train fewer parameters (a LoRA of lower rank)."
         )
+
+
+def as_list(funcs: Callable | list[Callable] | None) -> list[Callable]:
+    """Of none, one or several functions."""
+    if isinstance(funcs, list | tuple):
+        return list(funcs)
+    return [] if funcs is None else [funcs]
+
+
+def repeated(dataset: Dataset, args: FlowRLConfig) -> Dataset:
+    """A set smaller than one sampling phase would give TRL's sampler no full batch at all."""
+    prompts_per_generation = args.generation_batch_size // args.num_generations
+    if len(dataset) >= prompts_per_generation:
+        return dataset
+    copies = math.ceil(prompts_per_generation / len(dataset))
+    logger.warning(
+        f"The data set has {len(dataset)} prompts, but each sampling phase takes {prompts_per_generation} "
+        f"(generation_batch_size / num_generations): it is repeated {copies} times."
+    )
+    return datasets.concatenate_datasets([dataset] * copies)
+
+
+def chosen_eval_datasets(
+    eval_dataset: Dataset | dict[str, Dataset] | str | None, own: Dataset | dict[str, Dataset] | None
+) -> dict[str | None, Dataset]:
+    """The sets that `evaluate(eval_dataset)` means, by their names (`None` for a single one), where the trainer has
+    `own`. Raises `ValueError` if there is no such set."""
+    eval_dataset = own if eval_dataset is None else eval_dataset
+    if eval_dataset is None:
+        raise ValueError("There is no eval_dataset: pass one here or to the trainer.")
+    if isinstance(eval_dataset, str):
+        if not isinstance(own, dict) or eval_dataset not in own:
+            known = list(own) if isinstance(own, dict) else "none with a name"
+            raise ValueError(
+                f"eval_dataset is {eval_dataset!r}, but the trainer's evaluation sets are {known}. Pass one of these, "
+                "or a data set."
+            )
+        return {eval_dataset: own[eval_dataset]}
+    return eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}

@@ -1,5 +1,6 @@
 """[`FlowRLConfig`]: what every algorithm needs. Those of the algorithms are beside it."""
 
+import json
 import math
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -276,6 +277,13 @@ class FlowRLConfig(_BaseConfig):
         """Updates that are made with the samples of one phase; below 1 if an update takes several phases."""
         return Fraction(self.num_iterations * self.steps_per_generation, self.gradient_accumulation_steps)
 
+    def shown(self) -> str:
+        """As JSON, without the token that loading the model may need: checkpoints may be published."""
+        content = self.to_dict()
+        if isinstance(content.get("model_init_kwargs"), dict) and "token" in content["model_init_kwargs"]:
+            content["model_init_kwargs"] = content["model_init_kwargs"] | {"token": "<TOKEN>"}
+        return json.dumps(content, indent=2, default=str)
+
     def _check(self, name: str, ok: bool, wanted: str) -> None:
         if not ok:
             raise ValueError(f"{name} is {getattr(self, name)!r}, but must be {wanted}.")
@@ -319,9 +327,7 @@ class FlowRLConfig(_BaseConfig):
         try:
             self.advantage_power = float(self.advantage_power)  # text from a command line
         except (TypeError, ValueError):
-            raise ValueError(
-                f"advantage_power is {self.advantage_power!r}, but must be a number or 'auto'."
-            ) from None
+            raise ValueError(f"advantage_power is {self.advantage_power!r}, but must be a number or 'auto'.") from None
         ok = math.isfinite(self.advantage_power) and self.advantage_power >= 0
         self._check("advantage_power", ok, "finite and 0 or more, or 'auto'")
         if self.target_kl is not None:

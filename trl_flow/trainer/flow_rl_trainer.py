@@ -1,13 +1,11 @@
 """[`FlowRLTrainer`]: the order of things in online reinforcement learning of an image model, on TRL's base trainer.
 
-It keeps order and nothing else. Each stage is an object of its own, and what is learned stands in an [`Algorithm`]. The
-method names and their order are those of TRL's `GRPOTrainer`, so that a reader of one finds the way in the other.
+It keeps order and nothing else: each stage is an object of its own, and what is learned stands in an [`Algorithm`].
+The method names and their order are those of TRL's `GRPOTrainer`, so that a reader of one finds the way in the other.
 """
 
-import contextlib
 import copy
 import json
-import math
 import os
 import shutil
 import time
@@ -16,12 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
-from peft import PeftConfig, PeftModel, set_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import PeftConfig
 from transformers import TrainerCallback, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
@@ -32,17 +28,8 @@ from trl_flow.algorithms import Algorithm, MicroBatch
 from trl_flow.backbones import Backbone, get_backbone
 from trl_flow.rewards.checks import RewardError, reward_names
 from trl_flow.rewards.scorer import RewardScorer
+from trl_flow.trainer import checks
 from trl_flow.trainer.callbacks import FlowProgressCallback, LoopCallback, RunLogCallback
-from trl_flow.trainer.checks import (
-    check_backbone,
-    check_dataset,
-    check_images,
-    check_output_dir,
-    check_over_optimization,
-    check_rewards,
-    named_eval_datasets,
-    probe_output_dir,
-)
 from trl_flow.trainer.evaluator import EvaluationResult, Evaluator, group_diversity
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.loading import load_pipeline
@@ -53,7 +40,7 @@ from trl_flow.trainer.policy import Policy, prepare_module
 from trl_flow.trainer.prompt_cache import PromptCache
 from trl_flow.trainer.publisher import Publisher
 from trl_flow.trainer.rollout_buffer import RolloutBuffer
-from trl_flow.trainer.run_state import RunState, could_not_write, is_complete, last_complete_checkpoint
+from trl_flow.trainer.run_state import RunState, checkpoint_to_resume, could_not_write
 from trl_flow.trainer.sample_log import SampleLog
 from trl_flow.trainer.sampler import Sampler
 from trl_flow.trainer.trl_compat import EpochRepeatSampler, _BaseTrainer, identity
@@ -120,42 +107,29 @@ class FlowRLTrainer(_BaseTrainer):
         backbone: Backbone | None = None,
         eval_reward_funcs: RewardFunc | list[RewardFunc] | None = None,
     ):
-        if not isinstance(model, str | os.PathLike | DiffusionPipeline):
-            raise TypeError(
-                f"model is a {type(model).__name__}, but must be the hub id or folder of a diffusers pipeline, or "
-                "a loaded DiffusionPipeline."
-            )
         is_path = isinstance(model, str | os.PathLike)
+        checks.check_model(model, backbone)
         if args is None:
             name = model if is_path else model.config.get("_name_or_path") or "model"
             args = self.config_class(f"{Path(name).name}-{self._name}")
-        if not isinstance(args, self.config_class):
-            raise TypeError(
-                f"args is a {type(args).__name__}, but must be a {self.config_class.__name__} or a preset of it."
-            )
+        checks.check_config(args, self.config_class)
         # Some fields are changed for transformers below; the caller's object may serve a second trainer
         args = copy.copy(args)
 
         # Data and rewards first: they are cheap to check, a model is not cheap to load
-        reward_funcs, eval_reward_funcs = _as_list(reward_funcs), _as_list(eval_reward_funcs)
-        names = reward_names([*reward_funcs, *eval_reward_funcs])
-        number, timeout = len(reward_funcs), args.reward_timeout
-        self.scorer = RewardScorer(reward_funcs, timeout=timeout, names=names[:number])
-        self.gold_scorer = RewardScorer(eval_reward_funcs, timeout=timeout, names=names[number:])
-        check_dataset(train_dataset, "train_dataset")
-        for name, dataset in named_eval_datasets(eval_dataset):
-            check_dataset(dataset, name)
-        check_rewards(self.scorer, self.gold_scorer, train_dataset, eval_dataset, args)
-        check_over_optimization(callbacks or [], self.gold_scorer.names, eval_dataset, args)
+        reward_funcs, eval_reward_funcs = checks.as_list(reward_funcs), checks.as_list(eval_reward_funcs)
+        names, number = reward_names([*reward_funcs, *eval_reward_funcs]), len(reward_funcs)
+        self.scorer = RewardScorer(reward_funcs, timeout=args.reward_timeout, names=names[:number])
+        self.gold_scorer = RewardScorer(eval_reward_funcs, timeout=args.reward_timeout, names=names[number:])
+        named_datasets = {"train_dataset": train_dataset, **checks.named_eval_datasets(eval_dataset)}
+        for name, dataset in named_datasets.items():
+            checks.check_dataset(dataset, name)
+        checks.check_rewards(self.scorer, self.gold_scorer, train_dataset, eval_dataset, args)
+        checks.check_over_optimization(callbacks or [], self.gold_scorer.names, eval_dataset, args)
         self.reward_weights = torch.tensor(args.reward_weights or [1.0] * number, dtype=torch.float32)
-        check_output_dir(args)
+        checks.check_output_dir(args)
         if peft_config is not None:
             sharing.check_lora_config(peft_config)
-        if getattr(backbone, "pipeline", model) is not model:
-            raise ValueError(
-                "backbone was made for another pipeline than model: the one would be trained, and the other prepared "
-                "for it. Pass one and the same: model=backbone.pipeline."
-            )
 
         # Model. A LoRA draws its initial weights at random, so the seed comes first.
         set_seed(args.seed)
@@ -165,30 +139,26 @@ class FlowRLTrainer(_BaseTrainer):
             self.pipeline, height=args.height, width=args.width, max_sequence_length=args.max_sequence_length
         )
         self.model_id = str(model) if is_path else self.pipeline.config.get("_name_or_path")
-        check_backbone(self.backbone, args, peft_config)
-        for name, dataset in [("train_dataset", train_dataset), *named_eval_datasets(eval_dataset)]:
-            check_images(dataset, name, self.backbone)
+        checks.check_backbone(self.backbone, args, peft_config)
+        for name, dataset in named_datasets.items():
+            checks.check_images(dataset, name, self.backbone)
         module = prepare_module(self.backbone, args, peft_config)
-        probe_output_dir(args, sum(p.numel() for p in module.parameters() if p.requires_grad))
+        checks.probe_output_dir(args, sum(p.numel() for p in module.parameters() if p.requires_grad))
 
         # Before the model goes to the device: the text encoders may need the room there
         conditions = PromptCache.of(self.backbone, args)
-        conditions.encode_ahead(args, [train_dataset, *(dataset for _, dataset in named_eval_datasets(eval_dataset))])
+        conditions.encode_ahead(args, list(named_datasets.values()))
 
         super().__init__(
             model=module,
             args=args,
             data_collator=identity,  # rows stay dictionaries
-            train_dataset=_repeated(train_dataset, args),
+            train_dataset=checks.repeated(train_dataset, args),
             eval_dataset=eval_dataset,
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs are visible to one process, and nn.DataParallel is not supported. Launch with "
-                "`accelerate launch` or `torchrun`, or show one GPU with CUDA_VISIBLE_DEVICES."
-            )
+        checks.check_single_device(args)
         if not args.disable_tqdm:
             self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
             self.add_callback(FlowProgressCallback())
@@ -273,32 +243,24 @@ class FlowRLTrainer(_BaseTrainer):
             RewardError: if a reward function fails. With at least one update behind it the run is saved first, as it
                 was after the last update, whatever `save_strategy` is; the message says where.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-        elif isinstance(resume_from_checkpoint, str | os.PathLike):
-            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
-            if not is_complete(resume_from_checkpoint):
-                raise ValueError(
-                    f"{resume_from_checkpoint!r} is not a complete checkpoint of this trainer. Pass True to resume "
-                    "from the last complete one in output_dir."
-                )
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         # Those that were added after the constructor, too
         callbacks = self.callback_handler.callbacks
-        check_over_optimization(callbacks, self.gold_scorer.names, self.eval_dataset, self.args)
-        self.run_state.parts |= {
-            "over_optimization": cb for cb in callbacks if isinstance(cb, OverOptimizationCallback)
-        }
+        checks.check_over_optimization(callbacks, self.gold_scorer.names, self.eval_dataset, self.args)
+        self.run_state.parts |= OverOptimizationCallback.by_name(callbacks)
         self.run_state.reset()
         self._saved = None
-        if resume_from_checkpoint:
-            self.run_state.check(Path(resume_from_checkpoint))
-            state = json.loads(Path(resume_from_checkpoint, "trainer_state.json").read_text())
-            self._saved = state["global_step"], resume_from_checkpoint
+        if checkpoint is not None:
+            self.run_state.check(Path(checkpoint))
+            self._saved = (
+                int(json.loads(Path(checkpoint, "trainer_state.json").read_text())["global_step"]),
+                checkpoint,
+            )
         # A model that cannot be loaded is found out now, and not after the first sampling phase
         self.scorer.load()
         self.gold_scorer.load()
         try:
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         except RewardError as error:
             raise RewardError(f"{error} {self._save_after_failure()}") from error
         if self.args.save_strategy != "no":
@@ -366,7 +328,7 @@ class FlowRLTrainer(_BaseTrainer):
     def _before_training(self) -> None:
         """Scores all evaluation sets by the base model, before the first update, and logs this as update 0."""
         if self.gold_scorer.reward_funcs:
-            for name, dataset in self._eval_datasets(self.eval_dataset).items():
+            for name, dataset in checks.chosen_eval_datasets(None, self.eval_dataset).items():
                 result = self.evaluator.evaluate_base(dataset, self.state, name)
                 if self.state.global_step == 0 and not self.args.eval_on_start:
                     self._log_evaluation(result, "eval" if name is None else f"eval_{name}")
@@ -378,10 +340,6 @@ class FlowRLTrainer(_BaseTrainer):
         self.metrics.append(self.algorithm.after_update(self.policy))
 
     # ---- Evaluation ----
-
-    @staticmethod
-    def _eval_datasets(eval_dataset: Dataset | dict[str, Dataset]) -> dict[str | None, Dataset]:
-        return eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
 
     def evaluate(
         self,
@@ -407,25 +365,14 @@ class FlowRLTrainer(_BaseTrainer):
         Raises:
             ValueError: if there is no such set, or its gold scores cannot be normalized to the base model's.
         """
-        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if eval_dataset is None:
-            raise ValueError("There is no eval_dataset: pass one here or to the trainer.")
-        chosen = None
-        if isinstance(eval_dataset, str):
-            if not isinstance(self.eval_dataset, dict) or eval_dataset not in self.eval_dataset:
-                known = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else "none with a name"
-                raise ValueError(
-                    f"eval_dataset is {eval_dataset!r}, but the trainer's evaluation sets are {known}. Pass one of "
-                    "these, or a data set."
-                )
-            chosen, eval_dataset = eval_dataset, self.eval_dataset[eval_dataset]
         metrics: dict[str, float] = {}
-        for name, dataset in self._eval_datasets(eval_dataset).items():
-            check_dataset(dataset, "eval_dataset")
-            check_images(dataset, "eval_dataset", self.backbone)
-            start, prefix = time.time(), metric_key_prefix if name is None else f"{metric_key_prefix}_{name}"
-            result = self.evaluator.evaluate(dataset, self.state, chosen if name is None else name)
-            own = self._log_evaluation(result, prefix, start)
+        for name, dataset in checks.chosen_eval_datasets(eval_dataset, self.eval_dataset).items():
+            checks.check_dataset(dataset, "eval_dataset")
+            checks.check_images(dataset, "eval_dataset", self.backbone)
+            start = time.time()
+            result = self.evaluator.evaluate(dataset, self.state, name)
+            is_named = name is not None and not isinstance(eval_dataset, str)
+            own = self._log_evaluation(result, f"{metric_key_prefix}_{name}" if is_named else metric_key_prefix, start)
             # As CallbackHandler.on_evaluate, which not every version of transformers lets pass anything further
             self.control.should_evaluate = False
             self.control = self.callback_handler.call_event(
@@ -470,24 +417,11 @@ class FlowRLTrainer(_BaseTrainer):
     # ---- Saving and resuming ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """The adapter in diffusers' format (or the full model), and PEFT's own files, which resuming needs."""
         output_dir = self.args.output_dir if output_dir is None else output_dir
-        if not self.args.should_save:
-            return
-        os.makedirs(output_dir, exist_ok=True)
-        model, common = self.policy.module, {"state_dict": state_dict, "base_model": self.model_id}
-        is_checkpoint = Path(output_dir).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
-        # What is shared is the average, where there is one; a checkpoint goes on from the trained weights themselves
-        is_adapter = self.policy.is_adapter
-        with self.policy.at("average") if is_adapter or not is_checkpoint else contextlib.nullcontext():
-            if is_adapter:
-                component = self.backbone.component
-                sharing.save_lora(type(self.pipeline), model, output_dir, component=component, **common)
-            else:
-                sharing.save_full(model, output_dir, state_dict=state_dict)
-        if is_adapter and is_checkpoint and self.args.use_ema:
-            sharing.save_adapter(model, output_dir, **common)
-        Path(output_dir, "training_args.json").write_text(_shown_args(self.args))
+        if self.args.should_save:
+            os.makedirs(output_dir, exist_ok=True)
+            self.policy.save(output_dir, base_model=self.model_id, state_dict=state_dict)
+            Path(output_dir, "training_args.json").write_text(self.args.shown())
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
@@ -542,44 +476,18 @@ class FlowRLTrainer(_BaseTrainer):
         self.run_state.load_part("policy", Path(best))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        module = self.accelerator.unwrap_model(self.model if model is None else model)
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        elif not isinstance(module, PeftModel):
-            sharing.load_full(module, resume_from_checkpoint)
         else:
-            # Into the adapter that is there: PEFT's load_adapter would add a second one with a config of its own
-            path = Path(resume_from_checkpoint, "adapter_model.safetensors")
-            if not path.is_file():
-                raise ValueError(
-                    f"{resume_from_checkpoint!r} holds no adapter, but the trainer trains one. Resume without a "
-                    "peft_config, or from a checkpoint of an adapter."
-                )
-            try:
-                set_peft_model_state_dict(module, load_file(path))
-            except RuntimeError as error:
-                raise ValueError(
-                    f"The adapter in {resume_from_checkpoint!r} does not fit the trainer's: another rank or other "
-                    "target modules. Resume with the peft_config that it was trained with (adapter_config.json there)."
-                ) from error
+            self.policy.load(resume_from_checkpoint)
 
     # ---- Sharing ----
 
     def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """
-        Writes `README.md` for diffusers users: how to load the model, the rewards' curve, the latest images, the
-        settings and the papers.
-
-        Args:
-            model_name (`str`, *optional*): title; default: the repository's or the folder's name.
-            dataset_name (`str`, *optional*): Hub id of the prompts.
-            tags (`str` or `list[str]`, *optional*): further tags.
-        """
+        """Writes `README.md` for diffusers users: how to load the model, the rewards' curve, the latest images, the
+        settings and the papers. `model_name` is its title, `dataset_name` the Hub id of the prompts."""
         if self.is_world_process_zero():
             names = {"model_name": model_name, "dataset_name": dataset_name, "tags": tags}
             self.publisher.write_card(self.policy.module, self.state.log_history, self.hub_model_id, **names)
@@ -595,16 +503,8 @@ class FlowRLTrainer(_BaseTrainer):
     ):
         """
         Saves the model, writes its card and uploads both, with curves and images, to `args.hub_model_id` (default: the
-        name of `output_dir`).
-
-        Args:
-            commit_message (`str`): title of the commit.
-            blocking (`bool`): whether to wait for the upload.
-            token, revision, private: default to `hub_token`, `hub_revision` and `hub_private_repo` of the config.
-            kwargs: for `create_model_card`.
-
-        Raises:
-            PushError: if the Hub refuses or cannot be reached. Nothing local is lost.
+        name of `output_dir`). `token`, `revision` and `private` default to the `hub_` fields of the config; `kwargs` go
+        to [`create_model_card`]. Raises `PushError` if the Hub refuses or cannot be reached; nothing local is lost.
         """
         if self.hub_model_id is None:
             self.hub_model_id = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
@@ -621,32 +521,3 @@ class FlowRLTrainer(_BaseTrainer):
 
     def _finish_current_push(self) -> None:
         self.publisher.wait()
-
-
-def _as_list(funcs: RewardFunc | list[RewardFunc] | None) -> list[RewardFunc]:
-    if isinstance(funcs, list | tuple):
-        return list(funcs)
-    return [] if funcs is None else [funcs]
-
-
-def _repeated(dataset: Dataset, args: FlowRLConfig) -> Dataset:
-    """A set smaller than one sampling phase would give TRL's sampler no full batch at all."""
-    prompts_per_generation = args.generation_batch_size // args.num_generations
-    if len(dataset) >= prompts_per_generation:
-        return dataset
-    copies = math.ceil(prompts_per_generation / len(dataset))
-    logger.warning(
-        f"The data set has {len(dataset)} prompts, but each sampling phase takes {prompts_per_generation} "
-        f"(generation_batch_size / num_generations): it is repeated {copies} times."
-    )
-    return datasets.concatenate_datasets([dataset] * copies)
-
-
-def _shown_args(args: FlowRLConfig) -> str:
-    """The config as JSON, without the token that loading the model may need: checkpoints may be published."""
-    content = args.to_dict()
-    if isinstance(content.get("model_init_kwargs"), dict):
-        content["model_init_kwargs"] = {
-            name: "<TOKEN>" if name == "token" else value for name, value in content["model_init_kwargs"].items()
-        }
-    return json.dumps(content, indent=2, default=str)

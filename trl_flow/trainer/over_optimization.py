@@ -48,6 +48,8 @@ class OverOptimizationCallback(TrainerCallback):
         ValueError: if `patience` or `num_standard_errors` makes no sense.
     """
 
+    STATE_KEY = "over_optimization"
+
     def __init__(
         self,
         patience: int = 2,
@@ -71,6 +73,11 @@ class OverOptimizationCallback(TrainerCallback):
         self.watched: str | None = None
         self._training = False
         self._reset()
+
+    @staticmethod
+    def by_name(callbacks: list[TrainerCallback]) -> dict[str, "OverOptimizationCallback"]:
+        """The one among `callbacks`, if there is one, under the name that checkpoints have its state by."""
+        return {cb.STATE_KEY: cb for cb in callbacks if isinstance(cb, OverOptimizationCallback)}
 
     def _reset(self) -> None:
         """Forgets all evaluations."""
@@ -176,7 +183,9 @@ class OverOptimizationCallback(TrainerCallback):
         content |= {"gold": finite(gold.scores), "gold_relative_to_base": finite(gold.relative)}
         write_json(folder / SCORES_NAME, content)
 
-    def _message(self, evaluation: EvaluationResult, step: int, difference: float, error: float, output_dir: str) -> str:
+    def _message(
+        self, evaluation: EvaluationResult, step: int, difference: float, error: float, output_dir: str
+    ) -> str:
         of = "the base model" if self._best_step == 0 else f"update {self._best_step}"
         message = (
             f"Over-optimization: at update {step} the optimized reward is {evaluation.reward:.4g}, above "

@@ -16,7 +16,7 @@ from trl_flow.algorithms import PhaseScores
 from trl_flow.functional import combine_rewards, frac_zero_std
 from trl_flow.rewards.checks import RewardError, is_dense
 from trl_flow.rewards.scorer import RewardLogs, RewardScorer, Scores
-from trl_flow.rollout import StepPlan
+from trl_flow.rollout import StepPlan, decode
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.sampler import SampledPart, Sampler
 
@@ -222,7 +222,7 @@ class ScoringPhase:
     def _score_predicted(self, latents: torch.Tensor) -> torch.Tensor:
         scores = self.parent.scorer.score(
             [row["prompt"] for row in self.rows],
-            self.parent.sampler.decode(latents),
+            decode(self.parent.sampler.policy.backbone, latents),
             columns_of(self.rows),
             trainer_state=self.state,
             only=self.parent.dense,

@@ -3,8 +3,10 @@ FSDP and DeepSpeed."""
 
 import contextlib
 import copy
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +14,12 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from diffusers.training_utils import EMAModel, cast_training_params
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import load_file
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from trl_flow import sharing
 from trl_flow.backbones import Backbone
 from trl_flow.trainer.diffusers_compat import make_trainable
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
@@ -309,6 +314,55 @@ class Policy:
     def after_update(self) -> None:
         if self.ema is not None:
             self.ema.step(self.trained_parameters)
+
+    # ---- Saving ----
+
+    def save(self, folder: str | os.PathLike, *, base_model: str | None, state_dict: dict | None) -> None:
+        """
+        Writes the adapter in diffusers' format and in PEFT's, which resuming needs, or the full model.
+
+        Args:
+            folder (`str` or `os.PathLike`): where. What is shared is the average, where there is one. A folder called
+                `checkpoint-...` gets the trained weights themselves for resuming.
+            base_model (`str`, *optional*): hub id or folder of the pipeline, for the adapter's config.
+            state_dict (`dict`, *optional*): of sharded weights, gathered.
+        """
+        is_checkpoint = Path(folder).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+        common = {"state_dict": state_dict, "base_model": base_model}
+        if self.is_adapter:
+            pipeline_class, component = type(self.backbone.pipeline), self.backbone.component
+            with self.at("average"):
+                sharing.save_lora(pipeline_class, self.module, folder, component=component, **common)
+            if is_checkpoint and self.ema is not None:
+                sharing.save_adapter(self.module, folder, **common)
+        else:
+            with contextlib.nullcontext() if is_checkpoint else self.at("average"):
+                sharing.save_full(self.module, folder, state_dict=state_dict)
+
+    def load(self, checkpoint: str) -> None:
+        """
+        The trained weights of a checkpoint.
+
+        Raises:
+            ValueError: if it holds no adapter where one is trained, or another one.
+        """
+        if not self.is_adapter:
+            sharing.load_full(self.module, checkpoint)
+            return
+        # Into the adapter that is there: PEFT's load_adapter would add a second one with a config of its own
+        path = Path(checkpoint, "adapter_model.safetensors")
+        if not path.is_file():
+            raise ValueError(
+                f"{checkpoint!r} holds no adapter, but the trainer trains one. Resume without a peft_config, or from "
+                "a checkpoint of an adapter."
+            )
+        try:
+            set_peft_model_state_dict(self.module, load_file(path))
+        except RuntimeError as error:
+            raise ValueError(
+                f"The adapter in {checkpoint!r} does not fit the trainer's: another rank or other target modules. "
+                "Resume with the peft_config that it was trained with (adapter_config.json there)."
+            ) from error
 
     # ---- State ----
 

@@ -36,8 +36,8 @@ class PromptCache:
     Args:
         backbone ([`Backbone`]): encodes.
         max_bytes (`int`): memory for the conditions. 2 GiB hold about 1,200 prompts of Stable Diffusion 3.5.
-        store ([`PromptEmbedStore`], *optional*): keeps them on disk too. The text encoders are then held on the CPU, and on
-            the backbone's device only while something is encoded that is not on disk.
+        store ([`PromptEmbedStore`], *optional*): keeps them on disk too. The text encoders are then held on the CPU,
+            and on the backbone's device only while something is encoded that is not on disk.
     """
 
     def __init__(self, backbone: Backbone, max_bytes: int = 2 * 2**30, store: PromptEmbedStore | None = None):

@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from trl_flow.algorithms import MicroBatch
+from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.prompt_cache import image_fingerprint
 
 
@@ -40,12 +41,12 @@ class RolloutBuffer:
 
     Args:
         number (`int`): samples of this process.
-        steps_per_generation (`int`): micro-batches.
-        num_updates (`int`): updates that they are for.
+        args ([`FlowRLConfig`]): into how many micro-batches, and for how many updates.
     """
 
-    def __init__(self, number: int, steps_per_generation: int, num_updates: int):
-        self._indices = micro_batch_indices(number, steps_per_generation, num_updates)
+    def __init__(self, number: int, args: FlowRLConfig):
+        num_updates = max(1, args.steps_per_generation // args.gradient_accumulation_steps)
+        self._indices = micro_batch_indices(number, args.steps_per_generation, num_updates)
         # Where each sample is kept
         self._rows = torch.empty(number, dtype=torch.long)
         self._rows[[index for batch in self._indices for index in batch]] = torch.arange(number)

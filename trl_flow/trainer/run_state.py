@@ -1,6 +1,7 @@
 """[`RunState`]: where a run is, and one save, load and reset over all parts that have a state."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any, Protocol
@@ -187,6 +188,25 @@ def is_complete(checkpoint: str) -> bool:
         return Path(checkpoint, STATE_NAME).is_file()
     except (OSError, ValueError):
         return False
+
+
+def checkpoint_to_resume(given: str | os.PathLike | bool | None, output_dir: str) -> str | None:
+    """
+    The checkpoint that `train(resume_from_checkpoint=given)` means.
+
+    Raises:
+        ValueError: if it is not complete, or there is none.
+    """
+    if given is True:
+        return last_complete_checkpoint(output_dir)
+    if not given:
+        return None
+    if not is_complete(os.fspath(given)):
+        raise ValueError(
+            f"{os.fspath(given)!r} is not a complete checkpoint of this trainer. Pass True to resume from the last "
+            "complete one in output_dir."
+        )
+    return os.fspath(given)
 
 
 def last_complete_checkpoint(output_dir: str) -> str:

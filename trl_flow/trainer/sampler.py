@@ -8,13 +8,9 @@ import torch
 from PIL import Image
 
 from trl_flow.dynamics import Dynamics
-from trl_flow.rollout import RandomStream, Rollout, StepPlan, draw_noise, rollout, sample_generator
+from trl_flow.rollout import RandomStream, Rollout, StepPlan, decode, draw_noise, rollout, sample_generator
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.policy import Policy
-
-
-# Images decoded at a time: decoding takes far more memory than a step, and gains nothing from a large batch
-DECODED_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -88,13 +84,7 @@ class Sampler:
                     "earlier checkpoint."
                 )
             self.show_stage("decoding")
-            yield SampledPart(first, sampled, self.decode(sampled.final))
-
-    @torch.inference_mode()
-    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
-        """Images of final latents `(B, ...)`, on any device."""
-        backbone, device = self.policy.backbone, self.policy.accelerator.device
-        return [image for part in latents.split(DECODED_AT_ONCE) for image in backbone.decode(part.to(device))]
+            yield SampledPart(first, sampled, decode(self.policy.backbone, sampled.final))
 
     def images_to_edit(self, rows: list[dict[str, Any]]) -> list[Image.Image] | None:
         """The rows' images, RGB, where the backbone takes one."""
@@ -158,7 +148,7 @@ class Sampler:
         return torch.cat([part.final for part in parts])
 
     def _initial_noise(self, generation: int, indices: list[int]) -> torch.Tensor:
-        """`x_1` of samples by their indices in the global generation batch, or with `share_initial_noise` of groups."""
+        """`x_1` of samples by their global indices, or with `share_initial_noise` of groups by theirs."""
         stream = RandomStream.INITIAL_NOISE
         generators = [sample_generator(self.args.seed, generation, stream, index) for index in indices]
         return draw_noise(self.policy.backbone.latent_shape(), generators, self.policy.accelerator.device)
