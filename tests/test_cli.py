@@ -257,7 +257,7 @@ def test_the_bundled_models_size_is_its_default_and_can_be_changed():
         ({"reward_funcs": ["json.no_such_reward"]}, [], "has no 'no_such_reward'"),
         ({"reward_funcs": ["json.decoder"]}, [], "must be a callable"),
         ({"dataset_name": None}, [], "dataset_name is missing"),
-        ({"dataset_name": "no-such.jsonl"}, [], "'no-such.jsonl' can not be read: there is no such file"),
+        ({"dataset_name": "no-such.jsonl"}, [], "'no-such.jsonl' cannot be read: there is no such file"),
         ({"dataset_train_split": "trian"}, [], "has no split 'trian', only train"),
         ({"dataset_streaming": True}, [], "streaming"),
         ({"eval_strategy": "steps", "eval_steps": 1}, [], "has no split 'test'"),
@@ -290,7 +290,7 @@ def test_a_file_of_prompts_that_can_not_be_read(recipe, tmp_path, capsys, name, 
 
 def test_an_empty_file_of_prompts(recipe, tmp_path, capsys):
     (tmp_path / "empty.jsonl").write_text("")
-    words = "'empty.jsonl' can not be read: it holds nothing"
+    words = "'empty.jsonl' cannot be read: it holds nothing"
     assert words in mistake(capsys, "train", "--config", recipe(dataset_name="empty.jsonl"))
 
 

@@ -128,8 +128,9 @@ def run_demo(
     print(f"Loading the model; results go to {folder} ...", flush=True)
     import torch
 
-    from trl_flow.evaluation.pictures import evenly
-    from trl_flow.evaluation.report import score_table, versions, write_json
+    from trl_flow.evaluation.grids import evenly
+    from trl_flow.evaluation.outputs import versions, write_json
+    from trl_flow.evaluation.tables import score_table
     from trl_flow.shapes import load_prompts, pipeline_path
 
     model = pipeline_path() if model is None else model
@@ -341,7 +342,7 @@ def _write_pictures(
     scores_after: dict[str, "np.ndarray"],
     settings: DemoSettings,
 ) -> None:
-    from trl_flow.evaluation.pictures import before_after_grid, evenly, image_grid
+    from trl_flow.evaluation.grids import before_after_grid, evenly, image_grid
 
     # The first picture of every prompt that is shown: chosen by place, never by score
     shown = evenly(len(captions), settings.grid_prompts)

@@ -1,38 +1,13 @@
 """Whether the text that a prompt asks for can be read in the image."""
 
-import re
 from importlib import import_module
 from typing import Any
 
 import torch
 from PIL import Image
 
+from trl_flow.prompt_words import quoted_text
 from trl_flow.rewards.base import ModelReward, RewardInfo, require
-
-
-# Straight, English, Swedish, German, French and East Asian quotation marks, each with the mark that closes it
-_QUOTED = re.compile(
-    r'"([^"]*)"|“([^“”]*)”|”([^“”]*)”|„([^„“”]*)[“”]|«([^«»]*)»|»([^«»]*)«|「([^「」]*)」|『([^『』]*)』'
-)
-
-
-def quoted_text(prompt: str) -> str:
-    """
-    The first text between double quotation marks in `prompt`: straight (`"OPEN"`) or typographic (`“OPEN”`, `”OPEN”`,
-    `„OPEN“`, `«OPEN»`, `»OPEN«`, `「OPEN」`, `『OPEN』`).
-
-    Raises:
-        ValueError: if there is none, or nothing but white space in it.
-    """
-    match = _QUOTED.search(prompt)
-    text = next(group for group in match.groups() if group is not None) if match else ""
-    if not text.strip():
-        raise ValueError(
-            f"The prompt {prompt!r} has no text between double quotation marks, so that there is nothing to look for "
-            'in its image. Quote it (a sign that reads "OPEN"), or give the data set a column `text` with the text '
-            "of each prompt, and None for prompts that ask for none."
-        )
-    return text
 
 
 def text_score(recognized: str, target: str) -> float:
