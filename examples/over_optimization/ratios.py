@@ -1,6 +1,6 @@
 """Ratios, clipping and gradients of every variant, step by step, on the same rollouts (GRPO-Guard, Figures 2 and 3).
 
-In training each variant soon has a policy, and so pictures, of its own. Here one batch is sampled, the policy is moved
+In training each variant soon has a policy, and so images, of its own. Here one batch is sampled, the policy is moved
 a little by plain unclipped updates on it, and then all variants look at the same samples, the same policy and the same
 advantages: what differs is their formula alone.
 """

@@ -31,7 +31,7 @@ from trl_flow.evaluation.page import write_page
 from trl_flow.evaluation.scoring import score_images
 from trl_flow.evaluation.tables import markdown
 from trl_flow.evaluation.vote_results import update_votes
-from trl_flow.rewards.calling import check_reward_func, reward_names
+from trl_flow.rewards.checks import check_reward_func, reward_names
 
 
 RESULTS, REPORT, PAGE = "results.json", "results.md", "comparison.html"

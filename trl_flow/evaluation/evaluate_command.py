@@ -130,7 +130,7 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     folder = arguments.output_dir or (arguments.vote if isinstance(arguments.vote, str) else "trl-flow-evaluation")
     evaluation = _evaluation(arguments, folder)
 
-    from trl_flow.rewards.calling import RewardError
+    from trl_flow.rewards.checks import RewardError
 
     kept = f"The images and scores so far are in {folder}. The same command goes on from there."
 
