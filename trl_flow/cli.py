@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from trl_flow import __version__
-    from trl_flow.evaluation import command as evaluation
+    from trl_flow.evaluation import evaluate_command as evaluation
     from trl_flow.serving import command as serving
 
     parser = argparse.ArgumentParser(
@@ -183,7 +183,7 @@ def _env(arguments: argparse.Namespace) -> int:
 
     import torch
 
-    from trl_flow.evaluation.report import versions
+    from trl_flow.evaluation.outputs import versions
 
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     if not devices and torch.accelerator.is_available():
@@ -196,7 +196,7 @@ def _env(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from trl_flow.evaluation.command import prepare
+    from trl_flow.evaluation.evaluate_command import prepare
 
     with _mistakes():
         run = prepare(arguments)

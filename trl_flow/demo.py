@@ -22,9 +22,10 @@ from PIL import Image
 
 from trl_flow import FlowGRPOConfig, FlowGRPOTrainer, GuardConfig
 from trl_flow.evaluation.drawing import draw
-from trl_flow.evaluation.pictures import before_after_grid, evenly, image_grid
-from trl_flow.evaluation.report import score_table, versions, write_json
+from trl_flow.evaluation.grids import before_after_grid, evenly, image_grid
+from trl_flow.evaluation.outputs import versions, write_json
 from trl_flow.evaluation.scoring import paired_difference, score_images
+from trl_flow.evaluation.tables import score_table
 from trl_flow.rewards import ShapesReward
 from trl_flow.shapes import PICTURE_SIZE, load_prompts, pipeline_path
 from trl_flow.shapes.model import T5_TOKENS

@@ -10,7 +10,7 @@ import numpy as np
 from experiments import ARMS, COMMON, SECTIONS, Scale
 from results import Curve, common_level, ratio_file, ratio_settings, read_ratio, read_section, spread
 
-from trl_flow.evaluation.report import versions
+from trl_flow.evaluation.outputs import versions
 
 
 TABLE = "over_optimization.md"

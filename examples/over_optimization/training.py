@@ -17,7 +17,7 @@ from peft import LoraConfig
 from transformers import PrinterCallback
 
 from trl_flow import FlowGRPOConfig, FlowGRPOTrainer
-from trl_flow.evaluation.report import write_json
+from trl_flow.evaluation.outputs import write_json
 from trl_flow.rewards import ShapesReward
 from trl_flow.shapes import load_pipeline, load_prompts
 

@@ -17,7 +17,7 @@ from trl_flow.evaluation.drawing import draw
 OPTIONS = {"seed": 0, "num_inference_steps": 2, "height": 16, "width": 16, "max_sequence_length": 16}
 
 
-def pictures(pipeline) -> np.ndarray:
+def images(pipeline) -> np.ndarray:
     return np.stack([np.asarray(image) for image in draw(pipeline, ["a red circle", "two squares"], **OPTIONS)])
 
 
@@ -97,19 +97,19 @@ def test_wrong_paths_are_refused(paths, message, folders, tiny_sd3_path, tmp_pat
 
 @pytest.mark.parametrize("name", ["one", "full"])
 def test_draws_as_anyone_would_with_it_and_leaves_the_base_as_it_was(name, folders, tiny_sd3, tiny_sd3_path):
-    before = pictures(tiny_sd3)
+    before = images(tiny_sd3)
     with loaded_adapter(tiny_sd3, Adapter(name, folders[name])):
-        inside = pictures(tiny_sd3)
+        inside = images(tiny_sd3)
     stock = type(tiny_sd3).from_pretrained(tiny_sd3_path)
     if name == "one":
         stock.load_lora_weights(folders[name])
     else:
         stock.transformer = type(stock.transformer).from_pretrained(folders[name])
-    np.testing.assert_array_equal(inside, pictures(stock))
+    np.testing.assert_array_equal(inside, images(stock))
     assert (inside != before).mean() > 0.2
-    np.testing.assert_array_equal(pictures(tiny_sd3), before)
+    np.testing.assert_array_equal(images(tiny_sd3), before)
     with loaded_adapter(tiny_sd3, None):
-        np.testing.assert_array_equal(pictures(tiny_sd3), before)
+        np.testing.assert_array_equal(images(tiny_sd3), before)
 
 
 def test_fingerprints_tell_weights_and_scaling_apart(folders, tiny_sd3, tiny_sd3_path, tmp_path):
@@ -141,7 +141,7 @@ def test_a_folder_that_is_not_there_is_told_with_what_is(tiny_sd3, tmp_path, mon
     (adapter,) = parse_adapters(["runs/gaurd"])
 
     def unreachable(path, **options):
-        raise RuntimeError("the Hub can not be reached.")
+        raise RuntimeError("the Hub cannot be reached.")
 
     monkeypatch.setattr(tiny_sd3, "lora_state_dict", unreachable)
     with pytest.raises(
@@ -151,7 +151,7 @@ def test_a_folder_that_is_not_there_is_told_with_what_is(tiny_sd3, tmp_path, mon
 
 
 def test_adapters_of_other_models_are_refused_and_leave_nothing_behind(folders, tiny_sd3, tmp_path):
-    before = pictures(tiny_sd3)
+    before = images(tiny_sd3)
     weights = load_file(folders["one"] + "/pytorch_lora_weights.safetensors")
     wider = {name: torch.nn.functional.pad(tensor, (0, 3, 0, 3)) for name, tensor in weights.items()}
     deeper = weights | {name.replace("blocks.0.", "blocks.7."): tensor.clone() for name, tensor in weights.items()}
@@ -166,4 +166,4 @@ def test_adapters_of_other_models_are_refused_and_leave_nothing_behind(folders, 
             ValueError, match=f"the adapter '{name}' .* could not be loaded into this StableDiffusion3"
         ):
             check_adapter(tiny_sd3, Adapter(name, str(path)))
-        np.testing.assert_array_equal(pictures(tiny_sd3), before)
+        np.testing.assert_array_equal(images(tiny_sd3), before)

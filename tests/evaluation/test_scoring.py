@@ -25,16 +25,16 @@ def test_difference_worked_out_by_hand():
     assert result.num_pairs == 4
 
 
-def test_pictures_of_one_prompt_count_once():
-    # Prompts 0 and 1 with three pictures each: differences (1, 1, 1) and (0, 3, 0) average to 1 and 1, so the error
-    # is 0; six independent pictures would have had one above 0
+def test_images_of_one_prompt_count_once():
+    # Prompts 0 and 1 with three images each: differences (1, 1, 1) and (0, 3, 0) average to 1 and 1, so the error
+    # is 0; six independent images would have had one above 0
     before, after = [0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 4, 1]
     grouped = paired_difference(before, after, num_images_per_prompt=3)
     assert (grouped.difference, grouped.standard_error, grouped.num_pairs) == (1.0, 0.0, 2)
     assert paired_difference(before, after).standard_error > 0.4
 
 
-def test_repeated_pictures_make_no_result_surer():
+def test_repeated_images_make_no_result_surer():
     single = paired_difference([0.1, 0.5, 0.2], [0.4, 0.6, 0.9])
     copied = paired_difference(
         np.repeat([0.1, 0.5, 0.2], 50), np.repeat([0.4, 0.6, 0.9], 50), num_images_per_prompt=50
@@ -43,7 +43,7 @@ def test_repeated_pictures_make_no_result_surer():
 
 
 def test_pairs_with_nan_are_left_out():
-    # Prompt 0 keeps its second picture, prompt 1 has none left
+    # Prompt 0 keeps its second image, prompt 1 has none left
     result = paired_difference([9, 1, math.nan, 9, 3, 3], [math.nan, 2, 9, math.nan, 3, 5], num_images_per_prompt=2)
     assert (result.mean_before, result.mean_after, result.num_pairs) == (2.0, 3.0, 2)
     with pytest.raises(ValueError, match="no pair"):
@@ -101,7 +101,7 @@ def gray(*levels: int) -> list[Image.Image]:
     return [Image.new("L", (2, 2), level) for level in levels]
 
 
-def test_scores_by_function_in_the_pictures_order():
+def test_scores_by_function_in_the_images_order():
     def times_factor(prompts, images, factor, **kwargs):
         return [image.getpixel((0, 0)) * f if p != "b" else None for p, image, f in zip(prompts, images, factor)]  # noqa: B905
 
@@ -116,7 +116,7 @@ def test_one_function_may_stand_alone():
     assert list(score_images(gray(1), Dataset.from_dict({"prompt": ["a"]}), brightness)) == ["brightness"]
 
 
-def test_pictures_that_do_not_fit_the_rows_are_refused():
+def test_images_that_do_not_fit_the_rows_are_refused():
     with pytest.raises(ValueError, match="3 images for 2 rows"):
         score_images(gray(1, 2, 3), Dataset.from_dict({"prompt": ["a", "b"]}), brightness)
 

@@ -62,12 +62,17 @@ class LossOutput:
     Attributes:
         loss (`torch.Tensor`): to be minimized, `(B,)`.
         stats (`dict[str, torch.Tensor]`): what to sum up over samples for the metrics, each `(B,)`, without gradients.
-        policy_loss (`torch.Tensor` or `None`): the loss without regularization, `(B,)`; `None`: `loss`.
+        regularization (`torch.Tensor` or `None`): what of it is not the policy's, `(B,)`, such as a KL.
     """
 
     loss: torch.Tensor
     stats: dict[str, torch.Tensor] = field(default_factory=dict)
-    policy_loss: torch.Tensor | None = None
+    regularization: torch.Tensor | None = None
+
+    @property
+    def policy_loss(self) -> torch.Tensor:
+        """The loss without regularization, `(B,)`: what the gradient norms of the steps are measured of."""
+        return self.loss if self.regularization is None else self.loss - self.regularization
 
 
 class StepSums:

@@ -130,20 +130,21 @@ class ClippedPolicyGradient(Algorithm):
         dt, beta = dynamics.dt(unit), dynamics.beta(unit)
         weight = timestep_weight(args.timestep_weighting, std=std, dt=dt, beta=beta)
         clip_range = {"epsilon": self.epsilon_low, "epsilon_high": self.epsilon_high}
-        policy_loss = loss = clipped_loss(log_ratios, advantages, weight=weight, **clip_range)
+        loss, regularization = clipped_loss(log_ratios, advantages, weight=weight, **clip_range), None
 
         stats = ratio_statistics(log_ratios.detach(), advantages, **clip_range)
         if args.beta > 0:
             with policy.at("reference"):
                 ref_mean = dynamics.transition(policy.predict(latents, timestep, condition), latents, unit).mean
             kl = gaussian_kl(mean, ref_mean, dynamics.diffusion(transition, unit))
-            loss = loss + args.beta * kl
+            regularization = args.beta * kl
+            loss = loss + regularization
             stats["kl"] = kl.detach()
         if self.estimator.power is not None:
             self.estimator.power.observe(transition_kl(mean.detach(), old_mean, std), policy.updates_since_sampling)
         if not self._ratio_checked and policy.updates_since_sampling == 0:
             self._first_deviation = max(self._first_deviation or 0.0, stats["deviation"].abs().max().item())
-        return LossOutput(loss, stats, policy_loss)
+        return LossOutput(loss, stats, regularization)
 
     def after_update(self, policy: "Policy") -> dict[str, float]:
         """Before the first update the policy is the one that sampled: every ratio must have been 1."""

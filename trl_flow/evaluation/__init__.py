@@ -1,4 +1,4 @@
-"""What a run is judged by: drawing and scoring, comparison before and after, pictures, plots, reports and votes.
+"""What a run is judged by: drawing and scoring, comparison before and after, images, plots, reports and votes.
 
 The names below are loaded when they are first used; everything else is imported from its module.
 """

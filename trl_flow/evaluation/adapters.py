@@ -33,7 +33,7 @@ class Adapter:
     Trained weights by name.
 
     Attributes:
-        name (`str`): what tables and pictures call it.
+        name (`str`): what tables and images call it.
         path (`str`): a folder (a run's output folder, a checkpoint, a fully fine-tuned model as diffusers saves one),
             a `.safetensors` file, or a hub id.
     """
@@ -114,7 +114,7 @@ def check_adapter(pipeline: DiffusionPipeline, adapter: Adapter) -> str:
         `str`: a fingerprint of its weights and its scaling.
 
     Raises:
-        ValueError: if it can not be loaded, or does not fit the pipeline.
+        ValueError: if it cannot be loaded, or does not fit the pipeline.
     """
     with loaded_adapter(pipeline, adapter):
         digest = hashlib.sha256()
@@ -162,7 +162,7 @@ def loaded_adapter(pipeline: DiffusionPipeline, adapter: Adapter | None) -> Iter
     model.
 
     Raises:
-        ValueError: if it can not be loaded, or does not fit the pipeline.
+        ValueError: if it cannot be loaded, or does not fit the pipeline.
     """
     if adapter is None:
         yield
@@ -197,7 +197,7 @@ def loaded_adapter(pipeline: DiffusionPipeline, adapter: Adapter | None) -> Iter
 def _load_lora(pipeline: DiffusionPipeline, adapter: Adapter) -> None:
     options = {}
     if not os.path.exists(adapter.path) and constants.HF_HUB_OFFLINE:
-        # Without the Hub diffusers can not ask what the file is called
+        # Without the Hub diffusers cannot ask what the file is called
         options["weight_name"] = _LORA
     state = pipeline.lora_state_dict(adapter.path, **options)
     state = state[0] if isinstance(state, tuple) else state

@@ -1,4 +1,4 @@
-"""Draws prompt sets with a base model and its adapters, scores the pictures, and writes the comparison."""
+"""Draws prompt sets with a base model and its adapters, scores the images, and writes the comparison."""
 
 import functools
 import gc
@@ -22,20 +22,21 @@ from tqdm.auto import tqdm
 
 from trl_flow.backbones import Backbone, get_backbone
 from trl_flow.evaluation.adapters import BASE, base_fingerprint, check_adapter, loaded_adapter, parse_adapters
-from trl_flow.evaluation.comparison import compare_scores, markdown
+from trl_flow.evaluation.comparison import compare_scores
 from trl_flow.evaluation.drawing import draw
+from trl_flow.evaluation.grids import comparison_grid, evenly
+from trl_flow.evaluation.image_folder import ImageFolder, PromptList, file_name
+from trl_flow.evaluation.outputs import versions, write_json
 from trl_flow.evaluation.page import write_page
-from trl_flow.evaluation.picture_folder import PictureFolder, PromptList, file_name
-from trl_flow.evaluation.pictures import comparison_grid, evenly
-from trl_flow.evaluation.report import versions, write_json
 from trl_flow.evaluation.scoring import score_images
+from trl_flow.evaluation.tables import markdown
 from trl_flow.evaluation.vote_results import update_votes
-from trl_flow.rewards.calling import check_reward_func, reward_names
+from trl_flow.rewards.checks import check_reward_func, reward_names
 
 
 RESULTS, REPORT, PAGE = "results.json", "results.md", "comparison.html"
 
-# Pictures that are scored at a time: as many as fit into memory at any size
+# Images that are scored at a time: as many as fit into memory at any size
 _SCORED_TOGETHER = 64
 
 
@@ -45,9 +46,9 @@ class DrawingOptions:
     What decides, with models and prompts, what is drawn. Names as in diffusers; `None` is the pipeline's own default.
 
     Attributes:
-        seed (`int`): non-negative; a picture's noise depends on it and on the picture's place alone.
-        num_images_per_prompt (`int`): pictures for each prompt, `K`.
-        batch_size (`int`): pictures at a time. It changes pictures by rounding only, but all must be drawn with one.
+        seed (`int`): non-negative; an image's noise depends on it and on the image's index alone.
+        num_images_per_prompt (`int`): images for each prompt, `K`.
+        batch_size (`int`): images at a time. It changes images by rounding only, but all must be drawn with one.
         dtype, device (`str` or `None`): of the pipeline; filled in when it is loaded.
     """
 
@@ -88,10 +89,10 @@ class Comparison:
     A finished comparison.
 
     Attributes:
-        folder (`Path`): with `results.json`, `results.md`, `comparison.html`, `grid-{set}.png` and the pictures.
+        folder (`Path`): with `results.json`, `results.md`, `comparison.html`, `grid-{set}.png` and the images.
         results (`dict[str, Any]`): what `results.json` holds; `results["sets"][name]` is what
             [`~trl_flow.evaluation.comparison.compare_scores`] gives.
-        scores (`dict`): `scores[set][model][reward]`, float64 `(N,)`, NaN where a reward does not apply; the pictures
+        scores (`dict`): `scores[set][model][reward]`, float64 `(N,)`, NaN where a reward does not apply; the images
             of one prompt are next to each other.
     """
 
@@ -121,11 +122,11 @@ def evaluate_models(
     progress: bool = True,
 ) -> Comparison:
     """
-    Compares a base model and adapters on prompts and rewards, and writes tables, pictures and a page to look at them.
+    Compares a base model and adapters on prompts and rewards, and writes tables, images and a page to look at them.
 
-    All models draw from the same noise, along the pipeline's own sampler. Pictures are saved as they are drawn: when
+    All models draw from the same noise, along the pipeline's own sampler. Images are saved as they are drawn: when
     a run is killed, the same call goes on where it stopped. Everything that is passed is checked before the first
-    picture is drawn. Reward functions with a `close()` are closed when they have scored.
+    image is drawn. Reward functions with a `close()` are closed when they have scored.
 
     Args:
         model (`str`, `os.PathLike` or [`~diffusers.DiffusionPipeline`]): hub id, folder, or a loaded pipeline (which
@@ -133,14 +134,14 @@ def evaluate_models(
         adapters (`Sequence[str]` or `Mapping[str, str]`): paths, `name=path`, or paths by name: folders of runs,
             checkpoints, LoRA files, hub ids, or folders of a fully fine-tuned transformer or U-Net.
         prompts ([`~datasets.Dataset`] or `Mapping[str, Dataset]`): a column `prompt` and those that the rewards read;
-            for pipelines that edit pictures, a column `image`.
+            for pipelines that edit images, a column `image`.
         output_dir (`str` or `os.PathLike`): a new or empty folder, or an earlier comparison's with the same drawing
             options. Models, prompt sets and rewards may be added to it.
-        proxy, gold (`Callable` or `Sequence[Callable]`): rewards that were optimised, and others. May both be empty.
+        proxy, gold (`Callable` or `Sequence[Callable]`): rewards that were optimized, and others. May both be empty.
         options ([`DrawingOptions`], *optional*): how it is drawn.
         backbone ([`Backbone`], *optional*): for a loaded pipeline of a family that has none here; it decides height,
             width and `max_sequence_length`.
-        grid_prompts (`int`): rows of the picture grids, spread evenly over the prompts.
+        grid_prompts (`int`): rows of the image grids, spread evenly over the prompts.
         page_megabytes (`float`): about how large the page may become.
         rescore (`bool`): compute again the scores that an earlier run has kept.
         progress (`bool`): show progress bars.
@@ -152,7 +153,7 @@ def evaluate_models(
         ValueError: if something does not fit, before anything is drawn or written.
         RewardError: if a reward function fails.
     """
-    return Evaluation(
+    return ModelEvaluation(
         model,
         adapters,
         prompts=prompts,
@@ -168,7 +169,7 @@ def evaluate_models(
     ).run()
 
 
-class Evaluation:
+class ModelEvaluation:
     """
     [`evaluate_models`] in two steps: the constructor checks everything (and loads the model), `run` does it.
 
@@ -206,7 +207,7 @@ class Evaluation:
         self.proxy = [proxy] if callable(proxy) else list(proxy)
         self.gold = [gold] if callable(gold) else list(gold)
         self._check_rewards()
-        self.folder = PictureFolder(output_dir)
+        self.folder = ImageFolder(output_dir)
         options = options or DrawingOptions()
 
         # What needs no model is checked before one is loaded
@@ -274,8 +275,8 @@ class Evaluation:
             [`Comparison`]
 
         Raises:
-            ValueError: if the folder can not be written, another process writes there, or a picture is damaged.
-            RewardError: if a reward function fails. The pictures are kept.
+            ValueError: if the folder cannot be written, another process writes there, or an image is damaged.
+            RewardError: if a reward function fails. The images are kept.
         """
         with self.folder.locked():
             return self._run()
@@ -359,7 +360,7 @@ class Evaluation:
         with self._bar(len(prompts), f"drawing: {description}", done) as bar:
             for first in batches:
                 chunk = prompts[first : first + size]
-                places = range(first, first + len(chunk))
+                indices = range(first, first + len(chunk))
                 drawn = draw(
                     self.backbone,
                     chunk,
@@ -367,12 +368,12 @@ class Evaluation:
                     num_inference_steps=options.num_inference_steps,
                     guidance_scale=options.guidance_scale,
                     negative_prompt=options.negative_prompt,
-                    images=None if images is None else [images[i // options.num_images_per_prompt] for i in places],
+                    images=None if images is None else [images[i // options.num_images_per_prompt] for i in indices],
                     batch_size=size,
                     first_index=first,
                 )
-                for place, image in zip(places, drawn, strict=True):
-                    self.folder.save(name, model, place, image)
+                for index, image in zip(indices, drawn, strict=True):
+                    self.folder.save(name, model, index, image)
                 bar.update(len(chunk))
 
     def _score(self, drawn: set[tuple[str, str]]) -> dict[str, dict[str, dict[str, np.ndarray]]]:
@@ -407,15 +408,15 @@ class Evaluation:
 
     def _score_set(self, name: str, dataset: Dataset, model: str, func: Callable, reward: str) -> list[float]:
         number = self.options.num_images_per_prompt
-        # Whole prompts: some rewards compare the pictures of one
+        # Whole prompts: some rewards compare the images of one
         rows = max(1, _SCORED_TOGETHER // number)
         values: list[float] = []
         description = model if len(self.sets) == 1 else f"{model}, {name}"
         with self._bar(len(dataset) * number, f"{reward}: {description}") as bar:
             for first in range(0, len(dataset), rows):
                 part = dataset.select(range(first, min(first + rows, len(dataset))))
-                places = range(first * number, (first + len(part)) * number)
-                images = [self.folder.load(name, model, place) for place in places]
+                indices = range(first * number, (first + len(part)) * number)
+                images = [self.folder.load(name, model, index) for index in indices]
                 (scores,) = score_images(images, part, func).values()
                 values += scores.tolist()
                 bar.update(len(images))
@@ -423,7 +424,7 @@ class Evaluation:
 
     def _write_grid(self, name: str) -> None:
         prompts = self.prompt_lists[name].prompts
-        # By place, never by score; the first picture of each
+        # By index, never by score; the first image of each
         rows = evenly(len(prompts), self.grid_prompts)
         number = self.options.num_images_per_prompt
         comparison_grid(
@@ -434,7 +435,7 @@ class Evaluation:
         )
 
     def _bar(self, total: int, description: str, initial: int = 0) -> tqdm:
-        return tqdm(total=total, initial=initial, desc=description, unit="picture", disable=not self.progress)
+        return tqdm(total=total, initial=initial, desc=description, unit="image", disable=not self.progress)
 
 
 def _prompt_sets(prompts: Dataset | Mapping[str, Dataset]) -> dict[str, Dataset]:
@@ -490,7 +491,7 @@ def _load(
             raise ValueError(f"the model could not be moved to the device {str(device)!r}: {error}") from error
     elif isinstance(model, DiffusionPipeline):
         if options.device is not None or options.dtype is not None:
-            raise ValueError("device and dtype can not be given for a loaded pipeline: move it yourself.")
+            raise ValueError("device and dtype cannot be given for a loaded pipeline: move it yourself.")
         pipeline = model
     else:
         raise ValueError(f"the model is a {type(model).__name__}, but must be a hub id, a folder or a pipeline.")
@@ -505,7 +506,7 @@ def _load(
 
 
 def _columns_fingerprint(dataset: Dataset) -> str:
-    """Of all columns beside the prompts and pictures, which are known already."""
+    """Of all columns beside the prompts and images, which are known already."""
     names = sorted(set(dataset.column_names) - {"prompt", "image"})
     # Of objects their kind: what they say of themselves may differ from run to run
     columns = {name: list(dataset[name]) for name in names}

@@ -26,7 +26,7 @@ _MEAN = re.compile(r"(?:eval_(?:(?P<dataset>.+)_)?)?rewards/(?P<name>.+)/mean")
 
 def reward_curves(log_history: Run, path: str | os.PathLike | None = None) -> Figure:
     """
-    One panel for each reward function: its mean over training with a band of one standard deviation of the pictures'
+    One panel for each reward function: its mean over training with a band of one standard deviation of the images'
     rewards, and the evaluations' means as points.
 
     Args:
@@ -52,7 +52,7 @@ def reward_curves(log_history: Run, path: str | os.PathLike | None = None) -> Fi
 
     columns = min(len(keys), 3)
     rows = math.ceil(len(keys) / columns)
-    figure = _figure(max(5.6, 4.4 * columns), 3.4 * rows)
+    figure = new_figure(max(5.6, 4.4 * columns), 3.4 * rows)
     for place, (name, labels) in enumerate(keys.items()):
         axes = figure.add_subplot(rows, columns, place + 1)
         for key, label in labels.items():
@@ -63,7 +63,7 @@ def reward_curves(log_history: Run, path: str | os.PathLike | None = None) -> Fi
             else:
                 axes.plot(steps, means, label=label, linestyle="--", linewidth=1, marker="o", markersize=5)
         _label(axes, title=name, x="update", y="reward", legend=True)
-    return _saved(figure, path)
+    return saved_figure(figure, path)
 
 
 def ratio_distribution(
@@ -84,7 +84,7 @@ def ratio_distribution(
     """
     rows = _step_rows(runs, lambda row: row.ratio_std, last, "no importance ratios: nothing was trained yet")
     rows = _off_policy(rows)
-    figure = _figure(9.0, 3.6)
+    figure = new_figure(9.0, 3.6)
     mean, std = figure.subplots(1, 2)
     for i, (label, found) in enumerate(rows.items()):
         # Side by side, so that the bars of several runs do not hide each other
@@ -111,7 +111,7 @@ def ratio_distribution(
     std.set_yscale("log")
     _label(mean, title="importance ratio", x="sampling step (0: noisiest)", y="mean - 1, ± 1 std", legend=_named(rows))
     _label(std, title="its spread", x="sampling step (0: noisiest)", y="std", legend=True)
-    return _saved(figure, path)
+    return saved_figure(figure, path)
 
 
 def gradient_norms(
@@ -130,7 +130,7 @@ def gradient_norms(
     """
     missing = "no gradient norms of single steps. Train with diagnostics_steps=1, or more to do it less often"
     rows = _step_rows(runs, lambda row: row.grad_norm, last, missing)
-    figure = _figure(5.6, 3.6)
+    figure = new_figure(5.6, 3.6)
     axes = figure.subplots()
     for label, found in rows.items():
         norms = [row.grad_norm for row in found]
@@ -143,7 +143,7 @@ def gradient_norms(
         )
     axes.set_yscale("log")
     _label(axes, title="policy gradient", x="sampling step (0: noisiest)", y="norm", legend=True)
-    return _saved(figure, path)
+    return saved_figure(figure, path)
 
 
 def clip_shares(
@@ -163,7 +163,7 @@ def clip_shares(
     """
     rows = _step_rows(runs, lambda row: row.clip_low, last, "no clip shares: nothing was trained yet")
     rows = _off_policy(rows)
-    figure = _figure(9.0, 3.6)
+    figure = new_figure(9.0, 3.6)
     low, high = figure.subplots(1, 2, sharey=True)
     width = 0.8 / len(rows)
     for i, (label, found) in enumerate(rows.items()):
@@ -173,7 +173,7 @@ def clip_shares(
     low.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     for axes, title in ((low, "ratio below 1 - epsilon"), (high, "ratio above 1 + epsilon")):
         _label(axes, title=title, x="sampling step (0: noisiest)", y="samples", legend=_named(rows))
-    return _saved(figure, path)
+    return saved_figure(figure, path)
 
 
 def reward_std(runs: Run | Mapping[str, Run], path: str | os.PathLike | None = None) -> Figure:
@@ -187,7 +187,7 @@ def reward_std(runs: Run | Mapping[str, Run], path: str | os.PathLike | None = N
     Raises:
         ValueError: if no spread of rewards has been logged.
     """
-    figure = _figure(5.6, 3.6)
+    figure = new_figure(5.6, 3.6)
     axes = figure.subplots()
     histories = _histories(runs)
     for label, history in histories.items():
@@ -203,14 +203,14 @@ def reward_std(runs: Run | Mapping[str, Run], path: str | os.PathLike | None = N
             line.set_label(label)
     axes.set_ylim(bottom=0)
     _label(axes, title="spread of rewards", x="update", y="reward std", legend=_named(histories))
-    return _saved(figure, path)
+    return saved_figure(figure, path)
 
 
 def proxy_against_gold(
     runs: Run | Mapping[str, Run], path: str | os.PathLike | None = None, *, eval_name: str | None = None
 ) -> Figure:
     """
-    The optimised reward (the proxy) and the gold average of the evaluations (GRPO-Guard, Figures 1 and 4): both over
+    The optimized reward (the proxy) and the gold average of the evaluations (GRPO-Guard, Figures 1 and 4): both over
     training, and one against the other. Gold is 1 for the base model; bars are one standard error.
 
     Args:
@@ -221,7 +221,7 @@ def proxy_against_gold(
     Raises:
         ValueError: if no gold score has been logged, or not of that set.
     """
-    figure = _figure(12.6, 3.8)
+    figure = new_figure(12.6, 3.8)
     proxy, gold, both = figure.subplots(1, 3)
     histories = _histories(runs)
     for label, history in histories.items():
@@ -245,11 +245,11 @@ def proxy_against_gold(
     for axes in (gold, both):
         axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
     legend = _named(histories)
-    _label(proxy, title="proxy (optimised)", x="update", y="evaluation reward", legend=legend)
-    _label(gold, title="gold (never optimised)", x="update", y="gold average, base model = 1", legend=legend)
+    _label(proxy, title="proxy (optimized)", x="update", y="evaluation reward", legend=legend)
+    _label(gold, title="gold (never optimized)", x="update", y="gold average, base model = 1", legend=legend)
     _label(both, title="gold against proxy (square: last)", x="evaluation reward", y="gold average", legend=legend)
     both.xaxis.set_major_locator(MaxNLocator(6))
-    return _saved(figure, path)
+    return saved_figure(figure, path)
 
 
 def all_plots(run: Run, folder: str | os.PathLike | None = None) -> dict[str, Path]:
@@ -346,7 +346,7 @@ def _named(runs: Mapping[str, Any]) -> bool:
     return any(runs)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -363,7 +363,7 @@ def _label(axes: Axes, *, title: str, x: str, y: str, legend: bool) -> None:
         axes.legend(fontsize="small")
 
 
-def _saved(figure: Figure, path: str | os.PathLike | None) -> Figure:
+def saved_figure(figure: Figure, path: str | os.PathLike | None) -> Figure:
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="png")
@@ -386,5 +386,5 @@ def _band(axes: Axes, log_history: LogHistory, key: str, color: str) -> None:
             color=color,
             alpha=0.15,
             linewidth=0,
-            label="± 1 std of the pictures",
+            label="± 1 std of the images",
         )

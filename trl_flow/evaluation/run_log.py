@@ -43,7 +43,7 @@ def read_log_history(run: Run) -> LogHistory:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"The log {path} can not be read: {error}.") from error
+        raise ValueError(f"The log {path} cannot be read: {error}.") from error
     try:
         text = content.decode("utf-8")
         if path.suffix == ".jsonl":
@@ -124,8 +124,8 @@ def step_statistics(log_history: LogHistory, *, last: int | None = None) -> list
         # Of all samples: the logs' own spreads, and that of their means. Deviations from 1 are tiny: 1 is taken off
         # before they are squared
         deviations = [value - 1 for value in means]
-        centre = sum(deviations) / len(deviations)
-        return math.sqrt(mean([s**2 + (d - centre) ** 2 for s, d in zip(stds, deviations, strict=True)]))
+        center = sum(deviations) / len(deviations)
+        return math.sqrt(mean([s**2 + (d - center) ** 2 for s, d in zip(stds, deviations, strict=True)]))
 
     return [
         StepStatistics(

@@ -3,7 +3,7 @@ Prompts of GenEval's six tasks, with the metadata that they are scored by; nothi
 
 Wording, articles, plurals and classes are those of GenEval's `create_prompts.py` (Ghosh et al., 2023,
 https://arxiv.org/abs/2310.11513), its odd ones included ("four benchs"): that is how the published prompts read. So
-are the limits: counts from 2 to 4, no coloured persons, two different classes and colours in one prompt.
+are the limits: counts from 2 to 4, no colored persons, two different classes and colors in one prompt.
 """
 
 import functools
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, Json, List, Value
 
-from trl_flow.rewards.geneval.vocabulary import CLASSES, COLORS, POSITIONS, TASKS
+from trl_flow.prompt_words import CLASSES, COLORS, POSITIONS, TASKS
 
 
 Row = dict[str, Any]
@@ -33,7 +33,7 @@ _FEATURES = Features(
         "tag": Value("string"),
         "include": List(Json()),
         "prompt": Value("string"),
-        "exclude": List({"class": Value("string"), "count": Value("int64")}),
+        "exclude": List(Json()),
     }
 )
 
@@ -90,7 +90,7 @@ def geneval_benchmark() -> Dataset:
     GenEval's own 553 prompts, in its order: what published scores are measured on.
 
     They are drawn again, as `create_prompts.py` drew them, from the same seed: 80 of single objects, 99 of two, 80 of
-    counting, 94 of colours, 100 each of position and colour attribution.
+    counting, 94 of colors, 100 each of position and color attribution.
 
     Returns:
         `datasets.Dataset`: columns as from [`generate_geneval_prompts`].
@@ -150,8 +150,8 @@ def _meaning(row: Row) -> Any:
     return row["tag"], frozenset((c["class"], c["count"], c.get("color")) for c in row["include"])
 
 
-# One prompt of each task. Classes and colours are given by their index, coloured objects' classes by that among all
-# but "person". None stands for what GenEval does not ask: the same class or colour twice.
+# One prompt of each task. Classes and colors are given by their index, colored objects' classes by that among all
+# but "person". None stands for what GenEval does not ask: the same class or color twice.
 
 
 def _article(words: str) -> str:

@@ -31,8 +31,8 @@ def check_model(model: Any, backbone: Backbone | None) -> None:
     """Raises unless `model` is a pipeline or says where one is, and `backbone` was made for it."""
     if not isinstance(model, str | os.PathLike | DiffusionPipeline):
         raise TypeError(
-            f"model is a {type(model).__name__}, but must be the hub id or folder of a diffusers pipeline, or a loaded "
-            "DiffusionPipeline."
+            f"model is a {type(model).__name__}, but must be the hub id or folder of a diffusers pipeline, or a "
+            "loaded DiffusionPipeline."
         )
     if getattr(backbone, "pipeline", model) is not model:
         raise ValueError(

@@ -101,9 +101,9 @@ class FlowRLConfig(_BaseConfig):
             wait for ever.
         overlap_rewards (`bool`, *optional*, defaults to `True`):
             Whether to compute rewards in a thread while the rest of the sampling phase is sampled, group by group, in
-            every phase but the first. The results are the same. Nothing overlaps where `steps_per_generation` is 1, and
-            with `disable_dropout=False`. Switch it off if a reward function and sampling together need more memory than
-            the accelerator has, or a function insists on the main thread.
+            every phase but the first. The results are the same. Nothing overlaps where `steps_per_generation` is 1,
+            and with `disable_dropout=False`. Switch it off if a reward function and sampling together need more memory
+            than the accelerator has, or a function insists on the main thread.
         scale_rewards (`str` or `bool`, *optional*, defaults to `"batch"`):
             `"batch"` (Flow-GRPO, SLAS), `"group"` (GRPO, GRPO-Guard) or `"none"`: which standard deviation divides.
             With `dense_rewards` it is always the group's, at each step (VGPO, Eq. 14), and with
@@ -374,6 +374,6 @@ class FlowRLConfig(_BaseConfig):
             raise ValueError(
                 f"steps_per_generation ({self.steps_per_generation}) x num_iterations ({self.num_iterations}) = "
                 f"{self.steps_per_generation * self.num_iterations} micro-batches are trained on in each sampling "
-                f"phase, and an update takes gradient_accumulation_steps ({self.gradient_accumulation_steps}) of them: "
-                "one must be a multiple of the other, or an update would end in the middle of the next phase."
+                f"phase, and an update takes gradient_accumulation_steps ({self.gradient_accumulation_steps}). One "
+                "must be a multiple of the other, or an update would end in the middle of the next phase."
             )

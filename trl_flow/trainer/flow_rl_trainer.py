@@ -5,9 +5,7 @@ The method names and their order are those of TRL's `GRPOTrainer`, so that a rea
 """
 
 import copy
-import json
 import os
-import shutil
 import time
 from abc import abstractmethod
 from collections.abc import Callable
@@ -40,10 +38,10 @@ from trl_flow.trainer.policy import Policy, prepare_module
 from trl_flow.trainer.prompt_cache import PromptCache
 from trl_flow.trainer.publisher import Publisher
 from trl_flow.trainer.rollout_buffer import RolloutBuffer
-from trl_flow.trainer.run_state import RunState, checkpoint_to_resume, could_not_write
+from trl_flow.trainer.run_state import RunState, checkpoint_to_resume, step_of, writing_checkpoint
 from trl_flow.trainer.sample_log import SampleLog
 from trl_flow.trainer.sampler import Sampler
-from trl_flow.trainer.trl_compat import EpochRepeatSampler, _BaseTrainer, identity
+from trl_flow.trainer.trl_compat import GroupTrainer, identity
 
 
 logger = logging.get_logger(__name__)
@@ -51,7 +49,7 @@ logger = logging.get_logger(__name__)
 RewardFunc = Callable[..., list[float | None]]
 
 
-class FlowRLTrainer(_BaseTrainer):
+class FlowRLTrainer(GroupTrainer):
     """
     Base of the trainers: everything but what is learned, which [`create_algorithm`] of a subclass says.
 
@@ -159,30 +157,27 @@ class FlowRLTrainer(_BaseTrainer):
             optimizers=optimizers,
         )
         checks.check_single_device(args)
+        # Only used with `remove_unused_columns=True`
+        self._signature_columns = ["prompt", *(["image"] if self.backbone.takes_image else [])]
         if not args.disable_tqdm:
             self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
             self.add_callback(FlowProgressCallback())
 
         # The stages, in their order
         self.algorithm = self.create_algorithm()
+        keep_reference = self.algorithm.needs_reference
         self.policy = Policy(
             self.backbone,
             args,
             self.accelerator,
             lambda: self.model_wrapped,
             conditions,
-            keep_reference=self.algorithm.needs_reference,
+            keep_reference=keep_reference,
         )
         self.sampler = Sampler(self.policy, self.algorithm.dynamics, args, self._show_stage)
         self.phase_scorer = PhaseScorer(self.scorer, self.reward_weights, self.sampler, args, self.accelerator)
         self.evaluator = Evaluator(
-            self.policy,
-            self.sampler,
-            self.scorer,
-            self.reward_weights,
-            self.gold_scorer,
-            args,
-            save=lambda folder: self.save_model(os.fspath(folder), _internal_call=True),
+            self.policy, self.sampler, self.scorer, self.reward_weights, self.gold_scorer, args, save=self._save_to
         )
         parts = {"policy": self.policy, "algorithm": self.algorithm, "evaluator": self.evaluator}
         self.run_state = RunState(args, parts)
@@ -194,48 +189,12 @@ class FlowRLTrainer(_BaseTrainer):
         self._saved: tuple[int, str] | None = None  # the step at which the run was last saved, or resumed, and where
         self._train_step_time = 0.0
 
-    def _send_telemetry(self) -> None:
-        """None: TRL's would be sent under TRL's name, and fails on diffusers' configs."""
-
-    # ---- Data ----
-
-    def _set_signature_columns_if_needed(self):
-        # Only used with `remove_unused_columns=True`
-        if self._signature_columns is None:
-            self._signature_columns = ["prompt", *(["image"] if self.backbone.takes_image else [])]
-
-    # As in TRL, the loader yields whole generation batches, each as often as there are micro-batches in it: they are
-    # sampled from at the first time and buffered, see `_prepare_inputs`.
-    def get_train_dataloader(self):
-        return self._get_dataloader(
-            dataset=self.train_dataset,
-            description="Training",
-            batch_size=self._train_batch_size * self.args.steps_per_generation,
-            sampler_fn=self._get_train_sampler,
-            is_training=True,
-        )
-
-    def _get_train_sampler(self, dataset: Dataset | None = None) -> torch.utils.data.Sampler:
-        return EpochRepeatSampler(
-            self.train_dataset if dataset is None else dataset,
-            mini_repeat_count=self.args.num_generations,
-            batch_size=self.args.generation_batch_size // self.args.num_generations,
-            repeat_count=self.args.num_iterations * self.args.steps_per_generation,
-            shuffle=self.args.shuffle_dataset,
-            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
-            epoch=lambda: int(self.state.epoch or 0),
-        )
-
     # ---- Training ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """
         Trains, then saves the adapter (or model) and the trainer's state to `output_dir` unless `save_strategy` is
-        `"no"`.
-
-        Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*):
-                A checkpoint's folder, or `True` for the last complete one in `output_dir`.
+        `"no"`. `resume_from_checkpoint` is a checkpoint's folder, or `True` for the last complete one in `output_dir`.
 
         Raises:
             ValueError: if there is no complete checkpoint to resume from, or it was written with other batches.
@@ -252,10 +211,7 @@ class FlowRLTrainer(_BaseTrainer):
         self._saved = None
         if checkpoint is not None:
             self.run_state.check(Path(checkpoint))
-            self._saved = (
-                int(json.loads(Path(checkpoint, "trainer_state.json").read_text())["global_step"]),
-                checkpoint,
-            )
+            self._saved = step_of(checkpoint), checkpoint
         # A model that cannot be loaded is found out now, and not after the first sampling phase
         self.scorer.load()
         self.gold_scorer.load()
@@ -319,11 +275,7 @@ class FlowRLTrainer(_BaseTrainer):
         self.metrics.append({**phase.metrics, "diversity": diversity, **stats})
         local = slice(self.args.process_index * len(rows), (self.args.process_index + 1) * len(rows))
         self.sample_log.take(rows, phase.images, scores.rewards_per_func[local], phase.logs)
-        images = self.sampler.images_to_edit(rows)
-        return buffer.finish(rows, plan.kept, advantages[local].contiguous(), images)
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        raise NotImplementedError("The loss is computed for one unit at a time, see `Algorithm.loss`.")
+        return buffer.finish(rows, plan.kept, advantages[local], self.sampler.images_to_edit(rows))
 
     def _before_training(self) -> None:
         """Scores all evaluation sets by the base model, before the first update, and logs this as update 0."""
@@ -349,7 +301,6 @@ class FlowRLTrainer(_BaseTrainer):
     ) -> dict[str, float]:
         """
         Draws every evaluation prompt along the ODE, with seeds that depend on the prompt's row alone, and scores it.
-
         Training is not affected: all random states are as before.
 
         Args:
@@ -375,13 +326,9 @@ class FlowRLTrainer(_BaseTrainer):
             own = self._log_evaluation(result, f"{metric_key_prefix}_{name}" if is_named else metric_key_prefix, start)
             # As CallbackHandler.on_evaluate, which not every version of transformers lets pass anything further
             self.control.should_evaluate = False
+            further = {"metrics": own, "evaluation": None if result.gold is None else result}
             self.control = self.callback_handler.call_event(
-                "on_evaluate",
-                self.args,
-                self.state,
-                self.control,
-                metrics=own,
-                evaluation=None if result.gold is None else result,
+                "on_evaluate", self.args, self.state, self.control, **further
             )
             metrics |= own
         return metrics
@@ -396,9 +343,6 @@ class FlowRLTrainer(_BaseTrainer):
             name = f"{prefix}-{self.state.global_step:06d}"
             self.sample_log.write(result.images, result.prompts, name, self.state, self.callback_handler)
         return metrics
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys: list[str] | None = None):
-        raise NotImplementedError("Evaluation draws and scores images, see `evaluate`; there is nothing to predict.")
 
     # ---- Logging ----
 
@@ -423,24 +367,19 @@ class FlowRLTrainer(_BaseTrainer):
             self.policy.save(output_dir, base_model=self.model_id, state_dict=state_dict)
             Path(output_dir, "training_args.json").write_text(self.args.shown())
 
+    def _save_to(self, folder: str | os.PathLike) -> None:
+        self.save_model(os.fspath(folder), _internal_call=True)
+
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.push_to_hub and self.args.hub_strategy != "end":
             self.create_model_card()
-        try:
-            # A folder left by a process that was killed while writing it would mix with this one
-            if self.is_world_process_zero() and folder.exists():
-                shutil.rmtree(folder)
-            self.accelerator.wait_for_everyone()
+        with writing_checkpoint(folder, self.args):
             self.run_state.save(folder)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
-            if not self.args.save_only_model:
-                self._saved = self.state.global_step, str(folder)
-        except Exception as error:
-            if self.is_world_process_zero():
-                shutil.rmtree(folder, ignore_errors=True)
-            raise could_not_write(folder, self.args.output_dir, error) from error
+        if not self.args.save_only_model:
+            self._saved = self.state.global_step, str(folder)
 
     def _save_after_failure(self) -> str:
         """When a reward has failed, on all processes: a checkpoint of the run as it was after its last update, unless
@@ -458,10 +397,9 @@ class FlowRLTrainer(_BaseTrainer):
                 return f"The run as it was after update {step} could not be saved: {error}"
             finally:
                 self.args.save_only_model = only_model
-        folder = self._saved[1]
         return (
-            f"The run is saved as it was after update {step}, the last one, in {folder}. With the cause removed, go "
-            f"on with train(resume_from_checkpoint={folder!r})."
+            f"The run is saved as it was after update {step}, the last one, in {self._saved[1]}. With the cause "
+            f"removed, go on with train(resume_from_checkpoint={self._saved[1]!r})."
         )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -501,11 +439,9 @@ class FlowRLTrainer(_BaseTrainer):
         private: bool | None = None,
         **kwargs,
     ):
-        """
-        Saves the model, writes its card and uploads both, with curves and images, to `args.hub_model_id` (default: the
-        name of `output_dir`). `token`, `revision` and `private` default to the `hub_` fields of the config; `kwargs` go
-        to [`create_model_card`]. Raises `PushError` if the Hub refuses or cannot be reached; nothing local is lost.
-        """
+        """Saves the model, writes its card (which gets `kwargs`) and uploads both, with curves and images, to
+        `args.hub_model_id`, by default the name of `output_dir`. `token`, `revision` and `private` default to the
+        `hub_` fields of the config. Raises `PushError` if the Hub refuses or cannot be reached; nothing is lost."""
         if self.hub_model_id is None:
             self.hub_model_id = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         self.save_model(_internal_call=True)

@@ -11,7 +11,7 @@ from transformers.training_args import TrainingArguments
 from transformers.utils import logging
 
 from trl_flow.evaluation.gold import GoldScore, gold_difference
-from trl_flow.evaluation.report import write_json
+from trl_flow.evaluation.outputs import write_json
 from trl_flow.trainer.evaluator import EvaluationResult
 
 

@@ -1,8 +1,10 @@
 """[`RunState`]: where a run is, and one save, load and reset over all parts that have a state."""
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -190,6 +192,11 @@ def is_complete(checkpoint: str) -> bool:
         return False
 
 
+def step_of(checkpoint: str) -> int:
+    """The number of updates after which a checkpoint was written."""
+    return json.loads(Path(checkpoint, "trainer_state.json").read_text())["global_step"]
+
+
 def checkpoint_to_resume(given: str | os.PathLike | bool | None, output_dir: str) -> str | None:
     """
     The checkpoint that `train(resume_from_checkpoint=given)` means.
@@ -225,11 +232,23 @@ def last_complete_checkpoint(output_dir: str) -> str:
     )
 
 
-def could_not_write(folder: Path, output_dir: str, error: Exception) -> RuntimeError:
-    """What a checkpoint that could not be written raises."""
-    free = shutil.disk_usage(Path(output_dir)).free / 2**20
-    return RuntimeError(
-        f"The checkpoint {folder} could not be written ({type(error).__name__}: {error}); {free:.0f} MiB are free "
-        "there. What had been written of it is removed, and earlier checkpoints are untouched. Make room and resume "
-        "with train(resume_from_checkpoint=True)."
-    )
+@contextlib.contextmanager
+def writing_checkpoint(folder: Path, args: FlowRLConfig) -> Iterator[None]:
+    """Around the writing of a checkpoint, on all processes: what could not be written to its end is removed, and a
+    `RuntimeError` says what to do."""
+    is_main = args.process_index == 0
+    try:
+        # A folder left by a process that was killed while writing it would mix with this one
+        if is_main and folder.exists():
+            shutil.rmtree(folder)
+        args.distributed_state.wait_for_everyone()
+        yield
+    except Exception as error:
+        if is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+        free = shutil.disk_usage(Path(args.output_dir)).free / 2**20
+        raise RuntimeError(
+            f"The checkpoint {folder} could not be written ({type(error).__name__}: {error}); {free:.0f} MiB are free "
+            "there. What had been written of it is removed, and earlier checkpoints are untouched. Make room and "
+            "resume with train(resume_from_checkpoint=True)."
+        ) from error

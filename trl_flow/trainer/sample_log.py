@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import TrainerState
 from transformers.trainer_callback import CallbackHandler
 
-from trl_flow.evaluation.pictures import image_grid
+from trl_flow.evaluation.grids import image_grid
 from trl_flow.rewards.scorer import RewardLogs
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 

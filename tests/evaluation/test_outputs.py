@@ -4,8 +4,9 @@ import os
 
 import pytest
 
-from trl_flow.evaluation.report import score_table, versions, write_json
+from trl_flow.evaluation.outputs import versions, write_json
 from trl_flow.evaluation.scoring import PairedDifference
+from trl_flow.evaluation.tables import score_table
 
 
 def test_the_table_says_all_and_lines_up():

@@ -51,7 +51,7 @@ def load_prompts(
 
     Raises:
         UnknownSplitError: if there is no such split; it names those that there are.
-        ValueError: if the prompts can not be had, saying why and what to do, or an argument does not fit.
+        ValueError: if the prompts cannot be had, saying why and what to do, or an argument does not fit.
     """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ValueError(f"limit is {limit!r}, but must be a whole number of at least 1.")
@@ -80,7 +80,7 @@ def _load(
                 _refuse(f"a copy of the data set {head!r}", revision=revision)
             return PROMPT_SETS[head].load(split, path=copy or None, revision=revision)
     path = Path(name)
-    # A name with such an end is a file, be it that it is missing; without, it may be a data set on the Hub
+    # A name with such an end is a file even where it is missing; without, it may be a data set on the Hub
     if path.suffix.lower() in SUFFIXES or path.is_file():
         _refuse(f"the file {name!r}", config=config, revision=revision)
         dataset = read_prompts(path, prompt_column=prompt_column)
@@ -121,10 +121,10 @@ def _from_datasets(name: str, split: str, config: str | None, revision: str | No
         cause += f" ({error.__cause__})" if error.__cause__ else ""
         near = difflib.get_close_matches(name, PROMPT_SETS, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise ValueError(f"the data set {name!r} can not be read: {cause}.{hint}") from error
+        raise ValueError(f"the data set {name!r} cannot be read: {cause}.{hint}") from error
     if split not in splits:
         raise UnknownSplitError(name, split, tuple(splits))
     try:
         return with_prompt_column(splits[split], prompt_column)
     except ValueError as error:
-        raise ValueError(f"the data set {name!r} can not be used: {error}.") from error
+        raise ValueError(f"the data set {name!r} cannot be used: {error}.") from error

@@ -44,18 +44,18 @@ def test_data_sets_on_the_hub(dataset_hub):
     assert load_prompts("tester/prompts", "test", prompt_column="caption")[:] == {"prompt": ["c"], "n": [3]}
     with pytest.raises(UnknownSplitError, match="'tester/prompts' has no split 'dev', only train, test"):
         load_prompts("tester/prompts", "dev")
-    with pytest.raises(ValueError, match="'tester/prompts' can not be used: it has no column 'prompt'; its columns"):
+    with pytest.raises(ValueError, match="'tester/prompts' cannot be used: it has no column 'prompt'; its columns"):
         load_prompts("tester/prompts")
 
 
 def test_what_is_nowhere(here):
-    with pytest.raises(ValueError, match="'tester/no-such' can not be read"):
+    with pytest.raises(ValueError, match="'tester/no-such' cannot be read"):
         load_prompts("tester/no-such")
     with pytest.raises(ValueError, match="Did you mean drawbench?"):
         load_prompts("drawbnch", "test")
     with pytest.raises(ValueError, match="the name of the prompts is empty"):
         load_prompts(" ")
-    with pytest.raises(ValueError, match="'no-such.jsonl' can not be read: there is no such file"):
+    with pytest.raises(ValueError, match="'no-such.jsonl' cannot be read: there is no such file"):
         load_prompts("no-such.jsonl")
 
 
@@ -64,7 +64,7 @@ def test_the_name_of_a_set_comes_before_a_folder_of_that_name(here):
     (here / "ocr" / "train.txt").write_text("a picture\n")
     for local in ("./ocr", Path("ocr")):
         assert load_prompts(local)[:] == {"prompt": ["a picture"]}
-    with pytest.raises(ValueError, match="can not be fetched from github"):
+    with pytest.raises(ValueError, match="cannot be fetched from github"):
         load_prompts("ocr")
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Compare a base model and adapters: draw prompt sets with all of them from the same noise, along the pipeline's own
-sampler, score the pictures, and write tables, a picture grid and a page to look at pairs side by side.
+sampler, score the images, and write tables, an image grid and a page to look at pairs side by side.
 
   trl-flow evaluate --model stabilityai/stable-diffusion-3.5-medium --adapters runs/flow runs/guard \\
       --prompts pickscore --proxy pickscore --gold hpsv2 imagereward --output_dir comparison
@@ -60,20 +60,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--limit", type=int, metavar="N", help="only the first N prompts of each set")
     what.add_argument(
-        "--proxy", nargs="+", default=[], metavar="REWARD", help="rewards that were optimised, see below"
+        "--proxy", nargs="+", default=[], metavar="REWARD", help="rewards that were optimized, see below"
     )
     what.add_argument("--gold", nargs="+", default=[], metavar="REWARD", help="rewards that were not")
 
     how = parser.add_argument_group("how it is drawn (all models alike)")
     how.add_argument("--seed", type=int, default=0, help="of the noise (0)")
-    how.add_argument("--num_images_per_prompt", type=int, default=1, metavar="K", help="pictures for each prompt (1)")
+    how.add_argument("--num_images_per_prompt", type=int, default=1, metavar="K", help="images for each prompt (1)")
     how.add_argument("--num_inference_steps", type=int, metavar="N", help="sampling steps (40; bundled: 10)")
     how.add_argument("--guidance_scale", type=float, metavar="S", help="guidance (4.5; bundled: 2)")
     how.add_argument("--negative_prompt", metavar="TEXT", help="what is to be avoided")
     how.add_argument("--height", type=int, metavar="PIXELS", help="height (the pipeline's own)")
     how.add_argument("--width", type=int, metavar="PIXELS", help="width (the pipeline's own)")
     how.add_argument("--max_sequence_length", type=int, metavar="N", help="prompt tokens (the pipeline's own)")
-    how.add_argument("--batch_size", type=int, default=8, metavar="N", help="pictures at a time (8)")
+    how.add_argument("--batch_size", type=int, default=8, metavar="N", help="images at a time (8)")
     how.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the model (float32 on CPUs, else bfloat16)"
     )
@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     out = parser.add_argument_group("what is written")
     out.add_argument("--output_dir", "--output-dir", metavar="DIR", help="folder to write to (trl-flow-evaluation)")
-    out.add_argument("--grid_prompts", type=int, default=16, metavar="N", help="rows of the picture grid (16)")
+    out.add_argument("--grid_prompts", type=int, default=16, metavar="N", help="rows of the image grid (16)")
     out.add_argument("--page_megabytes", type=float, default=50, metavar="MB", help="largest size of the page (50)")
     out.add_argument("--rescore", action="store_true", help="compute again the scores that an earlier run has kept")
 
@@ -130,9 +130,9 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     folder = arguments.output_dir or (arguments.vote if isinstance(arguments.vote, str) else "trl-flow-evaluation")
     evaluation = _evaluation(arguments, folder)
 
-    from trl_flow.rewards.calling import RewardError
+    from trl_flow.rewards.checks import RewardError
 
-    kept = f"The pictures and scores so far are in {folder}. The same command goes on from there."
+    kept = f"The images and scores so far are in {folder}. The same command goes on from there."
 
     def run() -> None:
         try:
@@ -176,7 +176,7 @@ def _evaluation(arguments: argparse.Namespace, folder: str):
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.disable_progress_bar()
         library.set_verbosity_error()
-    from trl_flow.evaluation.evaluate import DrawingOptions, Evaluation
+    from trl_flow.evaluation.evaluate import DrawingOptions, ModelEvaluation
     from trl_flow.rewards.named import named_rewards
 
     model = arguments.model
@@ -193,7 +193,7 @@ def _evaluation(arguments: argparse.Namespace, folder: str):
     for name in ("num_inference_steps", "guidance_scale", "height", "width", "max_sequence_length"):
         given = getattr(arguments, name)
         options[name] = defaults.get(name) if given is None else given
-    return Evaluation(
+    return ModelEvaluation(
         model,
         arguments.adapters,
         prompts=_prompt_sets(arguments.prompts, arguments.limit),
@@ -298,4 +298,4 @@ def _vote_summary(folder: Path) -> None:
 def _report(comparison: "Comparison") -> None:
     from trl_flow.evaluation.evaluate import PAGE, REPORT, RESULTS
 
-    print(f"\n{comparison.markdown}\nIn {comparison.folder}: {REPORT}, {RESULTS}, {PAGE} and the picture grids.")
+    print(f"\n{comparison.markdown}\nIn {comparison.folder}: {REPORT}, {RESULTS}, {PAGE} and the image grids.")

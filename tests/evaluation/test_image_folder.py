@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from tiny_comparisons import painted_folder
 
-from trl_flow.evaluation.picture_folder import PictureFolder, PromptList, file_name
+from trl_flow.evaluation.image_folder import ImageFolder, PromptList, file_name
 
 
 SETTINGS = {"seed": 0, "num_images_per_prompt": 1, "size": (16, 16)}
@@ -16,8 +16,8 @@ MODELS = {"base": {"path": "m", "fingerprint": "m"}, "ours": {"path": "runs/a", 
 SETS = {"shapes": PromptList(["a", "b"], "f")}
 
 
-def test_pictures_come_back_as_they_were(tmp_path):
-    folder = PictureFolder(tmp_path)
+def test_images_come_back_as_they_were(tmp_path):
+    folder = ImageFolder(tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     assert not folder.has("shapes", "ours", [3])
     folder.save("shapes", "ours", 3, Image.fromarray(pixels))
@@ -25,8 +25,8 @@ def test_pictures_come_back_as_they_were(tmp_path):
     np.testing.assert_array_equal(np.asarray(folder.load("shapes", "ours", 3)), pixels)
 
 
-def test_what_breaks_off_leaves_no_picture(tmp_path, monkeypatch):
-    folder = PictureFolder(tmp_path)
+def test_what_breaks_off_leaves_no_image(tmp_path, monkeypatch):
+    folder = ImageFolder(tmp_path)
 
     def breaks_off(self, file, **options):
         file.write(b"half a pict")
@@ -39,16 +39,16 @@ def test_what_breaks_off_leaves_no_picture(tmp_path, monkeypatch):
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_damaged_pictures_are_named(tmp_path):
+def test_damaged_images_are_named(tmp_path):
     folder = painted_folder(tmp_path, ["a"])
-    path = folder.picture_path("shapes", "ours", 0)
+    path = folder.image_path("shapes", "ours", 0)
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(ValueError, match=r"000000\.png is missing or damaged"):
         folder.load("shapes", "ours", 0)
 
 
 def test_a_folder_goes_on_with_equal_settings_and_may_grow(tmp_path):
-    folder = PictureFolder(tmp_path / "new" / "folder")
+    folder = ImageFolder(tmp_path / "new" / "folder")
     folder.claim(SETTINGS, MODELS, SETS, write=False)
     assert not (tmp_path / "new").exists()
     folder.claim(SETTINGS, MODELS, SETS)
@@ -75,7 +75,7 @@ def test_a_folder_goes_on_with_equal_settings_and_may_grow(tmp_path):
     ],
 )
 def test_other_settings_are_refused_with_what_differs(settings, models, sets, message, tmp_path):
-    folder = PictureFolder(tmp_path)
+    folder = ImageFolder(tmp_path)
     folder.claim(SETTINGS, MODELS, SETS)
     folder.save("shapes", "ours", 0, Image.new("RGB", (4, 4)))
     before = (tmp_path / "settings.json").read_text()
@@ -85,7 +85,7 @@ def test_other_settings_are_refused_with_what_differs(settings, models, sets, me
 
 
 def test_settings_by_which_nothing_was_drawn_bind_nobody(tmp_path):
-    folder = PictureFolder(tmp_path)
+    folder = ImageFolder(tmp_path)
     with folder.locked():
         folder.claim(SETTINGS, MODELS, SETS)
     folder.claim(SETTINGS | {"seed": 7}, {}, SETS)
@@ -97,22 +97,22 @@ def test_settings_by_which_nothing_was_drawn_bind_nobody(tmp_path):
 
 
 def test_one_process_at_a_time(tmp_path):
-    with PictureFolder(tmp_path / "new").locked():
+    with ImageFolder(tmp_path / "new").locked():
         code = (
-            "import sys; from trl_flow.evaluation.picture_folder import PictureFolder\n"
-            "with PictureFolder(sys.argv[1]).locked(): pass"
+            "import sys; from trl_flow.evaluation.image_folder import ImageFolder\n"
+            "with ImageFolder(sys.argv[1]).locked(): pass"
         )
         run = [sys.executable, "-c", code, str(tmp_path / "new")]
         refused = subprocess.run(run, capture_output=True, text=True)
         assert refused.returncode == 1 and "another process is evaluating into" in refused.stderr
     assert subprocess.run(run).returncode == 0
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="can not be written"), PictureFolder(tmp_path / "file").locked():
+    with pytest.raises(ValueError, match="cannot be written"), ImageFolder(tmp_path / "file").locked():
         pass
 
 
 def test_scores_are_kept_by_what_has_computed_them(tmp_path):
-    folder = PictureFolder(tmp_path)
+    folder = ImageFolder(tmp_path)
     columns = {"s": "as it was"}
     folder.keep_scores({"s": {"m": {"q": [1.0], "r": [2.0]}}}, {"q": "one.q", "r": "one.r"}, columns)
     assert folder.scores({"q": "one.q"}, columns) == {"s": {"m": {"q": [1.0], "r": [2.0]}}}
@@ -125,30 +125,30 @@ def test_scores_are_kept_by_what_has_computed_them(tmp_path):
 def test_files_of_others_are_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="not empty"):
-        PictureFolder(tmp_path).claim(SETTINGS, MODELS, SETS)
+        ImageFolder(tmp_path).claim(SETTINGS, MODELS, SETS)
     with pytest.raises(ValueError, match="is a file"):
-        PictureFolder(tmp_path / "thesis.txt").claim(SETTINGS, MODELS, SETS)
+        ImageFolder(tmp_path / "thesis.txt").claim(SETTINGS, MODELS, SETS)
     with pytest.raises(ValueError, match="no evaluation's folder"):
-        PictureFolder(tmp_path).settings()
+        ImageFolder(tmp_path).settings()
 
 
 @pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="the superuser may write everywhere")
 def test_a_folder_that_can_not_be_written_is_found_before_it_is_needed(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(ValueError, match="may not write"):
-        PictureFolder(tmp_path / "new").claim(SETTINGS, MODELS, SETS, write=False)
+        ImageFolder(tmp_path / "new").claim(SETTINGS, MODELS, SETS, write=False)
 
 
 def test_damaged_files_are_named(tmp_path):
-    folder = PictureFolder(tmp_path)
+    folder = ImageFolder(tmp_path)
     folder.claim(SETTINGS, MODELS, SETS)
     folder.keep_scores({"shapes": {"ours": {"q": [1.0, None]}}}, {"q": "mine.q"}, {})
     assert folder.scores({"q": "mine.q"}, {}) == {"shapes": {"ours": {"q": [1.0, None]}}}
     (tmp_path / "scores.json").write_text("[1, 2")
-    with pytest.raises(ValueError, match="scores.json can not be read"):
+    with pytest.raises(ValueError, match="scores.json cannot be read"):
         folder.scores({}, {})
     (tmp_path / "settings.json").write_text(json.dumps([1]))
-    with pytest.raises(ValueError, match="settings.json can not be read"):
+    with pytest.raises(ValueError, match="settings.json cannot be read"):
         folder.settings()
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trl_flow.evaluation.pictures import before_after_grid, comparison_grid, evenly, image_grid
+from trl_flow.evaluation.grids import before_after_grid, comparison_grid, evenly, image_grid
 
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -17,11 +17,11 @@ def dark_pixels(grid: Image.Image, box: tuple[int, int, int, int]) -> int:
     return int((np.asarray(grid.crop(box).convert("L")) < 100).sum())
 
 
-def test_small_pictures_are_enlarged_pixel_by_pixel():
-    # 32 pixels need a factor of 4 to reach 128; a pixel then covers 4 x 4, and no colour appears that was not there
-    picture = Image.new("RGB", (32, 32), RED)
-    picture.putpixel((1, 0), GREEN)
-    grid = image_grid([picture], path=None)
+def test_small_images_are_enlarged_pixel_by_pixel():
+    # 32 pixels need a factor of 4 to reach 128; a pixel then covers 4 x 4, and no color appears that was not there
+    image = Image.new("RGB", (32, 32), RED)
+    image.putpixel((1, 0), GREEN)
+    grid = image_grid([image], path=None)
     pixels = np.asarray(grid)
     assert grid.size == (6 + 128 + 6, 6 + 128 + 6)
     assert (pixels == GREEN).all(axis=2).sum() == 16
@@ -29,14 +29,14 @@ def test_small_pictures_are_enlarged_pixel_by_pixel():
     assert (pixels == RED).all(axis=2).sum() == 128 * 128 - 16
 
 
-def test_large_pictures_keep_their_size():
+def test_large_images_keep_their_size():
     assert image_grid([plain(RED, (200, 150))]).size == (6 + 200 + 6, 6 + 150 + 6)
 
 
-def test_pictures_go_row_by_row():
+def test_images_go_row_by_row():
     grid = image_grid([plain(c) for c in (RED, GREEN, BLUE)], columns=2, upscale=1)
     assert grid.size == (6 + 2 * 38, 6 + 2 * 38)
-    assert [grid.getpixel(place) for place in ((20, 20), (58, 20), (20, 58), (58, 58))] == [
+    assert [grid.getpixel(index) for index in ((20, 20), (58, 20), (20, 58), (58, 58))] == [
         RED,
         GREEN,
         BLUE,
@@ -44,14 +44,14 @@ def test_pictures_go_row_by_row():
     ]
 
 
-def test_a_caption_is_under_its_picture_and_nowhere_else():
+def test_a_caption_is_under_its_image_and_nowhere_else():
     grid = image_grid([plain(RED), plain(GREEN)], ["some words", ""], columns=2)
     below = 6 + 128
     assert dark_pixels(grid, (6, below, 134, grid.height)) > 50
     assert dark_pixels(grid, (140, below, grid.width, grid.height)) == 0
 
 
-def test_long_captions_are_wrapped_within_the_picture():
+def test_long_captions_are_wrapped_within_the_image():
     # Nothing of the left caption reaches the right cell, whether it breaks at spaces or in the midst of a word
     for caption in ("many words " * 20, "x" * 400):
         grid = image_grid([plain(RED), plain(GREEN)], [caption, ""], columns=2)
@@ -118,7 +118,7 @@ def test_before_is_left_of_after():
 
 
 def test_pairs_that_are_none_are_refused():
-    with pytest.raises(ValueError, match="2 pictures before, 1 after, 1 captions"):
+    with pytest.raises(ValueError, match="2 images before, 1 after, 1 captions"):
         before_after_grid([plain(RED)] * 2, [plain(RED)], ["a"])
     with pytest.raises(ValueError, match="empty"):
         before_after_grid([], [], [])
@@ -130,7 +130,7 @@ def test_pairs_that_are_none_are_refused():
 def test_prompts_are_rows_and_models_columns(tmp_path):
     rows = [[plain(RED), plain(GREEN)], [plain(BLUE), plain(RED)]]
     grid = comparison_grid(rows, ["base", "ours"], ["one", "two"], path=tmp_path / "new" / "grid.png", cell=64)
-    # Names above, then for each prompt a line of 15 pixels, the pictures enlarged twice, and 12 pixels to the next
+    # Names above, then for each prompt a line of 15 pixels, the images enlarged twice, and 12 pixels to the next
     tops = [15 + 12 + 15, 15 + 12 + 15 + 64 + 12 + 15]
     assert grid.size == (6 + 2 * (64 + 6), tops[1] + 64 + 6)
     colors = [[grid.getpixel((left, top + 30)) for left in (6 + 30, 6 + 70 + 30)] for top in tops]
@@ -141,7 +141,7 @@ def test_prompts_are_rows_and_models_columns(tmp_path):
     assert Image.open(tmp_path / "new" / "grid.png").size == grid.size
 
 
-def test_large_pictures_are_reduced_to_the_cell():
+def test_large_images_are_reduced_to_the_cell():
     wide = plain(RED, (1000, 500))
     wide.paste(GREEN, (500, 0, 1000, 500))
     grid = comparison_grid([[wide]], ["m"], ["p"], cell=100)
@@ -165,12 +165,12 @@ def test_long_names_and_prompts_are_cut():
     ],
 )
 def test_grids_that_do_not_fit_are_refused(rows, columns, captions, cell):
-    with pytest.raises(ValueError, match="pictures|cell"):
+    with pytest.raises(ValueError, match="images|cell"):
         comparison_grid(rows, columns, captions, cell=cell)
 
 
 @pytest.mark.parametrize(
-    "total, number, places", [(10, 4, [0, 2, 5, 7]), (3, 16, [0, 1, 2]), (5, 5, [0, 1, 2, 3, 4]), (0, 3, [])]
+    "total, number, indices", [(10, 4, [0, 2, 5, 7]), (3, 16, [0, 1, 2]), (5, 5, [0, 1, 2, 3, 4]), (0, 3, [])]
 )
-def test_what_is_shown_is_spread_evenly(total, number, places):
-    assert evenly(total, number) == places
+def test_what_is_shown_is_spread_evenly(total, number, indices):
+    assert evenly(total, number) == indices

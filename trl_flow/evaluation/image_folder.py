@@ -1,10 +1,9 @@
-"""An evaluation's folder: what was to be drawn, the pictures as they are drawn, and their scores."""
+"""An evaluation's folder: what was to be drawn, the images as they are drawn, and their scores."""
 
 import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from trl_flow.evaluation.report import write_json
+from trl_flow.evaluation.outputs import read_json, whole_file, write_json
 
 
 try:
@@ -26,6 +25,9 @@ SCORES = "scores.json"
 _LOCK = ".lock"
 _SAFE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,79}")
 
+# By set, model and reward, one for each index
+ScoreLists = dict[str, dict[str, dict[str, list[float | None]]]]
+
 
 @dataclass(frozen=True)
 class PromptList:
@@ -34,19 +36,20 @@ class PromptList:
 
     Attributes:
         prompts (`list[str]`): `P` prompts.
-        fingerprint (`str`): of all that is drawn from: the prompts and, where pictures are edited, those.
+        fingerprint (`str`): of all that is drawn from: the prompts and, where images are edited, those.
     """
 
     prompts: list[str]
     fingerprint: str
 
 
-class PictureFolder:
+class ImageFolder:
     """
-    A folder of pictures that several models drew of the same prompts from the same noise.
+    A folder of images that several models drew of the same prompts from the same noise.
 
-    `pictures/{set}/{model}/{place}.png` are the pictures, `settings.json` says what they are of, and `scores.json`
-    holds the scores that were computed. A picture's place is `prompt * K + number`.
+    `images/{set}/{model}/{index}.png` are the images, `settings.json` says what they are of, and `scores.json` holds
+    the scores that were computed. An image's index is `prompt * K + number`. All methods raise `ValueError` if a file
+    of the folder is damaged.
 
     Args:
         path (`str` or `os.PathLike`): the folder.
@@ -60,17 +63,17 @@ class PictureFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """
-        Keeps other processes from writing here, where the system can (Windows can not). The lock ends with the
+        Keeps other processes from writing here, where the system can (Windows cannot). The lock ends with the
         process, however that ends.
 
         Raises:
-            ValueError: if another process has it, or the folder can not be written.
+            ValueError: if another process has it, or the folder cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = open(self.path / _LOCK, "w")
         except OSError as error:
-            raise ValueError(f"output_dir {self.path} can not be written: {error}.") from error
+            raise ValueError(f"output_dir {self.path} cannot be written: {error}.") from error
         with lock:
             if fcntl is not None:
                 try:
@@ -97,23 +100,23 @@ class PictureFolder:
         may be added to those that are there. Settings by which nothing was drawn bind nobody.
 
         Args:
-            settings (`Mapping`): everything that decides what is drawn, beside the models and the prompts.
+            settings (`Mapping`): everything that decides what is drawn, besides the models and the prompts.
             models (`Mapping`): by name their `path` and `fingerprint`.
             sets (`Mapping[str, PromptList]`): prompts by the name of their set.
             write (`bool`): `False` only asks whether that would be possible.
 
         Raises:
-            ValueError: if the folder can not be written, holds other files, or was drawn with other settings.
+            ValueError: if the folder cannot be written, holds other files, or was drawn with other settings.
         """
         earlier = None
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"output_dir {self.path} is a file. Give a folder.")
         if (self.path / SETTINGS).is_file():
             files = (path for path in self.path.rglob("*") if path.is_file())
-            earlier = self._read(SETTINGS) if any(path.name not in (SETTINGS, _LOCK) for path in files) else None
+            earlier = self.settings() if any(path.name not in (SETTINGS, _LOCK) for path in files) else None
             if earlier and (differences := _differences(earlier, settings, models, sets)):
                 raise ValueError(
-                    f"output_dir {self.path} holds pictures of another evaluation: {'; '.join(differences)}. Choose "
+                    f"output_dir {self.path} holds images of another evaluation: {', '.join(differences)}. Choose "
                     "another folder, or the same settings."
                 )
         elif self.path.is_dir() and any(child.name != _LOCK for child in self.path.iterdir()):
@@ -123,7 +126,7 @@ class PictureFolder:
             )
         existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         if not os.access(existing, os.W_OK | os.X_OK):
-            raise ValueError(f"output_dir {self.path} can not be written: this user may not write to {existing}.")
+            raise ValueError(f"output_dir {self.path} cannot be written: this user may not write to {existing}.")
         if not write:
             return
         content = earlier or {"settings": dict(settings), "models": {}, "sets": {}}
@@ -133,7 +136,7 @@ class PictureFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / SETTINGS, content)
         except OSError as error:
-            raise ValueError(f"output_dir {self.path} can not be written: {error}.") from error
+            raise ValueError(f"output_dir {self.path} cannot be written: {error}.") from error
 
     def settings(self) -> dict[str, Any]:
         """
@@ -147,96 +150,69 @@ class PictureFolder:
                 f"{self.path} is no evaluation's folder: it has no {SETTINGS}. Draw one first: trl-flow evaluate "
                 "--model ... --prompts ... --output_dir DIR."
             )
-        return self._read(SETTINGS)
+        return read_json(self.path / SETTINGS)
 
-    def _read(self, name: str) -> dict[str, Any]:
-        try:
-            content = json.loads((self.path / name).read_text(encoding="utf-8"))
-            if not isinstance(content, dict):
-                raise ValueError(f"it holds a {type(content).__name__}")
-            return content
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{self.path / name} can not be read: {error}. Delete it if it is of no use.") from error
+    # ---- images ----
 
-    # ---- pictures ----
+    def image_path(self, set_name: str, model: str, index: int) -> Path:
+        """Where the image is, or will be."""
+        return self.path / "images" / file_name(set_name) / file_name(model) / f"{index:06d}.png"
 
-    def picture_path(self, set_name: str, model: str, place: int) -> Path:
-        """Where the picture is, or will be."""
-        return self.path / "pictures" / file_name(set_name) / file_name(model) / f"{place:06d}.png"
+    def has(self, set_name: str, model: str, indices: Sequence[int]) -> bool:
+        """Whether all these images are there."""
+        return all(self.image_path(set_name, model, index).is_file() for index in indices)
 
-    def has(self, set_name: str, model: str, places: Sequence[int]) -> bool:
-        """Whether all these pictures are there."""
-        return all(self.picture_path(set_name, model, place).is_file() for place in places)
-
-    def save(self, set_name: str, model: str, place: int, image: Image.Image) -> None:
-        """Writes a picture. It gets its name when it is complete: a picture that is there is whole."""
-        path = self.picture_path(set_name, model, place)
+    def save(self, set_name: str, model: str, index: int, image: Image.Image) -> None:
+        """Writes an image. It gets its name when it is complete: an image that is there is whole."""
+        path = self.image_path(set_name, model, index)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-        try:
-            with open(handle, "wb") as file:
-                image.save(file, format="PNG")
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with whole_file(path) as file:
+            image.save(file, format="PNG")
 
-    def load(self, set_name: str, model: str, place: int) -> Image.Image:
-        """
-        The picture, RGB.
-
-        Raises:
-            ValueError: if it is missing or damaged.
-        """
-        path = self.picture_path(set_name, model, place)
+    def load(self, set_name: str, model: str, index: int) -> Image.Image:
+        """The image, RGB."""
+        path = self.image_path(set_name, model, index)
         try:
             with Image.open(path) as image:
                 return image.convert("RGB")
         except (OSError, SyntaxError) as error:
             raise ValueError(
-                f"The picture {path} is missing or damaged ({error}). Delete it and evaluate again: it is drawn anew."
+                f"The image {path} is missing or damaged ({error}). Delete it and evaluate again: it is drawn anew."
             ) from error
 
     # ---- scores ----
 
-    def scores(
-        self, rewards: Mapping[str, str], columns: Mapping[str, str]
-    ) -> dict[str, dict[str, dict[str, list[float | None]]]]:
+    def scores(self, rewards: Mapping[str, str], columns: Mapping[str, str]) -> ScoreLists:
         """
-        Scores by set, model and reward, one for each place.
+        The scores that may be used again.
 
         Args:
             rewards (`Mapping[str, str]`): what computes each reward. Scores that something else of the same name has
                 computed are left out; those of rewards that are not named here are not.
-            columns (`Mapping[str, str]`): fingerprints of what the rewards are told of each set beside the prompts.
+            columns (`Mapping[str, str]`): fingerprints of what the rewards are told of each set besides the prompts.
                 Scores of a set of the same name that was told otherwise are left out.
-
-        Raises:
-            ValueError: if the file is damaged.
         """
-        if not (self.path / SCORES).is_file():
-            return {}
-        content = self._read(SCORES)
-        others = _changed(content.get("rewards", {}), rewards)
-        sets = _changed(content.get("columns", {}), columns)
+        content = self._score_file()
+        others = {name for name, what in rewards.items() if content["rewards"].get(name) != what}
+        sets = {name for name, what in columns.items() if content["columns"].get(name) != what}
         return {
             name: {
                 model: {reward: values for reward, values in by_reward.items() if reward not in others}
                 for model, by_reward in by_model.items()
             }
-            for name, by_model in content.get("scores", {}).items()
+            for name, by_model in content["scores"].items()
             if name not in sets
         }
 
-    def keep_scores(self, scores: Mapping[str, Any], rewards: Mapping[str, str], columns: Mapping[str, str]) -> None:
+    def keep_scores(self, scores: ScoreLists, rewards: Mapping[str, str], columns: Mapping[str, str]) -> None:
         """Replaces all scores. `rewards` and `columns` are as for `scores`; what is known of others stays."""
-        earlier = self._read(SCORES) if (self.path / SCORES).is_file() else {}
-        content = {
-            "rewards": earlier.get("rewards", {}) | dict(rewards),
-            "columns": earlier.get("columns", {}) | dict(columns),
-            "scores": scores,
-        }
-        write_json(self.path / SCORES, content)
+        earlier = self._score_file()
+        content = {"rewards": earlier["rewards"] | dict(rewards), "columns": earlier["columns"] | dict(columns)}
+        write_json(self.path / SCORES, content | {"scores": scores})
+
+    def _score_file(self) -> dict[str, Any]:
+        empty = {"rewards": {}, "columns": {}, "scores": {}}
+        return empty | (read_json(self.path / SCORES) if (self.path / SCORES).is_file() else {})
 
 
 def file_name(name: str) -> str:
@@ -248,10 +224,6 @@ def file_name(name: str) -> str:
         return name
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
     return f"{re.sub(r'[^A-Za-z0-9_.+-]+', '_', name)[:60].lstrip('.')}-{digest}"
-
-
-def _changed(earlier: Mapping[str, str], now: Mapping[str, str]) -> set[str]:
-    return {name for name, what in now.items() if earlier.get(name) != what}
 
 
 def _differences(

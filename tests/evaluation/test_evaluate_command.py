@@ -65,7 +65,7 @@ def test_from_command_line_to_report(tiny_sd3_path, lora, prompts, tmp_path, cap
     # Incompressibility is the other's negative: no mean that can be divided by on one of the sides
     means = results["sets"]["few"]["means"]["mine"]
     assert means["jpeg_incompressibility"]["mean"] == pytest.approx(-means["jpeg_compressibility"]["mean"])
-    assert len(list(out.rglob("pictures/*/*/*.png"))) == 2 * 2 * 2
+    assert len(list(out.rglob("images/*/*/*.png"))) == 2 * 2 * 2
     # Other settings are another folder's
     assert "seed was 3 and is 4" in refused(capsys, *arguments[1:], "--seed", "4")
 
@@ -132,8 +132,8 @@ def test_what_fails_later_is_told_without_a_traceback_of_the_program(
     error = capsys.readouterr().err
     assert "1 / 0" in error and "calling.py" not in error and "cli.py" not in error
     assert "'broken' raised ZeroDivisionError" in error and "The same command goes on from there" in error
-    # A folder that another user owns, here one that can not be made
-    assert "can not be written" in refused(capsys, *command[:5], "/proc/nowhere", *SAMPLING)
+    # A folder that another user owns, here one that cannot be made
+    assert "cannot be written" in refused(capsys, *command[:5], "/proc/nowhere", *SAMPLING)
 
 
 def vote_over_http(url: str) -> None:
