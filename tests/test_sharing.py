@@ -2,6 +2,7 @@
 
 import ast
 import filecmp
+import functools
 import json
 import os
 import re
@@ -16,12 +17,16 @@ import pytest
 import torch
 import yaml
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from family_checks import assert_same_images
 from huggingface_hub import HfApi, ModelCard, hf_hub_download, snapshot_download
 from peft import LoKrConfig, LoraConfig, get_peft_model, set_peft_model_state_dict
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny_models import tiny_sd3_pipeline
+from tiny_painter import tiny_painter_backbone
 
+from trl_flow.backbones import get_backbone
 from trl_flow.sharing import (
     PushError,
     check_lora_config,
@@ -43,7 +48,7 @@ LORA_FILES = {"pytorch_lora_weights.safetensors", "adapter_model.safetensors", "
 
 
 def draw(pipeline) -> np.ndarray:
-    """Two pictures, as floats: `(2, 16, 16, 3)`."""
+    """Two images, as floats: `(2, 16, 16, 3)`."""
     generator = torch.Generator().manual_seed(3)
     return pipeline(
         ["a red circle", "two squares"],
@@ -53,6 +58,15 @@ def draw(pipeline) -> np.ndarray:
         generator=generator,
         output_type="np",
     ).images
+
+
+def assert_same(images: np.ndarray, expected: np.ndarray) -> None:
+    """
+    The same images to rounding: the same weights in other memory may go through other kernels.
+
+    What is trained here moves pixels by more than 0.01 of their range.
+    """
+    np.testing.assert_allclose(images, expected, rtol=0, atol=1e-4)
 
 
 def add_random_lora(pipeline, **config) -> None:
@@ -106,7 +120,7 @@ def test_stock_pipeline_draws_the_same_images(tiny_sd3, tiny_sd3_path, tmp_path,
     assert path == tmp_path / "pytorch_lora_weights.safetensors"
     # PEFT's files lie in the same folder, and no card of PEFT's, nor anything left over
     assert set(os.listdir(tmp_path)) == LORA_FILES
-    np.testing.assert_array_equal(drawn_by_stock_pipeline(tiny_sd3_path, tmp_path), trained)
+    assert_same(drawn_by_stock_pipeline(tiny_sd3_path, tmp_path), trained)
 
 
 def test_alpha_is_kept_and_the_metadata_holds_only_what_every_peft_knows(tiny_sd3, tiny_sd3_path, tmp_path):
@@ -216,7 +230,7 @@ def test_full_weights_load_in_stock_diffusers(tiny_sd3, tiny_sd3_path, tmp_path)
     transformer = SD3Transformer2DModel.from_pretrained(tmp_path)
     pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_sd3_path, transformer=transformer)
     pipeline.set_progress_bar_config(disable=True)
-    np.testing.assert_array_equal(draw(pipeline), trained)
+    assert_same(draw(pipeline), trained)
 
     again = SD3Transformer2DModel.from_pretrained(tiny_sd3_path, subfolder="transformer")
     load_full(again, tmp_path)
@@ -333,9 +347,15 @@ def run_folder(tmp_path):
     return folder
 
 
+@functools.cache
+def sd3_backbone():
+    return get_backbone(tiny_sd3_pipeline(), height=16, width=16, max_sequence_length=16)
+
+
 def write_card(folder, **kwargs):
     kwargs = {
-        "pipeline_class": StableDiffusion3Pipeline,
+        "backbone": sd3_backbone(),
+        "is_lora": True,
         "base_model": "stabilityai/stable-diffusion-3.5-medium",
         "settings": {"num_inference_steps": 10, "guidance_scale": 4.5, "importance_ratio": "ratio_norm"},
         **kwargs,
@@ -344,13 +364,12 @@ def write_card(folder, **kwargs):
 
 
 def test_front_matter_of_a_hub_model(run_folder):
-    card = card_of(write_card(run_folder, repo_id="me/tuned", license="apache-2.0", dataset_name="me/prompts"))
+    card = card_of(write_card(run_folder, repo_id="me/tuned", dataset_name="me/prompts"))
     data = card.data.to_dict()
     assert data["library_name"] == "diffusers"
     assert data["pipeline_tag"] == "text-to-image"
     assert data["base_model"] == "stabilityai/stable-diffusion-3.5-medium"
     assert data["base_model_relation"] == "adapter"
-    assert data["license"] == "apache-2.0"
     assert data["datasets"] == ["me/prompts"]
     assert {"trl_flow", "lora", "diffusers-training", "text-to-image", "flow-grpo", "grpo-guard"} == set(data["tags"])
     assert "# tuned" in card.text
@@ -386,8 +405,7 @@ def test_the_loading_code_runs_and_draws_the_trained_images(tiny_sd3, tiny_sd3_p
     scope = {}
     exec(code, scope)
     torch.manual_seed(5)
-    expected = tiny_sd3("a prompt", height=16, **sampling).images[0]
-    assert scope["image"].tobytes() == expected.tobytes()
+    assert_same_images([scope["image"]], tiny_sd3("a prompt", height=16, **sampling).images, (16, 16))
 
 
 def test_the_loading_code_of_a_hub_model_is_python(run_folder):
@@ -395,7 +413,30 @@ def test_the_loading_code_of_a_hub_model_is_python(run_folder):
         code = python_block(card_of(write_card(run_folder, repo_id="me/tuned", is_lora=is_lora)))
         ast.parse(code)
         assert '"me/tuned"' in code and '"stabilityai/stable-diffusion-3.5-medium"' in code and loader in code
+        assert code.count(", dtype=torch.bfloat16)") == (1 if is_lora else 2)
         assert "num_inference_steps=10, guidance_scale=4.5" in code
+
+
+def test_the_card_of_a_family_of_ones_own(run_folder):
+    path = write_card(
+        run_folder,
+        backbone=tiny_painter_backbone(),
+        base_model=None,
+        is_lora=False,
+        settings={"num_inference_steps": 3, "guidance_scale": 1.5, "height": 8},
+    )
+    card = card_of(path)
+    assert "A fine-tuned painter for a pipeline that was not loaded from the Hub" in card.text
+    assert python_block(card).splitlines() == [
+        "from tiny_painter import PainterPipeline",
+        "from tiny_painter import Painter",
+        "from painting import Brush",
+        "",
+        'painter = Painter.from_pretrained("path/to/my run")',
+        'pipeline = PainterPipeline.from_pretrained("path/to/base_model", painter=painter)',
+        "pipeline.scheduler = Brush()",
+        'image = pipeline(prompt="a prompt", num_inference_steps=3, strength=1.5).images[0]',
+    ]
 
 
 def test_prompts_with_quotes_newlines_pipes_and_html(run_folder):
@@ -424,7 +465,7 @@ def test_prompts_with_quotes_newlines_pipes_and_html(run_folder):
     assert "<Gallery />" in card.text
 
 
-def test_pictures_outside_the_folder_are_refused(run_folder, tmp_path):
+def test_images_outside_the_folder_are_refused(run_folder, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "elsewhere.png")
     with pytest.raises(ValueError, match="lies outside"):
         write_card(run_folder, curves=tmp_path / "elsewhere.png")
@@ -520,7 +561,7 @@ def test_push_and_load_back_with_the_real_client(hub_server, finished_run, tiny_
     for name in SHARED:
         assert filecmp.cmp(os.path.join(downloaded, name), finished_run / name, shallow=False), name
     # By its id, as the card tells: the pipeline picks its own file among the three
-    np.testing.assert_array_equal(drawn_by_stock_pipeline(tiny_sd3_path, "tester/tuned"), draw(tiny_sd3))
+    assert_same(drawn_by_stock_pipeline(tiny_sd3_path, "tester/tuned"), draw(tiny_sd3))
 
 
 def test_pushing_again_commits_only_what_changed(hub_server, finished_run):
@@ -534,14 +575,7 @@ def test_pushing_again_commits_only_what_changed(hub_server, finished_run):
 
 
 def test_a_checkpoint_is_pushed_whole_into_a_subfolder(hub_server, finished_run):
-    future = upload(
-        finished_run / "checkpoint-5",
-        "tester/tuned",
-        path_in_repo="last-checkpoint",
-        everything=True,
-        blocking=False,
-    )
-    future.result(timeout=60)
+    upload(finished_run / "checkpoint-5", "tester/tuned", path_in_repo="last-checkpoint", everything=True)
     files = hub_server.repos["tester/tuned"].keys() - {".gitattributes"}
     assert files == {"last-checkpoint/optimizer.pt", "last-checkpoint/adapter_model.safetensors"}
 
@@ -580,14 +614,6 @@ def test_a_wrong_token_and_a_foreign_namespace(hub_server, finished_run, monkeyp
     with pytest.raises(PushError, match="403"):
         upload(finished_run, "somebody/tuned")
     assert hub_server.repos == {}
-
-
-def test_a_failure_in_the_background_is_logged(hub_server, finished_run, caplog):
-    hub_server.fail("/commit/", 500)
-    future = upload(finished_run, "tester/tuned", blocking=False)
-    with pytest.raises(PushError):
-        future.result(timeout=60)
-    assert "Nothing is lost" in caplog.text
 
 
 def test_no_server_at_all(finished_run):

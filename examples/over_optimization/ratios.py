@@ -1,6 +1,6 @@
 """Ratios, clipping and gradients of every variant, step by step, on the same rollouts (GRPO-Guard, Figures 2 and 3).
 
-In training each variant soon has a policy, and so pictures, of its own. Here one batch is sampled, the policy is moved
+In training each variant soon has a policy, and so images, of its own. Here one batch is sampled, the policy is moved
 a little by plain unclipped updates on it, and then all variants look at the same samples, the same policy and the same
 advantages: what differs is their formula alone.
 """
@@ -135,16 +135,8 @@ def measure(
         latents = trajectory.latents[:, step]
         velocity = backbone.guided_prediction(policy, latents, dynamics.schedule.timesteps[step], condition, None, 1.0)
         transition = dynamics.transition(velocity, latents, step)
-        log_prob = dynamics.log_prob(trajectory.next_latents[:, step], transition)
-        ratios = log_ratio(
-            log_prob,
-            trajectory.log_probs[:, step],
-            transition.mean,
-            trajectory.means[:, step],
-            transition.std,
-            kind=kind,
-        )
-        return ratios, transition.std
+        sample, old_mean = trajectory.next_latents[:, step], trajectory.means[:, step]
+        return log_ratio(sample, transition.mean, old_mean, transition.std, kind=kind), transition.std
 
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-4)
     for _ in range(updates):

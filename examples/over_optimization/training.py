@@ -105,7 +105,7 @@ def train(folder: Path, settings: dict[str, Any], shared: Path) -> list[dict[str
     trainer = FlowGRPOTrainer(
         model=load_pipeline(),
         reward_funcs=PROXIES[settings["proxy"]](shared),
-        # Never optimised: the gold scores
+        # Never optimized: the gold scores
         eval_reward_funcs=[ShapesReward(score) for score in ("strict", "fidelity", "soft")],
         args=FlowGRPOConfig(
             **settings["config"],

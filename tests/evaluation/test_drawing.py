@@ -19,8 +19,8 @@ from tiny_qwen import (
 from tiny_unets import tiny_sd_pipeline, tiny_sdxl_pipeline
 
 from trl_flow.backbones import get_backbone
-from trl_flow.evaluation.drawing import EVALUATION_STREAM, draw, draw_batch
-from trl_flow.rollout import sample_generator
+from trl_flow.evaluation.drawing import draw, draw_batch
+from trl_flow.rollout import RandomStream, sample_generator
 
 
 PROMPTS = ["a cat", "two dogs", "a bird"]
@@ -73,7 +73,7 @@ def expected_image(backbone, prompt: str, image, negative_prompt: str, index: in
     condition = backbone.encode_prompt(prompt, *edited)
     negative = backbone.encode_prompt(negative_prompt, *edited) if backbone.uses_guidance(2.0) else None
     schedule = backbone.schedule(2)
-    latents = torch.randn(backbone.latent_shape(), generator=sample_generator(7, EVALUATION_STREAM, index))[None]
+    latents = torch.randn(backbone.latent_shape(), generator=sample_generator(7, RandomStream.EVALUATION, index))[None]
     for step in range(2):
         prediction = backbone.guided_prediction(
             backbone.model, latents, schedule.timesteps[step], condition, negative, 2.0

@@ -13,10 +13,11 @@ from full_size_configs import write_configs
 from peft import LoraConfig
 from PIL import Image
 from tiny_models import tiny_sd3_pipeline
+from tiny_painter import tiny_painter_backbone
 from tiny_training import tiny_config, tiny_lora, tiny_trainer
 
 from trl_flow.backbones import BACKBONES, get_backbone
-from trl_flow.memory import Estimate, Plan, empty_model, estimate, fetch_configs, savings
+from trl_flow.memory import Estimate, Plan, empty_pipeline, estimate, fetch_configs, savings
 from trl_flow.memory.dry_run import peak_bytes
 from trl_flow.memory.estimate import _quantized_bytes
 
@@ -74,13 +75,21 @@ def test_every_family_is_built_and_run_from_its_configs(name, folders):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_conditions_have_the_shapes_that_encoding_gives(name):
+def test_conditions_have_the_shapes_that_encoding_gives(name, monkeypatch):
+    tiny_qwen.smaller_input_images(monkeypatch)
+    with tiny_flux.tiny_kontext_sizes():
+        check_condition_shapes(name)
+
+
+def check_condition_shapes(name):
     pipeline = FAMILIES[name]()
     backbone = get_backbone(pipeline, height=32, width=32, max_sequence_length=16)
     image = [Image.new("RGB", (32, 32))] if backbone.takes_image else []
     condition = backbone.encode_prompt("a cat", *image)
     shapes = {key: tuple(value.shape[1:]) for key, value in condition.items()}
     expected = {key: shape for key, (shape, _) in backbone.condition_shapes().items()}
+    dtypes = {key: dtype for key, (_, dtype) in backbone.condition_shapes().items()}
+    assert {key: value.dtype for key, value in condition.items()} == dtypes
     if name.startswith("QwenImageEdit"):
         # The template's tokens, which depend on the tokenizer, come on top of the prompt's
         for both in (shapes, expected):
@@ -101,10 +110,10 @@ def test_conditions_have_the_shapes_that_encoding_gives(name):
     ],
 )
 def test_full_size_models_have_the_parameters_they_are_known_for(name, parts, tmp_path):
-    model = empty_model(write_configs(name, tmp_path / name))
-    numbers = {part: sum(p.numel() for p in module.parameters()) for part, module in model.modules.items()}
-    assert {part: numbers[part] for part in parts} == parts
-    assert all(p.is_meta for module in model.modules.values() for p in module.parameters())
+    pipeline = empty_pipeline(write_configs(name, tmp_path / name))
+    modules = {part: m for part, m in pipeline.components.items() if isinstance(m, torch.nn.Module)}
+    assert {part: sum(p.numel() for p in modules[part].parameters()) for part in parts} == parts
+    assert all(p.is_meta for module in modules.values() for p in module.parameters())
 
 
 # ---- Against a run ----
@@ -154,6 +163,28 @@ def test_stored_samples_are_those_of_a_run(tmp_path, tiny_sd3_path):
     noise = 16 * 4 * 8 * 8 * 4
     found = estimate(tiny_sd3_path, Plan(tiny_config(tmp_path, **fields), tiny_lora()))
     assert found.resident["stored samples"] == stored + noise
+
+
+def test_a_family_of_ones_own_is_estimated_from_its_backbone():
+    """Worked out by hand: a perceptron with 193 inputs, 16 hidden units and 192 outputs, all of which are trained."""
+    backbone = tiny_painter_backbone()
+    found = estimate(backbone, plan(None))
+    weights = 193 * 16 + 16 + 16 * 192 + 192
+    assert found.parameters == {"painter": weights} and found.trained_parameters == weights
+    assert found.resident["painter weights"] == found.resident["gradients"] == 4 * weights
+    # Of 8 images: 3 x 8 x 8 numbers for the noise, and for latents, next latents and mean of each of 3 steps
+    assert found.resident["stored samples"] == 8 * (3 * 3 + 1) * 3 * 8 * 8 * 4
+    # Decoded they are floats, and one byte for each pixel at the end
+    assert found.phases["decoding"] >= 8 * 3 * 8 * 8 * 5
+    assert found.phases["updating"] > found.phases["sampling"] > 0
+    assert not backbone.model.inner.weight.is_meta and backbone.model.inner.weight.requires_grad
+    adapter = estimate(backbone, plan())
+    assert adapter.trained_parameters == 4 * (193 + 16 + 16 + 192)
+
+
+def test_a_backbone_is_estimated_as_its_folder(tiny_sd3_path):
+    backbone = get_backbone(tiny_sd3_pipeline(), height=32, width=32, max_sequence_length=16)
+    assert estimate(backbone, plan(bf16=False)) == estimate(tiny_sd3_path, plan(bf16=False))
 
 
 def saved_bytes(backbone, policy, batch: int) -> int:
@@ -218,8 +249,6 @@ def test_checkpointing_guidance_and_batches(tiny_sd3_path):
     assert 0.4 < unguided["updating"] / base["updating"] < 0.6
     larger = phases(tiny_sd3_path, per_device_train_batch_size=16)
     assert 1.8 < larger["updating"] / base["updating"] < 2.1
-    graph = phases(tiny_sd3_path, backward_per_timestep=False)
-    assert graph["updating"] == 3 * base["updating"]
 
 
 def test_slicing_and_tiling_of_the_vae(folders):
@@ -328,7 +357,7 @@ def test_a_folder_that_is_no_pipeline(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda folder: (folder / "vae" / "config.json").unlink(), "vae/config.json can not be read"),
+        (lambda folder: (folder / "vae" / "config.json").unlink(), "vae/config.json cannot be read"),
         (lambda folder: (folder / "transformer" / "config.json").write_text("{"), "is not valid JSON"),
         (lambda folder: (folder / "transformer" / "config.json").write_text("[]"), "must hold a JSON object"),
         (
@@ -351,7 +380,7 @@ def test_unfit_configuration_files(tmp_path, change, words):
         folder = write_configs("sd35-medium", tmp_path / "other")
     change(folder)
     with pytest.raises(ValueError, match=words):
-        empty_model(folder)
+        empty_pipeline(folder)
 
 
 def test_a_hub_model_is_read_from_its_configuration_files_alone(hub_server, folders):
@@ -366,15 +395,17 @@ def test_a_hub_model_is_read_from_its_configuration_files_alone(hub_server, fold
 
 
 def test_a_hub_model_that_is_not_there(hub_server):
-    with pytest.raises(ValueError, match="neither a folder nor a model 'tester/none' on the Hub"):
+    with pytest.raises(
+        ValueError, match="'tester/none' is neither a folder nor .* could not be fetched .*Repository Not Found"
+    ):
         fetch_configs("tester/none")
 
 
 def test_without_a_network():
-    with pytest.raises(ValueError, match="'user/model' could not be fetched .*give a folder that holds them"):
+    with pytest.raises(ValueError, match="'user/model' .* could not be fetched .*give a folder that holds the files"):
         fetch_configs("user/model")
 
 
-def test_a_name_that_can_not_be_one():
-    with pytest.raises(ValueError, match="'no/such/folder' is neither a folder nor a hub id"):
+def test_a_name_that_cannot_be_one():
+    with pytest.raises(ValueError, match="'no/such/folder' is neither a folder nor a hub id.*Repo id must be"):
         fetch_configs("no/such/folder")

@@ -9,14 +9,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from trl_flow.backbones import Backbone, get_backbone
-from trl_flow.rollout import Dynamics, draw_noise, rollout, sample_generator
+from trl_flow.dynamics import make_dynamics
+from trl_flow.rollout import RandomStream, StepPlan, decode, draw_noise, rollout, sample_generator
 
-
-# The random stream of evaluations; those of training have other numbers
-EVALUATION_STREAM = 4
-
-# Decoding takes far more memory than a step, and gains nothing from a large batch
-_DECODED_TOGETHER = 16
 
 Condition = dict[str, torch.Tensor]
 
@@ -49,23 +44,16 @@ def draw_batch(
         on_step (`Callable[[int], None]`, *optional*): called with the index of each step before it is taken.
 
     """
-    generators = [sample_generator(seed, EVALUATION_STREAM, index) for index in indices]
-    latents = rollout(
-        backbone,
-        model,
-        # No step is stochastic, so the kind and the level of the noise have no effect
-        Dynamics(backbone.schedule(num_inference_steps), sde_type="flow", noise_level=0.0),
-        condition,
-        negative_condition,
-        guidance_scale=guidance_scale,
-        initial_noise=draw_noise(backbone.latent_shape(), generators, backbone.device),
-        generators=generators,
-        stochastic_steps=[],
-        trained_steps=[],
-        on_step=on_step,
-    ).final
-    with torch.inference_mode():
-        return [image for part in latents.split(_DECODED_TOGETHER) for image in backbone.decode(part)]
+    generators = [sample_generator(seed, RandomStream.EVALUATION, index) for index in indices]
+    # No step is stochastic, so the kind and the level of the noise have no effect
+    dynamics = make_dynamics(backbone.schedule(num_inference_steps), sde_type="flow", noise_level=0.0)
+
+    def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return backbone.guided_prediction(model, latents, timestep, condition, negative_condition, guidance_scale)
+
+    noise = draw_noise(backbone.latent_shape(), generators, backbone.device)
+    latents = rollout(predict, dynamics, noise, StepPlan(), on_step=on_step).final
+    return decode(backbone, latents)
 
 
 def draw(

@@ -1,6 +1,6 @@
 """How much device memory a training run will need, from the model's configuration files alone."""
 
-from trl_flow.memory.configs import EmptyModel, empty_model, fetch_configs
+from trl_flow.memory.configs import empty_pipeline, fetch_configs
 from trl_flow.memory.estimate import Estimate, Plan, estimate
 from trl_flow.memory.report import CARDS, GIB, as_json, as_text, savings
 
@@ -8,12 +8,11 @@ from trl_flow.memory.report import CARDS, GIB, as_json, as_text, savings
 __all__ = [
     "CARDS",
     "GIB",
-    "EmptyModel",
     "Estimate",
     "Plan",
     "as_json",
     "as_text",
-    "empty_model",
+    "empty_pipeline",
     "estimate",
     "fetch_configs",
     "savings",

@@ -8,48 +8,48 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from peft import PeftConfig, get_peft_model
 
 from trl_flow.backbones import Backbone, get_backbone
-from trl_flow.memory.configs import EmptyModel, empty_model
+from trl_flow.memory.configs import empty_pipeline
 from trl_flow.memory.dry_run import GPUKernels, checkpoint, peak_bytes
 from trl_flow.trainer import FlowGRPOConfig
 from trl_flow.trainer.loading import component_dtypes
 
 
-# What the driver and torch take before the first tensor, and what the allocator can not use of the rest
+# What the driver and torch take before the first tensor, and what the allocator cannot use of the rest
 CONTEXT = 2**29
 FRAGMENTATION = 0.05
 # Images that the trainer decodes at once
 DECODED_AT_ONCE = 16
-SHARDINGS = ("none", "gradients", "weights")
 
 
 @dataclass(frozen=True)
 class Plan:
     """
-    What of a training run decides on its memory.
+    What decides on a training run's memory.
 
     Attributes:
         args ([`FlowGRPOConfig`]): the run's settings.
         peft_config ([`~peft.PeftConfig`] or `None`): the adapter; `None` trains all weights.
         sharding (`str`): `"none"`, `"gradients"` (with the optimizer's state: ZeRO-2) or `"weights"` (all: FSDP,
             ZeRO-3), over the processes of `args`.
-        changes (`dict`): fields of `args` with another value, beside `load_in_4bit` and `batch_divisor`; for what-if
+        changes (`dict`): fields of `args` with another value, and `load_in_4bit` and `batch_divisor`; for what-if
             questions.
+        dry_runs (`dict`): peaks of activations that were found for this plan and those that were changed from it.
     """
 
     args: FlowGRPOConfig
     peft_config: PeftConfig | None
     sharding: str = "none"
     changes: dict = field(default_factory=dict)
+    dry_runs: dict = field(default_factory=dict, repr=False, compare=False)
 
     def __getattr__(self, name: str):
         # Of the configuration, unless it is changed
-        if name in self.changes:
-            return self.changes[name]
-        return getattr(self.args, name)
+        return self.changes[name] if name in self.changes else getattr(self.args, name)
 
     def changed(self, **changes) -> "Plan":
         return replace(self, changes=self.changes | changes)
@@ -74,6 +74,10 @@ class Plan:
         steps = self.sde_window_size or self.args.num_stochastic_steps
         return max(1, round(self.args.timestep_fraction * steps))
 
+    @property
+    def optimizer(self) -> str:
+        return str(getattr(self.args.optim, "value", self.args.optim))
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -84,8 +88,8 @@ class Estimate:
         parameters (`dict[str, int]`): of each part of the pipeline, exact.
         trained_parameters (`int`): exact.
         resident (`dict[str, int]`): what is there all the time, by what it is.
-        phases (`dict[str, int]`): the most that each phase of a step takes beside that.
-        allowance (`int`): for the driver and for what the allocator can not use; a rule of thumb.
+        phases (`dict[str, int]`): the most that each phase of a step takes in addition.
+        allowance (`int`): for the driver and for what the allocator cannot use; a rule of thumb.
     """
 
     parameters: dict[str, int]
@@ -99,57 +103,65 @@ class Estimate:
         return sum(self.resident.values()) + max(self.phases.values()) + self.allowance
 
 
-def estimate(folder: str | Path, plan: Plan) -> Estimate:
+def estimate(model: str | Path | Backbone, plan: Plan) -> Estimate:
     """
-    Estimates the memory on one device of training the pipeline in `folder` as planned.
+    Estimates the memory on one device of training a model as planned.
 
     Weights, gradients, optimizer state and stored samples are counted exactly; activations by running the modules
     without data, see [`trl_flow.memory.dry_run`].
 
+    Args:
+        model (`str`, `Path` or [`Backbone`]): folder with a pipeline's configuration files, see
+            [`~trl_flow.memory.fetch_configs`]; or a backbone, whose pipeline may be of any class. It is left as it is;
+            its size, prompt length and dtypes count instead of the plan's.
+        plan ([`Plan`]): the training.
+
     Raises:
-        ValueError: if the pipeline can not be built from its configuration files, or can not be trained so.
+        ValueError: if the pipeline cannot be built from its configuration files, or cannot be trained so.
     """
-    model = _typed_model(str(folder), tuple(sorted(_dtypes(plan).items(), key=lambda item: item[0])))
-    backbone = _backbone(model, plan)
+    backbone = _without_data(model) if isinstance(model, Backbone) else _from_configs(str(model), plan)
+    modules, base_model = _modules(backbone.pipeline), backbone.model
+    numbers = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
+    base_model.requires_grad_(plan.peft_config is None)
+    if plan.peft_config is None:
+        cast_training_params(base_model, dtype=torch.float32)
+        backbone.dtype = torch.float32
     # Before an adapter is added
-    numbers = {name: sum(p.numel() for p in module.parameters()) for name, module in model.modules.items()}
-    policy, trained = _policy(backbone, plan)
+    base = _quantized_bytes(base_model, plan.quantization) if plan.quantization else _bytes(base_model)
+    gathered = 2 * _largest_block(base_model) if plan.sharding == "weights" else 0
+    unpacked = 2 * max((w.numel() for w in _linear_weights(base_model)), default=0) if plan.quantization else 0
+    policy = _policy(backbone, plan)
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
 
     shards = plan.args.world_size if plan.sharding != "none" else 1
     weight_shards = shards if plan.sharding == "weights" else 1
-    base = _quantized_bytes(backbone.model, plan.quantization) if plan.quantization else _bytes(backbone.model)
-    adapter = 0
-    if plan.peft_config is not None:
-        adapter = 4 * trained
     resident = {f"{backbone.component} weights": base // weight_shards}
-    if adapter:
-        resident["adapter weights"] = adapter // weight_shards
+    if plan.peft_config is not None:
+        resident["adapter weights"] = 4 * trained // weight_shards
     resident["gradients"] = 4 * trained // shards
     if plan.args.world_size > 1 and plan.sharding == "none":
         resident["buckets of DDP"] = 4 * trained
-    resident[f"optimizer state ({_optimizer_name(plan)})"] = _optimizer_bytes(plan, trained) // shards
+    resident[f"optimizer state ({plan.optimizer})"] = _optimizer_bytes(plan.optimizer, trained) // shards
     if plan.use_ema:
         resident["moving average"] = 4 * trained
     if plan.beta > 0 and plan.peft_config is None:
         resident["reference model"] = base
     encoders = 0
-    for name, module in model.modules.items():
-        if name == backbone.component:
-            continue
+    for name, module in modules.items():
         if name.startswith("text_encoder") and plan.precompute_prompt_embeds:
             encoders += _bytes(module)
-        else:
+        elif name != backbone.component:
             resident[f"{name} weights"] = _bytes(module)
-    resident["stored samples"] = _stored_bytes(backbone, plan)
+    # Latents, next latents and means of each trained step, and the initial noise, of this process's images, float32
+    images = plan.args.generation_batch_size // plan.args.world_size
+    resident["stored samples"] = images * (3 * plan.trained_steps + 1) * math.prod(backbone.latent_shape()) * 4
 
     phases = {}
     if encoders:
         # Before the model is moved to the device, and before there is anything else
-        others = sum(resident.values()) - resident["vae weights"] - (base if plan.quantization else 0)
+        others = sum(resident.values()) - resident.get("vae weights", 0) - (base if plan.quantization else 0)
         phases["encoding the prompts"] = max(0, encoders - others)
-    gathered = 2 * _largest_block(backbone.model) if plan.sharding == "weights" else 0
-    unpacked = _largest_linear(backbone.model) * 2 if plan.quantization else 0
-    sampling, updating = _dry_runs(str(folder), backbone, policy, plan)
+    sampling, updating = _dry_runs(model, backbone, policy, plan)
     phases["sampling"] = sampling + gathered + unpacked
     phases["decoding"] = _decoding_bytes(backbone, plan)
     phases["updating"] = updating + gathered + unpacked
@@ -165,24 +177,21 @@ def estimate(folder: str | Path, plan: Plan) -> Estimate:
 
 # ---- The model ----
 
+_empty_pipeline = cache(empty_pipeline)
 
-def _dtypes(plan: Plan) -> dict[str, torch.dtype]:
+
+def _modules(pipeline: DiffusionPipeline) -> dict[str, torch.nn.Module]:
+    return {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+
+
+def _from_configs(folder: str, plan: Plan) -> Backbone:
+    """The backbone of a pipeline without data, with its parts in the dtypes in which they are loaded."""
+    pipeline = copy.deepcopy(_empty_pipeline(folder))
     args = copy.copy(plan.args)
     args.model_dtype = plan.model_dtype
-    return component_dtypes(args, trains_adapter=plan.peft_config is not None)
-
-
-@cache
-def _empty_model(folder: str) -> EmptyModel:
-    return empty_model(folder)
-
-
-def _typed_model(folder: str, dtypes: tuple[tuple[str, torch.dtype], ...]) -> EmptyModel:
-    """The pipeline with its parts in the dtypes in which they are loaded; a copy, to be changed at will."""
-    model = copy.deepcopy(_empty_model(folder))
-    by_name = dict(dtypes)
-    for name, module in model.modules.items():
-        dtype = by_name.get(name, by_name.get("default", torch.float32))
+    dtypes = component_dtypes(args, trains_adapter=plan.peft_config is not None)
+    for name, module in _modules(pipeline).items():
+        dtype = dtypes.get(name, dtypes.get("default", torch.float32))
         # Both libraries load some modules in float32 all the same; transformers only in place of float16
         kept = getattr(module, "_keep_in_fp32_modules", None) or ()
         is_diffusers = hasattr(module, "register_to_config")
@@ -190,54 +199,42 @@ def _typed_model(folder: str, dtypes: tuple[tuple[str, torch.dtype], ...]) -> Em
             keeps = (is_diffusers or dtype == torch.float16) and any(part in kept for part in key.split("."))
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(torch.float32 if keeps else dtype)
-    return model
+    return get_backbone(pipeline, height=plan.height, width=plan.width, max_sequence_length=plan.max_sequence_length)
 
 
-def _backbone(model: EmptyModel, plan: Plan) -> Backbone:
-    # It reads the schedule's device from the VAE
-    return get_backbone(
-        model.pipeline,
-        height=plan.height,
-        width=plan.width,
-        max_sequence_length=plan.max_sequence_length,
-    )
+def _without_data(backbone: Backbone) -> Backbone:
+    """A copy whose modules have shapes and dtypes but no data; tokenizers and the like are those of `backbone`."""
+    memo = {id(part): part for part in backbone.pipeline.components.values()}
+    for module in _modules(backbone.pipeline).values():
+        memo.pop(id(module), None)
+        for tensor in module.buffers():
+            memo[id(tensor)] = torch.empty_like(tensor, device="meta")
+        for tensor in module.parameters():
+            memo[id(tensor)] = torch.nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False)
+    return copy.deepcopy(backbone, memo)
 
 
-def _policy(backbone: Backbone, plan: Plan) -> tuple[torch.nn.Module, int]:
-    """What is trained, as the trainer makes it, and the number of its trained parameters."""
-    model = backbone.model.requires_grad_(False)
+def _policy(backbone: Backbone, plan: Plan) -> torch.nn.Module:
+    """What is trained, as the trainer makes it."""
+    policy = backbone.model
     if plan.gradient_checkpointing:
-        model.enable_gradient_checkpointing(partial(checkpoint, half=plan.half))
-    if plan.peft_config is None:
-        policy = model.requires_grad_(True)
-        backbone.dtype = torch.float32
-    else:
+        policy.enable_gradient_checkpointing(partial(checkpoint, half=plan.half))
+    if plan.peft_config is not None:
         peft_config = copy.deepcopy(plan.peft_config)
         peft_config.task_type = None
         if getattr(peft_config, "target_modules", None) is None:
             peft_config.target_modules = list(backbone.lora_target_modules)
-        policy = get_peft_model(model, peft_config)
-        policy.to("meta")
-    cast_training_params(policy, dtype=torch.float32)
-    return policy.train(), sum(p.numel() for p in policy.parameters() if p.requires_grad)
-
-
-def _tensors(module: torch.nn.Module) -> list[torch.Tensor]:
-    """Parameters and buffers but for those of an adapter."""
-    named = [*module.named_parameters(), *module.named_buffers()]
-    return [tensor for name, tensor in named if ".lora_" not in name]
+        policy = get_peft_model(policy, peft_config).to("meta")
+        cast_training_params(policy, dtype=torch.float32)
+    return policy.train()
 
 
 def _bytes(module: torch.nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in _tensors(module))
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _linear_weights(module: torch.nn.Module) -> list[torch.Tensor]:
-    return [
-        part.weight
-        for name, part in module.named_modules()
-        if isinstance(part, torch.nn.Linear) and ".lora_" not in name and "lora_" not in name.split(".")[0]
-    ]
+    return [part.weight for part in module.modules() if isinstance(part, torch.nn.Linear)]
 
 
 def _quantized_bytes(module: torch.nn.Module, settings: dict) -> int:
@@ -257,80 +254,57 @@ def _quantized_bytes(module: torch.nn.Module, settings: dict) -> int:
     return total
 
 
-def _largest_linear(module: torch.nn.Module) -> int:
-    return max((weight.numel() for weight in _linear_weights(module)), default=0)
-
-
 def _largest_block(module: torch.nn.Module) -> int:
     """Bytes of the largest of the blocks that sharded weights are gathered by."""
     lists = [part for part in module.modules() if isinstance(part, torch.nn.ModuleList)]
     return max((_bytes(block) for blocks in lists for block in blocks), default=_bytes(module))
 
 
-def _optimizer_name(plan: Plan) -> str:
-    return str(getattr(plan.optim, "value", plan.optim))
-
-
-def _optimizer_bytes(plan: Plan, trained: int) -> int:
+def _optimizer_bytes(name: str, trained: int) -> int:
     """Adam's two moments in the dtype of the trained weights, float32; of the others a rough figure."""
-    name = _optimizer_name(plan)
     if "8bit" in name:
         return 2 * trained
-    if name.startswith(("sgd", "adafactor", "lion")):
-        return 4 * trained if name.startswith("lion") else 0
-    return 8 * trained
-
-
-def _stored_bytes(backbone: Backbone, plan: Plan) -> int:
-    """Latents, next latents and means of each trained step and the initial noise of this process's images, float32."""
-    images = plan.args.generation_batch_size // plan.args.world_size
-    return images * (3 * plan.trained_steps + 1) * math.prod(backbone.latent_shape()) * 4
+    if name.startswith("lion"):
+        return 4 * trained
+    return 0 if name.startswith(("sgd", "adafactor")) else 8 * trained
 
 
 # ---- Activations ----
 
 
-def _dry_runs(folder: str, backbone: Backbone, policy: torch.nn.Module, plan: Plan) -> tuple[int, int]:
+def _dry_runs(
+    model: str | Path | Backbone, backbone: Backbone, policy: torch.nn.Module, plan: Plan
+) -> tuple[int, int]:
     """The peaks of a forward without gradients and of one with a backward pass."""
-    guided = backbone.uses_guidance(plan.guidance_scale)
     batch = plan.args.per_device_train_batch_size  # of other batch sizes the memory is in proportion
-    key = (folder, plan.height, plan.width, plan.max_sequence_length, batch, guided, plan.gradient_checkpointing)
-    key += (plan.half, repr(plan.peft_config), backbone.dtype)
-    if key not in _DRY_RUNS:
-        _DRY_RUNS[key] = (
-            peak_bytes(_forward(backbone, policy, batch, guided, backward=False), [policy], plan.half),
-            peak_bytes(_forward(backbone, policy, batch, guided, backward=True), [_with_gradients(policy)], plan.half),
+    key = (model, plan.gradient_checkpointing, plan.guidance_scale, backbone.dtype, repr(plan.peft_config))
+    if key not in plan.dry_runs:
+        sampling = peak_bytes(_forward(backbone, policy, plan, backward=False), [policy], plan.half)
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+        plan.dry_runs[key] = (
+            sampling,
+            peak_bytes(_forward(backbone, policy, plan, backward=True), [policy], plan.half),
         )
-    sampling, updating = _DRY_RUNS[key]
-    if not plan.backward_per_timestep:
-        updating *= plan.trained_steps  # one graph over all of them
+    sampling, updating = plan.dry_runs[key]
     return sampling * plan.batch_size // batch, updating * plan.batch_size // batch
 
 
-# Of the models of one command
-_DRY_RUNS: dict[tuple, tuple[int, int]] = {}
-
-
-def _with_gradients(policy: torch.nn.Module) -> torch.nn.Module:
-    for parameter in policy.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.empty_like(parameter)
-    return policy
-
-
 def _forward(
-    backbone: Backbone, policy: torch.nn.Module, batch: int, guided: bool, *, backward: bool
+    backbone: Backbone, policy: torch.nn.Module, plan: Plan, *, backward: bool
 ) -> Callable[[GPUKernels], None]:
+    batch, guided = plan.args.per_device_train_batch_size, backbone.uses_guidance(plan.guidance_scale)
+
     def run(kernels: GPUKernels) -> None:
-        condition = _condition(backbone, batch)
-        negative = _condition(backbone, batch) if guided else None
+        condition, negative = _condition(backbone, batch), _condition(backbone, batch) if guided else None
         latents = torch.empty(batch, *backbone.latent_shape(), device="meta")
         timestep = torch.empty((), device="meta")
         with torch.set_grad_enabled(backward):
-            velocity = backbone.guided_prediction(policy, latents, timestep, condition, negative, 2.0)
+            prediction = backbone.guided_prediction(policy, latents, timestep, condition, negative, 2.0)
             kernels.forget()
             if backward:
-                velocity.square().mean().backward()
+                prediction.square().mean().backward()
 
     return run
 
@@ -343,18 +317,20 @@ def _condition(backbone: Backbone, batch: int) -> dict[str, torch.Tensor]:
 
 
 def _decoding_bytes(backbone: Backbone, plan: Plan) -> int:
-    vae, factor = backbone.pipeline.vae, backbone.pipeline.vae_scale_factor
+    vae = getattr(backbone.pipeline, "vae", None)
     if plan.enable_vae_slicing:
         vae.enable_slicing()
     if plan.enable_vae_tiling:
         vae.enable_tiling()
-    channels = vae.config.get("latent_channels") or vae.config.get("z_dim")
-    frames = [1] if "z_dim" in vae.config else []
     batch = min(plan.batch_size, DECODED_AT_ONCE)
-    shape = (batch, channels, *frames, plan.height // factor, plan.width // factor)
 
     @torch.no_grad()
     def run(kernels: GPUKernels) -> None:
-        vae.decode(torch.empty(shape, dtype=vae.dtype, device="meta"), return_dict=False)
+        try:
+            backbone.decode(torch.empty(batch, *backbone.latent_shape(), device="meta"))
+        except NotImplementedError as error:
+            # Finished images leave the device, which those without data cannot
+            if "Cannot copy out of meta tensor" not in str(error):
+                raise
 
-    return peak_bytes(run, [vae], None)
+    return peak_bytes(run, [] if vae is None else [vae], None)

@@ -19,36 +19,29 @@ def savings(plan: Plan, now: Estimate, again: Callable[[Plan], Estimate]) -> lis
         plan ([`Plan`]), now ([`Estimate`]): the run and its estimate.
         again (`Callable`): estimates a changed plan.
     """
-    options: list[tuple[str, Plan]] = []
-    if not plan.gradient_checkpointing:
-        options.append(("gradient_checkpointing: true", plan.changed(gradient_checkpointing=True)))
-    if not plan.precompute_prompt_embeds:
-        options.append(("precompute_prompt_embeds: true", plan.changed(precompute_prompt_embeds=True)))
-    if plan.peft_config is not None and not plan.quantization and plan.sharding == "none":
-        options.append(("load_in_4bit: true", plan.changed(load_in_4bit=True)))
-    if plan.batch_size > 1:
-        half = plan.batch_size // 2
-        text = f"per_device_train_batch_size: {half} (and twice the steps_per_generation and accumulation)"
-        options.append((text, plan.changed(batch_divisor=2)))
-    if not plan.enable_vae_slicing and plan.batch_size > 1:
-        options.append(("enable_vae_slicing: true", plan.changed(enable_vae_slicing=True)))
-    if not plan.enable_vae_tiling:
-        sliced = {"enable_vae_slicing": True} if plan.batch_size > 1 else {}
-        text = "enable_vae_tiling: true" + (", with slicing" if sliced else "")
-        options.append((text, plan.changed(enable_vae_tiling=True, **sliced)))
-    if not plan.backward_per_timestep:
-        options.append(("backward_per_timestep: true", plan.changed(backward_per_timestep=True)))
-    if plan.use_ema:
-        options.append(("use_ema: false", plan.changed(use_ema=False)))
-    if plan.trained_steps > 2 and plan.sde_window_size is None:
-        options.append(("sde_window_size: 2", plan.changed(sde_window_size=2)))
-    if plan.beta > 0 and plan.peft_config is None:
-        options.append(("beta: 0 (no reference model)", plan.changed(beta=0.0)))
-    found = [(text, now.total - again(other).total) for text, other in options]
+    lora, several = plan.peft_config is not None, plan.batch_size > 1
+    sliced = {"enable_vae_slicing": True} if several else {}
+    tiling = "enable_vae_tiling: true" + (", with slicing" if several else "")
+    halved = (
+        f"per_device_train_batch_size: {plan.batch_size // 2} (and twice the steps_per_generation and accumulation)"
+    )
+    # Whether there is this choice, how it is written, and what it changes
+    choices: list[tuple[bool, str, dict]] = [
+        (not plan.gradient_checkpointing, "gradient_checkpointing: true", {"gradient_checkpointing": True}),
+        (not plan.precompute_prompt_embeds, "precompute_prompt_embeds: true", {"precompute_prompt_embeds": True}),
+        (lora and not plan.quantization and plan.sharding == "none", "load_in_4bit: true", {"load_in_4bit": True}),
+        (several, halved, {"batch_divisor": 2}),
+        (several and not plan.enable_vae_slicing, "enable_vae_slicing: true", {"enable_vae_slicing": True}),
+        (not plan.enable_vae_tiling, tiling, {"enable_vae_tiling": True} | sliced),
+        (plan.use_ema, "use_ema: false", {"use_ema": False}),
+        (plan.trained_steps > 2 and plan.sde_window_size is None, "sde_window_size: 2", {"sde_window_size": 2}),
+        (plan.beta > 0 and not lora, "beta: 0 (no reference model)", {"beta": 0.0}),
+    ]
+    found = [(text, now.total - again(plan.changed(**changes)).total) for there, text, changes in choices if there]
     # Images no larger than a tile are not cut: what is saved then is the slicing's
-    sliced = dict(found).get("enable_vae_slicing: true", 0)
-    found = [(text, saved) for text, saved in found if not text.startswith("enable_vae_tiling") or saved > sliced]
-    if plan.peft_config is None:
+    by_slicing = dict(found).get("enable_vae_slicing: true", 0)
+    found = [(text, saved) for text, saved in found if text != tiling or saved > by_slicing]
+    if not lora:
         found.append(("use_peft: true (an adapter in place of all weights)", _all_but_frozen(now)))
     # Less than this is within what the estimate does not know
     return sorted(((text, saved) for text, saved in found if saved > now.total // 100), key=lambda item: -item[1])
@@ -78,42 +71,37 @@ def as_json(estimate: Estimate, found: list[tuple[str, int]]) -> dict[str, Any]:
 
 def as_text(estimate: Estimate, plan: Plan, found: list[tuple[str, int]]) -> str:
     """A table for people."""
-    lines = []
-
-    def row(name: str, size: int, note: str = "") -> None:
-        lines.append(f"  {name:<38}{size / GIB:>8.2f} GiB  {note}".rstrip())
-
     processes = plan.args.world_size
     sharded = {"none": "", "gradients": ", gradients and optimizer state sharded", "weights": ", all weights sharded"}
-    lines.append(
-        f"Memory of each of {processes} devices{sharded[plan.sharding]}" if processes > 1 else "Memory of the device"
-    )
-    lines.append("")
-    lines.append("All the time")
-    for name, size in estimate.resident.items():
-        part = name.removesuffix(" weights")
-        note = f"{estimate.parameters[part]:,} parameters" if part in estimate.parameters else ""
-        if name == "adapter weights":
-            note = f"{estimate.trained_parameters:,} parameters"
-        row(name, size, note)
-    lines.append("For a time (the largest counts)")
     largest = max(estimate.phases, key=estimate.phases.get)
-    for name, size in estimate.phases.items():
-        row(name, size, "<- the largest" if name == largest else "")
-    row("allowance", estimate.allowance, "driver, fragmentation")
-    lines.append(f"  {'-' * 50}")
-    row("total", estimate.total)
-    lines.append("")
-    lines.append(
-        "  ".join(f"{card} GB: {'fits' if estimate.total <= card * GIB else 'does not fit'}" for card in CARDS)
-    )
+    counts = {f"{part} weights": number for part, number in estimate.parameters.items()}
+    counts["adapter weights"] = estimate.trained_parameters
+
+    def row(name: str, size: int, note: str = "") -> str:
+        return f"  {name:<38}{size / GIB:>8.2f} GiB  {note}".rstrip()
+
+    lines = [
+        f"Memory of each of {processes} devices{sharded[plan.sharding]}" if processes > 1 else "Memory of the device",
+        "",
+        "All the time",
+        *(
+            row(name, size, f"{counts[name]:,} parameters" if name in counts else "")
+            for name, size in estimate.resident.items()
+        ),
+        "For a time (the largest counts)",
+        *(row(name, size, "<- the largest" if name == largest else "") for name, size in estimate.phases.items()),
+        row("allowance", estimate.allowance, "driver, fragmentation"),
+        f"  {'-' * 50}",
+        row("total", estimate.total),
+        "",
+        "  ".join(f"{card} GB: {'fits' if estimate.total <= card * GIB else 'does not fit'}" for card in CARDS),
+        "",
+    ]
     if found:
-        lines.append("")
-        lines.append("To need less, each change by itself:")
-        lines += [f"  {saved / GIB:>6.2f} GiB  {text}" for text, saved in found]
-    lines.append("")
-    lines.append(
-        "Weights, gradients, optimizer state and samples are counted; the rest comes from running the modules\n"
-        "without data, and leaves out work spaces of the GPU's kernels. Models that score the images come on top."
-    )
+        changes = [f"  {saved / GIB:>6.2f} GiB  {text}" for text, saved in found]
+        lines += ["To need less, each change by itself:", *changes, ""]
+    lines += [
+        "Weights, gradients, optimizer state and samples are counted; the rest comes from running the modules",
+        "without data, and leaves out work spaces of the GPU's kernels. Models that score the images come on top.",
+    ]
     return "\n".join(lines)

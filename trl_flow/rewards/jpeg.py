@@ -31,7 +31,7 @@ class JPEGIncompressibilityReward:
 
     info = RewardInfo(
         range=(0.0, math.inf),
-        typical="50 to 150 for pictures of 512 x 512 pixels",
+        typical="50 to 150 for images of 512 x 512 pixels",
         license="none: it loads nothing",
         paper="https://huggingface.co/papers/2305.13301",
     )
@@ -64,7 +64,7 @@ class JPEGCompressibilityReward:
 
     info = RewardInfo(
         range=(-math.inf, 0.0),
-        typical="-150 to -50 for pictures of 512 x 512 pixels",
+        typical="-150 to -50 for images of 512 x 512 pixels",
         license="none: it loads nothing",
         paper="https://huggingface.co/papers/2305.13301",
     )

@@ -24,7 +24,7 @@ from trl_flow.rewards.base import RewardInfo, require
 PROTOCOL = 1
 TOKEN_VARIABLE = "TRL_FLOW_REWARD_TOKEN"
 
-# Modes that a PNG file keeps as they are. Pictures of others are sent as RGB
+# Modes that a PNG file keeps as they are. Images of others are sent as RGB
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 # Seconds until a machine that does not react counts as away
 _CONNECT_TIMEOUT = 5.0
@@ -68,7 +68,7 @@ class RemoteReward:
     """
     A reward function that runs on a reward server (`trl-flow serve-rewards`), or the same one on several.
 
-    Pictures are sent as PNG, so that scores are those of the function itself. Several servers are used in turn. One
+    Images are sent as PNG, so that scores are those of the function itself. Several servers are used in turn. One
     that fails is left alone for a while, longer each time, and what it was asked is asked again elsewhere: a server
     may be killed, restarted or replaced while training goes on. Its name in metrics, `dense`, `needs_group` and `info`
     are those that the server tells. What the function itself would log is not.
@@ -83,16 +83,16 @@ class RemoteReward:
             Name of the function, if the server offers several.
         columns (`Sequence[str]`, *optional*):
             Columns of the data set that are sent; default: all. They must be such as JSON can hold: name the others'
-            if one can not (pictures, say).
+            if one cannot (images, say).
         token (`str`, *optional*):
             The servers' token; default: the environment variable `TRL_FLOW_REWARD_TOKEN`.
         batch_size (`int`, *optional*):
-            Largest number of pictures in a request; default: what the servers accept. A batch is spread over the
-            servers in equal parts, between groups where the function compares the pictures of a group.
+            Largest number of images in a request; default: what the servers accept. A batch is spread over the
+            servers in equal parts, between groups where the function compares the images of a group.
         timeout (`float`, defaults to 120):
             Seconds to wait for the answer to a request, and for a server that is busy or loads its models.
         retries (`int`, defaults to 5):
-            How often each server is asked again about the same pictures before the call fails.
+            How often each server is asked again about the same images before the call fails.
         backoff (`float`, defaults to 1.0):
             Seconds for which a server is left alone after its first failure. They double with each further one, up to
             60. With the defaults a call fails when no server has answered for half a minute.
@@ -184,10 +184,10 @@ class RemoteReward:
 
     async def __call__(self, prompts: list[str], images: list[Image.Image], **kwargs: Any) -> list[float | None]:
         """
-        Scores pictures.
+        Scores images.
 
         Args:
-            prompts (`list[str]`), images (`list[PIL.Image.Image]`): `N` of each. Pictures of a mode that PNG does not
+            prompts (`list[str]`), images (`list[PIL.Image.Image]`): `N` of each. Images of a mode that PNG does not
                 have are sent as RGB.
             kwargs: the data set's further columns, lists of `N` entries. Whatever is no list is not sent.
 
@@ -196,8 +196,8 @@ class RemoteReward:
 
         Raises:
             RewardServerError: if no server is left, or one refuses what it is sent.
-            TypeError: if a column can not be written as JSON.
-            ValueError: if there are not as many prompts as pictures.
+            TypeError: if a column cannot be written as JSON.
+            ValueError: if there are not as many prompts as images.
         """
         if len(prompts) != len(images):
             raise ValueError(f"There are {len(prompts)} prompts for {len(images)} images. Give one for each image.")
@@ -393,7 +393,7 @@ class RemoteReward:
             start, end = end, end + len(list(group))
             if end - start > self.batch_size:
                 raise ValueError(
-                    f"{self._reward!r} compares the pictures of a prompt, and there are {end - start} of {prompt!r} "
+                    f"{self._reward!r} compares the images of a prompt, and there are {end - start} of {prompt!r} "
                     f"next to each other: more than the {self.batch_size} of a request. Start the servers with a "
                     "larger --max-images."
                 )
@@ -456,7 +456,7 @@ def _form(reward: str, prompts: list[str], images: list[Image.Image], columns: d
             json.dumps(values, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise TypeError(
-                f"The column {name!r} can not be sent to a reward server: {error}. Columns are sent as JSON. If the "
+                f"The column {name!r} cannot be sent to a reward server: {error}. Columns are sent as JSON. If the "
                 "reward does not need it, name those that it does: RemoteReward(..., columns=[...])."
             ) from error
     form: list[tuple] = [(name, (None, json.dumps(value), "application/json")) for name, value in fields.items()]

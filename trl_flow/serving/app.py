@@ -51,7 +51,7 @@ def create_app(
     on_failure: Callable[[Exception], None] | None = None,
 ) -> FastAPI:
     """
-    An application that scores pictures with `rewards`.
+    An application that scores images with `rewards`.
 
     | endpoint | answer |
     | --- | --- |
@@ -91,12 +91,12 @@ def create_app(
 
     @app.get("/rewards")
     async def cards(request: Request) -> JSONResponse:
-        service.authorise(request)
+        service.authorize(request)
         return JSONResponse(service.description)
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
-        service.authorise(request)
+        service.authorize(request)
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.post("/score")
@@ -143,7 +143,7 @@ class _Service:
         self._authorization = None if token is None else f"Bearer {token}".encode()
         self._inside = 0
         self.metrics = Metrics(lambda: self._inside)
-        # One request is scored while the pictures of the next are decoded; more would only take memory
+        # One request is scored while the images of the next are decoded; more would only take memory
         self._decoded = asyncio.Semaphore(2)
         self._thread: ScoringThread | None = None
 
@@ -177,7 +177,7 @@ class _Service:
 
     # ---- Requests ----
 
-    def authorise(self, request: Request) -> None:
+    def authorize(self, request: Request) -> None:
         """
         Raises:
             HTTPException: 401 without the token.
@@ -199,12 +199,12 @@ class _Service:
         a client sees by these that a server has been replaced by another one since it asked.
 
         Raises:
-            HTTPException: 4xx for what can not be accepted, 500 if a reward function fails, 503 if there are too many
+            HTTPException: 4xx for what cannot be accepted, 500 if a reward function fails, 503 if there are too many
                 requests or models are being loaded.
             ClientGone: if the client goes away.
         """
         started = time.perf_counter()
-        self.authorise(request)
+        self.authorize(request)
         if not self.ready:
             raise _unavailable("The models of this server are being loaded")
         # Before anything of the upload is read: this is what bounds the memory

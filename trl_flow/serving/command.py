@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
         `int`: exit code; 0 after SIGTERM, 1 if the models could not be loaded.
 
     Raises:
-        ValueError, TypeError, OSError: if the options can not be followed.
+        ValueError, TypeError, OSError: if the options cannot be followed.
         ImportError: if the extra `serve` is not installed, or what a reward function needs.
     """
     from trl_flow.rewards.base import require
@@ -188,7 +188,7 @@ def _listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listening = socket.create_server((host, port), family=family, backlog=128)
     except OSError as error:
-        raise OSError(f"{host}, port {port}, can not be listened on: {error.strerror or error}.") from error
+        raise OSError(f"{host}, port {port}, cannot be listened on: {error.strerror or error}.") from error
     # Connections inherit it. asyncio sets it only where it made the socket itself, and without it each answer waits
     # some 40 ms for the client to acknowledge its headers
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

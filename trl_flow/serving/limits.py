@@ -9,12 +9,12 @@ class Limits:
     """
     Bounds on what one request may cost, each refused with a 4xx, and on how many there are at a time.
 
-    The server holds at most `max_waiting * max_body_bytes` bytes of uploads, and the decoded pictures of two requests.
+    The server holds at most `max_waiting * max_body_bytes` bytes of uploads, and the decoded images of two requests.
 
     Attributes:
-        max_images (`int`): pictures in a request.
+        max_images (`int`): images in a request.
         max_image_bytes (`int`): bytes of a PNG file.
-        max_pixels (`int`): width times height of a picture, read from its header before anything is decoded.
+        max_pixels (`int`): width times height of an image, read from its header before anything is decoded.
         max_json_bytes (`int`): bytes of each JSON field.
         max_body_bytes (`int`): bytes of a whole request, counted while they arrive.
         max_waiting (`int`): requests that are uploading, waiting or being scored. More are answered 503.

@@ -1,7 +1,7 @@
 """
 Reads an upload that nothing is known of: a multipart form of PNG files and JSON fields.
 
-Everything is bounded while it arrives, nothing is written to disk, and file names are not looked at. What can not be
+Everything is bounded while it arrives, nothing is written to disk, and file names are not looked at. What cannot be
 accepted is raised as an `HTTPException` of status 4xx that says why.
 """
 
@@ -28,7 +28,7 @@ IMAGE_FIELD = "images"
 # Arguments that reward functions are given beside the columns, or that those with a `__call__` have
 _RESERVED = ("self", "prompt", "prompts", "images", "trainer_state", "log_metric", "log_extra")
 
-# Pixels. Encoders and models fail on pictures that are longer, however few pixels they have in all: a JPEG can not be
+# Pixels. Encoders and models fail on images that are longer, however few pixels they have in all: a JPEG cannot be
 _LONGEST_SIDE = 65_500
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Seconds for which the rest of a refused upload is read and thrown away. A connection that is closed while the client
@@ -42,7 +42,7 @@ class ScoreRequest:
     What a client asks for.
 
     Attributes:
-        prompts (`list[str]`), images (`list[bytes]`): one prompt and one PNG file for each of `N` pictures.
+        prompts (`list[str]`), images (`list[bytes]`): one prompt and one PNG file for each of `N` images.
         columns (`dict[str, list]`): further columns, `N` JSON values each.
         rewards (`list[str]` or `None`): names of reward functions; `None` is all.
     """
@@ -118,7 +118,7 @@ async def read_score_request(body: Body, content_type: str, limits: Limits) -> S
         limits ([`Limits`]): what is accepted.
 
     Raises:
-        HTTPException: 400 for what can not be read, 408 for what does not arrive in time, 413 for too much, 415 for
+        HTTPException: 400 for what cannot be read, 408 for what does not arrive in time, 413 for too much, 415 for
             something other than PNG files in a multipart form, 422 for parts that do not fit each other.
         ClientGone: if the client goes away.
     """
@@ -255,7 +255,7 @@ async def _read_form(body: Body, content_type: str, limits: Limits) -> _Form:
             parser.write(chunk)
         parser.finalize()
     except FormParserError as error:
-        raise HTTPException(400, f"The form can not be read: {error}") from error
+        raise HTTPException(400, f"The form cannot be read: {error}") from error
     if not form.ended:
         raise HTTPException(400, "The form ends before its closing boundary.")
     return form
@@ -300,7 +300,7 @@ def _check(request: ScoreRequest) -> None:
         raise HTTPException(422, "The field 'columns' must be an object of lists.")
     for name, values in columns.items():
         if name in _RESERVED:
-            raise HTTPException(422, f"A column can not be called {name!r}: reward functions are given that anyway.")
+            raise HTTPException(422, f"A column cannot be called {name!r}: reward functions are given that anyway.")
         if not isinstance(values, list) or len(values) != number:
             raise HTTPException(
                 422, f"The column {name[:80]!r} must be a list of {number} values, one for each image."

@@ -46,4 +46,4 @@ class ScoringThread:
             except BaseException as error:
                 # A reward function that calls sys.exit() may not end the server
                 future.set_exception(RuntimeError(f"{type(error).__name__}: {error}"))
-            del job, future, function  # and with them the pictures, before waiting for the next
+            del job, future, function  # and with them the images, before waiting for the next

@@ -1,4 +1,4 @@
-"""A bundled world of coloured shapes: renderer, rule-based checker, prompt set and a small text-to-image pipeline."""
+"""A bundled world of colored shapes: renderer, rule-based checker, prompt set and a small text-to-image pipeline."""
 
 from trl_flow.shapes.bundled import load_pipeline, pipeline_path
 from trl_flow.shapes.checker import CheckResult, Detection, check, detect

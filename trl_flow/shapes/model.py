@@ -45,7 +45,7 @@ def _t5_tokenizer() -> PreTrainedTokenizerFast:
     """
     A tokenizer that reads every prompt as one unknown token.
 
-    The stock pipeline can not be loaded without its third text encoder, whose tokens are expensive for a transformer
+    The stock pipeline cannot be loaded without its third text encoder, whose tokens are expensive for a transformer
     this small; the CLIP encoders tell it all there is to know.
     """
     return PreTrainedTokenizerFast(

@@ -2,7 +2,7 @@
 Trains the bundled pipeline from nothing: `python -m trl_flow.shapes.train --output-dir pipeline`.
 
 Five minutes for the VAE, then `--minutes` for the transformer and its text encoders, on one CPU core. The captions are
-noisy on purpose, as those of web pictures are: with probability `--caption-noise` a picture's caption is another one,
+noisy on purpose, as those of web images are: with probability `--caption-noise` an image's caption is another one,
 or has a wrong word. The model then knows how to draw what it is asked for, but does not always do it, which leaves
 reinforcement learning something to do.
 """
@@ -28,12 +28,12 @@ from trl_flow.shapes.world import COLORS, RELATIONS, SHAPES, place, random_groun
 
 Target = tuple[list[dict], str | None]  # objects and relation, as `parse_caption` returns them
 
-# Shares of the pictures with one to three like shapes, and with two different ones
+# Shares of the images with one to three like shapes, and with two different ones
 _GROUP_SHARES = {1: 0.15, 2: 0.15, 3: 0.15}
 
 
 def random_scene(rng: np.random.Generator) -> tuple[np.ndarray, Target]:
-    """A picture, uint8 `(32, 32, 3)`, of a combination that is not held out, and what its caption says."""
+    """An image, uint8 `(32, 32, 3)`, of a combination that is not held out, and what its caption says."""
     while True:
         number = rng.choice([1, 2, 3, 0], p=[*_GROUP_SHARES.values(), 1 - sum(_GROUP_SHARES.values())])
         colors = [str(color) for color in rng.permutation(list(COLORS))[:2]]
@@ -55,16 +55,16 @@ def random_scene(rng: np.random.Generator) -> tuple[np.ndarray, Target]:
         return np.asarray(render(placed, random_ground(rng))), (objects, relation)
 
 
-def render_pictures(number: int, seed: int) -> tuple[torch.Tensor, list[Target]]:
-    """`number` pictures of training scenes, uint8 `(N, 3, 32, 32)`, and what their captions say."""
+def render_images(number: int, seed: int) -> tuple[torch.Tensor, list[Target]]:
+    """`number` images of training scenes, uint8 `(N, 3, 32, 32)`, and what their captions say."""
     rng = np.random.default_rng(seed)
     scenes = [random_scene(rng) for _ in tqdm(range(number), desc="Rendering", mininterval=5)]
-    pixels = torch.from_numpy(np.stack([picture for picture, _ in scenes])).permute(0, 3, 1, 2).contiguous()
+    pixels = torch.from_numpy(np.stack([image for image, _ in scenes])).permute(0, 3, 1, 2).contiguous()
     return pixels, [target for _, target in scenes]
 
 
 def noisy_caption(target: Target, targets: list[Target], noise: float, rng: random.Random) -> str:
-    """The caption of a picture; with probability `noise` that of another one, or with one word wrong."""
+    """The caption of an image; with probability `noise` that of another one, or with one word wrong."""
     objects, relation = target
     if rng.random() >= noise:
         return make_caption(objects, relation)
@@ -84,18 +84,18 @@ def noisy_caption(target: Target, targets: list[Target], noise: float, rng: rand
             return make_caption(wrong, relation)
 
 
-def train_vae(pipeline: StableDiffusion3Pipeline, pictures: torch.Tensor, minutes: float) -> None:
-    """Trains the VAE on uint8 `pictures`, and sets its scaling and shift from them."""
+def train_vae(pipeline: StableDiffusion3Pipeline, images: torch.Tensor, minutes: float) -> None:
+    """Trains the VAE on uint8 `images`, and sets its scaling and shift from them."""
     vae = pipeline.vae.train()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=1e-4)
     start, bar = time.time(), tqdm(desc="VAE", mininterval=5)
     while (done := (time.time() - start) / 60 / minutes) < 1:
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1, bar.n / 50 + 0.02) * (0.5 + 0.5 * math.cos(math.pi * done))
-        batch = pictures[torch.randint(len(pictures), (16,))].float() / 127.5 - 1
+        batch = images[torch.randint(len(images), (16,))].float() / 127.5 - 1
         posterior = vae.encode(batch).latent_dist
         decoded = vae.decode(posterior.sample()).sample
-        # Most of a picture is flat ground: the absolute error alone would blur the shapes' edges
+        # Most of an image is flat ground: the absolute error alone would blur the shapes' edges
         loss = (decoded - batch).abs().mean() + 2 * (decoded - batch).square().mean() + 1e-6 * posterior.kl().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -104,16 +104,16 @@ def train_vae(pipeline: StableDiffusion3Pipeline, pictures: torch.Tensor, minute
         bar.update()
         bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
     vae.eval().requires_grad_(False)
-    latents = encode(pipeline, pictures[:4000], scaled=False)
+    latents = encode(pipeline, images[:4000], scaled=False)
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
 
 
 @torch.no_grad()
-def measure_vae(pipeline: StableDiffusion3Pipeline, pictures: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of uint8 pictures, encoded and decoded."""
+def measure_vae(pipeline: StableDiffusion3Pipeline, images: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of uint8 images, encoded and decoded."""
     vae = pipeline.vae.eval()
     errors = []
-    for part in pictures.split(250):
+    for part in images.split(250):
         part = part.float() / 127.5 - 1
         decoded = vae.decode(vae.encode(part).latent_dist.mode()).sample.clamp(-1, 1)
         errors.append(((decoded - part) / 2).square().mean())
@@ -121,10 +121,10 @@ def measure_vae(pipeline: StableDiffusion3Pipeline, pictures: torch.Tensor) -> f
 
 
 @torch.no_grad()
-def encode(pipeline: StableDiffusion3Pipeline, pictures: torch.Tensor, scaled: bool = True) -> torch.Tensor:
-    """Latents of uint8 pictures, as the transformer sees them if `scaled`."""
+def encode(pipeline: StableDiffusion3Pipeline, images: torch.Tensor, scaled: bool = True) -> torch.Tensor:
+    """Latents of uint8 images, as the transformer sees them if `scaled`."""
     vae = pipeline.vae
-    parts = pictures.split(500)
+    parts = images.split(500)
     latents = torch.cat(
         [
             vae.encode(part.float() / 127.5 - 1).latent_dist.mode()
@@ -227,7 +227,7 @@ def train_transformer(
 
 
 def score(pipeline: StableDiffusion3Pipeline, number: int = 256, guidance_scale: float = 1.0, **kwargs) -> dict:
-    """Mean checker scores of `number` pictures of held-out prompts, by default in ten steps."""
+    """Mean checker scores of `number` images of held-out prompts, by default in ten steps."""
     for module in pipeline.components.values():
         if isinstance(module, torch.nn.Module):
             module.eval()
@@ -269,7 +269,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pictures", type=int, default=40_000)
+    parser.add_argument("--images", type=int, default=40_000)
     parser.add_argument("--vae-minutes", type=float, default=5)
     parser.add_argument("--resume", type=Path, default=None, help="go on from this pipeline, with its VAE as it is")
     parser.add_argument("--minutes", type=float, default=24, help="for the transformer")
@@ -280,15 +280,15 @@ def main() -> None:
     start = time.time()
     torch.manual_seed(args.seed)
     pipeline = new_pipeline()
-    pictures, contents = render_pictures(args.pictures, args.seed)
+    images, contents = render_images(args.images, args.seed)
     if args.resume is None:
-        train_vae(pipeline, pictures[:-1000], args.vae_minutes)
+        train_vae(pipeline, images[:-1000], args.vae_minutes)
     else:
         pipeline = StableDiffusion3Pipeline.from_pretrained(args.resume, dtype=torch.float32)
-    psnr = measure_vae(pipeline, pictures[-1000:])
+    psnr = measure_vae(pipeline, images[-1000:])
     print(f"VAE: {psnr:.1f} dB", flush=True)
-    latents = encode(pipeline, pictures)
-    del pictures
+    latents = encode(pipeline, images)
+    del images
     steps = train_transformer(
         pipeline,
         latents,

@@ -1,14 +1,12 @@
 """The upload of a training run's folder to the Hugging Face Hub."""
 
-import logging
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
 
 from huggingface_hub import CommitInfo, HfApi
 
 
-# What a run's folder shares. A list of what may leave, not of what may not: the folder may be anyone's, with files
-# beside ours that are nobody's business. A "*" matches "/" too, so pictures and curves in subfolders are included.
+# What a run's folder shares. A list of what may leave, not of what may not: the user may keep other files there, which
+# are private. A "*" matches "/" too, so images and curves in subfolders are included.
 PUBLISHED = [
     "README.md",
     "pytorch_lora_weights.safetensors",
@@ -26,11 +24,6 @@ PUBLISHED = [
 # Checkpoints, which hold the optimizer's state, and files that are being written
 NOT_PUBLISHED = ["_*", "*/_*", "checkpoint-*", ".*", "*/.*"]
 
-logger = logging.getLogger(__name__)
-
-# One at a time: two commits to one branch at once would be in each other's way
-_BACKGROUND = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trl_flow-upload")
-
 
 class PushError(RuntimeError):
     """An upload to the Hub that did not succeed. Nothing is lost: the message names the local folder."""
@@ -46,10 +39,9 @@ def upload(
     commit_message: str = "End of training",
     path_in_repo: str | None = None,
     everything: bool = False,
-    blocking: bool = True,
-) -> CommitInfo | Future[CommitInfo]:
+) -> CommitInfo:
     """
-    Uploads weights, model card, curves and sample pictures of `folder` in one commit; makes the repository if need be.
+    Uploads weights, model card, curves and sample images of `folder` in one commit; makes the repository if need be.
 
     Args:
         folder (`str` or `os.PathLike`): a training run's output folder, or one of its checkpoints.
@@ -61,27 +53,10 @@ def upload(
         path_in_repo (`str`, *optional*): subfolder of the repository to upload to.
         everything (`bool`): upload every file of the folder, as for a checkpoint from which others go on training,
             not only those that `PUBLISHED` names.
-        blocking (`bool`): whether to wait. Otherwise a `Future` is returned, whose result raises what went wrong;
-            that is also logged, as a push in the background is no reason to stop training.
-
-    Returns:
-        `CommitInfo` or `Future[CommitInfo]`: the commit.
 
     Raises:
-        PushError: if the Hub refuses or can not be reached.
+        PushError: if the Hub refuses or cannot be reached.
     """
-    if not blocking:
-        return _BACKGROUND.submit(
-            _upload_and_log,
-            folder,
-            repo_id,
-            token=token,
-            private=private,
-            revision=revision,
-            commit_message=commit_message,
-            path_in_repo=path_in_repo,
-            everything=everything,
-        )
     api = HfApi(token=token, library_name="trl_flow")
     try:
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -91,21 +66,13 @@ def upload(
             path_in_repo=path_in_repo,
             commit_message=commit_message,
             revision=revision,
-            allow_patterns=None if everything else list(PUBLISHED),
-            ignore_patterns=None if everything else list(NOT_PUBLISHED),
+            allow_patterns=None if everything else PUBLISHED,
+            ignore_patterns=None if everything else NOT_PUBLISHED,
         )
-    # Whatever the reason (a refusal, no network, a bad card), the user has to be told that the run is not lost.
+    # Whatever the reason (a refusal, no network, a bad card), the user has to know that the run is not lost
     except Exception as error:
         raise PushError(
             f"{folder} could not be pushed to {api.endpoint}/{repo_id}: {error}\nNothing is lost: every file is still "
             f"in {folder}. Check the repository's name and that the token may write to it (`hf auth whoami`), then "
             f"push again with `trainer.push_to_hub()` or `hf upload {repo_id} {folder}`."
         ) from error
-
-
-def _upload_and_log(*args: object, **kwargs: object) -> CommitInfo:
-    try:
-        return upload(*args, **kwargs)
-    except PushError as error:
-        logger.warning(str(error))
-        raise

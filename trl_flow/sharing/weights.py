@@ -24,11 +24,14 @@ LORA_WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 # diffusers' name of a model's weights, without the suffix
 _FULL_STEM = SAFETENSORS_WEIGHTS_NAME.removesuffix(".safetensors")
 
+# The adapter's name in PEFT
+_ADAPTER = "default"
+
 # What PEFT needs to go on training, beside the file for diffusers
 PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 # Fields of LoraConfig that the exported adapter reproduces exactly (the choice of modules is written out name by
-# name), or that end with training. Any other field, of this PEFT or a later one, must be at its default.
+# name), or that have no use after training. Any other field, of this PEFT or a later one, must be at its default.
 _HELD_FIELDS = frozenset(
     {
         *("r", "lora_alpha", "use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern"),
@@ -39,7 +42,7 @@ _HELD_FIELDS = frozenset(
     }
 )
 
-# The other initialisations (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base weights, which the adapter's user
+# The other initializations (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base weights, which the adapter's user
 # does not have; EVA needs a pass over data first.
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 
@@ -58,12 +61,12 @@ def hub_model_id(name_or_path: str | os.PathLike | None) -> str | None:
 
 def check_lora_config(peft_config: PeftConfig) -> None:
     """
-    Refuses an adapter that a stock diffusers pipeline could not load with exactly the same result.
+    Refuses an adapter that a stock diffusers pipeline could not load with the same result.
 
     To be called before training: what is refused here would be lost only when the training is over.
 
     Raises:
-        ValueError: if `peft_config` is no `LoraConfig`, or has an option that diffusers' LoRA format can not hold.
+        ValueError: if `peft_config` is no `LoraConfig`, or has an option that diffusers' LoRA format cannot hold.
     """
     if not isinstance(peft_config, LoraConfig):
         raise ValueError(
@@ -82,7 +85,7 @@ def check_lora_config(peft_config: PeftConfig) -> None:
     if lost:
         options = ", ".join(f"{name}={value!r}" for name, value in lost.items())
         raise ValueError(
-            f"peft_config has {options}. diffusers' LoRA format can not hold this: the adapter would not load in a "
+            f"peft_config has {options}. diffusers' LoRA format cannot hold this: the adapter would not load in a "
             "diffusers pipeline, or would draw other images than it did here. Leave these options at their defaults; "
             f"init_lora_weights may be any of {', '.join(map(repr, _INITIALISATIONS))}."
         )
@@ -94,13 +97,11 @@ def save_lora(
     output_dir: str | os.PathLike,
     *,
     component: str = "transformer",
-    adapter_name: str = "default",
-    weight_name: str = LORA_WEIGHT_NAME,
     state_dict: dict[str, torch.Tensor] | None = None,
     base_model: str | os.PathLike | None = None,
 ) -> Path:
     """
-    Writes an adapter so that `pipeline.load_lora_weights(output_dir)` draws the images that `model` draws, exactly.
+    Writes an adapter so that `pipeline.load_lora_weights(output_dir)` draws the images that `model` draws.
 
     Beside the file for diffusers stand PEFT's own two (see `save_adapter`), from which training goes on;
     `load_lora_weights` prefers the former. Files of an earlier save are replaced only when all the new ones are
@@ -112,8 +113,6 @@ def save_lora(
         model ([`~peft.PeftModel`]): the trained module as `get_peft_model` wrapped it.
         output_dir (`str` or `os.PathLike`): folder to write to; made if need be.
         component (`str`): name of the module in the pipeline, `"transformer"` or `"unet"`.
-        adapter_name (`str`): which of the model's adapters.
-        weight_name (`str`): name of the file for diffusers.
         state_dict (`dict[str, torch.Tensor]`, *optional*): the model's whole state dict where the model itself holds
             only shards (FSDP, ZeRO-3).
         base_model (`str` or `os.PathLike`, *optional*): what the pipeline was loaded from. Noted in
@@ -125,32 +124,30 @@ def save_lora(
     Raises:
         ValueError: if the adapter is one that `check_lora_config` refuses.
         RuntimeError: if there are no LoRA weights, or only empty shards of them.
-        OSError: if the folder can not be written, or the disk is full.
+        OSError: if the folder cannot be written, or the disk is full.
     """
-    config = model.peft_config[adapter_name]
+    config = model.peft_config[_ADAPTER]
     check_lora_config(config)
     weights = {
-        name.removeprefix("base_model.model."): tensor
-        for name, tensor in _adapter_weights(model, adapter_name, state_dict).items()
+        name.removeprefix("base_model.model."): tensor for name, tensor in _adapter_weights(model, state_dict).items()
     }
     with _staged(Path(output_dir)) as staging:
         pipeline_class.save_lora_weights(
             staging,
-            weight_name=weight_name,
+            weight_name=LORA_WEIGHT_NAME,
             **{
                 f"{component}_lora_layers": weights,
                 f"{component}_lora_adapter_metadata": _adapter_metadata(config, weights),
             },
         )
-        _write_peft_files(model, staging, adapter_name, state_dict, base_model)
-    return Path(output_dir) / weight_name
+        _write_peft_files(model, staging, state_dict, base_model)
+    return Path(output_dir) / LORA_WEIGHT_NAME
 
 
 def save_adapter(
     model: PeftModel,
     output_dir: str | os.PathLike,
     *,
-    adapter_name: str = "default",
     state_dict: dict[str, torch.Tensor] | None = None,
     base_model: str | os.PathLike | None = None,
 ) -> None:
@@ -165,49 +162,44 @@ def save_adapter(
     Args:
         model ([`~peft.PeftModel`]): the trained module as `get_peft_model` wrapped it.
         output_dir (`str` or `os.PathLike`): folder to write to; made if need be.
-        adapter_name (`str`): which of the model's adapters.
         state_dict (`dict[str, torch.Tensor]`, *optional*): as in `save_lora`.
         base_model (`str` or `os.PathLike`, *optional*): what the pipeline was loaded from. Noted in
             `adapter_config.json` if it is a Hub id.
 
     Raises:
         RuntimeError: if there are no weights, or only empty shards of them.
-        OSError: if the folder can not be written, or the disk is full.
+        OSError: if the folder cannot be written, or the disk is full.
     """
-    _adapter_weights(model, adapter_name, state_dict)
+    _adapter_weights(model, state_dict)
     with _staged(Path(output_dir)) as staging:
-        _write_peft_files(model, staging, adapter_name, state_dict, base_model)
+        _write_peft_files(model, staging, state_dict, base_model)
 
 
 def _write_peft_files(
     model: PeftModel,
     staging: Path,
-    adapter_name: str,
     state_dict: dict[str, torch.Tensor] | None,
     base_model: str | os.PathLike | None,
 ) -> None:
-    model.peft_config[adapter_name].base_model_name_or_path = hub_model_id(base_model)
+    model.peft_config[_ADAPTER].base_model_name_or_path = hub_model_id(base_model)
     # `save_embedding_layers`: by default PEFT asks the Hub for the base model's vocabulary
     model.save_pretrained(
-        staging / "peft", selected_adapters=[adapter_name], state_dict=state_dict, save_embedding_layers=False
+        staging / "peft", selected_adapters=[_ADAPTER], state_dict=state_dict, save_embedding_layers=False
     )
-    folder = staging / "peft" if adapter_name == "default" else staging / "peft" / adapter_name
-    # The model card, at the root of "peft", goes with the staging folder.
+    # PEFT's model card stays behind, and goes with the staging folder
     for name in PEFT_FILES:
-        os.replace(folder / name, staging / name)
+        os.replace(staging / "peft" / name, staging / name)
 
 
-def _adapter_weights(
-    model: PeftModel, adapter_name: str, state_dict: dict[str, torch.Tensor] | None
-) -> dict[str, torch.Tensor]:
+def _adapter_weights(model: PeftModel, state_dict: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
     """The adapter's tensors under PEFT's names, on the CPU and contiguous, as safetensors wants them."""
     weights = get_peft_model_state_dict(
-        model, state_dict=state_dict, adapter_name=adapter_name, save_embedding_layers=False
+        model, state_dict=state_dict, adapter_name=_ADAPTER, save_embedding_layers=False
     )
     empty = [name for name, tensor in weights.items() if tensor.numel() == 0]
     if empty or not weights:
         raise RuntimeError(
-            f"The adapter '{adapter_name}' has {f'empty weights ({empty[0]}, …)' if empty else 'no weights'}. "
+            f"The adapter '{_ADAPTER}' has {f'empty weights ({empty[0]}, …)' if empty else 'no weights'}. "
             "When the model is sharded (FSDP, ZeRO-3), pass the gathered state dict, "
             "state_dict=accelerator.get_state_dict(model)."
         )
@@ -247,11 +239,16 @@ def save_full(
             only shards (FSDP, ZeRO-3).
 
     Raises:
-        RuntimeError: if a weight is missing from `state_dict`, or has another shape than in the model.
-        OSError: if the folder can not be written, or the disk is full.
+        RuntimeError: if `state_dict` has other names than the model's weights.
+        OSError: if the folder cannot be written, or the disk is full.
     """
     state_dict = model.state_dict() if state_dict is None else state_dict
-    _check_names(model, state_dict, "the state dict to be saved")
+    if wrong := sorted(model.state_dict().keys() ^ state_dict.keys()):
+        raise RuntimeError(
+            f"The state dict to be saved does not have the names of this {type(model).__name__}'s weights: "
+            f"{len(wrong)} are on one side only, such as {wrong[0]}. When the model is sharded, pass "
+            "state_dict=accelerator.get_state_dict(model)."
+        )
     with _staged(Path(output_dir)) as staging:
         model.save_config(staging)
         save_torch_state_dict(
@@ -270,13 +267,11 @@ def load_full(model: ModelMixin, folder: str | os.PathLike) -> None:
         FileNotFoundError: if the folder holds no such weights.
         RuntimeError: if the weights are not this model's.
     """
-    files = [Path(folder) / SAFETENSORS_WEIGHTS_NAME]
-    if not files[0].is_file():
-        files = sorted(Path(folder).glob(f"{_FULL_STEM}-*-of-*.safetensors"))
+    single = Path(folder, SAFETENSORS_WEIGHTS_NAME)
+    files = [single] if single.is_file() else sorted(Path(folder).glob(f"{_FULL_STEM}-*-of-*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}, nor shards of one.")
     state_dict = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    _check_names(model, state_dict, str(folder))
     model.load_state_dict(state_dict)
 
 
@@ -287,7 +282,7 @@ def copy_weights(source: str | os.PathLike, target: str | os.PathLike) -> None:
 
     Raises:
         FileNotFoundError: if `source` holds no such weights.
-        OSError: if the folder can not be written, or the disk is full.
+        OSError: if the folder cannot be written, or the disk is full.
     """
     names = (LORA_WEIGHT_NAME, *PEFT_FILES, "config.json", f"{_FULL_STEM}*.safetensors", f"{_FULL_STEM}*.index.json")
     files = [file for name in names for file in sorted(Path(source).glob(name))]
@@ -298,15 +293,6 @@ def copy_weights(source: str | os.PathLike, target: str | os.PathLike) -> None:
     with _staged(Path(target)) as staging:
         for file in files:
             shutil.copy(file, staging / file.name)
-
-
-def _check_names(model: ModelMixin, state_dict: dict[str, torch.Tensor], source: str) -> None:
-    wrong = sorted(model.state_dict().keys() ^ state_dict.keys())
-    if wrong:
-        raise RuntimeError(
-            f"{source} has not the weights of this {type(model).__name__}: {len(wrong)} names stand on one side only, "
-            f"the first is {wrong[0]}."
-        )
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """SLAS's published recipe as defaults of [`FlowGRPOConfig`]."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
-from trl_flow.trainer.flow_grpo_config import SDE_TYPES, FlowGRPOConfig
+from trl_flow.trainer.flow_grpo_config import FlowGRPOConfig
 
 
 @dataclass
@@ -14,7 +15,7 @@ class SLASConfig(FlowGRPOConfig):
     1.4 in the paper) the dynamics are DDIM's, and `noise_level` is its η.
     """
 
-    sde_type: str = field(default="dance", metadata={"help": "Dynamics while sampling.", "choices": SDE_TYPES})
+    sde_type: Literal["flow", "dance", "cps"] = field(default="dance", metadata={"help": "Dynamics while sampling."})
     noise_level: float = field(default=0.3, metadata={"help": "Strength of the noise (eta)."})
     timestep_fraction: float = field(default=0.6, metadata={"help": "Share of the stochastic steps that is trained."})
     share_initial_noise: bool = field(default=True, metadata={"help": "One initial noise for the whole group."})

@@ -65,7 +65,7 @@ def encoding_fingerprint(backbone: Backbone) -> str:
     return digest.hexdigest()
 
 
-class PromptFiles:
+class PromptEmbedStore:
     """
     A folder of conditions, which any number of processes may read and write at once.
 
@@ -75,7 +75,7 @@ class PromptFiles:
             `folder`, so that several models can share it.
 
     Raises:
-        ValueError: if the folder can not be made.
+        ValueError: if the folder cannot be made.
     """
 
     def __init__(self, folder: str | os.PathLike, fingerprint: str):
@@ -84,7 +84,7 @@ class PromptFiles:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(
-                f"prompt_embeds_dir {os.fspath(folder)!r} can not be written to: {error}. Choose another."
+                f"prompt_embeds_dir {os.fspath(folder)!r} cannot be written to: {error}. Choose another."
             ) from error
 
     def _path(self, prompt: str, image: str | None) -> Path:
@@ -92,7 +92,7 @@ class PromptFiles:
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
     def __contains__(self, key: tuple[str, str | None]) -> bool:
-        """Whether there is a file of full length for a prompt and the fingerprint of its picture."""
+        """Whether there is a file of full length for a prompt and the fingerprint of its image."""
         try:
             # Reads the head, and holds the file's length against it
             with safe_open(self._path(*key), framework="pt"):
@@ -122,7 +122,7 @@ class PromptFiles:
         Writes a condition. Others see all of it or nothing: it gets its name when it is complete.
 
         Raises:
-            OSError: if it can not be written; what to do is in the message.
+            OSError: if it cannot be written; what to do is in the message.
         """
         path = self._path(prompt, image)
         # A name that no other process or machine has

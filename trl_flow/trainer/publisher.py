@@ -1,0 +1,162 @@
+"""What the trainer shares: a model card for diffusers users, and uploads to the Hub."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import CommitInfo
+from peft import PeftModel
+from transformers.utils import logging
+
+from trl_flow import sharing
+from trl_flow.backbones import Backbone
+from trl_flow.trainer.flow_rl_config import FlowRLConfig
+
+
+logger = logging.get_logger(__name__)
+
+
+class Publisher:
+    """
+    Writes a run's model card and uploads its output folder. To be used on the main process.
+
+    Args:
+        args ([`FlowRLConfig`]): `output_dir` and the fields that begin with `hub_` decide.
+        backbone ([`Backbone`]): what is trained.
+        model_id (`str`, *optional*): what the pipeline was loaded from.
+        reward_names (`list[str]`): the rewards that are optimized.
+    """
+
+    def __init__(self, args: FlowRLConfig, backbone: Backbone, model_id: str | None, reward_names: list[str]):
+        self.args = args
+        self.backbone = backbone
+        self.model_id = model_id
+        self.reward_names = reward_names
+        # One upload at a time: two commits to one branch at once would be in each other's way
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trl_flow-upload")
+        self._uploads: list[Future[CommitInfo]] = []
+
+    def write_card(
+        self,
+        model: torch.nn.Module,
+        log_history: list[dict[str, Any]],
+        hub_model_id: str | None,
+        *,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """
+        Writes `README.md` to the output folder: how to load the model, the rewards' curve, the latest images, the
+        settings and the papers.
+
+        Args:
+            model (`torch.nn.Module`): what was trained, unwrapped: a `PeftModel` or the whole module.
+            log_history (`list[dict]`): the trainer's logs.
+            hub_model_id (`str`, *optional*): where the model is going to be on the Hub.
+            model_name (`str`, *optional*): title; default: the repository's or the folder's name.
+            dataset_name (`str`, *optional*): Hub id of the prompts.
+            tags (`str` or `list[str]`, *optional*): further tags.
+        """
+        folder = Path(self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        curves = None
+        if any("reward" in entry for entry in log_history):
+            from trl_flow.evaluation.plots import reward_curves  # matplotlib takes a second to import
+
+            curves = "rewards.png"
+            reward_curves(log_history, folder / curves)
+        grids = sorted(folder.glob("images/*.png"), key=lambda path: path.stat().st_mtime)
+        settings = sharing.training_settings(self.args)
+        if isinstance(model, PeftModel):
+            lora = model.peft_config["default"]
+            settings |= {"lora_r": lora.r, "lora_alpha": lora.lora_alpha}
+        sharing.create_model_card(
+            folder,
+            backbone=self.backbone,
+            base_model=self.model_id,
+            settings=settings,
+            is_lora=isinstance(model, PeftModel),
+            repo_id=hub_model_id,
+            model_name=model_name,
+            reward_names=self.reward_names,
+            dataset_name=dataset_name,
+            tags=[tags] if isinstance(tags, str) else list(tags or []),
+            curves=curves,
+            samples=[(grid.relative_to(folder), None) for grid in grids[-1:]],
+        )
+
+    def push(
+        self,
+        hub_model_id: str,
+        *,
+        commit_message: str = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+    ) -> CommitInfo | Future[CommitInfo]:
+        """
+        Uploads the output folder, after the uploads that are still running.
+
+        Args:
+            hub_model_id (`str`): `owner/name`, or `name` in the token's own account.
+            commit_message (`str`): title of the commit.
+            blocking (`bool`): whether to wait for the upload, instead of returning its `Future`.
+            token, revision, private: default to `hub_token`, `hub_revision` and `hub_private_repo` of the config.
+
+        Raises:
+            PushError: if the Hub refuses or cannot be reached. Nothing local is lost.
+        """
+        self.wait()
+        options = {
+            "token": token or self.args.hub_token,
+            "revision": revision or self.args.hub_revision,
+            "private": self.args.hub_private_repo if private is None else private,
+            "commit_message": commit_message,
+        }
+        if blocking:
+            return sharing.upload(self.args.output_dir, hub_model_id, **options)
+        return self._in_background(self.args.output_dir, hub_model_id, **options)
+
+    def push_checkpoint(self, checkpoint_folder: str, hub_model_id: str, global_step: int) -> None:
+        """Uploads a new checkpoint's weights in the background, as `hub_strategy` says."""
+        strategy = self.args.hub_strategy
+        uploading = any(not upload.done() for upload in self._uploads)
+        if strategy == "end" or (uploading and not self.args.hub_always_push):
+            return
+        checkpoint = Path(checkpoint_folder)
+        try:
+            sharing.copy_weights(checkpoint, self.args.output_dir)
+        except OSError as error:
+            # The checkpoint itself is complete: an upload that cannot be prepared is no reason to stop
+            logger.warning(f"The checkpoint {checkpoint} is saved, but not uploaded: {error}")
+            return
+        options = {
+            "token": self.args.hub_token,
+            "revision": self.args.hub_revision,
+            "private": self.args.hub_private_repo,
+            "commit_message": f"Training in progress, step {global_step}",
+        }
+        self._in_background(self.args.output_dir, hub_model_id, **options)
+        if strategy in ("checkpoint", "all_checkpoints"):
+            name = "last-checkpoint" if strategy == "checkpoint" else checkpoint.name
+            self._in_background(checkpoint, hub_model_id, path_in_repo=name, everything=True, **options)
+
+    def wait(self) -> None:
+        """Waits for uploads in the background. A failed one has been warned of, and stops nothing."""
+        for upload in self._uploads:
+            upload.exception()
+        self._uploads = []
+
+    def _in_background(self, *args: Any, **kwargs: Any) -> Future[CommitInfo]:
+        upload = self._executor.submit(sharing.upload, *args, **kwargs)
+        upload.add_done_callback(_warn_of_failure)
+        self._uploads.append(upload)
+        return upload
+
+
+def _warn_of_failure(upload: Future[CommitInfo]) -> None:
+    if (error := upload.exception()) is not None:
+        logger.warning(str(error))
