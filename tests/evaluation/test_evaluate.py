@@ -10,7 +10,7 @@ from tiny_comparisons import assert_same_images, random_lora
 from trl_flow.evaluation import DrawingOptions, evaluate_models
 from trl_flow.evaluation.drawing import draw
 from trl_flow.evaluation.evaluate import ModelEvaluation
-from trl_flow.rewards.calling import RewardError
+from trl_flow.rewards.checks import RewardError
 
 
 PROMPTS = ["a red circle", "two blue squares", "three green triangles"]
