@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_comparisons import random_full, random_lora
+from tiny_comparisons import assert_same_images, random_full, random_lora
 
 from trl_flow.evaluation.adapters import (
     Adapter,
@@ -18,7 +18,9 @@ OPTIONS = {"seed": 0, "num_inference_steps": 2, "height": 16, "width": 16, "max_
 
 
 def images(pipeline) -> np.ndarray:
-    return np.stack([np.asarray(image) for image in draw(pipeline, ["a red circle", "two squares"], **OPTIONS)])
+    return np.stack(
+        [np.asarray(image, dtype=int) for image in draw(pipeline, ["a red circle", "two squares"], **OPTIONS)]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +107,11 @@ def test_draws_as_anyone_would_with_it_and_leaves_the_base_as_it_was(name, folde
         stock.load_lora_weights(folders[name])
     else:
         stock.transformer = type(stock.transformer).from_pretrained(folders[name])
-    np.testing.assert_array_equal(inside, images(stock))
-    assert (inside != before).mean() > 0.2
-    np.testing.assert_array_equal(images(tiny_sd3), before)
+    assert_same_images(inside, images(stock))
+    assert np.abs(inside - before).mean() > 1
+    assert_same_images(images(tiny_sd3), before)
     with loaded_adapter(tiny_sd3, None):
-        np.testing.assert_array_equal(images(tiny_sd3), before)
+        assert_same_images(images(tiny_sd3), before)
 
 
 def test_fingerprints_tell_weights_and_scaling_apart(folders, tiny_sd3, tiny_sd3_path, tmp_path):
@@ -166,4 +168,4 @@ def test_adapters_of_other_models_are_refused_and_leave_nothing_behind(folders, 
             ValueError, match=f"the adapter '{name}' .* could not be loaded into this StableDiffusion3"
         ):
             check_adapter(tiny_sd3, Adapter(name, str(path)))
-        np.testing.assert_array_equal(images(tiny_sd3), before)
+        assert_same_images(images(tiny_sd3), before)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,14 +48,20 @@ class Adapter:
         return not (folder / _LORA).is_file() and any((folder / name).is_file() for name in _FULL)
 
 
-def parse_adapters(specifications: Sequence[str | os.PathLike]) -> list[Adapter]:
+def parse_adapters(
+    specifications: str | os.PathLike | Sequence[str | os.PathLike] | Mapping[str, str | os.PathLike],
+) -> list[Adapter]:
     """
-    Adapters from `path` or `name=path`. Without a name it is the last part of the path, with the part before it for
-    checkpoints (`run/checkpoint-100`) and where two would be called the same.
+    Adapters from `path`, `name=path` or paths by name. Without a name it is the last part of the path, with the part
+    before it for checkpoints (`run/checkpoint-100`) and where two would be called the same.
 
     Raises:
         ValueError: if two have the same name or the same path, one is called `base`, or a local path is wrong.
     """
+    if isinstance(specifications, str | os.PathLike):
+        specifications = [specifications]
+    if isinstance(specifications, Mapping):
+        specifications = [f"{name}={os.fspath(path)}" for name, path in specifications.items()]
     named = [_split(os.fspath(specification)) for specification in specifications]
     short = [_short_name(path) if name is None else name for name, path in named]
     names = [

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from trl_flow.evaluation.evaluate import Comparison
 
 DESCRIPTION = """\
-Compare a base model and adapters: draw prompt sets with all of them from the same noise, along the pipeline's own
-sampler, score the images, and write tables, an image grid and a page to look at pairs side by side.
+Compare a base model and adapters: draw prompt sets with all of them from the same noise, as the trainer
+evaluates, score the images, and write tables, an image grid and a page to look at pairs side by side.
 
   trl-flow evaluate --model stabilityai/stable-diffusion-3.5-medium --adapters runs/flow runs/guard \\
       --prompts pickscore --proxy pickscore --gold hpsv2 imagereward --output_dir comparison
@@ -150,14 +150,14 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
 
 def _show_failure(error: Exception) -> None:
     """Where a reward function has failed, without what called it."""
-    from trl_flow.rewards import calling
+    from trl_flow.rewards import scorer
 
     cause = error.__cause__
     if cause is not None:
-        place = cause.__traceback__
-        while place is not None and place.tb_frame.f_code.co_filename == calling.__file__:
-            place = place.tb_next
-        traceback.print_exception(type(cause), cause, place)
+        step = cause.__traceback__
+        while step is not None and step.tb_frame.f_code.co_filename == scorer.__file__:
+            step = step.tb_next
+        traceback.print_exception(type(cause), cause, step)
 
 
 def _evaluation(arguments: argparse.Namespace, folder: str):
@@ -176,7 +176,8 @@ def _evaluation(arguments: argparse.Namespace, folder: str):
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.disable_progress_bar()
         library.set_verbosity_error()
-    from trl_flow.evaluation.evaluate import DrawingOptions, ModelEvaluation
+    from trl_flow.evaluation.evaluate import ModelEvaluation
+    from trl_flow.evaluation.inputs import DrawingOptions
     from trl_flow.rewards.named import named_rewards
 
     model = arguments.model
@@ -250,8 +251,7 @@ def _check_vote(arguments: argparse.Namespace) -> None:
 
         names = [BASE, *(adapter.name for adapter in parse_adapters(arguments.adapters))]
         wanted = names if arguments.vote_models is None else arguments.vote_models
-        unknown = [name for name in wanted if name not in names]
-        if unknown or len(set(wanted)) < 2:
+        if not set(wanted) <= set(names) or len(set(wanted)) < 2:
             raise ValueError(f"a vote compares two models or more of {', '.join(names)}, but is asked for {wanted}.")
 
 
@@ -268,31 +268,24 @@ def _vote_server(arguments: argparse.Namespace, folder: str):
 
 
 def _serve(server) -> None:
-    count = len(server.pairs)
+    from trl_flow.evaluation.tables import vote_markdown
+    from trl_flow.evaluation.vote_results import BARS, vote_results
+
     print(
-        f"\n{count} pairs to vote on: open {server.url} in a browser on this machine. Ctrl-C ends the vote.",
+        f"\n{len(server.pairs)} pairs to vote on: open {server.url} in a browser on this machine. Ctrl-C ends the "
+        "vote.",
         flush=True,
     )
     try:
         server.serve_forever()
     except KeyboardInterrupt:
-        print("\nThe vote has ended; what was voted is saved, and the same command goes on with it.")
+        print("\nThe vote has ended. What was voted is saved, and the same command goes on with it.")
     finally:
         server.close()
-    _vote_summary(Path(server.folder.path))
-
-
-def _vote_summary(folder: Path) -> None:
-    from trl_flow.evaluation.vote_plan import Ballots
-    from trl_flow.evaluation.vote_results import BARS, vote_markdown, vote_results
-
-    results = vote_results(Ballots(folder).voters())
-    if results is None:
-        print("Nobody has voted.")
-    else:
-        print(f"\n{vote_markdown(results)}")
-        if (folder / BARS).is_file():
-            print(f"\nIn {folder}: results.md, results.json and {BARS}.")
+    results = vote_results(server.ballots.voters())
+    print("Nobody has voted." if results is None else f"\n{vote_markdown(results)}")
+    if results is not None and (server.folder.path / BARS).is_file():
+        print(f"\nIn {server.folder.path}: results.md, results.json and {BARS}.")
 
 
 def _report(comparison: "Comparison") -> None:
