@@ -45,7 +45,7 @@ def painter(tmp_path_factory):
 
 def test_a_pipeline_of_ones_own_trains_without_a_change_here(painter):
     logs = [log for log in painter["trainer"].state.log_history if "reward" in log]
-    assert len(logs) == 50
+    assert len(logs) == 20
     assert logs[0]["ratio/first_update_deviation"] == pytest.approx(0, abs=1e-6)
     first, last = (np.mean([log["reward"] for log in part]) for part in (logs[:5], logs[-5:]))
     assert last > first + 0.05
@@ -91,7 +91,7 @@ def test_the_table_of_members_is_complete():
 
 def test_an_object_that_is_no_backbone_is_refused(tmp_path):
     trainer = tiny_trainer(tmp_path)
-    with pytest.raises(TypeError, match="backbone is a SimpleNamespace, but must be a Backbone"):
+    with pytest.raises(TypeError, match="backbone is a SimpleNamespace, but must be"):
         FlowGRPOTrainer(
             model=trainer.pipeline,
             reward_funcs=lambda prompts, images, **kwargs: [0.0] * len(images),

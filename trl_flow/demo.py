@@ -27,7 +27,7 @@ from trl_flow.evaluation.outputs import versions, write_json
 from trl_flow.evaluation.scoring import paired_difference, score_images
 from trl_flow.evaluation.tables import score_table
 from trl_flow.rewards import ShapesReward
-from trl_flow.shapes import PICTURE_SIZE, load_prompts, pipeline_path
+from trl_flow.shapes import IMAGE_SIZE, load_prompts, pipeline_path
 from trl_flow.shapes.model import T5_TOKENS
 
 
@@ -235,8 +235,8 @@ def _draw(pipeline: Any, prompts: Dataset, settings: DemoSettings, progress: str
         num_images_per_prompt=settings.eval_images_per_prompt,
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
-        height=PICTURE_SIZE,
-        width=PICTURE_SIZE,
+        height=IMAGE_SIZE,
+        width=IMAGE_SIZE,
         max_sequence_length=T5_TOKENS,
         batch_size=64,
         progress=progress,
@@ -269,8 +269,8 @@ def _config(settings: DemoSettings, method: str, folder: Path, seed: int) -> Flo
         sde_window_range=list(settings.sde_window),
         reward_weights=list(settings.rewards.values()),
         lr_scheduler_type=settings.lr_scheduler_type,
-        height=PICTURE_SIZE,
-        width=PICTURE_SIZE,
+        height=IMAGE_SIZE,
+        width=IMAGE_SIZE,
         max_sequence_length=T5_TOKENS,
         learning_rate=settings.learning_rate,
         epsilon=settings.epsilon[method],

@@ -19,7 +19,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser  #
 
 from trl_flow.prompts import PROMPT_SETS  # noqa: E402
 from trl_flow.rewards.named import NAMED_REWARDS  # noqa: E402
-from trl_flow.shapes import PICTURE_SIZE, pipeline_path  # noqa: E402
+from trl_flow.shapes import IMAGE_SIZE, pipeline_path  # noqa: E402
 from trl_flow.shapes.model import T5_TOKENS  # noqa: E402
 from trl_flow.trainer import FlowGRPOConfig, GuardConfig, SLASConfig, VGPOConfig  # noqa: E402
 
@@ -102,7 +102,7 @@ def training_parser(
     # The trainer chooses dtypes and turns dropout off; TRL's defaults are for language models
     parser.set_defaults(dtype=None, lora_dropout=0.0, lora_task_type=None)
     if (option(argv, {}, "model") or option(argv, recipe, "model_name_or_path")) in BUNDLED_MODELS:
-        parser.set_defaults(height=PICTURE_SIZE, width=PICTURE_SIZE, max_sequence_length=T5_TOKENS)
+        parser.set_defaults(height=IMAGE_SIZE, width=IMAGE_SIZE, max_sequence_length=T5_TOKENS)
     return parser
 
 

@@ -185,11 +185,11 @@ def _evaluation(arguments: argparse.Namespace, folder: str):
     options = {name: getattr(arguments, name) for name in names}
     defaults = {"num_inference_steps": 40, "guidance_scale": 4.5}
     if model in BUNDLED:
-        from trl_flow.shapes import PICTURE_SIZE, pipeline_path
+        from trl_flow.shapes import IMAGE_SIZE, pipeline_path
         from trl_flow.shapes.model import T5_TOKENS
 
         model = pipeline_path()
-        defaults = {"num_inference_steps": 10, "guidance_scale": 2.0, "height": PICTURE_SIZE, "width": PICTURE_SIZE}
+        defaults = {"num_inference_steps": 10, "guidance_scale": 2.0, "height": IMAGE_SIZE, "width": IMAGE_SIZE}
         defaults["max_sequence_length"] = T5_TOKENS
     for name in ("num_inference_steps", "guidance_scale", "height", "width", "max_sequence_length"):
         given = getattr(arguments, name)

@@ -1,8 +1,9 @@
 """What the reward functions of this package have in common: a card, and for those with a model its loading."""
 
+import asyncio
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -12,7 +13,7 @@ from PIL import Image
 from trl_flow.rewards.checks import reward_name
 
 
-Loaded = TypeVar("Loaded")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,7 @@ class ModelReward(ABC):
     batch_size: int = 16
 
     def __post_init__(self):
-        if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size!r}, but must be a whole number of at least 1.")
+        check_whole_number("batch_size", self.batch_size, 1)
         if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
             raise TypeError(
                 f"dtype is {self.dtype!r}, but must be a floating-point torch.dtype, such as torch.bfloat16."
@@ -202,7 +202,26 @@ def check_samples(prompts: Sequence[str], images: Sequence[Image.Image]) -> None
             )
 
 
-def require(load: Callable[[], Loaded], *, reward: str, extra: str) -> Loaded:
+def check_whole_number(name: str, value: Any, least: int) -> None:
+    """
+    Raises:
+        ValueError: if `value` is not a whole number of at least `least`. `name` is for the error.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is {value!r}, but must be a whole number of at least {least}.")
+
+
+async def all_at_once(requests: Iterable[Awaitable[Result]]) -> list[Result]:
+    """Awaits all, in their order. The first that fails ends the others: most would fail in the same way."""
+    tasks = [asyncio.ensure_future(request) for request in requests]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def require(load: Callable[[], Result], *, reward: str, extra: str) -> Result:
     """
     What an optional package is imported by, in a constructor: `require(lambda: import_module("rapidocr"), ...)`.
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from trl_flow.rewards.base import require
+from trl_flow.rewards.base import check_whole_number, require
 
 
 class JudgeError(RuntimeError):
@@ -70,9 +70,8 @@ class ChatModel:
                 "base_url is missing: where the server of the judge is. Start one (vllm serve MODEL) and give "
                 'base_url="http://localhost:8000/v1", or set the environment variable OPENAI_BASE_URL.'
             )
-        for name, value, least in (("max_concurrency", max_concurrency, 1), ("max_retries", max_retries, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} is {value!r}, but must be a whole number of at least {least}.")
+        check_whole_number("max_concurrency", max_concurrency, 1)
+        check_whole_number("max_retries", max_retries, 0)
         if not isinstance(timeout, numbers.Real) or not timeout > 0:
             raise ValueError(f"timeout is {timeout!r}, but must be a number of seconds above 0.")
         self.model = model

@@ -1,16 +1,15 @@
 """Images scored by a vision-language model behind an OpenAI-compatible server (vLLM, SGLang, ...)."""
 
-import asyncio
 import dataclasses
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from PIL import Image
 
-from trl_flow.rewards.base import RewardInfo, check_samples
+from trl_flow.rewards.base import RewardInfo, all_at_once, check_samples
 from trl_flow.rewards.chat import ChatModel, JudgeError
 from trl_flow.rewards.judge_prompts import (
     DEQA_ANSWER_PREFIX,
@@ -25,8 +24,6 @@ from trl_flow.rewards.judge_prompts import (
 
 
 logger = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
 
 UnifiedRewardScore = Literal["overall", "overall_with_elements", "alignment", "coherence", "style"]
 
@@ -267,16 +264,6 @@ def check_question(prompt_template: str, parse: Callable) -> None:
             "A judge needs a text and a function that reads the answer, but was given "
             f"{prompt_template!r} and {parse!r}."
         )
-
-
-async def all_at_once(requests: Iterable[Awaitable[Result]]) -> list[Result]:
-    """Awaits all, in their order. The first that fails ends the others: most would fail in the same way."""
-    tasks = [asyncio.ensure_future(request) for request in requests]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
 
 
 class UnreadableAnswer(ValueError):

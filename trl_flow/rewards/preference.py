@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from trl_flow.rewards.base import RewardInfo, check_samples
+from trl_flow.rewards.base import RewardInfo, all_at_once, check_samples
 from trl_flow.rewards.chat import ChatModel
 from trl_flow.rewards.judge import (
     UnreadableAnswer,
-    all_at_once,
     answer_text,
     check_question,
     report_unreadable,

@@ -138,8 +138,30 @@ class RewardScorer:
             RewardError: if a function raises, does not answer in time, or returns anything but one finite number or
                 None per sample. Async functions that have not ended by then are cancelled.
         """
-        chosen = range(len(self.reward_funcs)) if only is None else only
         collected, logs = RewardLogs(), RewardLogs()
+        rewards = torch.full((len(prompts), len(self.reward_funcs)), torch.nan)
+        returned = self.call(prompts, images, columns, trainer_state=trainer_state, only=only, logs=collected)
+        for i, values in returned.items():
+            rewards[:, i] = torch.tensor(values, dtype=torch.float32)
+        logs.add(collected, 0, len(prompts))
+        return Scores(rewards, logs)
+
+    def call(
+        self,
+        prompts: list[str],
+        images: list[Image.Image],
+        columns: dict[str, list],
+        *,
+        trainer_state: Any = None,
+        only: Sequence[int] | None = None,
+        logs: RewardLogs | None = None,
+    ) -> dict[int, list[float]]:
+        """
+        What each function that was asked returned, by its index: one float per sample, NaN where it does not apply, to
+        the last digit. Arguments and errors as for [`score`].
+        """
+        chosen = range(len(self.reward_funcs)) if only is None else only
+        logs = logs or RewardLogs()
 
         def arguments() -> dict[str, Any]:
             return {
@@ -147,8 +169,8 @@ class RewardScorer:
                 "images": [image.copy() for image in images],
                 **{name: list(values) for name, values in columns.items()},
                 "trainer_state": trainer_state,
-                "log_metric": collected.log_metric,
-                "log_extra": collected.log_extra,
+                "log_metric": logs.log_metric,
+                "log_extra": logs.log_extra,
             }
 
         started: dict[int, Future] = {}
@@ -165,11 +187,7 @@ class RewardScorer:
         finally:
             for future in started.values():
                 future.cancel()
-        rewards = torch.full((len(prompts), len(self.reward_funcs)), torch.nan)
-        for i, values in returned.items():
-            rewards[:, i] = torch.tensor(values, dtype=torch.float32)
-        logs.add(collected, 0, len(prompts))
-        return Scores(rewards, logs)
+        return returned
 
     def session(self, *, background: bool, trainer_state: Any = None) -> "ScoringSession":
         """Scores samples part by part: see [`ScoringSession`]."""
