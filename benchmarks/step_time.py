@@ -57,7 +57,7 @@ class BareTransformer:
         self.timesteps = backbone.schedule(args.num_inference_steps).timesteps
         if backbone.uses_guidance(args.guidance_scale):
             prompts = [""] * len(prompts) + prompts  # both in one batch, as the trainer and the pipeline run them
-        self.condition = trainer.prompt_cache(prompts)
+        self.condition = trainer.policy.conditions(prompts)
         self.latents = torch.randn(
             len(prompts), *backbone.latent_shape(), device=backbone.device, dtype=backbone.dtype
         )

@@ -17,6 +17,8 @@ os.environ.update(
         "HF_HUB_DISABLE_XET": "1",  # the loopback server speaks the older protocol
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        # The models are so small that more threads only wait for each other, and each core has its own pytest worker
+        "OMP_NUM_THREADS": "1",
     }
 )
 for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "CI"):  # CI makes TRL skip the code that sends telemetry
@@ -32,8 +34,7 @@ from reward_server import ServerParent  # noqa: E402
 from tiny_models import tiny_sd3_pipeline  # noqa: E402
 
 
-# The models are so small that more threads only wait for each other, and sums do not depend on the machine
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # torch may have been imported by a plugin, before the variable above
 
 
 @pytest.fixture(scope="session")

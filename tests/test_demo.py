@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
+from safetensors.torch import load_file
 
 from trl_flow.demo import EVAL_SEED, FULL, QUICK, DemoError, run_demo
 
@@ -18,11 +19,13 @@ TINY = replace(
     updates_per_rollout=2,
     num_inference_steps=2,
     sde_window=(0, 1),
+    learning_rate=7e-2,  # moves the scores by more than rounding does
     eval_prompts=6,
     eval_images_per_prompt=2,
     grid_prompts=4,
 )
-ARTEFACTS = {
+ROUNDING = 5e-6  # of a score: other kernels change a few pixels by one level
+FILES = {
     *("before.png", "after.png", "before_after.png", "rewards.png", "results.json"),
     *("pytorch_lora_weights.safetensors", "README.md"),
 }
@@ -37,7 +40,7 @@ def demo(tmp_path_factory, tiny_sd3_path):
 
 def test_everything_is_written(demo):
     _, folder = demo
-    assert {path.name for path in folder.iterdir()} >= ARTEFACTS
+    assert {path.name for path in folder.iterdir()} >= FILES
     assert not list(folder.glob("checkpoint-*"))
     for name in ("before.png", "after.png", "before_after.png", "rewards.png"):
         with Image.open(folder / name) as picture:
@@ -62,8 +65,9 @@ def test_results_have_what_a_reader_needs(demo, tiny_sd3_path):
     assert results["command"] and results["model"] == tiny_sd3_path
 
 
-def test_the_saved_adapter_draws_the_pictures_that_were_scored(demo, tiny_sd3_path):
-    from trl_flow.evaluation.scoring import draw, score_images
+def test_the_saved_adapter_draws_the_images_that_were_scored(demo, tiny_sd3_path):
+    from trl_flow.evaluation.drawing import draw
+    from trl_flow.evaluation.scoring import score_images
     from trl_flow.rewards import ShapesReward
     from trl_flow.shapes import load_prompts
 
@@ -90,29 +94,32 @@ def test_the_saved_adapter_draws_the_pictures_that_were_scored(demo, tiny_sd3_pa
     score = results["scores"]["shapes_fidelity"]
     before = fidelity()
     pipeline.load_lora_weights(folder)
-    assert before == pytest.approx(score["mean_before"], abs=1e-6)
-    assert fidelity() == pytest.approx(score["mean_after"], abs=1e-6)
-    assert score["mean_before"] != score["mean_after"]
+    assert before == pytest.approx(score["mean_before"], abs=ROUNDING)
+    assert fidelity() == pytest.approx(score["mean_after"], abs=ROUNDING)
+    assert abs(score["mean_before"] - score["mean_after"]) > 2 * ROUNDING
 
 
 def test_again_in_the_same_folder_gives_the_same(demo, tiny_sd3_path, tmp_path, capsys):
     results, folder = demo
     (folder / "images" / "step-999999.png").write_bytes(b"of a longer demo")
     again = run_demo(TINY, output_dir=folder, model=tiny_sd3_path)
-    assert again["scores"] == results["scores"]
+    for name, score in results["scores"].items():
+        assert again["scores"][name]["mean_after"] == pytest.approx(score["mean_after"], abs=ROUNDING)
     assert not (folder / "images" / "step-999999.png").exists()
     shown = capsys.readouterr().out
     assert "shapes_strict" in shown and "load_lora_weights" in shown and str(folder) in shown
 
 
 def test_seed_and_method_matter(demo, tiny_sd3_path, tmp_path):
-    results, _ = demo
+    results, folder = demo
     other_seed = run_demo(TINY, output_dir=tmp_path / "seed", model=tiny_sd3_path, seed=1)
     other_method = run_demo(TINY, output_dir=tmp_path / "method", model=tiny_sd3_path, method="flow_grpo")
-    for other in (other_seed, other_method):
+    trained = load_file(folder / "pytorch_lora_weights.safetensors")
+    for name, other in (("seed", other_seed), ("method", other_method)):
         fidelity, first = other["scores"]["shapes_fidelity"], results["scores"]["shapes_fidelity"]
-        assert fidelity["mean_before"] == first["mean_before"]
-        assert fidelity["mean_after"] != first["mean_after"]
+        assert fidelity["mean_before"] == pytest.approx(first["mean_before"], abs=ROUNDING)
+        weights = load_file(tmp_path / name / "pytorch_lora_weights.safetensors")
+        assert max((weights[key] - trained[key]).abs().max() for key in trained) > 1e-3
     config = json.loads((tmp_path / "method" / "training_args.json").read_text())
     assert config["importance_ratio"] == "standard"
 
@@ -125,16 +132,16 @@ def test_the_shipped_settings_fit_together(tmp_path):
             config = _config(settings, method, tmp_path, seed=0)
             assert config.generation_batch_size == settings.prompts_per_rollout * settings.num_generations
             assert config.max_steps == settings.rollouts * settings.updates_per_rollout
-            assert config.learning_rate == settings.learning_rate[method]
+            assert (config.epsilon, config.scale_epsilon) == (settings.epsilon[method], False)
 
 
-def test_what_can_not_be_done_is_refused_before_any_work(tmp_path):
+def test_what_cannot_be_done_is_refused_before_any_work(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "results.json").write_text('{"of": "another program"}')
     for arguments, words in (
         ({"output_dir": tmp_path / "file"}, "is a file"),
-        ({"output_dir": tmp_path / "file" / "below"}, "can not be written to"),
+        ({"output_dir": tmp_path / "file" / "below"}, "cannot be written to"),
         ({"output_dir": tmp_path / "other"}, "is not empty"),
         ({"output_dir": tmp_path / "new", "method": "gard"}, "must be one of guard, flow_grpo"),
     ):

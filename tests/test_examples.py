@@ -1,6 +1,6 @@
 """The examples, the recipes and every Python block of the README and the documentation run as they are printed.
 
-Only what makes them long is changed: the size of the model, the number of pictures, steps and prompts.
+Only what makes them long is changed: the size of the model, the number of images, steps and prompts.
 """
 
 import importlib.util
@@ -19,6 +19,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 import trl_flow.backbones
 import trl_flow.trainer
 from trl_flow import cli
+from trl_flow.commands.options import training_parser
 from trl_flow.prompts import PROMPT_SETS
 from trl_flow.rewards.base import ModelReward
 from trl_flow.rewards.named import NAMED_REWARDS
@@ -52,7 +53,7 @@ def without_model(func):
 
 
 class ReducedTrainer(FlowGRPOTrainer):
-    """Trains any recipe for one update on four pictures, with all its other settings; Hub ids become a tiny model."""
+    """Trains any recipe for one update on four images, with all its other settings; Hub ids become a tiny model."""
 
     tiny_path = None
 
@@ -208,8 +209,8 @@ def recipe_config(recipe: Path):
     """The configuration that a recipe gives on one process, and its text."""
     text = recipe.read_text(encoding="utf-8")
     settings = yaml.safe_load(text)
-    parser = cli._train_parser(settings["method"], bundled=settings["model_name_or_path"])
-    _, config, *_ = parser.parse_args_and_config(["--config", str(recipe), "--use_cpu", "true", "--bf16", "false"])
+    argv = ["--config", str(recipe), "--use_cpu", "true", "--bf16", "false"]
+    _, config, *_ = training_parser(argv, settings).parse_args_and_config(argv)
     return config, text
 
 

@@ -1,8 +1,8 @@
 """docs/extending.md is followed to the letter: its code runs and does what the page says."""
 
-import copy
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,11 +11,10 @@ from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import tiny_sd3_pipeline
-from tiny_training import tiny_config, tiny_lora, tiny_trainer
+from tiny_training import brightness, distance, prompts, tiny_config, tiny_lora, tiny_trainer, trained_weights
 
 from trl_flow import FlowGRPOTrainer
 from trl_flow.backbones import Backbone, get_backbone
-from trl_flow.trainer.checks import BACKBONE_MEMBERS
 
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -45,10 +44,9 @@ def painter(tmp_path_factory):
 
 
 def test_a_pipeline_of_ones_own_trains_without_a_change_here(painter):
-    assert not isinstance(painter["trainer"].backbone, Backbone)
     logs = [log for log in painter["trainer"].state.log_history if "reward" in log]
-    assert len(logs) == 50
-    assert logs[0]["ratio/first_update_deviation"] == 0
+    assert len(logs) == 20
+    assert logs[0]["ratio/first_update_deviation"] == pytest.approx(0, abs=1e-6)
     first, last = (np.mean([log["reward"] for log in part]) for part in (logs[:5], logs[-5:]))
     assert last > first + 0.05
 
@@ -64,13 +62,12 @@ def test_its_weights_are_saved_where_its_class_finds_them(painter):
     ("fields", "lora", "message"),
     [
         ({}, tiny_lora(), "PainterPipeline has no save_lora_weights"),
-        ({"precompute_prompt_embeds": True}, None, "precompute_prompt_embeds .* PainterBackbone is not known"),
         ({"gradient_checkpointing": True}, None, "Painter does not support. Set gradient_checkpointing=False"),
         ({"negative_prompt": "night"}, None, "'night', but PainterBackbone takes none"),
     ],
-    ids=["lora", "disk", "checkpointing", "negative"],
+    ids=["lora", "checkpointing", "negative"],
 )
-def test_what_it_can_not_do_is_refused(painter, fields, lora, message, tmp_path):
+def test_what_it_cannot_do_is_refused(painter, fields, lora, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         FlowGRPOTrainer(
             model=painter["pipeline"],
@@ -83,38 +80,52 @@ def test_what_it_can_not_do_is_refused(painter, fields, lora, message, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
-def test_the_table_of_members_is_complete(tmp_path):
-    table = PAGE.split("### Your own pipeline")[1].split("```")[0]
-    assert all(re.search(rf"`{name}[`(]", table) for name in BACKBONE_MEMBERS)
+def test_the_table_of_members_is_complete():
+    table = PAGE.split("## A backbone")[1].split("###")[0]
+    members = {name for name in vars(Backbone) if not name.startswith("_")} | set(Backbone.__annotations__)
+    # What it is made with, and what it is called with for editing alone
+    members -= {"model", "check_image_size"}
+    assert [name for name in sorted(members) if not re.search(rf"`{name}[`(]", table)] == []
 
-    class Half:
-        component = "transformer"
 
-        def decode(self, latents):
-            return []
-
+def test_an_object_that_is_no_backbone_is_refused(tmp_path):
     trainer = tiny_trainer(tmp_path)
-    with pytest.raises(TypeError, match="Half without pipeline, model, dtype, device, .*velocity"):
+    with pytest.raises(TypeError, match="backbone is a SimpleNamespace, but must be"):
         FlowGRPOTrainer(
-            model=tiny_sd3_pipeline(),
+            model=trainer.pipeline,
             reward_funcs=lambda prompts, images, **kwargs: [0.0] * len(images),
             args=trainer.args,
             train_dataset=trainer.train_dataset,
-            backbone=Half(),
+            backbone=SimpleNamespace(pipeline=trainer.pipeline),
         )
 
 
-def test_a_backbone_that_edits_must_judge_sizes(painter, tmp_path):
-    editor = copy.copy(painter["trainer"].backbone)
-    editor.takes_image = True
-    with pytest.raises(TypeError, match="PainterBackbone without check_image_size"):
-        FlowGRPOTrainer(
-            model=painter["pipeline"],
-            reward_funcs=painter["brightness"],
-            args=tiny_config(tmp_path),
-            train_dataset=painter["trainer"].train_dataset,
-            backbone=editor,
+def test_an_algorithm_of_ones_own_learns_and_resumes(tmp_path):
+    scope = {}
+    exec(code_of("An algorithm"), scope)
+
+    def trainer(folder, **fields):
+        torch.manual_seed(0)
+        # A learning rate of Adam's that moves every weight by more than rounding
+        args = tiny_config(folder, cls=scope["FlowRLConfig"], learning_rate=1e-2, max_steps=3, **fields)
+        return scope["ReinforceTrainer"](
+            model=tiny_sd3_pipeline(),
+            reward_funcs=brightness,
+            args=args,
+            train_dataset=prompts(),
+            peft_config=tiny_lora(),
         )
+
+    whole = trainer(tmp_path / "whole", save_strategy="steps", save_steps=2)
+    before = trained_weights(whole)
+    whole.train()
+    assert distance(trained_weights(whole), before) > 1e-3
+    (first, *_) = whole.state.log_history
+    assert first["grad_norm"] > 0 and "log_prob" in first
+
+    resumed = trainer(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert distance(trained_weights(resumed), trained_weights(whole)) < 1e-5
 
 
 def test_a_backbone_of_another_pipeline_is_refused(tmp_path):
@@ -129,8 +140,8 @@ def test_a_backbone_of_another_pipeline_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_reward_of_edited_pictures():
-    scope = {"np": np}
-    exec(code_of("Editing pictures"), scope)
-    black, grey = (Image.new("RGB", (16, 16), (level,) * 3) for level in (0, 51))
-    assert scope["keeps_the_picture"]([""] * 2, [black, grey], image=[black, black]) == pytest.approx([1.0, 0.8])
+def test_the_reward_of_edited_images():
+    scope = {}
+    exec(code_of("Editing images"), scope)
+    black, gray = (Image.new("RGB", (16, 16), (level,) * 3) for level in (0, 51))
+    assert scope["keeps_the_image"]([""] * 2, [black, gray], image=[black, black]) == pytest.approx([1.0, 0.8])

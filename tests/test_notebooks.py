@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, on fewer pictures and rollouts than they print."""
+"""The notebooks run from top to bottom, on fewer images and rollouts than they print."""
 
 import os
 from pathlib import Path

@@ -124,7 +124,8 @@ def test_importing_a_reward_or_a_command_needs_no_extra(setup_cfg):
     code = (
         f"import sys; blocked = {sorted(modules)}\n"
         "for name in blocked: sys.modules[name] = None\n"
-        "import trl_flow.rewards as rewards, trl_flow.serving.command, trl_flow.evaluation.command, trl_flow.prompts\n"
+        "import trl_flow.rewards as rewards, trl_flow.serving.command\n"
+        "import trl_flow.evaluation.evaluate_command, trl_flow.prompts\n"
         "print(len([getattr(rewards, name) for name in rewards.__all__]))"
     )
     assert int(run_python("-c", code)) > 10

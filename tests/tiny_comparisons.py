@@ -1,14 +1,15 @@
-"""Adapters with random weights for the tiny pipeline, and folders of pictures that no model drew."""
+"""Adapters with random weights for the tiny pipeline, and folders of images that no model drew."""
 
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 
-from trl_flow.evaluation.picture_folder import PictureFolder, PromptList
+from trl_flow.evaluation.image_folder import ImageFolder, PromptList
 from trl_flow.sharing import save_full, save_lora
 
 
@@ -33,6 +34,16 @@ def random_full(base: str, folder: str | os.PathLike, *, seed: int) -> str:
     return str(folder)
 
 
+def assert_same_images(images, expected) -> None:
+    """Images that are equal but for the rounding of a few of their values, by one level of 255."""
+    difference = np.abs(_pixels(images) - _pixels(expected))
+    assert difference.max() <= 1 and difference.mean() < 0.02
+
+
+def _pixels(images) -> np.ndarray:
+    return np.stack([np.asarray(image, dtype=int) for image in images])
+
+
 def _shift(model: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -41,22 +52,22 @@ def _shift(model: torch.nn.Module, seed: int) -> None:
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
 
 
-def plain_picture(model: int, place: int, side: int = 16) -> Image.Image:
-    """A picture of one colour, which tells the model (red) and the place (green)."""
-    return Image.new("RGB", (side, side), (40 * model, 7 * place % 256, 90))
+def plain_image(model: int, index: int, side: int = 16) -> Image.Image:
+    """An image of one color, which tells the model (red) and the index (green)."""
+    return Image.new("RGB", (side, side), (40 * model, 7 * index % 256, 90))
 
 
 def painted_folder(
     path: Path, prompts: list[str], *, models: tuple[str, ...] = ("base", "ours"), number: int = 1, side: int = 16
-) -> PictureFolder:
-    """An evaluation's folder with the pictures of one set, `shapes`, but without scores or results."""
-    folder = PictureFolder(path)
+) -> ImageFolder:
+    """An evaluation's folder with the images of one set, `shapes`, but without scores or results."""
+    folder = ImageFolder(path)
     folder.claim(
         {"seed": 0, "num_images_per_prompt": number},
         {name: {"path": f"path/of/{name}", "fingerprint": name} for name in models},
         {"shapes": PromptList(prompts, "fingerprint")},
     )
     for i, model in enumerate(models):
-        for place in range(len(prompts) * number):
-            folder.save("shapes", model, place, plain_picture(i, place, side))
+        for index in range(len(prompts) * number):
+            folder.save("shapes", model, index, plain_image(i, index, side))
     return folder

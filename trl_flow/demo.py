@@ -9,22 +9,31 @@ import os
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import torch
+from datasets import Dataset
+from diffusers import StableDiffusion3Pipeline
+from peft import LoraConfig
+from PIL import Image
 
-if TYPE_CHECKING:
-    import numpy as np
-    from diffusers import StableDiffusion3Pipeline
-    from PIL import Image
+from trl_flow import FlowGRPOConfig, FlowGRPOTrainer, GuardConfig
+from trl_flow.evaluation.drawing import draw
+from trl_flow.evaluation.grids import before_after_grid, evenly, image_grid
+from trl_flow.evaluation.outputs import versions, write_json
+from trl_flow.evaluation.scoring import paired_difference, score_images
+from trl_flow.evaluation.tables import score_table
+from trl_flow.rewards import ShapesReward
+from trl_flow.shapes import IMAGE_SIZE, load_prompts, pipeline_path
+from trl_flow.shapes.bundled import T5_TOKENS
 
-    from trl_flow.evaluation.scoring import PairedDifference
-    from trl_flow.trainer import FlowGRPOConfig, FlowGRPOTrainer
 
 RESULTS = "results.json"
 
-# The pictures that are compared come from this seed, whatever the seed of the training
+# The images that are compared come from this seed, whatever the seed of the training
 EVAL_SEED = 1234
 
 
@@ -35,63 +44,46 @@ class DemoSettings:
 
     Attributes:
         rollouts (`int`): sampling phases.
-        prompts_per_rollout, num_generations (`int`): prompts in each, and pictures for each prompt.
+        prompts_per_rollout, num_generations (`int`): prompts in each, and images for each prompt.
         updates_per_rollout (`int`): updates on each sampling phase, on as many equal parts of it.
         num_inference_steps (`int`): sampling steps, in training and in the comparison.
-        guidance_scale, noise_level (`float`): as in the config.
-        learning_rate, epsilon (`dict[str, float]`): by method; the clip ranges of the papers are for larger latents.
-        lora_rank (`int`): rank; alpha is twice that.
         sde_window (`tuple[int, int]`): first and end of the steps that are stochastic and trained. The early ones
             decide what is drawn where.
-        lr_scheduler_type (`str`): as in the config.
-        rewards (`dict[str, float]`): scores of the shapes checker whose sum is optimised, with their weights. The soft
+        guidance_scale, learning_rate, lr_scheduler_type: as in the config.
+        epsilon (`dict[str, float]`): the clip range of each method, as it is (`scale_epsilon=False`).
+        lora_rank (`int`): rank; alpha is twice that.
+        rewards (`dict[str, float]`): scores of the shapes checker whose sum is optimized, with their weights. The soft
             score alone can be raised by smeared shapes; fidelity is what that costs.
-        eval_prompts, eval_images_per_prompt (`int`): held-out prompts of the comparison, and pictures for each.
-        grid_prompts (`int`): prompts in the picture of before and after.
+        eval_prompts, eval_images_per_prompt (`int`): held-out prompts of the comparison, and images for each.
+        grid_prompts (`int`): prompts in the image of before and after.
     """
 
-    rollouts: int
-    prompts_per_rollout: int
-    num_generations: int
-    updates_per_rollout: int
-    num_inference_steps: int
-    sde_window: tuple[int, int]
-    guidance_scale: float
-    noise_level: float
-    learning_rate: dict[str, float]
-    epsilon: dict[str, float]
-    lora_rank: int
-    rewards: dict[str, float]
-    eval_prompts: int
-    eval_images_per_prompt: int
-    grid_prompts: int = 16
+    rollouts: int = 60
+    prompts_per_rollout: int = 12
+    num_generations: int = 24
+    updates_per_rollout: int = 2
+    num_inference_steps: int = 6
+    sde_window: tuple[int, int] = (0, 4)
+    guidance_scale: float = 1.0
+    learning_rate: float = 2e-3
     lr_scheduler_type: str = "constant"
+    epsilon: dict[str, float] = field(default_factory=lambda: {"guard": 2e-4, "flow_grpo": 1e-3})
+    lora_rank: int = 32
+    rewards: dict[str, float] = field(default_factory=lambda: {"soft": 1.0, "fidelity": 0.5})
+    eval_prompts: int = 108
+    eval_images_per_prompt: int = 4
+    grid_prompts: int = 16
 
 
-QUICK = DemoSettings(
-    rollouts=60,
-    prompts_per_rollout=12,
-    num_generations=24,
-    updates_per_rollout=2,
-    num_inference_steps=6,
-    sde_window=(0, 4),
-    guidance_scale=1.0,
-    noise_level=0.7,
-    learning_rate={"guard": 2e-3, "flow_grpo": 2e-3},
-    epsilon={"guard": 2e-4, "flow_grpo": 1e-3},
-    lora_rank=32,
-    rewards={"soft": 1.0, "fidelity": 0.5},
-    eval_prompts=108,
-    eval_images_per_prompt=4,
-)
+QUICK = DemoSettings()
 
-# Longer still raises the scores further, but the pictures become alike: one layout for all prompts (150 rollouts are a
+# Longer still raises the scores further, but the images become alike: one layout for all prompts (150 rollouts are a
 # compromise; `images/` in the output folder shows it happen)
-FULL = replace(QUICK, rollouts=150, lr_scheduler_type="cosine")
+FULL = DemoSettings(rollouts=150, lr_scheduler_type="cosine")
 
 
 class DemoError(ValueError):
-    """The demo can not be run as asked; nothing has been computed."""
+    """The demo cannot be run as asked; nothing has been computed."""
 
 
 def run_demo(
@@ -119,19 +111,13 @@ def run_demo(
         `dict[str, Any]`: what `results.json` holds.
 
     Raises:
-        DemoError: if `output_dir` can not be written to or holds something else, or `method` is unknown.
+        DemoError: if `output_dir` cannot be written to or holds something else, or `method` is unknown.
     """
-    if method not in settings.learning_rate:
-        raise DemoError(f"method is {method!r}, but must be one of {', '.join(settings.learning_rate)}.")
+    if method not in settings.epsilon:
+        raise DemoError(f"method is {method!r}, but must be one of {', '.join(settings.epsilon)}.")
     folder = _claim(output_dir)
     start = time.perf_counter()
     print(f"Loading the model; results go to {folder} ...", flush=True)
-    import torch
-
-    from trl_flow.evaluation.pictures import evenly
-    from trl_flow.evaluation.report import score_table, versions, write_json
-    from trl_flow.shapes import load_prompts, pipeline_path
-
     model = pipeline_path() if model is None else model
     prompts = load_prompts("test")
     # So that every kind of prompt is among them
@@ -141,7 +127,13 @@ def run_demo(
     scores_before = _score(before, prompts, settings)
     drawn = time.perf_counter()
 
-    trainer = _trainer(pipeline, settings, method, folder, seed)
+    trainer = FlowGRPOTrainer(
+        model=pipeline,
+        reward_funcs=[ShapesReward(score) for score in settings.rewards],
+        args=_config(settings, method, folder, seed),
+        train_dataset=load_prompts("train"),
+        peft_config=LoraConfig(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, init_lora_weights="gaussian"),
+    )
     try:
         trainer.train()
     except KeyboardInterrupt:
@@ -155,8 +147,14 @@ def run_demo(
     pipeline.load_lora_weights(str(folder))
     after = _draw(pipeline, prompts, settings, "Held-out prompts after training")
     scores_after = _score(after, prompts, settings)
-    differences = _differences(scores_before, scores_after, settings)
-    _write_pictures(folder, prompts["prompt"], before, after, scores_before, scores_after, settings)
+    differences = {
+        name: paired_difference(
+            scores_before[name], scores_after[name], num_images_per_prompt=settings.eval_images_per_prompt
+        )
+        for name in scores_before
+    }
+    scores = list(zip(scores_before["shapes_soft"], scores_after["shapes_soft"], strict=True))
+    _write_images(folder, prompts["prompt"], before, after, scores, settings)
     trainer.create_model_card(model_name="trl_flow demo")
 
     end = time.perf_counter()
@@ -166,7 +164,7 @@ def run_demo(
         "seed": seed,
         "model": os.fspath(model),
         "scores": {name: difference.to_dict() for name, difference in differences.items()},
-        "standard_error_of": "the mean over prompts of the paired difference, each prompt's pictures averaged first",
+        "standard_error_of": "the mean over prompts of the paired difference, each prompt's images averaged first",
         "eval_seed": EVAL_SEED,
         "settings": asdict(settings) | {"sde_window": list(settings.sde_window)},
         "versions": versions(),
@@ -182,7 +180,7 @@ def run_demo(
     }
     write_json(folder / RESULTS, results)
     print(
-        f"\n{settings.eval_prompts} prompts never trained on, {settings.eval_images_per_prompt} pictures each, before "
+        f"\n{settings.eval_prompts} prompts never trained on, {settings.eval_images_per_prompt} images each, before "
         f"and after {settings.rollouts * settings.updates_per_rollout} updates on {_formula(settings)} by "
         f"{method}:\n\n{score_table(differences)}\n\n{_closing(folder, settings, end - start)}"
     )
@@ -211,7 +209,7 @@ def _claim(output_dir: str | os.PathLike) -> Path:
             grid.unlink()
     except OSError as error:
         raise DemoError(
-            f"{folder} can not be written to ({error.strerror or error}). Choose another folder with --output-dir."
+            f"{folder} cannot be written to ({error.strerror or error}). Choose another folder with --output-dir."
         ) from error
     return folder
 
@@ -225,18 +223,11 @@ def _is_demo(folder: Path) -> bool:
     return isinstance(results, dict) and (not results or "eval_seed" in results)
 
 
-def _load(model: str | os.PathLike) -> "StableDiffusion3Pipeline":
-    import torch
-    from diffusers import StableDiffusion3Pipeline
-
+def _load(model: str | os.PathLike) -> StableDiffusion3Pipeline:
     return StableDiffusion3Pipeline.from_pretrained(model).to(torch.float32)
 
 
-def _draw(pipeline: Any, prompts: Any, settings: DemoSettings, progress: str) -> list["Image.Image"]:
-    from trl_flow.evaluation.scoring import draw
-    from trl_flow.shapes import PICTURE_SIZE
-    from trl_flow.shapes.model import T5_TOKENS
-
+def _draw(pipeline: Any, prompts: Dataset, settings: DemoSettings, progress: str) -> list[Image.Image]:
     return draw(
         pipeline,
         prompts["prompt"],
@@ -244,62 +235,26 @@ def _draw(pipeline: Any, prompts: Any, settings: DemoSettings, progress: str) ->
         num_images_per_prompt=settings.eval_images_per_prompt,
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
-        height=PICTURE_SIZE,
-        width=PICTURE_SIZE,
+        height=IMAGE_SIZE,
+        width=IMAGE_SIZE,
         max_sequence_length=T5_TOKENS,
         batch_size=64,
         progress=progress,
     )
 
 
-def _score(images: list["Image.Image"], prompts: Any, settings: DemoSettings) -> dict[str, "np.ndarray"]:
-    """The optimised reward, and the checker's scores one by one."""
-    from trl_flow.evaluation.scoring import score_images
-    from trl_flow.rewards import ShapesReward
-
+def _score(images: list[Image.Image], prompts: Dataset, settings: DemoSettings) -> dict[str, np.ndarray]:
+    """The optimized reward, and the checker's scores one by one."""
     scores = score_images(images, prompts, [ShapesReward(score) for score in ("soft", "strict", "fidelity")])
     return {"reward": sum(w * scores[f"shapes_{score}"] for score, w in settings.rewards.items()), **scores}
 
 
 def _formula(settings: DemoSettings) -> str:
-    """The optimised reward in words: `"shapes_soft + 0.5 shapes_fidelity"`."""
+    """The optimized reward in words: `"shapes_soft + 0.5 shapes_fidelity"`."""
     return " + ".join(f"{'' if w == 1 else f'{w:g} '}shapes_{score}" for score, w in settings.rewards.items())
 
 
-def _differences(
-    before: dict[str, "np.ndarray"], after: dict[str, "np.ndarray"], settings: DemoSettings
-) -> dict[str, "PairedDifference"]:
-    from trl_flow.evaluation.scoring import paired_difference
-
-    return {
-        name: paired_difference(before[name], after[name], num_images_per_prompt=settings.eval_images_per_prompt)
-        for name in before
-    }
-
-
-def _trainer(
-    pipeline: "StableDiffusion3Pipeline", settings: DemoSettings, method: str, folder: Path, seed: int
-) -> "FlowGRPOTrainer":
-    from peft import LoraConfig
-
-    from trl_flow import FlowGRPOTrainer
-    from trl_flow.rewards import ShapesReward
-    from trl_flow.shapes import load_prompts
-
-    return FlowGRPOTrainer(
-        model=pipeline,
-        reward_funcs=[ShapesReward(score) for score in settings.rewards],
-        args=_config(settings, method, folder, seed),
-        train_dataset=load_prompts("train"),
-        peft_config=LoraConfig(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, init_lora_weights="gaussian"),
-    )
-
-
-def _config(settings: DemoSettings, method: str, folder: Path, seed: int) -> "FlowGRPOConfig":
-    from trl_flow import FlowGRPOConfig, GuardConfig
-    from trl_flow.shapes import PICTURE_SIZE
-    from trl_flow.shapes.model import T5_TOKENS
-
+def _config(settings: DemoSettings, method: str, folder: Path, seed: int) -> FlowGRPOConfig:
     return {"guard": GuardConfig, "flow_grpo": FlowGRPOConfig}[method](
         output_dir=str(folder),
         num_generations=settings.num_generations,
@@ -310,16 +265,16 @@ def _config(settings: DemoSettings, method: str, folder: Path, seed: int) -> "Fl
         max_steps=settings.rollouts * settings.updates_per_rollout,
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
-        noise_level=settings.noise_level,
         sde_window_size=settings.sde_window[1] - settings.sde_window[0],
         sde_window_range=list(settings.sde_window),
         reward_weights=list(settings.rewards.values()),
         lr_scheduler_type=settings.lr_scheduler_type,
-        height=PICTURE_SIZE,
-        width=PICTURE_SIZE,
+        height=IMAGE_SIZE,
+        width=IMAGE_SIZE,
         max_sequence_length=T5_TOKENS,
-        learning_rate=settings.learning_rate[method],
+        learning_rate=settings.learning_rate,
         epsilon=settings.epsilon[method],
+        scale_epsilon=False,
         # A model this small is trained in memory and in float32 everywhere, so that it does the same everywhere
         gradient_checkpointing=False,
         bf16=False,
@@ -332,37 +287,25 @@ def _config(settings: DemoSettings, method: str, folder: Path, seed: int) -> "Fl
     )
 
 
-def _write_pictures(
+def _write_images(
     folder: Path,
     captions: list[str],
-    before: list["Image.Image"],
-    after: list["Image.Image"],
-    scores_before: dict[str, "np.ndarray"],
-    scores_after: dict[str, "np.ndarray"],
+    before: list[Image.Image],
+    after: list[Image.Image],
+    scores: list[tuple[float, float]],
     settings: DemoSettings,
 ) -> None:
-    from trl_flow.evaluation.pictures import before_after_grid, evenly, image_grid
-
-    # The first picture of every prompt that is shown: chosen by place, never by score
+    # The first image of every prompt that is shown: chosen by index, never by score
     shown = evenly(len(captions), settings.grid_prompts)
-    places = [i * settings.eval_images_per_prompt for i in shown]
+    indices = [i * settings.eval_images_per_prompt for i in shown]
     captions = [captions[i] for i in shown]
-    score = "shapes_soft"
-    image_grid([before[i] for i in places], captions, path=folder / "before.png")
-    image_grid([after[i] for i in places], captions, path=folder / "after.png")
-    before_after_grid(
-        [before[i] for i in places],
-        [after[i] for i in places],
-        captions,
-        [(scores_before[score][i], scores_after[score][i]) for i in places],
-        path=folder / "before_after.png",
-        columns=4,
-    )
+    before, after, scores = ([of[i] for i in indices] for of in (before, after, scores))
+    image_grid(before, captions, path=folder / "before.png")
+    image_grid(after, captions, path=folder / "after.png")
+    before_after_grid(before, after, captions, scores, path=folder / "before_after.png", columns=4)
 
 
 def _closing(folder: Path, settings: DemoSettings, seconds: float) -> str:
-    from trl_flow.shapes.model import T5_TOKENS
-
     sampling = (
         f"num_inference_steps={settings.num_inference_steps}, guidance_scale={settings.guidance_scale:g}, "
         f"max_sequence_length={T5_TOKENS}"

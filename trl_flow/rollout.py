@@ -1,170 +1,77 @@
-"""Backbone and prompts in, [`Trajectory`] out: what was sampled, and all that training on it needs."""
+"""A predicting model, noise and a plan of the steps in, [`Rollout`] out: one batch, sampled."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 import torch
+from PIL import Image
 
-from trl_flow.backbones.base import Backbone, DDIMSchedule, Schedule
-from trl_flow.functional import (
-    Transition,
-    cps_transition,
-    dance_sde_transition,
-    ddim_transition,
-    flow_sde_transition,
-    gaussian_log_prob,
-    ode_transition,
-    project_to_data,
-)
+from trl_flow.backbones import Backbone
+from trl_flow.dynamics import Dynamics
 
 
-@dataclass(frozen=True)
-class Dynamics:
-    """
-    The Gaussian transitions of one sampling run, whose kind the schedule decides: flow models have a [`Schedule`] and
-    the SDE of `sde_type`, U-Nets that predict noise have a [`DDIMSchedule`] and the transitions of DDIM.
+# Images decoded at a time: decoding takes far more memory than a step, and gains nothing from a large batch
+DECODED_AT_ONCE = 16
 
-    Attributes:
-        schedule ([`Schedule`] or [`DDIMSchedule`]): `T` steps.
-        sde_type (`str`): `"flow"`, `"dance"` or `"cps"`; of no effect with a [`DDIMSchedule`].
-        noise_level (`float`): η; with a [`DDIMSchedule`] DDIM's η, at most 1.
-        variance_free (`bool`): whether log-probabilities drop the variance, `-mean((x' - mean)^2)`, as Flow-CPS
-            publishes it; else the Gaussian one. DDIM always has the Gaussian one.
-    """
 
-    schedule: Schedule | DDIMSchedule
-    sde_type: str
-    noise_level: float
-    variance_free: bool = False
+class RandomStream(IntEnum):
+    """What a random number is for: with the seed and the sample's index it makes the key of [`sample_generator`]."""
 
-    @property
-    def is_ddim(self) -> bool:
-        return isinstance(self.schedule, DDIMSchedule)
-
-    @property
-    def stochastic_steps(self) -> list[int]:
-        """
-        The steps that add noise. The others can not be trained: the last one of CPS, and that of DDIM where it ends at
-        `a' = 1` or does not move at all (`set_alpha_to_one` and `steps_offset` of the scheduler).
-        """
-        probe = self.schedule.timesteps.new_zeros(1, 1, dtype=torch.float32)
-        return [step for step in range(self.schedule.num_steps) if self.transition(probe, probe, step).std.item() > 0]
-
-    def transition(self, prediction: torch.Tensor, latents: torch.Tensor, step: int) -> Transition:
-        """The stochastic transition of `step` from `latents`, given what the model predicts, both `(B, ...)`."""
-        if self.is_ddim:
-            return self._ddim(prediction, latents, step, self.schedule.alphas_cumprod_next[step], self.noise_level)
-        sigma, sigma_next = self.schedule.sigmas[step], self.schedule.sigmas[step + 1]
-        if self.sde_type == "flow":
-            return flow_sde_transition(
-                prediction,
-                latents,
-                sigma,
-                sigma_next,
-                noise_level=self.noise_level,
-                sigma_max=self.schedule.sigmas[1],
-            )
-        function = {"dance": dance_sde_transition, "cps": cps_transition}[self.sde_type]
-        return function(prediction, latents, sigma, sigma_next, noise_level=self.noise_level)
-
-    def ode_step(self, prediction: torch.Tensor, latents: torch.Tensor, step: int) -> torch.Tensor:
-        """The latents after `step` without noise: an Euler step of the flow's ODE, or deterministic DDIM."""
-        if self.is_ddim:
-            return self._ddim(prediction, latents, step, self.schedule.alphas_cumprod_next[step], 0.0).mean
-        return ode_transition(prediction, latents, self.schedule.sigmas[step], self.schedule.sigmas[step + 1]).mean
-
-    def project(self, prediction: torch.Tensor, latents: torch.Tensor, step: int) -> torch.Tensor:
-        """The clean latents that the model predicts before `step` (VGPO, Eq. 10), `(B, ...)`: one step to the end."""
-        if self.is_ddim:
-            return self._ddim(prediction, latents, step, 1.0, 0.0).mean
-        return project_to_data(latents, self.schedule.sigmas[step], prediction)
-
-    def _ddim(
-        self,
-        prediction: torch.Tensor,
-        latents: torch.Tensor,
-        step: int,
-        alpha_cumprod_next: torch.Tensor | float,
-        noise_level: float,
-    ) -> Transition:
-        return ddim_transition(
-            prediction,
-            latents,
-            self.schedule.alphas_cumprod[step],
-            alpha_cumprod_next,
-            noise_level=noise_level,
-            prediction_type=self.schedule.prediction_type,
-        )
-
-    def log_prob(self, sample: torch.Tensor, transition: Transition) -> torch.Tensor:
-        """Log-probability of `sample` under `transition`, a mean over the latent's dimensions, shape `(B,)`."""
-        if self.variance_free and not self.is_ddim:
-            return -(sample - transition.mean).square().flatten(1).mean(1)
-        return gaussian_log_prob(sample, transition)
-
-    def dt(self, step: int) -> torch.Tensor:
-        """
-        The length of a step, above 0, a scalar: `t - t'`, by which the velocity enters the mean of Flow-SDE but for a
-        constant factor.
-
-        DDIM has no other length than that factor itself, `-d mean / d prediction`. With `e` the predicted noise it is
-        `c = sqrt(a' (1 - a) / a) - sqrt(1 - a' - std^2)`, and `sqrt(a) c` for v-prediction; at η = 0 `c` is
-        `sqrt(a')` times the step in `sqrt((1 - a) / a)`. RatioNorm's gradient (GRPO-Guard, Eq. 8) is
-        `-c mean(noise * d prediction)`, so that the weight `1 / dt` makes it equal over the steps.
-        """
-        if self.is_ddim:
-            # The mean is linear in the prediction
-            one = self.schedule.alphas_cumprod.new_ones(1, 1)
-            return -self.transition(one, torch.zeros_like(one), step).mean.squeeze()
-        return self.schedule.sigmas[step] - self.schedule.sigmas[step + 1]
-
-    def beta(self, step: int) -> torch.Tensor:
-        """
-        `1 + η² (1 - t) / (2 t)`: the factor of Dance-SDE's mean beside `dt` (GRPO-Guard), a scalar. 1 for DDIM, whose
-        `dt` holds all of it: each of `"inverse_dt"`, `"beta_over_dt"` and `"inverse_beta_dt"` is `1 / dt` there.
-        """
-        if self.is_ddim:
-            return torch.ones_like(self.schedule.alphas_cumprod[step])
-        sigma = self.schedule.sigmas[step]
-        return 1 + self.noise_level**2 * (1 - sigma) / (2 * sigma)
-
-    def diffusion(self, transition: Transition, step: int) -> torch.Tensor:
-        """
-        What the KL measures the difference of two means in, `(B,)`: the diffusion coefficient `std / sqrt(dt)`, as in
-        Flow-GRPO; for DDIM the `std` itself, which gives the Gaussians' own KL (DPOK, arXiv:2305.16381).
-        """
-        return transition.std if self.is_ddim else transition.std / self.dt(step).sqrt()
+    STEPS = 1
+    INITIAL_NOISE = 2
+    TRANSITIONS = 3
+    EVALUATION = 4
 
 
 @dataclass(frozen=True)
-class Trajectory:
+class StepPlan:
     """
-    One batch of `B` samples, with the `S` steps that are trained. All tensors are float32.
+    What happens in the steps of one sampling phase, by their indices in the schedule. All other steps are ODE steps.
 
     Attributes:
-        steps (`tuple[int, ...]`): indices of the trained steps in the schedule, ascending, length `S`.
-        latents (`torch.Tensor`): `x_t` at each trained step, `(B, S, ...)`.
+        stochastic (`tuple[int, ...]`): steps that add noise, ascending.
+        kept (`tuple[int, ...]`): those whose latents and means are kept, ascending; all of them stochastic.
+        project_from (`int`, *optional*): keep the predicted clean latents after each step from this one on.
+    """
+
+    stochastic: tuple[int, ...] = ()
+    kept: tuple[int, ...] = ()
+    project_from: int | None = None
+
+    def __post_init__(self):
+        if not set(self.kept) <= set(self.stochastic):
+            raise ValueError(f"The kept steps {self.kept} must all be among the stochastic ones {self.stochastic}.")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """
+    One batch of `B` samples, with the `S` steps that are kept. All tensors are float32.
+
+    Attributes:
+        steps (`tuple[int, ...]`): indices of the kept steps in the schedule, ascending, length `S`.
+        latents (`torch.Tensor`): `x_t` before each kept step, `(B, S, ...)`.
         next_latents (`torch.Tensor`): the sampled `x_{t'}`, `(B, S, ...)`.
         means (`torch.Tensor`): mean of the transition at sampling time, `(B, S, ...)`.
-        log_probs (`torch.Tensor`): log-probability of `next_latents` at sampling time, `(B, S)`.
         final (`torch.Tensor`): latents of the finished images, `(B, ...)`.
-        projections (`torch.Tensor` or `None`): with dense rewards the one-step projection to the data after each step
-            from the first trained one on, `(B, T - steps[0], ...)`; the last is `final`.
+        pred_original_samples (`torch.Tensor` or `None`): the predicted clean latents after each step from
+            `plan.project_from` on, `(B, T - project_from, ...)`; the last is `final`.
     """
 
     steps: tuple[int, ...]
     latents: torch.Tensor
     next_latents: torch.Tensor
     means: torch.Tensor
-    log_probs: torch.Tensor
     final: torch.Tensor
-    projections: torch.Tensor | None = None
+    pred_original_samples: torch.Tensor | None = None
 
 
 def sample_generator(*key: int) -> torch.Generator:
     """
-    A generator that depends on `key` alone (seed, batch, sample, ...), not on the process or on what was drawn before.
+    A generator that depends on `key` alone (seed, generation, stream, sample), not on the process or on what was drawn
+    before.
 
     Args:
         key (`int`): non-negative numbers; different keys give independent streams.
@@ -180,84 +87,64 @@ def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator], devi
     return torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators]).to(device)
 
 
+@torch.inference_mode()
+def decode(backbone: Backbone, latents: torch.Tensor) -> list[Image.Image]:
+    """Images of final latents `(B, ...)`, which may be on any device."""
+    parts = latents.split(DECODED_AT_ONCE)
+    return [image for part in parts for image in backbone.decode(part.to(backbone.device))]
+
+
 @torch.no_grad()
 def rollout(
-    backbone: Backbone,
-    model: torch.nn.Module,
+    predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     dynamics: Dynamics,
-    condition: dict[str, torch.Tensor],
-    negative_condition: dict[str, torch.Tensor] | None,
+    latents: torch.Tensor,
+    plan: StepPlan,
     *,
-    guidance_scale: float,
-    initial_noise: torch.Tensor,
-    generators: Sequence[torch.Generator],
-    stochastic_steps: Sequence[int],
-    trained_steps: Sequence[int],
-    keep_projections: bool = False,
+    generators: Sequence[torch.Generator] = (),
     first_step: int = 0,
-    num_steps: int | None = None,
+    last_step: int | None = None,
     on_step: Callable[[int], None] | None = None,
-) -> Trajectory:
+) -> Rollout:
     """
-    Samples one batch, stochastically in `stochastic_steps` and by the ODE elsewhere.
+    Samples one batch.
 
     Args:
-        backbone ([`Backbone`]): the pipeline.
-        model (`torch.nn.Module`): the trained module, possibly wrapped.
-        dynamics ([`Dynamics`]): the transitions.
-        condition, negative_condition (`dict[str, torch.Tensor]`): of the `B` prompts; no negative one, no guidance.
-        guidance_scale (`float`): strength of the guidance.
-        initial_noise (`torch.Tensor`): `x_1`, or the latents from which `first_step` goes on, float32, `(B, ...)`.
-        generators (`Sequence[torch.Generator]`): one for each sample, for the noise of its transitions.
-        stochastic_steps, trained_steps (`Sequence[int]`): indices into the schedule; all trained steps must be
-            stochastic.
-        keep_projections (`bool`): whether to keep the one-step projections (VGPO, Eq. 9). The velocity that projects
-            the result of one step is the one that the next step computes anyway: no further forward is run.
-        first_step (`int`): the step to begin with. ODE steps that several samples have in common, from the same noise
-            and prompt, need be taken once only.
-        num_steps (`int`, *optional*): the number of steps to take; default: all that are left.
+        predict (`Callable`): what the model predicts, `(B, ...)`, guidance included, for latents `(B, ...)` and one
+            value of the schedule's `timesteps`.
+        dynamics ([`FlowDynamics`] or [`DDIMDynamics`]): the transitions.
+        latents (`torch.Tensor`): `x_1`, or the latents from which `first_step` goes on, float32, `(B, ...)`.
+        plan ([`StepPlan`]): what happens in each step. The prediction that gives the clean latents after one step is
+            the one that the next step makes anyway: no further forward is run for them.
+        generators (`Sequence[torch.Generator]`): one for each sample, for the noise of stochastic steps.
+        first_step, last_step (`int`): the steps `first_step ... last_step - 1` are taken; default: all. ODE steps that
+            several samples have in common, from the same noise and prompt, need be taken once only.
         on_step (`Callable[[int], None]`, *optional*): called with the index of each step before it is taken.
-
-    Raises:
-        ValueError: if a trained step is not stochastic.
     """
-    if not set(trained_steps) <= set(stochastic_steps):
-        raise ValueError(
-            f"trained_steps {list(trained_steps)} must all be in stochastic_steps {list(stochastic_steps)}."
-        )
     schedule = dynamics.schedule
-    latents = initial_noise
-    stored: dict[str, list[torch.Tensor]] = {"latents": [], "next_latents": [], "means": [], "log_probs": []}
-    projections: list[torch.Tensor] = []
-    first_trained = min(trained_steps, default=schedule.num_steps)
-    end = schedule.num_steps if num_steps is None else first_step + num_steps
-    for step in range(first_step, end):
+    kept: dict[str, list[torch.Tensor]] = {"latents": [], "next_latents": [], "means": []}
+    predicted: list[torch.Tensor] = []
+    for step in range(first_step, schedule.num_steps if last_step is None else last_step):
         if on_step is not None:
             on_step(step)
-        velocity = backbone.guided_prediction(
-            model, latents, schedule.timesteps[step], condition, negative_condition, guidance_scale
-        )
-        if keep_projections and step > first_trained:
-            projections.append(dynamics.project(velocity, latents, step))
-        if step in stochastic_steps:
-            transition = dynamics.transition(velocity, latents, step)
+        prediction = predict(latents, schedule.timesteps[step])
+        if plan.project_from is not None and step > plan.project_from:
+            predicted.append(dynamics.pred_original_sample(prediction, latents, step))
+        if step in plan.stochastic:
+            transition = dynamics.transition(prediction, latents, step)
             noise = draw_noise(latents.shape[1:], generators, latents.device)
-            std = transition.std.reshape(-1, *[1] * (latents.ndim - 1))
-            next_latents = transition.mean + std * noise
-            if step in trained_steps:
-                stored["latents"].append(latents)
-                stored["next_latents"].append(next_latents)
-                stored["means"].append(transition.mean)
-                stored["log_probs"].append(dynamics.log_prob(next_latents, transition))
+            next_latents = transition.mean + transition.std.view(-1, *[1] * (latents.ndim - 1)) * noise
+            if step in plan.kept:
+                kept["latents"].append(latents)
+                kept["next_latents"].append(next_latents)
+                kept["means"].append(transition.mean)
         else:
-            next_latents = dynamics.ode_step(velocity, latents, step)
+            next_latents = dynamics.ode_step(prediction, latents, step)
         latents = next_latents
-    if keep_projections:
-        projections.append(latents)
     empty = latents.new_zeros(len(latents), 0)
-    return Trajectory(
-        steps=tuple(sorted(trained_steps)),
-        **{name: torch.stack(values, dim=1) if values else empty for name, values in stored.items()},
+    return Rollout(
+        steps=plan.kept,
+        **{name: torch.stack(values, dim=1) if values else empty for name, values in kept.items()},
         final=latents,
-        projections=torch.stack(projections, dim=1) if keep_projections else None,
+        pred_original_samples=None if plan.project_from is None else torch.stack([*predicted, latents], dim=1),
     )

@@ -18,7 +18,7 @@ class Scale:
 
     Attributes:
         updates (`int`): updates.
-        prompts, num_generations (`int`): prompts in a sampling phase, and pictures for each.
+        prompts, num_generations (`int`): prompts in a sampling phase, and images for each.
         eval_steps (`int`): updates between two evaluations.
         eval_prompts (`int`): held-out prompts in an evaluation, at most 108.
     """
@@ -52,6 +52,7 @@ COMMON: dict[str, Any] = {
     # they share a step of the same size among samples and time steps
     "learning_rate": 1e-3,
     "scale_rewards": "group",
+    "scale_epsilon": False,  # the ranges below are for the bundled model's latents
 }
 
 # Clip ranges by importance_ratio and sde_type. One rule for all: `run.py --only ratios` measures the ratios of one
@@ -191,7 +192,7 @@ _COMBINED_ARMS = {
     "combined/guard+slas+vgpo": Arm("colors", VGPO | ABLATION["guard"] | _SLAS_SHAPE),
 }
 
-# Other proxies: is what the colours show a matter of that one?
+# Other proxies: is what the colors show a matter of that one?
 _PROXY_ARMS = {
     f"{proxy}/{name}": Arm(proxy, dict(ABLATION[name]))
     for proxy in ("learned", "jpeg")
@@ -241,7 +242,7 @@ SECTIONS: dict[str, Section] = {
     ),
     "slas": Section(
         title="SLAS against DanceGRPO: the power",
-        claim="SLAS learns faster and generalises better than DanceGRPO (Tables 1 and 2).",
+        claim="SLAS learns faster and generalizes better than DanceGRPO (Tables 1 and 2).",
         arms=tuple(_SLAS_ARMS),
         seeds=2,
     ),

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from results import Curve
 
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, without the yellow one that white paper swallows;
+# Okabe and Ito's colors, which color-blind readers can tell apart, without the yellow one that white paper swallows;
 # lines that lie on each other differ in their dashes as well. The first arm is the baseline.
 _COLORS = ("#000000", "#E69F00", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#56B4E9", "#888888")
 _DASHES = ("-", (0, (5, 1.5)))
@@ -67,8 +67,8 @@ def training_curves(runs: dict[str, dict[int, Curve]], path: Path) -> None:
         )
         series = [curve.training_series("reward_std") for curve in curves]
         deviation.plot(series[0][0], _smooth(np.mean([values for _, values in series], axis=0)), marker=".", **line)
-    _style(proxy, "proxy (optimised), held-out prompts", "update")
-    _style(gold, "gold (never optimised), base model = 1", "update")
+    _style(proxy, "proxy (optimized), held-out prompts", "update")
+    _style(gold, "gold (never optimized), base model = 1", "update")
     _style(against, "gold against proxy", "proxy", "gold")
     _style(strict, "strict checker", "update")
     _style(diversity, "diversity within a prompt", "update")

@@ -1,6 +1,6 @@
 """Rewards that are imperfect on purpose, as learned and rule-based rewards are; each says what it does not see.
 
-All are deterministic: the same picture and prompt always get the same value, so that a run can be repeated.
+All are deterministic: the same image and prompt always get the same value, so that a run can be repeated.
 """
 
 import hashlib
@@ -13,15 +13,15 @@ from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
 
 from trl_flow.rewards import JPEGCompressibilityReward
-from trl_flow.shapes import COLORS, PICTURE_SIZE, SHAPES, PlacedShape, check, load_prompts, render
+from trl_flow.shapes import COLORS, IMAGE_SIZE, SHAPES, PlacedShape, check, load_prompts, render
 
 
-# Share of the picture that a colour's paint must cover for the full reward: about twice the area of a drawn shape
+# Share of the image that a color's paint must cover for the full reward: about twice the area of a drawn shape
 FULL_SHARE = 0.2
 
 
 def color_shares(image: Image.Image) -> np.ndarray:
-    """Share of the picture's pixels in each of the world's six hues, weighted by how saturated they are, `(6,)`."""
+    """Share of the image's pixels in each of the world's six hues, weighted by how saturated they are, `(6,)`."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32).reshape(-1, 3) / 255
     chroma = pixels.max(axis=1) - pixels.min(axis=1)
     hues = np.asarray(list(COLORS.values()), dtype=np.float32)
@@ -31,14 +31,14 @@ def color_shares(image: Image.Image) -> np.ndarray:
 
 class ColorsOnlyReward:
     """
-    How much of the picture is painted in the colours that the prompt names, from 0 to 1.
+    How much of the image is painted in the colors that the prompt names, from 0 to 1.
 
-    For each named colour the painted share counts up to `FULL_SHARE`; the mean over them is multiplied by the share of
-    the paint that is in a named colour. Right colours raise it honestly. It is blind to shapes, to counts, to places
+    For each named color the painted share counts up to `FULL_SHARE`; the mean over them is multiplied by the share of
+    the paint that is in a named color. Right colors raise it honestly. It is blind to shapes, to counts, to places
     and to everything that is smeared over the ground.
 
     Args:
-        dense (`bool`): whether unfinished pictures may be scored (VGPO); if not, the finished one's reward counts.
+        dense (`bool`): whether unfinished images may be scored (VGPO); if not, the finished one's reward counts.
     """
 
     __name__ = "colors_only"
@@ -60,7 +60,7 @@ class ColorsOnlyReward:
 
 
 class Scorer(torch.nn.Module):
-    """A small convolutional net: how much it sees of each (colour, shape), and how well that fits the prompt."""
+    """A small convolutional net: how much it sees of each (color, shape), and how well that fits the prompt."""
 
     def __init__(self):
         super().__init__()
@@ -84,12 +84,12 @@ class Scorer(torch.nn.Module):
 
 def picture_tensor(image: Image.Image) -> torch.Tensor:
     """`(3, 32, 32)`, float32 in [0, 1]."""
-    image = image.convert("RGB").resize((PICTURE_SIZE, PICTURE_SIZE))
+    image = image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE))
     return torch.from_numpy(np.asarray(image, dtype=np.float32).transpose(2, 0, 1).copy()) / 255
 
 
 def wanted_counts(objects: list[dict]) -> torch.Tensor:
-    """How many of each (colour, shape) are asked for, `(18,)`."""
+    """How many of each (color, shape) are asked for, `(18,)`."""
     counts = torch.zeros(len(COLORS), len(SHAPES))
     for thing in objects:
         counts[list(COLORS).index(thing["color"]), SHAPES.index(thing["shape"])] += thing["count"]
@@ -114,13 +114,13 @@ def training_picture(objects: list[dict], rng: np.random.Generator) -> Image.Ima
     placed = [PlacedShape(color, shape, *rng.uniform(6, 26, size=2), rng.uniform(7, 12)) for color, shape in shapes]
     image = render(placed, ground=float(rng.choice([0.05, 0.95])))
     image = image.filter(ImageFilter.GaussianBlur(float(rng.choice([0.0, 0.5, 1.0, 2.0]))))
-    noise = rng.choice([0.0, 8.0, 24.0]) * rng.standard_normal((PICTURE_SIZE, PICTURE_SIZE, 3))
+    noise = rng.choice([0.0, 8.0, 24.0]) * rng.standard_normal((IMAGE_SIZE, IMAGE_SIZE, 3))
     return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
 
 
 def train_scorer(path: str | os.PathLike, *, pictures: int = 5000, updates: int = 600) -> None:
     """
-    Trains the scorer on rendered pictures, never on the model's own, and writes its weights.
+    Trains the scorer on rendered images, never on the model's own, and writes its weights.
 
     Args:
         path (`str` or `os.PathLike`): safetensors file to write.
@@ -159,7 +159,7 @@ class LearnedReward:
     The scorer's guess of the soft score, from 0 to 1: a learned reward model with blind spots.
 
     It averages over places, so that positions and relations are invisible to it, and it has only been shown rendered
-    pictures: what it says of anything else is extrapolation, which optimisation finds.
+    pictures: what it says of anything else is extrapolation, which optimization finds.
 
     Args:
         path (`str` or `os.PathLike`): its weights; trained and written there (about 20 seconds) if there is no file.
@@ -185,15 +185,15 @@ class LearnedReward:
 
 class SmallSpreadReward:
     """
-    The colours' reward with a spread that depends on the prompt, plus noise: the setting of SLAS's Proposition 1.
+    The colors' reward with a spread that depends on the prompt, plus noise: the setting of SLAS's Proposition 1.
 
     `0.5 + spread * colors + noise`, where `spread` is 1 for a third of the prompts and `small` for the others, and the
-    noise is the same for all. In the small groups nearly all of the difference between two pictures is noise, which
+    noise is the same for all. In the small groups nearly all of the difference between two images is noise, which
     dividing by the group's standard deviation makes as loud as the signal of the large ones.
 
     Args:
         small (`float`): spread for two thirds of the prompts.
-        noise (`float`): standard deviation of the noise, a hash of the picture and the prompt.
+        noise (`float`): standard deviation of the noise, a hash of the image and the prompt.
     """
 
     __name__ = "small_spread"
@@ -204,7 +204,7 @@ class SmallSpreadReward:
         self.colors = ColorsOnlyReward()
 
     def spread(self, prompt: str) -> float:
-        """Factor of the colours' reward."""
+        """Factor of the colors' reward."""
         return 1.0 if hashlib.sha256(prompt.encode()).digest()[0] % 3 == 0 else self.small
 
     def __call__(
@@ -220,5 +220,5 @@ class SmallSpreadReward:
 
 
 def jpeg_reward() -> JPEGCompressibilityReward:
-    """JPEG compressibility, blind to the prompt: an empty picture is the best one. Positive for 32 x 32 pixels."""
+    """JPEG compressibility, blind to the prompt: an empty image is the best one. Positive for 32 x 32 pixels."""
     return JPEGCompressibilityReward(offset=2.0)

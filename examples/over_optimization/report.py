@@ -10,7 +10,7 @@ import numpy as np
 from experiments import ARMS, COMMON, SECTIONS, Scale
 from results import Curve, common_level, ratio_file, ratio_settings, read_ratio, read_section, spread
 
-from trl_flow.evaluation.report import versions
+from trl_flow.evaluation.outputs import versions
 
 
 TABLE = "over_optimization.md"
@@ -62,7 +62,7 @@ def _preamble(sections: dict[str, dict[str, dict[int, Curve]]], scale: Scale, co
     }
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     return [
-        "The bundled model of coloured shapes, trained against rewards that are imperfect on purpose, with every "
+        "The bundled model of colored shapes, trained against rewards that are imperfect on purpose, with every "
         "method of the three papers. Written by",
         "",
         "```bash",
@@ -78,7 +78,7 @@ def _preamble(sections: dict[str, dict[str, dict[int, Curve]]], scale: Scale, co
         "along the ODE, the same noise for all arms of a seed. **Gold** is the mean of the strict checker, the "
         "fidelity to a clean rendering and the diversity, each divided by the base model's value; the diversity is "
         "the root mean square difference of the two pictures of a prompt. Neither these nor the soft checker are "
-        "optimised. Numbers are means over seeds ± their standard deviation (one seed: no spread). In the figures "
+        "optimized. Numbers are means over seeds ± their standard deviation (one seed: no spread). In the figures "
         "lines are means over seeds, and the bars behind their ends reach from the lowest seed to the highest.",
     ]
 
@@ -149,10 +149,10 @@ def _section(name: str, runs: dict[str, dict[int, Curve]], folder: Path) -> list
 
 
 _PROXIES = {
-    "colors": "paint in the colours that the prompt names; blind to shapes, counts and places",
+    "colors": "paint in the colors that the prompt names; blind to shapes, counts and places",
     "learned": "a small scorer, trained on rendered pictures; blind to places, and to whatever is not like those",
     "jpeg": "JPEG compressibility; blind to the prompt",
-    "small-spread": "the colours' reward, at a twentieth of its spread for two thirds of the prompts, plus noise",
+    "small-spread": "the colors' reward, at a twentieth of its spread for two thirds of the prompts, plus noise",
 }
 _FINAL = ("proxy", "gold", "strict", "fidelity", "soft", "diversity")
 

@@ -18,7 +18,7 @@ SCORES = {
     "soft": "eval_gold/shapes_soft",
     "diversity": "eval_diversity",
 }
-# The mean of these, each divided by the base model's value, is "gold". The soft checker is not: it sees colours too.
+# The mean of these, each divided by the base model's value, is "gold". The soft checker is not: it sees colors too.
 GOLD = ("strict", "fidelity", "diversity")
 
 

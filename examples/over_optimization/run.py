@@ -26,7 +26,7 @@ from ratios import measure
 from results import ratio_file, ratio_settings, read_ratio
 from training import fingerprint, is_finished, run, settings_of
 
-from trl_flow.evaluation.report import write_json
+from trl_flow.evaluation.outputs import write_json
 
 
 HERE = Path(__file__).parent

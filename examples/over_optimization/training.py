@@ -17,7 +17,7 @@ from peft import LoraConfig
 from transformers import PrinterCallback
 
 from trl_flow import FlowGRPOConfig, FlowGRPOTrainer
-from trl_flow.evaluation.report import write_json
+from trl_flow.evaluation.outputs import write_json
 from trl_flow.rewards import ShapesReward
 from trl_flow.shapes import load_pipeline, load_prompts
 
@@ -105,7 +105,7 @@ def train(folder: Path, settings: dict[str, Any], shared: Path) -> list[dict[str
     trainer = FlowGRPOTrainer(
         model=load_pipeline(),
         reward_funcs=PROXIES[settings["proxy"]](shared),
-        # Never optimised: the gold scores
+        # Never optimized: the gold scores
         eval_reward_funcs=[ShapesReward(score) for score in ("strict", "fidelity", "soft")],
         args=FlowGRPOConfig(
             **settings["config"],

@@ -3,10 +3,11 @@ import math
 
 import pytest
 
-from trl_flow.evaluation.comparison import compare_scores, markdown, markdown_text, score_table
+from trl_flow.evaluation.comparison import compare_scores
+from trl_flow.evaluation.tables import markdown, markdown_text, means_table
 
 
-# Two pictures for each of two prompts. Means by prompt: quality 2 and 4 (base), 4 and 8 (ours): twice the base's;
+# Two images for each of two prompts. Means by prompt: quality 2 and 4 (base), 4 and 8 (ours): twice the base's;
 # taste 1 and 3 (base), 1 and 1 (ours): half
 SCORES = {
     "base": {"proxy": [0, 0, 1, 1], "quality": [1, 3, 4, 4], "taste": [1, 1, 3, 3]},
@@ -51,7 +52,7 @@ def test_a_row_of_grpo_guards_table_1():
     found = compare_scores(scores, proxy=["geneval"], gold=list(base))
     assert round(found["gold"]["flow"]["average"], 2) == 0.84
     assert found["gold"]["flow"]["low"] is None
-    assert score_table(found).splitlines() == [
+    assert means_table(found).splitlines() == [
         "| model | [geneval] | hpsv2 | imr | unir | Average (base = 1) |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
         "| base | 0.63 | 0.293 | 1.06 | 3.31 | 1 |",
@@ -69,21 +70,21 @@ def test_a_reward_that_never_applies():
     assert found["means"]["base"]["text"]["mean"] is None
     assert found["differences"]["ours"]["text"] is None
     assert found["gold"]["ours"]["average"] is None
-    assert "| ours | 1 | - |" in score_table(found)
+    assert "| ours | 1 | - |" in means_table(found)
 
 
 def test_a_gold_mean_that_can_not_be_divided_by_is_told():
     found = compare_scores({"base": {"q": [-1.0, 0.5]}, "ours": {"q": [1.0, 1.0]}}, gold=["q"])
     assert found["gold"] is None
     assert "that of q is -0.25, which is not positive" in found["gold_note"]
-    assert "| ours | 1 ± 0 | - |" in score_table(found)
+    assert "| ours | 1 ± 0 | - |" in means_table(found)
 
 
 def test_without_rewards_or_adapters_there_are_still_tables():
     found = compare_scores({"base": {}})
-    assert score_table(found).splitlines()[-1] == "| base |"
+    assert means_table(found).splitlines()[-1] == "| base |"
     alone = compare_scores({"base": {"q": [1.0, 3.0]}}, proxy=["q"])
-    assert alone["differences"] == {} and "[" not in score_table(alone).splitlines()[-1]
+    assert alone["differences"] == {} and "[" not in means_table(alone).splitlines()[-1]
 
 
 def test_report_has_a_table_for_each_set_and_keeps_hostile_names_as_text(compared):

@@ -1,4 +1,4 @@
-"""Distances of pictures that can be worked out by hand."""
+"""Distances of images that can be worked out by hand."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ def plain(value: int, size: int = 16) -> Image.Image:
     return Image.new("RGB", (size, size), (value, value, value))
 
 
-def test_equal_pictures_have_none_and_opposite_ones_all():
+def test_equal_images_have_none_and_opposite_ones_all():
     assert diversity([plain(90), plain(90)], 2) == 0.0
     assert diversity([plain(0), plain(255)], 2) == pytest.approx(1.0)
 
@@ -26,7 +26,7 @@ def test_the_mean_over_pairs_then_over_prompts():
     # pairs 51, 102 and 153 of 255; a second prompt without any
     images = [plain(0), plain(51), plain(153), plain(7), plain(7), plain(7)]
     assert diversity(images, 3) == pytest.approx((0.2 + 0.4 + 0.6) / 3 / 2)
-    # pictures of different prompts are not compared
+    # images of different prompts are not compared
     assert diversity([plain(0), plain(0), plain(255), plain(255)], 2) == 0.0
 
 
@@ -54,7 +54,7 @@ def test_features_of_ones_own():
         return [[3.0, 0.0], [0.0, 4.0]]
 
     assert diversity([plain(0), plain(0)], 2, embed=embed) == 5.0
-    with pytest.raises(ValueError, match=r"shape \(2, 2\) for 4 pictures"):
+    with pytest.raises(ValueError, match=r"shape \(2, 2\) for 4 images"):
         diversity([plain(0)] * 4, 2, embed=embed)
 
 

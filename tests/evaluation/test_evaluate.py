@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from PIL import Image
-from tiny_comparisons import random_lora
+from tiny_comparisons import assert_same_images, random_lora
 
 from trl_flow.evaluation import DrawingOptions, evaluate_models
-from trl_flow.evaluation.evaluate import Evaluation
-from trl_flow.evaluation.scoring import draw
-from trl_flow.rewards.calling import RewardError
+from trl_flow.evaluation.drawing import draw
+from trl_flow.evaluation.evaluate import ModelEvaluation
+from trl_flow.rewards.checks import RewardError
 
 
 PROMPTS = ["a red circle", "two blue squares", "three green triangles"]
@@ -40,26 +40,21 @@ def compared(tiny_sd3_path, lora, tmp_path_factory):
     return evaluate_models(tiny_sd3_path, [lora], output_dir=folder, progress=False, **arguments)
 
 
-def pixels(folder) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.png"))}
-
-
-def test_pictures_are_those_of_the_stock_pipeline_from_the_same_noise(compared, tiny_sd3, lora):
-    folder = compared.folder / "pictures" / "shapes"
+def test_images_are_those_that_draw_gives(compared, tiny_sd3, lora):
+    folder = compared.folder / "images" / "shapes"
     for model in ("base", "ours"):
         if model == "ours":
             tiny_sd3.load_lora_weights(lora)
         drawn = draw(tiny_sd3, PROMPTS, seed=0, num_images_per_prompt=2, batch_size=4, guidance_scale=4.5, **SAMPLING)
         saved = [Image.open(path) for path in sorted((folder / model).iterdir())]
         assert len(saved) == len(drawn) == 6
-        for one, other in zip(saved, drawn, strict=True):
-            np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+        assert_same_images(saved, drawn)
     assert (folder / "base" / "000000.png").read_bytes() != (folder / "ours" / "000000.png").read_bytes()
 
 
-def test_scores_are_those_of_the_saved_pictures(compared):
+def test_scores_are_those_of_the_saved_images(compared):
     for model in ("base", "ours"):
-        paths = sorted((compared.folder / "pictures" / "shapes" / model).iterdir())
+        paths = sorted((compared.folder / "images" / "shapes" / model).iterdir())
         images = [Image.open(path) for path in paths]
         scores = compared.scores["shapes"][model]
         # Scores pass through float32
@@ -77,17 +72,17 @@ def test_what_is_written(compared):
     names = {path.name for path in compared.folder.iterdir()}
     assert names - {".lock"} == {
         *("settings.json", "scores.json", "results.json", "results.md", "comparison.html", "grid-shapes.png"),
-        "pictures",
+        "images",
     }
     assert json.loads((compared.folder / "results.json").read_text()) == compared.results
     assert (compared.folder / "results.md").read_text(encoding="utf-8") == compared.markdown
     assert "| ours | [" in compared.markdown
     with Image.open(compared.folder / "grid-shapes.png") as grid:
-        # Two columns of 16 x 16 pictures enlarged 16 times
+        # Two columns of 16 x 16 images enlarged 16 times
         assert grid.width == 2 * 256 + 3 * 6
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_pictures(compared, tiny_sd3_path, lora, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_and_ends_with_the_same_images(compared, tiny_sd3_path, lora, tmp_path, monkeypatch):
     calls = []
 
     def killed(pipeline, prompts, **options):
@@ -101,17 +96,18 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_pictures(compared, tiny_sd3
         patch.setattr("trl_flow.evaluation.evaluate.draw", killed)
         with pytest.raises(KeyboardInterrupt):
             evaluate_models(tiny_sd3_path, [lora], output_dir=tmp_path, **arguments)
-        # The base's two batches and the adapter's first are there; one picture gets lost
-        assert len(pixels(tmp_path)) == 10
-        (tmp_path / "pictures" / "shapes" / "base" / "000001.png").unlink()
+        # The base's two batches and the adapter's first are there; one image gets lost
+        assert len(list(tmp_path.rglob("*.png"))) == 10
+        (tmp_path / "images" / "shapes" / "base" / "000001.png").unlink()
         calls = [0] * 10
         evaluate_models(tiny_sd3_path, [lora], output_dir=tmp_path, **arguments)
     assert calls[10:] == [0, 4]  # the batch of the lost one, and the adapter's second
-    drawn, whole = pixels(tmp_path / "pictures"), pixels(compared.folder / "pictures")
-    assert drawn == whole
+    drawn, whole = (sorted((folder / "images").rglob("*.png")) for folder in (tmp_path, compared.folder))
+    assert [path.parts[-3:] for path in drawn] == [path.parts[-3:] for path in whole]
+    assert_same_images(map(Image.open, drawn), map(Image.open, whole))
 
 
-def test_kept_scores_are_used_until_pictures_change(tiny_sd3_path, lora, tmp_path):
+def test_kept_scores_are_used_until_images_change(tiny_sd3_path, lora, tmp_path):
     seen = []
 
     def counted(prompts, images, **kwargs):
@@ -127,7 +123,7 @@ def test_kept_scores_are_used_until_pictures_change(tiny_sd3_path, lora, tmp_pat
     found = evaluate_models(tiny_sd3_path, [lora], **{**arguments, "gold": brightness})
     assert seen == [6, 6]
     assert list(found.results["models"]) == ["base", "ours"]
-    (tmp_path / "pictures" / "prompts" / "ours" / "000000.png").unlink()
+    (tmp_path / "images" / "prompts" / "ours" / "000000.png").unlink()
     evaluate_models(tiny_sd3_path, [lora], **arguments)
     assert seen == [6, 6, 6]
     evaluate_models(tiny_sd3_path, [lora], **arguments, rescore=True)
@@ -168,7 +164,7 @@ def test_changed_columns_are_scored_anew(tiny_sd3_path, tmp_path):
         assert found.results["sets"]["prompts"]["means"]["base"]["the_weight"]["mean"] == sum(weights) / 3
 
 
-def test_rewards_are_closed_and_failures_keep_the_pictures(tiny_sd3_path, tmp_path):
+def test_rewards_are_closed_and_failures_keep_the_images(tiny_sd3_path, tmp_path):
     class Closing:
         closed = 0
 
@@ -186,7 +182,7 @@ def test_rewards_are_closed_and_failures_keep_the_pictures(tiny_sd3_path, tmp_pa
     with pytest.raises(RewardError, match="broken"):
         evaluate_models(tiny_sd3_path, proxy=reward, gold=broken, **arguments)
     assert reward.closed == 1
-    assert len(pixels(tmp_path)) == 6
+    assert len(list(tmp_path.rglob("*.png"))) == 6
     assert json.loads((tmp_path / "scores.json").read_text())["scores"]["prompts"]["base"]["Closing"] == [0.5] * 6
 
 
@@ -224,12 +220,18 @@ def needs_depth(prompts, images, depth, **kwargs):
 )
 def test_mistakes_are_found_before_anything_is_written(changes, message, tiny_sd3_path, tmp_path):
     (tmp_path / "file").touch()
-    arguments = {"model": tiny_sd3_path, "prompts": DATASET, "output_dir": tmp_path / "out", **changes}
+    arguments = {
+        "model": tiny_sd3_path,
+        "prompts": DATASET,
+        "options": OPTIONS,
+        "output_dir": tmp_path / "out",
+        **changes,
+    }
     for name in ("model", "output_dir"):
         if isinstance(arguments[name], str):
             arguments[name] = arguments[name].format(tmp=tmp_path)
     with pytest.raises((ValueError, TypeError), match=message):
-        Evaluation(**arguments)
+        ModelEvaluation(**arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

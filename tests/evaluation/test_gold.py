@@ -49,7 +49,7 @@ def test_a_prompts_difficulty_is_no_noise():
     assert gold.standard_error == pytest.approx(0.0, abs=1e-15)
 
 
-def test_pictures_of_one_prompt_are_one_observation():
+def test_images_of_one_prompt_are_one_observation():
     base = {"a": [1.0, 1.0, 3.0, 3.0]}
     after = {"a": [1.0, 3.0, 3.0, 3.0]}
     gold = gold_score(base, after, num_images_per_prompt=2)

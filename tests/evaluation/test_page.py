@@ -10,7 +10,7 @@ from importlib.resources import files
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_comparisons import painted_folder, plain_picture
+from tiny_comparisons import painted_folder, plain_image
 
 from trl_flow.evaluation.comparison import compare_scores
 from trl_flow.evaluation.page import script_json, with_policy, write_page
@@ -59,22 +59,22 @@ def data_of(text: str) -> dict:
     return json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL).group(1))
 
 
-def picture(uri: str) -> Image.Image:
+def image(uri: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(uri.partition("base64,")[2])))
 
 
-def test_pictures_in_the_page_are_those_in_the_folder(tmp_path):
+def test_images_in_the_page_are_those_in_the_folder(tmp_path):
     data = data_of(page(tmp_path, ["a", "b"], number=2))
     shown = data["sets"][0]
-    assert shown["prompts"] == ["a", "b"] and shown["places"] == [0, 1, 2, 3]
+    assert shown["prompts"] == ["a", "b"] and shown["indices"] == [0, 1, 2, 3]
     for i, model in enumerate(("base", "ours")):
-        for place, uri in enumerate(shown["pictures"][model]):
-            assert picture(uri).format == "PNG"
-            np.testing.assert_array_equal(np.asarray(picture(uri)), np.asarray(plain_picture(i, place)))
+        for index, uri in enumerate(shown["images"][model]):
+            assert image(uri).format == "PNG"
+            np.testing.assert_array_equal(np.asarray(image(uri)), np.asarray(plain_image(i, index)))
     assert "unchanged" in data["note"]
 
 
-def test_prompts_can_not_leave_their_place(tmp_path):
+def test_prompts_cannot_leave_their_element(tmp_path):
     text = page(tmp_path, [HOSTILE, "b"])
     assert data_of(text)["sets"][0]["prompts"][0] == HOSTILE
     found = Elements(text)
@@ -108,13 +108,13 @@ def test_script_json_is_json_without_markup(value):
     assert text.isascii() and not set(text) & set("<>&")
 
 
-def test_large_pictures_become_smaller_copies_and_the_page_says_so(tmp_path):
-    # Noise of 600 x 600 pixels can not be compressed: a megabyte each
+def test_large_images_become_smaller_copies_and_the_page_says_so(tmp_path):
+    # Noise of 600 x 600 pixels cannot be compressed: a megabyte each
     text = page(tmp_path, ["a", "b"], side=600, noise=True, megabytes=0.4)
     data = data_of(text)
-    copy = picture(data["sets"][0]["pictures"]["ours"][1])
+    copy = image(data["sets"][0]["images"]["ours"][1])
     assert copy.format == "WEBP" and max(copy.size) in (384, 256)
-    assert f"at most {max(copy.size)} pixels" in data["note"] and "originals are in pictures/" in data["note"]
+    assert f"at most {max(copy.size)} pixels" in data["note"] and "originals are in images/" in data["note"]
     assert len(text) < 0.55e6
 
 
@@ -128,5 +128,5 @@ def test_of_too_many_prompts_some_are_shown_evenly(tmp_path):
     gaps = np.diff(rows)
     assert gaps.max() - gaps.min() <= 1
     assert f"{len(rows)} of 24 prompts" in data["note"] and shown["total"] == 24
-    assert len(shown["pictures"]["base"]) == len(shown["scores"]["base"]["q"]) == len(rows)
+    assert len(shown["images"]["base"]) == len(shown["scores"]["base"]["q"]) == len(rows)
     assert len(text) < 1.1e6

@@ -37,7 +37,7 @@ def test_one_panel_for_each_function_with_the_logged_values():
         "evaluation": [(1, 0.75)],
         "evaluation far_away": [(1, 0.1)],
     }
-    # No picture had this reward at step 2
+    # No image had this reward at step 2
     assert [points(line) for line in nested.lines] == [[(1, 3.0), (3, 5.0)]]
 
 
@@ -192,8 +192,8 @@ def test_all_figures_of_a_folder_that_can_be_drawn(tmp_path):
     assert list(drawn) == ["reward_curves", "ratio_distribution", "gradient_norms", "clip_shares"]
     for name, path in drawn.items():
         assert path == tmp_path / "plots" / f"{name}.png"
-        with Image.open(path) as picture:
-            assert len(picture.convert("RGB").getcolors(maxcolors=2**24)) > 20
+        with Image.open(path) as image:
+            assert len(image.convert("RGB").getcolors(maxcolors=2**24)) > 20
     assert set(all_plots(GOLD, tmp_path / "gold")) == {"proxy_against_gold"}
     with pytest.raises(ValueError, match="folder is missing"):
         all_plots(GOLD)

@@ -40,7 +40,7 @@ def test_a_file_that_is_no_log_is_refused(content, tmp_path):
     path.write_text(content)
     with pytest.raises(ValueError, match="is no log of a training run"):
         read_log_history(path)
-    with pytest.raises(ValueError, match="can not be read"):
+    with pytest.raises(ValueError, match="cannot be read"):
         read_log_history(tmp_path / "absent.json")
 
 

@@ -6,10 +6,9 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_flux import tiny_klein_pipeline, tiny_kontext_pipeline, tiny_kontext_sizes
 
-from trl_flow.evaluation.scoring import PairedDifference, draw, paired_difference, score_images
-from trl_flow.rewards.calling import RewardError
+from trl_flow.evaluation.scoring import PairedDifference, paired_difference, score_images
+from trl_flow.rewards.checks import RewardError
 
 
 # ---- paired_difference ----
@@ -26,16 +25,16 @@ def test_difference_worked_out_by_hand():
     assert result.num_pairs == 4
 
 
-def test_pictures_of_one_prompt_count_once():
-    # Prompts 0 and 1 with three pictures each: differences (1, 1, 1) and (0, 3, 0) average to 1 and 1, so the error
-    # is 0; six independent pictures would have had one above 0
+def test_images_of_one_prompt_count_once():
+    # Prompts 0 and 1 with three images each: differences (1, 1, 1) and (0, 3, 0) average to 1 and 1, so the error
+    # is 0; six independent images would have had one above 0
     before, after = [0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 4, 1]
     grouped = paired_difference(before, after, num_images_per_prompt=3)
     assert (grouped.difference, grouped.standard_error, grouped.num_pairs) == (1.0, 0.0, 2)
     assert paired_difference(before, after).standard_error > 0.4
 
 
-def test_repeated_pictures_make_no_result_surer():
+def test_repeated_images_make_no_result_surer():
     single = paired_difference([0.1, 0.5, 0.2], [0.4, 0.6, 0.9])
     copied = paired_difference(
         np.repeat([0.1, 0.5, 0.2], 50), np.repeat([0.4, 0.6, 0.9], 50), num_images_per_prompt=50
@@ -44,7 +43,7 @@ def test_repeated_pictures_make_no_result_surer():
 
 
 def test_pairs_with_nan_are_left_out():
-    # Prompt 0 keeps its second picture, prompt 1 has none left
+    # Prompt 0 keeps its second image, prompt 1 has none left
     result = paired_difference([9, 1, math.nan, 9, 3, 3], [math.nan, 2, 9, math.nan, 3, 5], num_images_per_prompt=2)
     assert (result.mean_before, result.mean_after, result.num_pairs) == (2.0, 3.0, 2)
     with pytest.raises(ValueError, match="no pair"):
@@ -91,87 +90,6 @@ def test_scores_that_are_no_pairs_are_refused(before, after, images, message):
         paired_difference(before, after, num_images_per_prompt=images)
 
 
-# ---- draw ----
-
-PROMPTS = ["a cat", "two dogs", "a bird"]
-
-
-def drawn(pipeline, **kwargs) -> np.ndarray:
-    options = {"seed": 0, "num_inference_steps": 2, "guidance_scale": 2.0, "max_sequence_length": 16} | kwargs
-    prompts = options.pop("prompts", PROMPTS)
-    return np.stack([np.asarray(image, dtype=int) for image in draw(pipeline, prompts, **options)])
-
-
-def test_the_batch_size_changes_no_picture(tiny_sd3):
-    one, many = drawn(tiny_sd3, batch_size=1, num_images_per_prompt=2), drawn(tiny_sd3, num_images_per_prompt=2)
-    assert len(one) == 6
-    assert abs(one - many).max() <= 1  # rounding, by one of 255 levels
-
-
-def test_every_picture_is_another_and_depends_on_the_seed(tiny_sd3):
-    images = drawn(tiny_sd3, prompts=["a cat"], num_images_per_prompt=3)
-    others = drawn(tiny_sd3, prompts=["a cat"], num_images_per_prompt=3, seed=1)
-    everything = [*images, *others]
-    assert all(abs(everything[i] - everything[j]).mean() > 5 for i in range(6) for j in range(i)), (
-        "two pictures from different noise are nearly equal"
-    )
-    assert np.array_equal(images, drawn(tiny_sd3, prompts=["a cat"], num_images_per_prompt=3))
-
-
-def test_pictures_of_one_prompt_are_next_to_each_other(tiny_sd3):
-    # Place 2 is the first picture of the second prompt: same place, so same noise, with and without a first prompt's
-    # neighbours in the batch; and changing the second prompt changes only places 2 and 3
-    images = drawn(tiny_sd3, prompts=["a cat", "two dogs"], num_images_per_prompt=2, guidance_scale=30.0)
-    changed = drawn(tiny_sd3, prompts=["a cat", "something else"], num_images_per_prompt=2, guidance_scale=30.0)
-    assert [bool((a != b).any()) for a, b in zip(images, changed, strict=True)] == [False, False, True, True]
-
-
-def test_a_set_that_is_drawn_piece_by_piece_is_the_same(tiny_sd3):
-    whole = drawn(tiny_sd3, batch_size=1)
-    pieces = [drawn(tiny_sd3, prompts=PROMPTS[i : i + 1], first_index=i, batch_size=1) for i in range(3)]
-    assert np.array_equal(whole, np.concatenate(pieces))
-
-
-def test_arguments_reach_the_pipeline(tiny_sd3):
-    plain = drawn(tiny_sd3)
-    assert not np.array_equal(plain, drawn(tiny_sd3, num_inference_steps=3))
-    assert not np.array_equal(plain, drawn(tiny_sd3, guidance_scale=30.0))
-    assert not np.array_equal(plain, drawn(tiny_sd3, guidance_scale=30.0, negative_prompt="a cat"))
-    assert drawn(tiny_sd3, height=8, width=12).shape == (3, 8, 12, 3)
-
-
-def test_pictures_are_edited_each_with_its_prompt():
-    rng = np.random.default_rng(0)
-    inputs = [Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(2)]
-    options = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 2.0, "max_sequence_length": 16}
-    with tiny_kontext_sizes():
-        pipeline = tiny_kontext_pipeline()
-        images = draw(pipeline, PROMPTS[:2], seed=0, images=inputs, num_images_per_prompt=2, **options)
-        alone = draw(pipeline, PROMPTS[:1], seed=0, images=inputs[:1], num_images_per_prompt=2, **options)
-        swapped = draw(pipeline, PROMPTS[:2], seed=0, images=inputs[::-1], num_images_per_prompt=2, **options)
-        with pytest.raises(ValueError, match="2 images for 3 prompts"):
-            draw(pipeline, PROMPTS, seed=0, images=inputs)
-    assert [image.size for image in images] == [(16, 16)] * 4
-    assert [np.array_equal(a, b) for a, b in zip(images, alone, strict=False)] == [True, True]
-    assert not any(np.array_equal(a, b) for a, b in zip(images, swapped, strict=True))
-
-
-def test_a_pipeline_whose_first_argument_is_not_the_prompt():
-    options = {"seed": 0, "num_inference_steps": 2, "guidance_scale": 2.0, "height": 16, "width": 16}
-    images = drawn(tiny_klein_pipeline(), **options)
-    assert images.shape == (3, 16, 16, 3)
-    assert abs(images[0] - images[1]).max() > 1
-
-
-def test_the_pipelines_own_bar_is_as_before(tiny_sd3, capfd):
-    tiny_sd3.set_progress_bar_config(desc="own")
-    drawn(tiny_sd3)
-    assert capfd.readouterr().err == ""
-    assert tiny_sd3._progress_bar_config == {"desc": "own"}
-    drawn(tiny_sd3, progress="All pictures", batch_size=2)
-    assert "All pictures" in (bars := capfd.readouterr().err) and "own" not in bars
-
-
 # ---- score_images ----
 
 
@@ -183,7 +101,7 @@ def gray(*levels: int) -> list[Image.Image]:
     return [Image.new("L", (2, 2), level) for level in levels]
 
 
-def test_scores_by_function_in_the_pictures_order():
+def test_scores_by_function_in_the_images_order():
     def times_factor(prompts, images, factor, **kwargs):
         return [image.getpixel((0, 0)) * f if p != "b" else None for p, image, f in zip(prompts, images, factor)]  # noqa: B905
 
@@ -198,7 +116,7 @@ def test_one_function_may_stand_alone():
     assert list(score_images(gray(1), Dataset.from_dict({"prompt": ["a"]}), brightness)) == ["brightness"]
 
 
-def test_pictures_that_do_not_fit_the_rows_are_refused():
+def test_images_that_do_not_fit_the_rows_are_refused():
     with pytest.raises(ValueError, match="3 images for 2 rows"):
         score_images(gray(1, 2, 3), Dataset.from_dict({"prompt": ["a", "b"]}), brightness)
 

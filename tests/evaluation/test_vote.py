@@ -82,7 +82,7 @@ def test_nothing_that_is_sent_names_a_model(serve, run):
     assert found["results"]["comparisons"][0]["other"] == "secret-adapter"
 
 
-def test_pictures_are_the_pairs_on_the_sides_that_are_noted(serve, run):
+def test_images_are_the_pairs_on_the_sides_that_are_noted(serve, run):
     server = serve()
     for _ in range(4):
         _, state = post(server, "next", voter="me")
@@ -90,7 +90,7 @@ def test_pictures_are_the_pairs_on_the_sides_that_are_noted(serve, run):
         post(server, "vote", voter="me", pair=state["pair"]["token"], answers=LEFT)
         vote = Ballots(run.path).read("me")["votes"][-1]
         models = MODELS if vote["left"] == "base" else MODELS[::-1]
-        assert shown == [run.picture_path("shapes", model, vote["place"]).read_bytes() for model in models]
+        assert shown == [run.image_path("shapes", model, vote["index"]).read_bytes() for model in models]
         assert state["pair"]["prompt"] == vote["prompt"] == f"prompt {vote['row']} <b>&amp;"
         assert vote["answers"]["overall"] == ("lose" if vote["left"] == "base" else "win")
     assert {vote["row"] for vote in Ballots(run.path).read("me")["votes"]} == {0, 1, 2, 3}
@@ -116,7 +116,7 @@ def test_a_vote_is_on_disk_before_the_answer_and_a_new_server_goes_on(serve, run
     _, first = post(server, "next", voter="me")
     _, second = post(server, "vote", voter="me", pair=first["pair"]["token"], answers=LEFT)
     assert len(Ballots(run.path).read("me")["votes"]) == 1 == second["done"]
-    # As after a kill: another process, whose random names of pictures are others
+    # As after a kill: another process, whose random names of images are others
     again = serve()
     _, state = post(again, "next", voter="me")
     assert (state["done"], state["total"], state["pair"]["prompt"]) == (1, 4, second["pair"]["prompt"])
@@ -204,7 +204,7 @@ def test_hostile_requests_are_refused_and_the_server_lives(headers, body, status
 
 @pytest.mark.parametrize(
     "path",
-    ["/settings.json", "/picture/", "/picture/../settings.json", "/picture/%2e%2e/x", "//etc/passwd", "/votes/"],
+    ["/settings.json", "/image/", "/image/../settings.json", "/image/%2e%2e/x", "//etc/passwd", "/votes/"],
 )
 def test_nothing_else_is_served(path, serve):
     assert ask(serve(), "GET", path)[0] == 404

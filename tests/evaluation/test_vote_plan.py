@@ -20,11 +20,11 @@ def folder(tmp_path_factory):
 def test_pairs_are_a_random_choice_that_only_grows(folder):
     few, more = vote_pairs(folder, pairs=5), vote_pairs(folder, pairs=12)
     assert len(few) == 10 and few == more[:10]
-    # Both adapters are asked about on the same prompts and pictures
-    assert [(p.row, p.place) for p in few[::2]] == [(p.row, p.place) for p in few[1::2]]
+    # Both adapters are asked about on the same prompts and images
+    assert [(p.row, p.index) for p in few[::2]] == [(p.row, p.index) for p in few[1::2]]
     assert {(p.reference, p.other) for p in few} == {("base", "flow"), ("base", "guard")}
-    assert all(p.place // 2 == p.row and p.prompt == PROMPTS[p.row] for p in more)
-    assert {p.place % 2 for p in more} == {0, 1}
+    assert all(p.index // 2 == p.row and p.prompt == PROMPTS[p.row] for p in more)
+    assert {p.index % 2 for p in more} == {0, 1}
     assert len({p.row for p in more}) == 12
     assert vote_pairs(folder, pairs=5, seed=1) != few
     assert len(vote_pairs(folder, pairs=1000)) == 60
@@ -43,9 +43,9 @@ def test_models_can_be_chosen(folder):
             vote_pairs(folder, pairs=pairs)
 
 
-def test_missing_pictures_are_found_at_once(tmp_path):
+def test_missing_images_are_found_at_once(tmp_path):
     folder = painted_folder(tmp_path, ["a", "b"])
-    folder.picture_path("shapes", "ours", 1).unlink()
+    folder.image_path("shapes", "ours", 1).unlink()
     with pytest.raises(ValueError, match=r"ours/000001\.png is missing"):
         vote_pairs(folder)
 
@@ -87,7 +87,7 @@ def test_votes_are_kept_in_terms_of_the_models(left, expected, tmp_path):
     ballots.add("Zoë", PAIR, left, LEFT)
     (vote,) = Ballots(tmp_path).read("Zoë")["votes"]
     assert vote["answers"] == expected
-    assert (vote["prompt"], vote["row"], vote["place"], vote["left"]) == ("prompt 3", 3, 7, left)
+    assert (vote["prompt"], vote["row"], vote["index"], vote["left"]) == ("prompt 3", 3, 7, left)
     (file,) = (tmp_path / "votes").iterdir()
     assert json.loads(file.read_text(encoding="utf-8"))["voter"] == "Zoë"
 
@@ -140,7 +140,7 @@ def test_damaged_votes_are_named_and_left(tmp_path):
     (file,) = (tmp_path / "votes").iterdir()
     file.write_text('{"votes": 3}')
     for call in (ballots.voters, lambda: ballots.read("a"), lambda: ballots.undo("a")):
-        with pytest.raises(ValueError, match="can not be read"):
+        with pytest.raises(ValueError, match="cannot be read"):
             call()
     assert file.read_text() == '{"votes": 3}'
 

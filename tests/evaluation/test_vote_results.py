@@ -6,8 +6,9 @@ from tiny_comparisons import painted_folder
 
 from trl_flow.evaluation.comparison import compare_scores
 from trl_flow.evaluation.intervals import share_interval
+from trl_flow.evaluation.tables import vote_markdown
 from trl_flow.evaluation.vote_plan import Ballots, VotePair
-from trl_flow.evaluation.vote_results import update_votes, vote_bars, vote_markdown, vote_results
+from trl_flow.evaluation.vote_results import update_votes, vote_bars, vote_results
 
 
 def ballot(*votes: tuple[int, str], other: str = "ours") -> dict:

@@ -105,7 +105,7 @@ def opened(browser, page):
     size(browser, 1280, 900)
     browser.get_log("performance")
     browser.get(page)
-    until(browser, "document.getElementById('left-picture').naturalWidth")
+    until(browser, "document.getElementById('left-image').naturalWidth")
     yield browser
     # Nothing was asked for but the file, nothing broke or was blocked, and no prompt ran
     assert set(requested(browser)) == {page}
@@ -133,9 +133,9 @@ def test_the_keyboard_goes_through_the_pairs(opened):
         const canvas = document.createElement("canvas"), context = canvas.getContext("2d");
         context.drawImage(document.getElementById(arguments[0]), 0, 0);
         return [...context.getImageData(3, 3, 1, 1).data].slice(0, 3)"""
-    until(opened, "document.getElementById('right-picture').complete")
-    # As `plain_picture(1, 4)` painted it
-    assert opened.execute_script(pixel, "right-picture") == [40, 28, 90]
+    until(opened, "document.getElementById('right-image').complete")
+    # As `plain_image(1, 4)` painted it
+    assert opened.execute_script(pixel, "right-image") == [40, 28, 90]
 
 
 def choose(browser, element: str, value: str, event: str = "change") -> None:
@@ -175,16 +175,16 @@ def test_order_and_filters_by_difference(opened):
     assert len(shown(opened)) == 5
 
 
-def test_both_pictures_are_zoomed_alike(opened):
+def test_both_images_are_zoomed_alike(opened):
     transforms = "return [...document.querySelectorAll('.frame img')].map((e) => e.style.transform)"
     press(opened, "+", "+")
     assert opened.execute_script(transforms) == ["translate(-150%, -150%) scale(4)"] * 2
     assert text(opened, "zoom") == "4×"
     press(opened, "0")
     assert opened.execute_script(transforms) == ["translate(0%, 0%) scale(1)"] * 2
-    assert opened.execute_script(
-        "return getComputedStyle(document.getElementById('left-picture')).imageRendering"
-    ) == ("pixelated")
+    assert opened.execute_script("return getComputedStyle(document.getElementById('left-image')).imageRendering") == (
+        "pixelated"
+    )
 
 
 @pytest.mark.parametrize("width, height", [(360, 740), (1280, 900)])
@@ -328,10 +328,10 @@ def test_the_whole_vote_is_seen_at_once(browser, server, width, height):
             answer(browser, *["ArrowDown"] * 3)
 
 
-def test_pictures_are_seen_in_full_and_nothing_tells_them_apart(browser, server, run):
+def test_images_are_seen_in_full_and_nothing_tells_them_apart(browser, server, run):
     enter(browser, server.url, "me")
-    pictures = browser.execute_script("return [...document.querySelectorAll('.pair img')].map((e) => e.outerHTML)")
-    assert all("base" not in html and "ours" not in html for html in pictures)
+    images = browser.execute_script("return [...document.querySelectorAll('.pair img')].map((e) => e.outerHTML)")
+    assert all("base" not in html and "ours" not in html for html in images)
     sources = browser.execute_script("return [...document.querySelectorAll('.pair img')].map((e) => e.src)")
     browser.execute_script("document.getElementById('left').click()")
     until(browser, "document.querySelector('dialog').open && document.querySelector('dialog img').naturalWidth")
@@ -339,4 +339,4 @@ def test_pictures_are_seen_in_full_and_nothing_tells_them_apart(browser, server,
     press(browser, *["ArrowLeft"] * 3)  # no votes from behind the dialog
     browser.execute_script("document.querySelector('dialog').click()")
     assert browser.execute_script("return document.querySelectorAll('[aria-pressed=true]').length") == 0
-    assert Image.open(run.picture_path("shapes", "base", 0)).size == (32, 32)
+    assert Image.open(run.image_path("shapes", "base", 0)).size == (32, 32)

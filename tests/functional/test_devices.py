@@ -20,8 +20,10 @@ from trl_flow.functional import (
     log_ratio,
     ode_transition,
     project_to_data,
+    ratio_statistics,
     super_linear,
     timestep_weight,
+    transition_kl,
     value_weights,
 )
 
@@ -47,13 +49,14 @@ def test_transitions_read_no_value(sigma):
 
 
 def test_losses_read_no_value():
-    log_prob = gaussian_log_prob(LATENTS, Transition(LATENTS, NUMBERS))
+    assert gaussian_log_prob(LATENTS, Transition(LATENTS, NUMBERS)).shape == (4,)
     weight = timestep_weight("beta_over_dt", std=NUMBERS, dt=NUMBERS, beta=NUMBERS)
     for kind in ("standard", "mean_revised", "ratio_norm"):
-        ratio = log_ratio(log_prob, log_prob, LATENTS, LATENTS, NUMBERS, kind=kind)
+        ratio = log_ratio(LATENTS, LATENTS, LATENTS, NUMBERS, kind=kind)
         loss = clipped_loss(ratio, super_linear(NUMBERS, 0.5), epsilon=1e-4, weight=weight)
         assert (loss.device, loss.shape) == (NUMBERS.device, NUMBERS.shape)
-    assert gaussian_kl(LATENTS, LATENTS, NUMBERS).shape == (4,)
+        assert ratio_statistics(ratio, NUMBERS, epsilon=1e-4)["above"].shape == (4,)
+    assert gaussian_kl(LATENTS, LATENTS, NUMBERS).shape == transition_kl(LATENTS, LATENTS, NUMBERS).shape == (4,)
     assert cumulative_values(torch.empty(4, 10, device="meta"), 0.9).shape == (4, 10)
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_flow.functional import clipped_loss, gaussian_kl, group_advantages
+from trl_flow.functional import clipped_loss, gaussian_kl, group_advantages, ratio_statistics, transition_kl
 
 
 few = settings(deadline=None, derandomize=True, max_examples=60)
@@ -53,6 +53,24 @@ def test_groups_are_contiguous():
     # read the other way, as every second sample, no group would have equal rewards
     advantages = group_advantages(torch.tensor([1.0, 1.0, 1.0, 7.0, 7.0, 7.0]), 3, scale_rewards="group")
     assert advantages.tolist() == [0.0] * 6
+
+
+def test_samples_without_a_reward_are_left_out_by_hand():
+    # Groups (1, -, 3) and (-, -, 5): means 2 and 5. Spread of the group: sqrt(2) of two deviations of 1; of one
+    # reward: 0. Of the batch: 1, 3, 5 have mean 3, deviations 4 + 0 + 4 = 8, over 2: std 2; 1 / 2.0001 = 0.4999750012
+    nan = math.nan
+    rewards = double([1, nan, 3, nan, nan, 5])
+    unscaled = group_advantages(rewards, 3, scale_rewards="none")
+    assert unscaled.tolist() == [-1, 0, 1, 0, 0, 0]
+    by_group = group_advantages(rewards, 3, scale_rewards="group")
+    torch.testing.assert_close(by_group, 0.7070567848 * unscaled, rtol=0, atol=1e-9)
+    by_batch = group_advantages(rewards, 3, scale_rewards="batch")
+    torch.testing.assert_close(by_batch, 0.4999750012 * unscaled, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+def test_a_batch_without_any_reward_has_no_advantage(scale_rewards):
+    assert group_advantages(torch.full((4,), math.nan), 2, scale_rewards=scale_rewards).tolist() == [0.0] * 4
 
 
 @pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
@@ -119,8 +137,8 @@ def test_a_group_does_not_see_the_others_unless_the_batch_scales_it(case):
         torch.testing.assert_close(together, torch.cat(alone), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_rewards_that_are_no_numbers_are_refused_with_their_place(bad):
+@pytest.mark.parametrize("bad", [math.inf, -math.inf])
+def test_infinite_rewards_are_refused_with_their_index(bad):
     with pytest.raises(ValueError, match=r"rewards holds 1 .*index \(2,\)"):
         group_advantages(torch.tensor([1.0, 2.0, bad, 4.0]), 2, scale_rewards="group")
 
@@ -132,7 +150,7 @@ def test_rewards_that_do_not_form_groups_are_refused():
         group_advantages(torch.zeros(2, 2), 2, scale_rewards="group")
     with pytest.raises(ValueError, match=r"(?s)\(0,\).*num_generations=2"):
         group_advantages(torch.zeros(0), 2, scale_rewards="group")
-    with pytest.raises(ValueError, match="num_generations is 0"):
+    with pytest.raises(ValueError, match="num_generations=0"):
         group_advantages(torch.zeros(4), 0, scale_rewards="group")
 
 
@@ -216,9 +234,9 @@ def test_loss_and_advantages_of_half_precision_are_float32(dtype):
 
 
 def test_clipped_loss_refuses_shapes_that_would_broadcast():
-    with pytest.raises(ValueError, match=r"(?s)\(4, 1\).*\(4,\)"):
+    with pytest.raises(ValueError, match=r"log_ratio has shape \(4,\) and advantages has shape \(4, 1\)"):
         clipped_loss(torch.zeros(4), torch.zeros(4, 1), epsilon=0.1)
-    with pytest.raises(ValueError, match=r"(?s)\(4, 1, 1, 1\).*\(4,\)"):
+    with pytest.raises(ValueError, match=r"weight has shape \(4, 1, 1, 1\): .*\(B,\)"):
         clipped_loss(torch.zeros(4), torch.zeros(4), epsilon=0.1, weight=torch.ones(4, 1, 1, 1))
     with pytest.raises(ValueError, match=r"\(4, 1, 1, 4\).*\(B,\)"):
         clipped_loss(torch.zeros(4, 1, 1, 4), torch.zeros(4, 1, 1, 4), epsilon=0.1)
@@ -231,6 +249,34 @@ def test_negative_clip_ranges_are_refused():
         clipped_loss(torch.zeros(1), torch.zeros(1), epsilon=0.1, epsilon_high=-0.1)
 
 
+# Statistics of the ratio
+
+
+def test_ratio_statistics_by_hand():
+    # range 0.9 to 1.3; the clipping acts above for positive advantages and below for negative ones
+    log_ratio = double([1.4, 1.4, 0.8, 0.8, 1.2]).log()
+    statistics = ratio_statistics(log_ratio, double([2, -2, 2, -2, 2]), epsilon=0.1, epsilon_high=0.3)
+    torch.testing.assert_close(statistics.pop("deviation"), double([0.4, 0.4, -0.2, -0.2, 0.2]))
+    assert {name: flags.tolist() for name, flags in statistics.items()} == {
+        "above": [1, 1, 0, 0, 0],
+        "below": [0, 0, 1, 1, 0],
+        "high": [1, 0, 0, 0, 0],
+        "low": [0, 0, 0, 1, 0],
+    }
+
+
+def test_clipping_acts_where_the_loss_has_no_gradient():
+    generator = torch.Generator().manual_seed(0)
+    log_ratio, advantages = 4e-6 * torch.randn(200, generator=generator), torch.randn(200, generator=generator)
+    log_ratio.requires_grad_()
+    loss = clipped_loss(log_ratio, advantages, epsilon=2e-6, epsilon_high=3e-6)
+    (gradient,) = torch.autograd.grad(loss.sum(), log_ratio)
+    statistics = ratio_statistics(log_ratio.detach(), advantages, epsilon=2e-6, epsilon_high=3e-6)
+    clipped = statistics["high"] + statistics["low"]
+    assert 0.2 < clipped.mean() < 0.8
+    assert torch.equal(clipped == 1, gradient == 0)
+
+
 # KL
 
 
@@ -241,7 +287,7 @@ def test_kl_by_hand():
     assert gaussian_kl(mean, reference, 2.0).tolist() == [0.625, 0.25]
 
 
-def test_kl_is_the_true_gaussian_kl_times_dt():
+def test_kl_of_the_transition_is_the_gaussians_and_the_penalty_that_times_dt():
     # KL of two Gaussians of variance sigma_t^2 dt, as torch has it, averaged over the dimensions
     generator = torch.Generator().manual_seed(0)
     mean, reference = torch.randn(2, 3, 4, 5, 5, generator=generator, dtype=torch.float64)
@@ -249,6 +295,7 @@ def test_kl_is_the_true_gaussian_kl_times_dt():
     std = (diffusion * dt.sqrt()).view(3, 1, 1, 1)
     normal = torch.distributions.Normal
     true = torch.distributions.kl_divergence(normal(mean, std), normal(reference, std)).flatten(1).mean(1)
+    torch.testing.assert_close(transition_kl(mean, reference, std.flatten()), true)
     torch.testing.assert_close(gaussian_kl(mean, reference, diffusion), true * dt)
 
 
@@ -262,5 +309,7 @@ def test_kl_refusals():
         gaussian_kl(torch.zeros(4, 3), torch.zeros(1, 3), 0.7)
     with pytest.raises(ValueError, match=r"(?s)\(4, 1\).*\(4, 3\)"):
         gaussian_kl(torch.zeros(4, 3), torch.zeros(4, 3), torch.ones(4, 1))
-    with pytest.raises(ValueError, match="above 0"):
-        gaussian_kl(torch.zeros(4, 3), torch.zeros(4, 3), 0.0)
+    with pytest.raises(ValueError, match=r"(?s)\(4, 3\).*\(1, 3\)"):
+        transition_kl(torch.zeros(4, 3), torch.zeros(1, 3), 0.7)
+    with pytest.raises(ValueError, match="std is .* above 0"):
+        transition_kl(torch.zeros(4, 3), torch.zeros(4, 3), 0.0)

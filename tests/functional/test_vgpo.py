@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_flow.functional import cumulative_values, dual_advantages, group_advantages, value_weights
+from trl_flow.functional import cumulative_values, dual_advantages, group_advantages, value_share, value_weights
 
 
 few = settings(deadline=None, derandomize=True, max_examples=60)
@@ -56,8 +56,6 @@ def test_values_refuse_what_is_not_samples_by_steps():
     for function in (lambda x: cumulative_values(x, 0.5), value_weights, lambda x: dual_advantages(x, 1, scale=0.0)):
         with pytest.raises(ValueError, match=r"\(4,\).*\(B, T\)"):
             function(torch.zeros(4))
-        with pytest.raises(ValueError, match=r"\(2, 0\).*\(B, T\)"):
-            function(torch.zeros(2, 0))
 
 
 # Weights
@@ -172,6 +170,25 @@ def test_statistics_are_per_group_and_per_step():
 
 def test_a_group_of_one_is_left_with_its_value():
     torch.testing.assert_close(dual_advantages(double([[2.0, 2.0]]), 1, scale=0.25), double([[0.5, 0.5]]))
+
+
+def test_a_sample_with_a_missing_value_has_no_advantage_and_is_left_out():
+    # beside the group by hand above: the same advantages for the others, 0 for it, with k above 0 too
+    values = double([[1, 3], [math.nan, 7], [3, 3]])
+    advantages = dual_advantages(values, 3, scale=0.1)
+    expected = double([[-0.3035283924, 0.45], [0, 0], [1.0070567848, 0.3]])
+    torch.testing.assert_close(advantages, expected, rtol=0, atol=1e-9)
+    assert dual_advantages(torch.full((2, 2), math.nan), 2, scale=0.1).tolist() == [[0.0] * 2] * 2
+
+
+def test_value_share_by_hand():
+    # the same group: relative 0.5 * 0.7070567848 + 1 * 0.7070567848 = 1.0605851772; absolute
+    # 0.1 * (0.5 * 1 + 1.5 * 3 + 1 * 3 + 1 * 3) = 1.1; 1.1 / 2.1605851772
+    values = double([[1, 3], [3, 3]])
+    assert value_share(values, 2, scale=0.1).item() == pytest.approx(0.5091213305, abs=1e-9)
+    assert value_share(values, 2, scale=0.0).item() == 0
+    assert value_share(torch.full((2, 2), 0.3), 2, scale=0.1).item() == 1  # nothing else is left
+    assert value_share(torch.zeros(2, 2), 2, scale=0.1).item() == 0
 
 
 def test_dual_advantages_refusals():

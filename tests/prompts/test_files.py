@@ -25,7 +25,7 @@ def refused(path, **kwargs) -> str:
     with pytest.raises(ValueError) as caught:
         read_prompts(path, **kwargs)
     message = str(caught.value)
-    assert message.startswith(f"the data set {str(path)!r} can not be read: ")
+    assert message.startswith(f"the data set {str(path)!r} cannot be read: ")
     return message
 
 
@@ -112,8 +112,8 @@ def test_objects_come_out_as_they_stand_in_the_file(tmp_path):
 
 def test_values_of_several_kinds_keep_theirs(tmp_path):
     rows = [
-        {"prompt": "a", "x": 1, "y": [1, "2"], "z": {"k": "[1]"}},
-        {"prompt": "b", "x": "5", "y": ["7", None, {"q": 1}], "z": {"k": 0.5}},
+        {"prompt": "a", "x": 1, "y": [1, {"p": "2"}], "z": {"k": "[1]"}},
+        {"prompt": "b", "x": "word", "y": [None, {"q": 1}], "z": {"k": 0.5}},
         {"prompt": "c", "x": True, "y": [], "z": None},
     ]
     path = written(tmp_path, "p.jsonl", "\n".join(json.dumps(row) for row in rows))
@@ -189,7 +189,6 @@ def test_the_kind_can_be_told(tmp_path):
         ("p.jsonl", '{"prompt": 5}', "line 1: prompt is 5, but must be text"),
         ("p.jsonl", '{"prompt": "\\ud800"}', "line 1: prompt is no valid Unicode"),
         ("p.jsonl", '{"prompt": "a", "n": 1000000000000000000000}', "too large"),
-        ("p.jsonl", '{"prompt": "a", "n": {"x": NaN}}\n{"prompt": "b", "n": {}}', "not JSON compliant"),
         ("p.jsonl", "[" * 100_000, "recursion"),
         ("p.txt", "ein Bär".encode("latin-1"), "it is not UTF-8 text (byte 5: "),
         ("p.txt", "a cat".encode("utf-16"), "it is not UTF-8 text"),

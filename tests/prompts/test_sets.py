@@ -177,7 +177,7 @@ def test_another_revision_of_flow_grpos_sets(github):
 
 
 def test_a_file_that_github_does_not_have(github):
-    with pytest.raises(ValueError, match="'ocr' can not be fetched from github.com/yifan123/flow_grpo") as caught:
+    with pytest.raises(ValueError, match="'ocr' cannot be fetched from github.com/yifan123/flow_grpo") as caught:
         load_ocr(revision="no-such")
     assert "get dataset/ocr/train.txt from there" in str(caught.value) and "ocr:PATH" in str(caught.value)
 
@@ -216,7 +216,7 @@ def test_hpdv2_from_files(tmp_path):
 
 def test_a_repository_that_lacks_a_file(dataset_hub):
     dataset_hub.repos["ymhao/HPDv2"] = {"README.md": b""}
-    with pytest.raises(ValueError, match="'hpdv2' can not be fetched from huggingface.co/datasets/ymhao/HPDv2"):
+    with pytest.raises(ValueError, match="'hpdv2' cannot be fetched from huggingface.co/datasets/ymhao/HPDv2"):
         load_hpdv2("test")
 
 
@@ -293,14 +293,14 @@ def test_without_network_it_is_told_what_to_get_and_where_to_put_it(name):
     with pytest.raises(ValueError) as caught:
         load_prompts(name, split)
     message = str(caught.value)
-    assert "can not be fetched from" in message and "PATH on the command line" in message
+    assert "cannot be fetched from" in message and "PATH on the command line" in message
     assert PROMPT_SETS[name].source.split(",")[0] in message
 
 
 @pytest.mark.parametrize("name", sorted(set(PROMPT_SETS) - {"generated_geneval"}))
 def test_a_copy_that_is_not_there(name, tmp_path):
     split = next(iter(PROMPT_SETS[name].splits))
-    with pytest.raises(ValueError, match="can not be read: .*(neither a file nor a folder|no such file|is a folder)"):
+    with pytest.raises(ValueError, match="cannot be read: .*(neither a file nor a folder|no such file|is a folder)"):
         load_prompts(f"{name}:{tmp_path}", split)
 
 

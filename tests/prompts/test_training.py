@@ -20,15 +20,6 @@ def collect(rows: list[dict]):
     return note
 
 
-def test_generated_prompts_reach_the_reward_as_they_are(tmp_path):
-    dataset = load_prompts("generated_geneval", "test", seed=0, limit=4)
-    rows: list[dict] = []
-    tiny_trainer(tmp_path, reward_funcs=collect(rows), train_dataset=dataset, max_steps=2).train()
-    expected = {row["prompt"]: row for row in dataset}
-    assert {row["prompt"] for row in rows} == set(expected)
-    assert all(row == expected[row["prompt"]] for row in rows)
-
-
 def test_metadata_from_a_file_reaches_the_reward_without_keys_of_other_rows(tmp_path):
     lines = [
         {"prompt": "a", "tag": "position", "include": [{"class": "x"}, {"class": "y", "position": ["above", 0]}]},

@@ -1,4 +1,4 @@
-"""The aesthetic score is linear in CLIP's normalised image features."""
+"""The aesthetic score is linear in CLIP's normalized image features."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from tiny_reward_models import aesthetic_layers, clip_model, cropped_pixels, picture, save_clip, with_features
 
 from trl_flow.rewards import AestheticReward
-from trl_flow.rewards.checkpoints import CheckpointError
+from trl_flow.rewards.base import CheckpointError
 
 
 def save(layers, path):

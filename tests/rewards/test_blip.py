@@ -5,8 +5,8 @@ import torch
 from tiny_reward_models import ImageRewardReference, bert_tokenizer
 from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
+from trl_flow.rewards.base import CheckpointError
 from trl_flow.rewards.blip import blip_vision_to_transformers, image_reward_model
-from trl_flow.rewards.checkpoints import CheckpointError
 from trl_flow.rewards.score_head import ScoreHead
 
 
@@ -86,7 +86,7 @@ def shapes(module):
 
 
 def convert(tensors):
-    return image_reward_model(tensors, reward="imagereward", source="weights.pt")
+    return image_reward_model(tensors, source="weights.pt")
 
 
 def from_transformers(model):
@@ -194,5 +194,5 @@ def test_converted_model_computes_what_the_original_does(seed):
 def test_checkpoint_of_another_layout_is_refused_by_name(change, message):
     tensors = ImageRewardReference().state_dict()
     change(tensors)
-    with pytest.raises(CheckpointError, match=f"imagereward: weights.pt .*{message}"):
+    with pytest.raises(CheckpointError, match=f"weights.pt .*{message}"):
         convert(tensors)

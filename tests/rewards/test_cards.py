@@ -11,7 +11,7 @@ import pytest
 
 from trl_flow import rewards
 from trl_flow.rewards.base import RewardInfo
-from trl_flow.rewards.calling import check_reward_func, is_dense, reward_name
+from trl_flow.rewards.checks import check_reward_func, is_dense, reward_name
 from trl_flow.rewards.named import NAMED_REWARDS, named_reward
 
 
@@ -133,5 +133,5 @@ def test_a_wrong_name_is_answered_with_the_nearest_even_where_it_looks_like_a_pa
 
 
 def test_a_path_that_is_near_no_name_is_answered_with_what_is_wrong():
-    with pytest.raises(ValueError, match=r"'no_such_module.brightness' can not be imported: No module .*'\.$"):
+    with pytest.raises(ValueError, match=r"'no_such_module.brightness' cannot be imported: No module .*'\.$"):
         named_reward("no_such_module.brightness")

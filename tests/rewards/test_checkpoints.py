@@ -13,11 +13,11 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 from transformers.utils import logging
 
 from trl_flow.rewards import CLIPScoreReward, GenEvalReward, HPSv2Reward, ImageReward, PickScoreReward
-from trl_flow.rewards.checkpoints import CheckpointError, fill, find_file, load_pretrained, read_tensors
+from trl_flow.rewards.base import CheckpointError
+from trl_flow.rewards.checkpoints import fill, find_file, load_pretrained, read_tensors
 
 
-WHERE = {"reward": "pickscore", "revision": None, "token": None}
-NAMED = {"reward": "head", "source": "weights.pt"}
+WHERE = {"revision": None, "token": None}
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_repository_without_the_file_is_named(folder, hub_server):
 def test_without_a_network_the_error_says_what_to_download_where(name):
     cls = {"pickscore": PickScoreReward, "hpsv2": HPSv2Reward, "imagereward": ImageReward}[name]
     reward = cls("tester/weights") if name != "hpsv2" else cls(model="tester/weights")
-    message = f"{name}: tester/weights .*cache.*Hub can not be reached.*hf download tester/weights"
+    message = f"{name}: tester/weights .*cache.*Hub cannot be reached.*hf download tester/weights"
     with pytest.raises(CheckpointError, match=message):
         reward(["a cat"], [picture(0)])
 
@@ -137,7 +137,7 @@ def test_file_may_have_any_name_and_folder_must_have_the_published(tmp_path):
 
 @pytest.mark.parametrize("cls", [CLIPModel, CLIPImageProcessorPil])
 def test_empty_folder_is_refused(cls, tmp_path):
-    with pytest.raises(CheckpointError, match=f"pickscore: {tmp_path} "):
+    with pytest.raises(CheckpointError, match=f"{tmp_path} "):
         load_pretrained(cls, str(tmp_path), **WHERE)
 
 
@@ -217,19 +217,19 @@ def test_state_dicts_are_taken_out_of_what_they_are_wrapped_in(tmp_path, wrapper
     tensors = {"a": torch.arange(3.0), "b": torch.ones(2, dtype=torch.float16)}
     content = tensors if wrapper is None else {"epoch": 3, wrapper: tensors}
     torch.save(content, tmp_path / "weights.pt")
-    read = read_tensors(tmp_path / "weights.pt", reward="hpsv2")
+    read = read_tensors(tmp_path / "weights.pt")
     assert read.keys() == tensors.keys() and all(torch.equal(read[name], tensors[name]) for name in tensors)
 
 
 def test_safetensors_are_read_too(tmp_path):
     save_file({"a": torch.arange(3.0)}, tmp_path / "weights.safetensors")
-    assert read_tensors(tmp_path / "weights.safetensors", reward="hpsv2")["a"].tolist() == [0, 1, 2]
+    assert read_tensors(tmp_path / "weights.safetensors")["a"].tolist() == [0, 1, 2]
 
 
 def test_nothing_in_a_file_is_run(tmp_path):
     torch.save({"state_dict": {"a": torch.ones(1)}, "trap": Malicious(tmp_path / "run")}, tmp_path / "weights.pt")
     with pytest.raises(CheckpointError, match="holds other objects, which are not loaded because they could run any"):
-        read_tensors(tmp_path / "weights.pt", reward="hpsv2")
+        read_tensors(tmp_path / "weights.pt")
     assert not (tmp_path / "run").exists()
 
 
@@ -237,15 +237,15 @@ def test_nothing_in_a_file_is_run(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"version https://git-lfs.github.com/spec/v1\n"])
 def test_damaged_files_are_named(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=f"hpsv2: {tmp_path / name} can not be read.*download it again"):
-        read_tensors(tmp_path / name, reward="hpsv2")
+    with pytest.raises(CheckpointError, match=f"{tmp_path / name} cannot be read.*download it again"):
+        read_tensors(tmp_path / name)
 
 
 def test_half_a_file_is_damaged(tmp_path):
     torch.save({"a": torch.ones(10_000)}, tmp_path / "whole.pt")
     (tmp_path / "half.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:20_000])
     with pytest.raises(CheckpointError, match="only partly downloaded"):
-        read_tensors(tmp_path / "half.pt", reward="hpsv2")
+        read_tensors(tmp_path / "half.pt")
 
 
 @pytest.mark.parametrize(
@@ -254,13 +254,15 @@ def test_half_a_file_is_damaged(tmp_path):
 def test_what_is_no_state_dict_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "weights.pt")
     with pytest.raises(CheckpointError, match="instead of a state dict"):
-        read_tensors(tmp_path / "weights.pt", reward="hpsv2")
+        read_tensors(tmp_path / "weights.pt")
 
 
 def test_filling_is_all_or_nothing():
     layer = nn.Linear(2, 1)
-    fill(layer, {"weight": torch.tensor([[1.0, 2.0]], dtype=torch.float16), "bias": torch.zeros(1)}, **NAMED)
+    fill(
+        layer, {"weight": torch.tensor([[1.0, 2.0]], dtype=torch.float16), "bias": torch.zeros(1)}, source="weights.pt"
+    )
     assert layer.weight.tolist() == [[1.0, 2.0]] and layer.weight.dtype == torch.float32
-    with pytest.raises(CheckpointError, match="head: weights.pt .*misses bias; .*has the unknown scale"):
-        fill(layer, {"weight": torch.ones(1, 2), "scale": torch.ones(1)}, **NAMED)
+    with pytest.raises(CheckpointError, match="weights.pt .*misses bias; .*has the unknown scale"):
+        fill(layer, {"weight": torch.ones(1, 2), "scale": torch.ones(1)}, source="weights.pt")
     assert layer.weight.tolist() == [[1.0, 2.0]]

@@ -21,7 +21,7 @@ def mask2former(tmp_path_factory):
 
 
 def picture(width=SIZE, height=SIZE, seed=0):
-    """Coarse blobs of random colours."""
+    """Coarse blobs of random colors."""
     pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -200,9 +200,9 @@ def test_crop_stays_in_the_picture(box, size):
 
 def test_crop_refuses_what_is_not_of_this_picture():
     image = Image.new("RGB", (20, 10))
-    with pytest.raises(ValueError, match="shape .20, 10., but the picture is .10, 20."):
+    with pytest.raises(ValueError, match="shape .20, 10., but the image is .10, 20."):
         crop_object(image, Detection("dog", 0.9, (0, 0, 5, 5), np.ones((20, 10), dtype=bool)))
-    with pytest.raises(ValueError, match="lies outside of the picture, which is 20 x 10"):
+    with pytest.raises(ValueError, match="lies outside of the image, which is 20 x 10"):
         crop_object(image, Detection("dog", 0.9, (20, 0, 25, 5)))
 
 

@@ -12,19 +12,19 @@ from tiny_geneval import save_tiny_clip, save_tiny_mask2former
 
 from trl_flow.prompts import generate_geneval_prompts, geneval_benchmark
 from trl_flow.rewards import GenEvalReward
-from trl_flow.rewards.calling import check_reward_func, reward_name
-from trl_flow.rewards.checkpoints import CheckpointError
+from trl_flow.rewards.base import CheckpointError
+from trl_flow.rewards.checks import check_reward_func, reward_name
 from trl_flow.rewards.geneval import COLORS, Detection, crop_object
 
 
-# A world that simple code can look at: each object is a rectangle in one colour on grey. Its class shows in its shape
+# A world that simple code can look at: each object is a rectangle in one color on grey. Its class shows in its shape
 SHAPES = {"bus": (24, 8), "clock": (12, 12), "bottle": (6, 24)}
 PAINT = {"red": (255, 0, 0), "blue": (0, 0, 255), "green": (0, 128, 0), "yellow": (255, 255, 0), "black": (0, 0, 0)}
 GREY = (0x99, 0x99, 0x99)
 
 
 def draw(*objects, mode="RGB"):
-    """A picture of objects, each `(class, colour, x, y)` with the centre's place in a picture of 100 x 100."""
+    """A picture of objects, each `(class, color, x, y)` with the centre's place in a picture of 100 x 100."""
     image = Image.new("RGB", (100, 100), GREY)
     for name, color, x, y in objects:
         width, height = SHAPES[name]
@@ -35,7 +35,7 @@ def draw(*objects, mode="RGB"):
 
 
 def find_blobs(images):
-    """A detector: connected regions of one colour that is not the background's."""
+    """A detector: connected regions of one color that is not the background's."""
     found = []
     for image in images:
         assert image.mode == "RGB"
@@ -58,7 +58,7 @@ def find_blobs(images):
 
 
 def mean_color(crops, names):
-    """A colour classifier: the paint nearest to the mean of all that is not background."""
+    """A color classifier: the paint nearest to the mean of all that is not background."""
     colors = []
     for crop, name in zip(crops, names, strict=True):
         assert name in SHAPES
@@ -253,7 +253,7 @@ def test_rows_without_metadata_have_no_score_and_are_not_looked_at():
     assert own(["a sign"], [draw()], tag=[None], include=[None]) == [None] and len(looked_at) == len(CASES)
 
 
-def test_one_object_for_two_pictures_has_the_colour_of_each():
+def test_one_object_for_two_pictures_has_the_color_of_each():
     box = Detection("bottle", 0.95, (40.0, 30.0, 60.0, 70.0))
     own = reward("correct", detector=lambda images: [[box] for _ in images])
     images = [draw(("bottle", color, 50, 50)) for color in ("blue", "red")]
@@ -270,7 +270,7 @@ def one_row(**changes):
     "changes, message",
     [
         ({"tag": ["a", "b"]}, "1 prompts, 2 tags"),
-        ({"include": [["bus"]]}, "The prompt 'a bus' can not be scored by 'geneval': .*not GenEval's metadata"),
+        ({"include": [["bus"]]}, "The prompt 'a bus' cannot be scored by 'geneval': .*not GenEval's metadata"),
         ({"tag": [["bus"]]}, "The prompt 'a bus'"),
         ({"images": []}, "1 prompts for 0 images"),
         ({"prompts": ["a", "b"]}, "2 prompts, 1 tags"),
@@ -283,9 +283,7 @@ def test_other_rows_are_refused(changes, message):
 
 
 def test_what_the_models_do_not_know_is_refused():
-    with pytest.raises(
-        ValueError, match="'a bus' can not be scored .*asks for 'dragon', but the classes are airplane"
-    ):
+    with pytest.raises(ValueError, match="'a bus' cannot be scored .*asks for 'dragon', but the classes are airplane"):
         GenEvalReward()(**one_row(include=[[{"class": "dragon", "count": 1}]]))
     with pytest.raises(ValueError, match="asks for 'teal', but the colors are black"):
         GenEvalReward()(**one_row(include=[[{"class": "bus", "count": 1, "color": "teal"}]]))
@@ -296,7 +294,7 @@ def test_what_the_models_do_not_know_is_refused():
 @pytest.mark.parametrize(
     "returned, message",
     [
-        ([], "0 lists of detections for 1 pictures"),
+        ([], "0 lists of detections for 1 images"),
         ([[("bus", 0.9)]], "returned .'bus', 0.9., but must return objects of"),
         ([[Detection("bus", 0.9, (0.0, 0.0, 5.0, 5.0), np.ones((3, 3), dtype=bool))]], "mask .* has the shape .3, 3."),
     ],
@@ -309,7 +307,7 @@ def test_faulty_detectors_are_named(returned, message):
 
 def test_faulty_color_classifiers_are_named():
     colored = [[{"class": "bus", "count": 1, "color": "red"}]]
-    with pytest.raises(ValueError, match="0 colours for 1 objects"):
+    with pytest.raises(ValueError, match="0 colors for 1 objects"):
         reward(color_classifier=lambda crops, names: [])(**one_row(include=colored))
 
 
@@ -348,7 +346,7 @@ def test_loads_its_own_models_at_the_first_call_and_again_after_closing(models):
     with GenEvalReward("correct", **models, max_objects=1, batch_size=1) as own:
         assert own._loaded is None  # a constructor must not take a GPU's memory
         own.load()
-        # Whatever the random CLIP takes for the colour of the dog must be what counts
+        # Whatever the random CLIP takes for the color of the dog must be what counts
         detector, classifier = own._loaded
         dog = next(one for one in detector([STRIP])[0] if one.label == "dog")
         color = classifier([crop_object(STRIP, dog)], ["dog"])[0]

@@ -11,7 +11,7 @@ from trl_flow.rewards.geneval.vocabulary import geneval_class
 
 
 def at(label, x, y, score=0.95, color="grey", size=10):
-    """A detected square of `size` pixels around a point, and its colour."""
+    """A detected square of `size` pixels around a point, and its color."""
     half = size / 2
     return Detection(label, score, (x - half, y - half, x + half, y + half)), color
 
@@ -22,7 +22,7 @@ def scored(tag, include, exclude, seen):
     objects = select_objects((one for one, _ in seen), threshold=0.9 if tag == "counting" else 0.3)
     asked = objects_to_color(objects, request)
     paint = {(name, one): color for name, one in asked for own, color in seen if own is one}
-    # A KeyError here is a colour that was judged without having been asked for
+    # A KeyError here is a color that was judged without having been asked for
     return judge(objects, request, lambda name, one: paint[name, one])
 
 
@@ -83,7 +83,7 @@ TABLE = {
                                1.0),
     "exclude: fewer than its count": ("single_object", DOG, [{"class": "cat", "count": 2}],
                                       [*dogs(1), at("cat", 0, 0)], 1, 1, 1.0),
-    # partial: mean of a part for the count and one for the colour
+    # partial: mean of a part for the count and one for the color
     "colors: right": ("colors", RED_CAR, None, [at("car", 0, 0, color="red")], 1, 1, 1.0),
     "colors: wrong, (1 + 0) / 2": ("colors", RED_CAR, None, [at("car", 0, 0, color="blue")], 0, 0, 0.5),
     "colors: nothing to look at, (0 + 0) / 2": ("colors", RED_CAR, None, [], 0, 0, 0.0),
@@ -121,23 +121,23 @@ TABLE = {
     "position: all pairs must hold, (1 + 1 + 0 + 1) / 4": (
         "position", [{"class": "dog", "count": 1}, {"class": "cat", "count": 2, "position": ["left of", 0]}], None,
         [at("dog", 50, 0), at("cat", 0, 0), at("cat", 100, 0)], 0, 0, 0.75),
-    # partial: (count + colour + count + colour) / 4
+    # partial: (count + color + count + color) / 4
     "color_attr: right": (
         "color_attr", RED_CAR_BLUE_BUS, None, [at("car", 0, 0, color="red"), at("bus", 50, 0, color="blue")], 1, 1, 1),
-    "color_attr: colours swapped, (1 + 0 + 1 + 0) / 4": (
+    "color_attr: colors swapped, (1 + 0 + 1 + 0) / 4": (
         "color_attr", RED_CAR_BLUE_BUS, None, [at("car", 0, 0, color="blue"), at("bus", 50, 0, color="red")],
         0, 0, 0.5),
-    "color_attr: one colour leaks, (1 + 1 + 1 + 0) / 4": (
+    "color_attr: one color leaks, (1 + 1 + 1 + 0) / 4": (
         "color_attr", RED_CAR_BLUE_BUS, None, [at("car", 0, 0, color="red"), at("bus", 50, 0, color="red")],
         0, 0, 0.75),
     "color_attr: one object missing, (1 + 1 + 0 + 0) / 4": (
         "color_attr", RED_CAR_BLUE_BUS, None, [at("car", 0, 0, color="red")], 0, 0, 0.5),
-    # A wrong colour ends a clause: (1 + 1 + 0) / 3, and it is no reference for others
-    "colour and position: the position is not looked at": (
+    # A wrong color ends a clause: (1 + 1 + 0) / 3, and it is no reference for others
+    "color and position: the position is not looked at": (
         "position",
         [{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "color": "red", "position": ["left of", 0]}],
         None, [at("dog", 50, 0), at("cat", 0, 0, color="blue")], 0, 0, 2 / 3),
-    "colour and position: no reference of the wrong colour, (1 + 0 + 1 + 0) / 4": (
+    "color and position: no reference of the wrong color, (1 + 0 + 1 + 0) / 4": (
         "position",
         [{"class": "dog", "count": 1, "color": "red"}, {"class": "cat", "count": 1, "position": ["left of", 0]}],
         None, [at("dog", 50, 0, color="blue"), at("cat", 0, 0)], 0, 0, 0.5),
@@ -219,7 +219,7 @@ LABELS = ["dog", "cat", "bus"]
 
 @st.composite
 def scenes(draw):
-    """Detections of three classes with their colours; no two are equally sure."""
+    """Detections of three classes with their colors; no two are equally sure."""
     scores = draw(st.lists(st.integers(1, 99), max_size=9, unique=True))
     return [
         at(
@@ -316,7 +316,7 @@ def test_what_was_asked_is_right_and_one_more_is_not(wanted, color):
     label, count = wanted[0]
     more = scored("two_object", include, None, [*seen, at(label, 0, 50, 0.95, color)])
     assert (more.correct, more.strict) == (1, 0)
-    # The count's part is 1 - 1 / count, and where there is a colour, its part is 0
+    # The count's part is 1 - 1 / count, and where there is a color, its part is 0
     parts = len(wanted) * (1 if color is None else 2)
     assert more.partial == pytest.approx(1 - (1 / count if color is None else 1 / count + 1) / parts)
 
@@ -344,7 +344,7 @@ def test_keys_that_are_none_are_absent():
         ("counting", [{"class": "dog", "count": True}], None, "the count True"),
         ("counting", [{"class": "dog", "count": 1.5}], None, "the count 1.5"),
         ("counting", [{"class": "dog", "count": 1, "colour": "red"}], None, "unknown keys .'colour'."),
-        ("colors", [{"class": "dog", "count": 1, "color": 3}], None, "the colour 3"),
+        ("colors", [{"class": "dog", "count": 1, "color": 3}], None, "the color 3"),
         ("counting", DOG, "cat", "`exclude` is 'cat'"),
         ("counting", DOG, [{"class": "cat", "count": -1}], "the count -1"),
         ("position", cat_to_dog("near"), None, "the position .'near', 0."),

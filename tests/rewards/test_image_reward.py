@@ -1,4 +1,4 @@
-"""ImageReward is the head's number, standardised as its authors do."""
+"""ImageReward is the head's number, standardized as its authors do."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tiny_reward_models import (
 )
 
 from trl_flow.rewards import ImageReward
-from trl_flow.rewards.checkpoints import CheckpointError
+from trl_flow.rewards.base import CheckpointError
 
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
@@ -30,7 +30,7 @@ def save(model, path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_value_is_the_standardised_output_of_the_head(tmp_path, tokenizer_path, dtype):
+def test_value_is_the_standardized_output_of_the_head(tmp_path, tokenizer_path, dtype):
     model = ImageRewardReference()
     # The text encoder's last norm gives (2, 0, 0, ...) whatever it reads; the head 3 * 2 + 0.25 of it
     last = model.blip.text_encoder.encoder["layer"][-1].output["LayerNorm"]

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from trl_flow.rewards import JPEGCompressibilityReward, JPEGIncompressibilityReward
-from trl_flow.rewards.calling import reward_name
+from trl_flow.rewards.checks import reward_name
 
 
 def noise(size=64):

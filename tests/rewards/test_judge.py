@@ -18,8 +18,9 @@ from judge_server import JudgeServer
 from PIL import Image
 
 from trl_flow.rewards import DeQAReward, JudgeError, UnifiedReward, VLMComparer, VLMJudgeReward, judge_prompts
-from trl_flow.rewards.calling import RewardError, call_reward_func, call_reward_funcs, check_reward_func, is_dense
+from trl_flow.rewards.checks import RewardError, check_reward_func, is_dense
 from trl_flow.rewards.judge_prompts import axis_score, final_score, preferred_image
+from trl_flow.rewards.scorer import RewardScorer
 
 
 AT_ONCE = {"retry-after-ms": "1"}  # asks the client not to wait before it tries again
@@ -157,7 +158,7 @@ def test_an_unreadable_answer_is_asked_for_again_less_greedily():
 
 def test_an_answer_that_stays_unreadable_gives_none_a_warning_and_a_metric(caplog):
     def respond(request):
-        return "I can not judge this." if request.image.getpixel((0, 0))[0] == 7 else "Final Score: 5"
+        return "I cannot judge this." if request.image.getpixel((0, 0))[0] == 7 else "Final Score: 5"
 
     logged = []
     with JudgeServer(respond) as server, caplog.at_level(logging.WARNING):
@@ -167,7 +168,7 @@ def test_an_answer_that_stays_unreadable_gives_none_a_warning_and_a_metric(caplo
         )
     assert scores == [5.0, None, 5.0, 5.0]
     assert logged == [("my_judge/unreadable", 0.25)]
-    assert "1 of 4 answers to 'my_judge' can not be read. The first begins 'I can not judge this.'" in caplog.text
+    assert "1 of 4 answers to 'my_judge' cannot be read. The first begins 'I cannot judge this.'" in caplog.text
     assert len(server.requests) == 5
 
 
@@ -302,7 +303,7 @@ def nobody():
 
 def test_a_server_that_is_away_is_named(nobody):
     reward = VLMJudgeReward("{prompt}", final_score, base_url=nobody, max_retries=1)
-    with pytest.raises(JudgeError, match="can not be reached, in 2 tries.*Look whether it runs") as raised:
+    with pytest.raises(JudgeError, match="cannot be reached, in 2 tries.*Look whether it runs") as raised:
         score(reward, ["p"], [flat(9)])
     assert nobody in str(raised.value)
 
@@ -310,7 +311,7 @@ def test_a_server_that_is_away_is_named(nobody):
 def test_in_a_trainer_the_error_names_the_reward_and_the_server(nobody):
     reward = VLMJudgeReward("{prompt}", final_score, base_url=nobody, max_retries=0, name="my_judge")
     with pytest.raises(RewardError, match="'my_judge' raised JudgeError") as raised:
-        call_reward_funcs([reward], ["my_judge"], ["p"], [flat(9)], {}, timeout=None)
+        RewardScorer([reward]).score(["p"], [flat(9)], {})
     assert nobody in str(raised.value)
 
 
@@ -318,11 +319,11 @@ def test_a_server_that_is_restarted_is_used_again():
     server = JudgeServer(red)
     with server:
         reward = judge(server, model="m", max_retries=0)
-        assert call_reward_func(reward, "r", ["p"], [flat(1)], {}, None) == [1.0]
-    with pytest.raises(RewardError, match="can not be reached"):
-        call_reward_func(reward, "r", ["p"], [flat(1)], {}, None)
+        assert RewardScorer([reward]).score(["p"], [flat(1)], {}).rewards.tolist() == [[1.0]]
+    with pytest.raises(RewardError, match="cannot be reached"):
+        RewardScorer([reward]).score(["p"], [flat(1)], {})
     with server:
-        assert call_reward_func(reward, "r", ["p"], [flat(3)], {}, None) == [3.0]
+        assert RewardScorer([reward]).score(["p"], [flat(3)], {}).rewards.tolist() == [[3.0]]
 
 
 # --- event loops, threads, closing ---
@@ -334,7 +335,7 @@ def test_the_trainers_loop_another_loop_and_a_running_loop_can_take_turns():
         check_reward_func(reward, ["prompt", "text"])
         for value in (1, 2):
             arguments = ["p"], [flat(value)], {"text": ["t"]}
-            assert call_reward_func(reward, "r", *arguments, timeout=None) == [value]
+            assert RewardScorer([reward]).score(*arguments).rewards.tolist() == [[value]]
             assert score(reward, ["p"], [flat(value)]) == [value]
 
             async def notebook_cell(value=value):
@@ -361,9 +362,9 @@ def test_several_threads_can_ask_at_the_same_time():
 def test_a_closed_judge_can_be_called_again():
     with JudgeServer(red) as server:
         with judge(server) as reward:
-            assert call_reward_func(reward, "r", ["p"], [flat(1)], {}, None) == [1.0]
+            assert RewardScorer([reward]).score(["p"], [flat(1)], {}).rewards.tolist() == [[1.0]]
         reward.close()
-        assert call_reward_func(reward, "r", ["p"], [flat(2)], {}, None) == [2.0]
+        assert RewardScorer([reward]).score(["p"], [flat(2)], {}).rewards.tolist() == [[2.0]]
 
 
 def test_the_pictures_of_a_call_share_few_connections_and_none_is_left_open():
@@ -447,7 +448,7 @@ def test_bad_settings_are_refused_by_name(setting, message):
 
 
 @pytest.mark.parametrize(("template", "parse"), [(3, final_score), ("{prompt}", None), (None, final_score)])
-def test_a_question_that_can_not_be_asked_or_read_is_refused(template, parse):
+def test_a_question_that_cannot_be_asked_or_read_is_refused(template, parse):
     for judge_class in (VLMJudgeReward, VLMComparer):
         with pytest.raises(TypeError, match="A judge needs a text and a function"):
             judge_class(template, parse, base_url="http://localhost:1/v1")
@@ -539,7 +540,7 @@ def test_axis_scores_are_read(answer, expected):
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        ("<think>Image 2 is better in colour.</think>\n<answer>Image 1 is better</answer>", "a"),
+        ("<think>Image 2 is better in color.</think>\n<answer>Image 1 is better</answer>", "a"),
         ("<think>...</think><answer>\nImage 2 is better\n</answer>", "b"),
         ("Image 1 is better than Image 2.", "a"),
         ("After all, image 2 is better.", "b"),

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from tiny_reward_models import NAMES, make_reward, picture, save_reward_models
 
-from trl_flow.rewards.calling import check_reward_func, is_dense, reward_name
+from trl_flow.rewards.checks import RewardError, check_reward_func, is_dense, reward_name
 from trl_flow.rewards.named import named_reward
+from trl_flow.rewards.scorer import RewardScorer
 
 
 PROMPTS = ["a cat", "two dogs on a hill", "a cat", "", "ünï 漢字 \N{GRINNING FACE}"]
@@ -97,7 +98,7 @@ def test_pictures_of_other_modes_are_judged_as_rgb_and_left_as_they_were(name, m
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", [(1, 1), (3, 3), (1, 3), (200, 2), (600, 500)])
 def test_pictures_of_any_size_have_a_score(name, size, reward_of):
-    # A picture of one colour keeps it in every size
+    # A picture of one color keeps it in every size
     flat = Image.new("RGB", size, (200, 100, 50))
     score = reward_of(name)(["a cat"], [flat])[0]
     square = reward_of(name)(["a cat"], [Image.new("RGB", (28, 28), (200, 100, 50))])[0]
@@ -131,7 +132,7 @@ def test_of_a_long_strip_only_the_middle_is_scaled(name, folder, monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(name, folder):
     reward = make_reward(name, folder / "not there", device="cuda")
-    with pytest.raises(ValueError, match=f"{name} is to run on cuda, which can not be used here"):
+    with pytest.raises(ValueError, match=f"{name} is to run on cuda, which cannot be used here"):
         reward(["a cat"], [picture(0)])
 
 
@@ -190,8 +191,8 @@ def test_a_model_that_gives_nan_stops_training(name, folder):
         if isinstance(part, torch.nn.Module):
             for parameter in part.parameters():
                 parameter.data.fill_(torch.nan)
-    with pytest.raises(ValueError, match=f"{name} is nan for the prompt 'a cat'.*float32"):
-        reward(["a cat"], [picture(0)])
+    with pytest.raises(RewardError, match=f"'{name}' returned nan for image 0, prompt 'a cat'.*float32"):
+        RewardScorer([reward]).score(["a cat"], [picture(0)], {})
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 from tiny_reward_models import OpenCLIP, clip_tokenizer, open_clip_tokens
 from transformers import CLIPModel
 
-from trl_flow.rewards.checkpoints import CheckpointError
+from trl_flow.rewards.base import CheckpointError
 from trl_flow.rewards.open_clip import clip_from_open_clip, open_clip_config, open_clip_to_transformers
 
 
@@ -83,7 +83,7 @@ def to_open_clip(tensors):
 
 
 def convert(tensors):
-    return clip_from_open_clip(tensors, vision_head_width=80, reward="hpsv2", source="weights.pt")
+    return clip_from_open_clip(tensors, vision_head_width=80, source="weights.pt")
 
 
 def test_full_size_checkpoint_has_every_parameter_of_the_model_and_no_more():
@@ -161,7 +161,7 @@ def test_half_precision_weights_are_computed_with_in_float32():
 def test_checkpoint_of_another_layout_is_refused_by_name(change, message):
     tensors = OpenCLIP().state_dict()
     change(tensors)
-    with pytest.raises(CheckpointError, match=f"hpsv2: weights.pt .*{message}"):
+    with pytest.raises(CheckpointError, match=f"weights.pt .*{message}"):
         convert(tensors)
 
 

@@ -15,11 +15,11 @@ def flat(width, height, level=255):
 
 
 def restored(pixels):
-    """Before the normalisation, `(3, H, W)`."""
+    """Before the normalization, `(3, H, W)`."""
     return pixels * STD + MEAN
 
 
-def test_normalisation_is_clips():
+def test_normalization_is_clips():
     pixels = fill_and_crop(Image.new("RGB", (4, 4), (255, 0, 51)), 2)
     # (1 - 0.48145466) / 0.26862954, (0 - 0.4578275) / 0.26130258, (0.2 - 0.40821073) / 0.27577711
     assert pixels.mean(dim=(1, 2)).tolist() == pytest.approx([1.930336, -1.752097, -0.754996], abs=1e-5)

@@ -13,8 +13,9 @@ from judge_server import JudgeServer
 from PIL import Image
 
 from trl_flow.rewards import JudgeError, UnifiedRewardComparer, UnreadableAnswer, VLMComparer, WinRateReward
-from trl_flow.rewards.calling import call_reward_func, check_reward_func, is_dense, reward_name
+from trl_flow.rewards.checks import check_reward_func, is_dense, reward_name
 from trl_flow.rewards.judge_prompts import preferred_image
+from trl_flow.rewards.scorer import RewardScorer
 
 
 @pytest.fixture
@@ -98,7 +99,7 @@ def test_a_comparer_may_give_probabilities(wrap):
 
 @pytest.mark.parametrize("outcome", ["A", "c", "", None, 1.5, -0.1, float("nan"), [1], np.array([0.5, 0.5])])
 def test_anything_else_is_refused_with_the_prompt(outcome):
-    with pytest.raises(ValueError, match="for two pictures of 'a red cat'. It must return 'a', 'b', 'tie'"):
+    with pytest.raises(ValueError, match="for two images of 'a red cat'. It must return 'a', 'b', 'tie'"):
         win_rates(WinRateReward(lambda *pair: outcome), ["a red cat"] * 2, [picture(1), picture(2)])
 
 
@@ -238,7 +239,7 @@ def test_unreadable_answers_are_ties_and_counted(caplog):
         )
     assert rates == [0.5, 0.25, 0.75]
     assert logged == [("win_rate/unreadable", 2 / 3)]
-    assert "2 of 3 answers to 'win_rate' can not be read. The first begins 'no idea'" in caplog.text
+    assert "2 of 3 answers to 'win_rate' cannot be read. The first begins 'no idea'" in caplog.text
 
 
 def test_answers_of_which_none_can_be_read_are_an_error():
@@ -252,8 +253,8 @@ def test_answers_of_which_none_can_be_read_are_an_error():
 def test_the_trainers_way_of_calling_gives_the_same():
     reward = WinRateReward(brighter)
     check_reward_func(reward, ["prompt", "text"])
-    arguments = ["p"] * 3, [picture(v) for v in (0, 1, 2)], {"text": ["t"] * 3, "trainer_state": None}
-    assert call_reward_func(reward, "win_rate", *arguments, timeout=30) == [0, 0.5, 1]
+    scores = RewardScorer([reward]).score(["p"] * 3, [picture(v) for v in (0, 1, 2)], {"text": ["t"] * 3})
+    assert scores.rewards.tolist() == [[0], [0.5], [1]]
 
 
 def test_what_the_trainer_needs_to_know_of_it():
@@ -278,7 +279,7 @@ def test_closing_closes_the_comparer():
 
 
 @pytest.mark.parametrize("comparer", ["judge", 1, Counting])
-def test_a_comparer_that_can_not_be_called_is_refused(comparer):
+def test_a_comparer_that_cannot_be_called_is_refused(comparer):
     with pytest.raises(TypeError, match="must be a function"):
         WinRateReward(comparer)
 
@@ -305,10 +306,8 @@ def judged(request):
 @pytest.mark.usefixtures("no_certificates")
 def test_pref_grpo_from_end_to_end():
     with JudgeServer(judged) as server, WinRateReward(base_url=server.base_url, max_concurrency=4) as reward:
-        rates = call_reward_func(
-            reward, "win_rate", ["a {cat}"] * 4, [picture(v) for v in (3, 0, 200, 7)], {}, timeout=60
-        )
-    assert rates == pytest.approx([1 / 3, 0, 1, 2 / 3])
+        rates = RewardScorer([reward]).score(["a {cat}"] * 4, [picture(v) for v in (3, 0, 200, 7)], {}).rewards
+    assert rates[:, 0].tolist() == pytest.approx([1 / 3, 0, 1, 2 / 3])
     assert len(server.requests) == 6
     assert server.most_at_once <= 4
     for request in server.requests:

@@ -22,8 +22,9 @@ from tiny_training import assert_equal, tiny_trainer, train, trained_weights
 from transformers import TrainerCallback
 
 from trl_flow.rewards import JPEGIncompressibilityReward, RemoteReward, RewardServerError, ShapesReward
-from trl_flow.rewards.calling import RewardError, call_reward_funcs, is_dense, reward_name
+from trl_flow.rewards.checks import RewardError, is_dense, reward_name
 from trl_flow.rewards.named import named_reward
+from trl_flow.rewards.scorer import RewardScorer
 from trl_flow.shapes import load_prompts
 
 
@@ -148,7 +149,7 @@ def test_by_an_address_in_a_recipe(serve_rewards):
         named_reward(url)
 
 
-def test_calls_from_many_threads_and_after_close(serve_rewards):
+def test_calls_from_many_threads_and_event_loops(serve_rewards):
     reward = RemoteReward(serve_rewards(rewards="served_rewards.brightness").url)
     images = pictures(8)
     expected = brightness([], images)
@@ -158,11 +159,9 @@ def test_calls_from_many_threads_and_after_close(serve_rewards):
 
     with ThreadPoolExecutor(8) as pool:
         assert [value for (value,) in pool.map(call, range(8))] == expected
-    columns = {"timeout": 30, "trainer_state": None}
     for _ in range(2):
-        both = call_reward_funcs([reward, brightness], ["a", "b"], [""] * 8, images, {}, **columns)
+        both = RewardScorer([reward, brightness], timeout=30).score([""] * 8, images, {}).rewards
         assert torch.equal(both[:, 0], both[:, 1])
-        reward.close()
     assert len(ask(reward, [], [])) == 0
 
 
@@ -255,7 +254,7 @@ def test_a_server_that_comes_back_as_another_is_not_asked(serve_rewards):
     ask(reward, [""] * 2, pictures(2))
     serve_rewards(rewards="served_rewards.thirds", port=int(first.url.rsplit(":", 1)[1]))
     second.kill()
-    with pytest.raises(RewardServerError, match="does not offer 'brightness', only thirds"):
+    with pytest.raises(RewardServerError, match="no reward 'brightness' on this server, only thirds"):
         ask(reward, [""], pictures(1))
 
 
@@ -428,12 +427,12 @@ def test_without_the_package_the_constructor_names_the_extra(monkeypatch):
 # ---- What is found when it is called ----
 
 
-def test_columns_that_json_can_not_hold(serve_rewards):
+def test_columns_that_json_cannot_hold(serve_rewards):
     url = serve_rewards(rewards="served_rewards.brightness").url
     images = pictures(2)
-    with pytest.raises(TypeError, match=r"The column 'image' can not be sent .* RemoteReward\(..., columns="):
+    with pytest.raises(TypeError, match=r"The column 'image' cannot be sent .* RemoteReward\(..., columns="):
         ask(RemoteReward(url), ["", ""], images, image=images, size=[1, 2])
-    with pytest.raises(TypeError, match="The column 'size' can not be sent"):
+    with pytest.raises(TypeError, match="The column 'size' cannot be sent"):
         ask(RemoteReward(url), ["", ""], images, size=[1.0, float("nan")])
     assert ask(RemoteReward(url, columns=["size"]), ["", ""], images, image=images, size=[1, 2]) == brightness(
         [], images
@@ -469,7 +468,6 @@ def test_a_busy_server_is_waited_for(answering):
         scores(),
         scores(1.0, 2.0),
         scores("2"),
-        scores(True),
         (200, {}, json.dumps({"rewards": {"fake": [math.nan]}, "cards": {"fake": CARD}})),
         (200, {}, json.dumps({"rewards": {"other": [1.0]}, "cards": {"other": CARD}})),
         (200, {}, '{"rewards": {"fake": [1.0]}}'),

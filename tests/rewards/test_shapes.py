@@ -3,7 +3,8 @@
 import pytest
 
 from trl_flow.rewards import ShapesReward
-from trl_flow.rewards.calling import RewardError, call_reward_func, call_reward_funcs, check_reward_func, reward_name
+from trl_flow.rewards.checks import RewardError, check_reward_func, reward_name
+from trl_flow.rewards.scorer import RewardScorer
 from trl_flow.shapes import PlacedShape, load_prompts, render
 
 
@@ -27,7 +28,7 @@ def images():
 @pytest.mark.parametrize(
     ("score", "expected"),
     [
-        # The second picture has the count (1), one of two colours (1/2), both shapes (1) and one of two pairs (1/2).
+        # The second picture has the count (1), one of two colors (1/2), both shapes (1) and one of two pairs (1/2).
         ("soft", [1.0, 3 / 4, 0.0]),
         ("strict", [1.0, 0.0, 0.0]),
         # All three are clean drawings, whatever the prompt; two of them of the wrong thing.
@@ -79,15 +80,15 @@ def test_columns_of_the_prompt_set_ask_for_what_its_prompts_say(split, images):
     pictures = [images["right"]] * len(prompt_set)
     columns = {"objects": prompt_set["objects"][:], "relation": prompt_set["relation"][:]}
     prompts = prompt_set["prompt"][:]
-    with_columns = call_reward_funcs([reward], ["r"], prompts, pictures, columns, timeout=None)
-    from_prompts = call_reward_funcs([reward], ["r"], prompts, pictures, {}, timeout=None)
+    with_columns = RewardScorer([reward]).score(prompts, pictures, columns).rewards
+    from_prompts = RewardScorer([reward]).score(prompts, pictures, {}).rewards
     assert with_columns.tolist() == from_prompts.tolist()
     assert with_columns.unique().numel() > 3  # one picture, many prompts: it fits some better than others
 
 
 def test_a_prompt_from_elsewhere_is_an_error_that_shows_it(images):
     with pytest.raises(RewardError, match="'shapes_soft' raised ValueError: 'a photo of a cat' is not a caption"):
-        call_reward_func(ShapesReward(), "shapes_soft", ["a photo of a cat"], [images["right"]], {}, None)
+        RewardScorer([ShapesReward()]).score(["a photo of a cat"], [images["right"]], {})
 
 
 @pytest.mark.parametrize("score", ["soft", "strict", "fidelity"])

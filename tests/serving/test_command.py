@@ -88,7 +88,7 @@ def test_options_that_are_refused(capsys, tmp_path, monkeypatch, options, words)
 def test_a_port_that_is_taken(capsys, serve_rewards):
     port = serve_rewards(rewards="jpeg_compressibility").url.rsplit(":", 1)[1]
     error = mistake(capsys, "--rewards", "jpeg_compressibility", "--port", port)
-    assert f"127.0.0.1, port {port}, can not be listened on: Address already in use" in error
+    assert f"127.0.0.1, port {port}, cannot be listened on: Address already in use" in error
 
 
 def test_answers_are_not_held_back_by_the_system():
@@ -178,7 +178,7 @@ def test_it_ends_although_a_function_hangs(serve_rewards):
     assert server.exit_code() == 0
 
 
-def test_models_that_can_not_be_loaded(server_parent):
+def test_models_that_cannot_be_loaded(server_parent):
     server = server_parent.start(rewards="served_rewards.Broken", wait=False)
     assert server.exit_code() == 1
     assert "error: there are no weights" in server.output() and "ready" not in server.output()

@@ -1,4 +1,4 @@
-"""The checker, on pictures drawn here with PIL, not with the package's renderer, and on real renderings."""
+"""The checker, on images drawn here with PIL, not with the package's renderer, and on real renderings."""
 
 import math
 
@@ -17,7 +17,7 @@ BLACK, WHITE = (13, 13, 13), (240, 240, 240)
 
 
 def drawing(*shapes: tuple, ground: tuple[int, int, int] = BLACK) -> Image.Image:
-    """Shapes `(name, colour, x, y, half width)` drawn at eight times the size and scaled down."""
+    """Shapes `(name, color, x, y, half width)` drawn at eight times the size and scaled down."""
     image = Image.new("RGB", (256, 256), ground)
     draw = ImageDraw.Draw(image)
     for name, color, x, y, half in shapes:
@@ -59,12 +59,12 @@ CASES = {
         {"count": 1, "color": 1, "shape": 1, "attribute": 1},
     ),
     "blank": ("two red circles", drawing(), {"count": 0, "color": 0, "shape": 0, "attribute": 0}),
-    "one wrong colour": (
+    "one wrong color": (
         "a red circle and a green square",
         drawing(RED_CIRCLE, ("square", BLUE, 24, 16, 5)),
         {"count": 1, "color": 1 / 2, "shape": 1, "attribute": 1 / 2},
     ),
-    "colours swapped": (
+    "colors swapped": (
         "a red circle and a green square",
         drawing(("circle", GREEN, 8, 16, 5), ("square", RED, 24, 16, 5)),
         {"count": 1, "color": 1, "shape": 1, "attribute": 0},
@@ -118,8 +118,8 @@ def test_parts_by_hand(caption, image, parts):
 @pytest.mark.parametrize(
     "case, soft",
     [
-        ("one wrong colour", 0.75),
-        ("colours swapped", 0.75),
+        ("one wrong color", 0.75),
+        ("colors swapped", 0.75),
         ("one too few", 2 / 3),
         ("wrong relation", 0.8),
         ("relation to something else", 0.6),
@@ -166,7 +166,7 @@ def test_a_speck_is_no_object_but_costs_fidelity():
 
 
 def test_fidelity_of_a_flat_grey_by_hand():
-    # No ground of this world is grey: 128/255 counts as the nearest light one, 0.90, and misses it by 0.398.
+    # No ground of this world is gray: 128/255 counts as the nearest light one, 0.90, and misses it by 0.398.
     result = checked(Image.new("RGB", (32, 32), (128, 128, 128)), "a red circle")
     assert result.fidelity == pytest.approx(math.exp(-(0.90 - 128 / 255 - 0.04) / 0.08), rel=1e-4)
     assert checked(Image.new("RGB", (32, 32), BLACK), "a red circle").fidelity == 1
@@ -213,7 +213,7 @@ def test_wrong_arguments_are_refused():
 
 
 def flooded(classes: np.ndarray) -> np.ndarray:
-    """The number of the first pixel of each pixel's region, from 1, spread from neighbour to neighbour; 0 for -1."""
+    """The number of the first pixel of each pixel's region, from 1, spread from neighbor to neighbor; 0 for -1."""
     first = np.where(classes >= 0, np.arange(1, classes.size + 1).reshape(classes.shape), 0)
     before = None
     while before is None or (first != before).any():

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from trl_flow.shapes import PlacedShape, check, load_pipeline, load_prompts, pipeline_path, render
-from trl_flow.shapes.model import T5_TOKENS
+from trl_flow.shapes.bundled import T5_TOKENS
 from trl_flow.shapes.prompts import all_targets, make_caption
 
 
@@ -114,7 +114,7 @@ def test_stock_diffusers_draws_without_this_package(tmp_path):
     with Image.open(picture) as image:
         assert image.size == (32, 32)
         red, green, blue = np.asarray(image, dtype=np.float64).transpose(2, 0, 1)
-    # The pipeline's default guidance of 7 leaves the ground mottled, but the shapes have their colour and their size.
+    # The pipeline's default guidance of 7 leaves the ground mottled, but the shapes have their color and their size.
     colored = np.maximum.reduce([red, green, blue]) - np.minimum.reduce([red, green, blue]) > 107
     is_red = colored & (red > green + 80) & (red > blue + 80)
     assert 40 <= is_red.sum() <= 500

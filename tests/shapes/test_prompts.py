@@ -7,7 +7,7 @@ from trl_flow.shapes.prompts import all_targets
 
 
 def combination(objects: list[dict]) -> frozenset:
-    """What must not be in both splits: a (count, colour, shape), or two coloured shapes in whatever order."""
+    """What must not be in both splits: a (count, color, shape), or two colored shapes in whatever order."""
     return frozenset((item["count"], item["color"], item["shape"]) for item in objects)
 
 

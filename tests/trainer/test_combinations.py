@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from tiny_training import assert_equal, brightness, distance, prompts, tiny_trainer, trained_weights
+from tiny_training import brightness, distance, prompts, tiny_config, tiny_trainer, trained_weights
 
 from trl_flow import FlowGRPOConfig, GuardConfig
 
@@ -33,42 +33,47 @@ def redness(prompts, images, **kwargs):
 redness.dense = False
 
 
-def train(folder, names, **fields):
-    parts = {name: value for part in names for name, value in PARTS[part].items()}
-    trainer = tiny_trainer(
-        folder, reward_funcs=[brightness, redness], train_dataset=prompts(4), **WITH | parts | fields
-    )
-    before = trained_weights(trainer)
-    trainer.train()
-    return trainer, distance(trained_weights(trainer), before)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Each combination, trained once: the log's entries, the weights, and how far these have moved."""
+    runs = {}
+    for names in COMBINATIONS:
+        parts = {name: value for part in names for name, value in PARTS[part].items()}
+        trainer = tiny_trainer(
+            tmp_path_factory.mktemp("run"),
+            reward_funcs=[brightness, redness],
+            train_dataset=prompts(4),
+            **WITH | parts,
+        )
+        before = trained_weights(trainer)
+        trainer.train()
+        after = trained_weights(trainer)
+        runs[names] = trainer.state.log_history, after, distance(after, before)
+    return runs
 
 
 @pytest.mark.parametrize("names", COMBINATIONS, ids=lambda names: "+".join(names) or "none")
-def test_every_combination_trains(names, tmp_path):
-    trainer, moved = train(tmp_path, names)
+def test_every_combination_trains(names, trained):
+    logs, weights, moved = trained[names]
     assert moved > 1e-4
-    assert all(value.isfinite().all() for value in trained_weights(trainer).values())
-    logs = trainer.state.log_history
+    assert all(value.isfinite().all() for value in weights.values())
     assert all(entry["grad_norm"] > 0 for entry in logs[:4])
     assert logs[1]["kl"] > 0
     assert ("advantage/value_share" in logs[0]) == ("vgpo" in names)
-    assert logs[0]["ratio/first_update_deviation"] == 0
+    assert logs[0]["ratio/first_update_deviation"] == pytest.approx(0, abs=1e-6)
 
 
-def test_every_part_changes_what_is_trained(tmp_path):
-    weights = {names: trained_weights(train(tmp_path / "-".join(names or "0"), names)[0]) for names in COMBINATIONS}
-    for one, other in itertools.combinations(weights, 2):
-        assert distance(weights[one], weights[other]) > 1e-6, (one, other)
+def test_every_part_changes_what_is_trained(trained):
+    for one, other in itertools.combinations(trained, 2):
+        assert distance(trained[one][1], trained[other][1]) > 1e-5, (one, other)
 
 
 def test_a_combination_is_the_same_from_whichever_class_it_starts(tmp_path):
-    fields = WITH | SLAS | VGPO | {"epsilon": 1e-3, "learning_rate": 1e-2, "reward_funcs": [brightness, redness]}
-    weights = []
-    for cls, more in ((FlowGRPOConfig, GUARD), (GuardConfig, {})):
-        trainer = tiny_trainer(tmp_path / cls.__name__, cls=cls, **fields | more)
-        trainer.train()
-        weights.append(trained_weights(trainer))
-    assert_equal(*weights)
+    """Every switch that a preset sets is a field, so that the other class with the same fields is the same config."""
+    fields = SLAS | VGPO | {"epsilon": 1e-3, "learning_rate": 1e-2}
+    one = tiny_config(tmp_path, cls=FlowGRPOConfig, **fields | GUARD)
+    other = tiny_config(tmp_path, cls=GuardConfig, **fields)
+    assert one.to_dict() == other.to_dict()
 
 
 @pytest.mark.parametrize("sde_type", ["flow", "dance"])
@@ -89,6 +94,6 @@ def test_the_ablation_of_guard_trains_on_both_dynamics(ratio, weighting, sde_typ
     trainer = tiny_trainer(tmp_path, num_iterations=2, diagnostics_steps=1, epsilon=1.0, **fields)
     trainer.train()
     first, second = trainer.state.log_history[:2]
-    assert first["ratio/first_update_deviation"] == 0
+    assert first["ratio/first_update_deviation"] == pytest.approx(0, abs=1e-6)
     norms = torch.tensor([second[f"grad_norm/step_{step}"] for step in range(3)])
     assert (norms > 0).all() and norms.isfinite().all()

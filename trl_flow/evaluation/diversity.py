@@ -1,4 +1,4 @@
-"""How different the pictures of one prompt are."""
+"""How different the images of one prompt are."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,12 +6,12 @@ import numpy as np
 from PIL import Image
 
 
-# Pictures are compared at this size: layout and colours count, grain does not
+# Images are compared at this size: layout and colors count, grain does not
 _SIDE = 32
 
 
 def thumbnails(images: Sequence[Image.Image]) -> np.ndarray:
-    """Pictures of any size and mode reduced to 32 x 32 RGB: uint8 of shape `(N, 3072)`."""
+    """Images of any size and mode reduced to 32 x 32 RGB: uint8 of shape `(N, 3072)`."""
     size = (_SIDE, _SIDE)
     small = [image.convert("RGB").resize(size, Image.Resampling.BOX, reducing_gap=2.0) for image in images]
     return np.stack([np.asarray(image).reshape(-1) for image in small])
@@ -28,26 +28,23 @@ def diversity(
     embed: Callable[[Sequence[Image.Image]], np.ndarray] | None = None,
 ) -> float:
     """
-    Mean over the prompts of the mean distance between two different pictures of the prompt.
+    Mean over the prompts of the mean distance between two different images of the prompt.
 
     Args:
-        images (`Sequence[PIL.Image.Image]`): `N` pictures, those of one prompt next to each other.
+        images (`Sequence[PIL.Image.Image]`): `N` images, those of one prompt next to each other.
         num_images_per_prompt (`int`): `K`, at least 2 and a divisor of `N`.
-        embed (`Callable`, *optional*): gives pictures features `(N, D)`, of which Euclidean distances are taken, such
-            as the unit vectors of an image encoder. By default pictures are reduced to 32 x 32 RGB, and the distance
-            is the root mean square of the differences: 0 for equal pictures, 1 for a black and a white one.
-
-    Returns:
-        `float`: not negative; with the default features at most 1.
+        embed (`Callable`, *optional*): gives images features `(N, D)`, of which Euclidean distances are taken, such
+            as the unit vectors of an image encoder. By default images are reduced to 32 x 32 RGB, and the distance
+            is the root mean square of the differences: 0 for equal images, 1 for a black and a white one.
 
     Raises:
-        ValueError: if `num_images_per_prompt` does not fit the number of pictures, or `embed` gives anything but one
-            vector for each picture.
+        ValueError: if `num_images_per_prompt` does not fit the number of images, or `embed` gives anything but one
+            vector for each image.
     """
     features = pixel_features(thumbnails(images)) if embed is None else np.asarray(embed(images), dtype=np.float64)
     if features.ndim != 2 or len(features) != len(images):
         raise ValueError(
-            f"embed gave features of shape {features.shape} for {len(images)} pictures. Return one vector for each: "
+            f"embed gave features of shape {features.shape} for {len(images)} images. Return one vector for each: "
             f"({len(images)}, D)."
         )
     return mean_pairwise_distance(features, num_images_per_prompt)
@@ -66,9 +63,10 @@ def mean_pairwise_distance(features: np.ndarray, group_size: int) -> float:
     """
     if group_size < 2 or len(features) == 0 or len(features) % group_size != 0:
         raise ValueError(
-            f"The group size is {group_size} for {len(features)} pictures, but must be at least 2 (a single picture "
+            f"The group size is {group_size} for {len(features)} images, but must be at least 2 (a single image "
             "has no diversity) and divide their number."
         )
     first, second = np.triu_indices(group_size, k=1)
     groups = features.reshape(-1, group_size, features.shape[1])
+    # Group by group: all pairs at once would take gigabytes
     return float(np.mean([np.linalg.norm(group[first] - group[second], axis=1).mean() for group in groups]))

@@ -1,4 +1,4 @@
-"""The composite gold score: functions that are never optimised, normalised to the base model (GRPO-Guard, Table 1)."""
+"""The composite gold score: functions that are never optimized, normalized to the base model (GRPO-Guard, Table 1)."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trl_flow.evaluation.intervals import paired_prompt_means
+from trl_flow.evaluation.intervals import paired_prompt_means, standard_error
 
 
 class BaseMeanError(ValueError):
     """
-    A gold function's mean over the base model's pictures can not be divided by.
+    A gold function's mean over the base model's images cannot be divided by.
 
     Attributes:
         name (`str`): the function.
@@ -23,7 +23,7 @@ class BaseMeanError(ValueError):
             f"The base model's mean by the gold function {name!r} is {mean:g}. Gold scores are divided by it, so that "
             "it must be positive. Add an offset that makes it so, such as `lambda prompts, images, **kwargs: [value + "
             "5 for value in func(prompts=prompts, images=images, **kwargs)]`; a function that gives 0 for every "
-            "picture of the base model can not be normalised at all: leave it out, or choose easier prompts."
+            "image of the base model cannot be normalized at all: leave it out, or choose easier prompts."
         )
         self.name, self.mean = name, mean
 
@@ -49,7 +49,7 @@ class GoldScore:
     @property
     def standard_error(self) -> float:
         """Of `average`, from the spread over prompts; NaN for a single prompt."""
-        return _standard_error(self.influence)
+        return standard_error(self.influence)
 
 
 def gold_score(
@@ -63,7 +63,7 @@ def gold_score(
 
     $$\text{average} = \frac{1}{F} \sum_f \frac{\sum_p a_{fp}}{\sum_p b_{fp}}$$
 
-    with $b_{fp}$ the base model's and $a_{fp}$ the trained model's score of prompt $p$, the mean over its pictures.
+    with $b_{fp}$ the base model's and $a_{fp}$ the trained model's score of prompt $p$, the mean over its images.
 
     The standard error is that of a ratio of means over paired prompts (delta method): prompt $p$ contributes
     $\frac{1}{F} \sum_f (a_{fp} - R_f b_{fp}) / \bar b_f$ with $R_f$ the ratio of function $f$. How hard a prompt is
@@ -74,9 +74,6 @@ def gold_score(
             each of shape `(N,)`: entry `i` of both has the same prompt and seed, and those of one prompt are next to
             each other. A pair with a NaN (the function does not apply) is left out.
         num_images_per_prompt (`int`): `K`, a divisor of `N`.
-
-    Returns:
-        [`GoldScore`]
 
     Raises:
         ValueError: if the functions or the shapes differ.
@@ -106,11 +103,11 @@ def gold_score(
         # A mean over some of the prompts: those count for more, the others for nothing
         share = present.mean()
         contributions.append(np.where(present, (after - ratio * before) / (mean_before * share), 0.0))
-    applicable = [contribution for contribution in contributions if not np.isnan(contribution).any()]
-    if not applicable:
+    applies = [not math.isnan(ratio) for ratio in relative.values()]
+    if not any(applies):
         return GoldScore(means, relative, math.nan, np.full(len(contributions[0]), math.nan))
     average = float(np.nanmean(list(relative.values())))
-    return GoldScore(means, relative, average, np.mean(applicable, axis=0))
+    return GoldScore(means, relative, average, np.mean(np.array(contributions)[applies], axis=0))
 
 
 def gold_difference(before: GoldScore, after: GoldScore) -> tuple[float, float]:
@@ -129,7 +126,7 @@ def gold_difference(before: GoldScore, after: GoldScore) -> tuple[float, float]:
             f"The gold scores are of {len(before.influence)} and of {len(after.influence)} prompts, but must be of "
             "the same ones."
         )
-    return after.average - before.average, _standard_error(after.influence - before.influence)
+    return after.average - before.average, standard_error(after.influence - before.influence)
 
 
 def check_base(name: str, base: Sequence[float] | np.ndarray) -> None:
@@ -143,7 +140,3 @@ def check_base(name: str, base: Sequence[float] | np.ndarray) -> None:
     mean = float(np.nanmean(base)) if not np.isnan(base).all() else math.nan
     if mean <= 0:
         raise BaseMeanError(name, mean)
-
-
-def _standard_error(influence: np.ndarray) -> float:
-    return float(influence.std(ddof=1) / math.sqrt(len(influence))) if len(influence) > 1 else math.nan

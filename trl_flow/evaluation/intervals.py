@@ -1,17 +1,15 @@
-"""Confidence intervals of means and of shares, simple enough to be checked by hand."""
+"""Confidence intervals of means and of shares."""
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import ndtri, stdtrit
 
 
 CONFIDENCE = 0.95
-
-# The quantile of the normal distribution that belongs to `CONFIDENCE`, both sides
-_NORMAL = 1.959963984540054
+_QUANTILE = (1 + CONFIDENCE) / 2
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,12 @@ class Interval:
     def to_dict(self) -> dict[str, float | int | None]:
         """For JSON; what is not finite becomes `None`."""
         values = {"mean": self.mean, "low": self.low, "high": self.high, "standard_error": self.standard_error}
-        return {n: v if math.isfinite(v) else None for n, v in values.items()} | {"num_prompts": self.num_prompts}
+        return {name: finite(value) for name, value in values.items()} | {"num_prompts": self.num_prompts}
+
+
+def finite(value: float) -> float | None:
+    """For JSON: `None` in place of NaN and infinity."""
+    return float(value) if math.isfinite(value) else None
 
 
 def mean_interval(scores: Sequence[float] | np.ndarray, *, num_images_per_prompt: int = 1) -> Interval:
@@ -44,11 +47,11 @@ def mean_interval(scores: Sequence[float] | np.ndarray, *, num_images_per_prompt
 
     $$\bar x \pm t_{0.975,\,n-1} \, \frac{s}{\sqrt n}$$
 
-    of the `n` prompts' means $x$ with unbiased standard deviation $s$. Pictures of one prompt are averaged first, as
+    of the `n` prompts' means $x$ with unbiased standard deviation $s$. Images of one prompt are averaged first, as
     they are no independent samples.
 
     Args:
-        scores (`Sequence[float]`): `(N,)`, the pictures of one prompt next to each other. NaN (the score does not
+        scores (`Sequence[float]`): `(N,)`, the images of one prompt next to each other. NaN (the score does not
             apply) is left out, and so is a prompt that has nothing else.
         num_images_per_prompt (`int`): `K`, a divisor of `N`.
 
@@ -57,18 +60,25 @@ def mean_interval(scores: Sequence[float] | np.ndarray, *, num_images_per_prompt
     """
     means = prompt_means(scores, num_images_per_prompt)
     means = means[~np.isnan(means)]
-    n = len(means)
-    mean = float(means.mean()) if n else math.nan
-    if n < 2:
-        return Interval(mean, math.nan, math.nan, math.nan, n)
-    error = float(means.std(ddof=1) / math.sqrt(n))
-    half = t_quantile(n - 1) * error
-    return Interval(mean, mean - half, mean + half, error, n)
+    mean = float(means.mean()) if len(means) else math.nan
+    error = standard_error(means)
+    half = half_width(error, len(means))
+    return Interval(mean, mean - half, mean + half, error, len(means))
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean of `(n,)` values, `s / sqrt(n)`; NaN for fewer than two."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+def half_width(error: float, n: int) -> float:
+    """Half of Student's 95% interval of a mean of `n` values, from its standard error; NaN for fewer than two."""
+    return float(stdtrit(n - 1, _QUANTILE)) * error if n > 1 else math.nan
 
 
 def prompt_means(scores: Sequence[float] | np.ndarray, num_images_per_prompt: int) -> np.ndarray:
     """
-    The mean over each prompt's pictures, float64 `(P,)`; NaN for a prompt whose scores are all NaN.
+    The mean over each prompt's images, float64 `(P,)`; NaN for a prompt whose scores are all NaN.
 
     Raises:
         ValueError: if the scores are not `(N,)`, or `num_images_per_prompt` does not divide `N`.
@@ -80,17 +90,15 @@ def prompt_means(scores: Sequence[float] | np.ndarray, num_images_per_prompt: in
             "shape must be (N,) with N a multiple of it."
         )
     groups = scores.reshape(-1, num_images_per_prompt)
-    valid = ~np.isnan(groups)
-    counts = valid.sum(axis=1)
-    sums = np.where(valid, groups, 0.0).sum(axis=1)
-    return np.where(counts > 0, sums / np.maximum(counts, 1), math.nan)
+    counts = (~np.isnan(groups)).sum(axis=1)
+    return np.where(counts > 0, np.nansum(groups, axis=1) / np.maximum(counts, 1), math.nan)
 
 
 def paired_prompt_means(
     before: Sequence[float] | np.ndarray, after: Sequence[float] | np.ndarray, num_images_per_prompt: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """
-    [`prompt_means`] of both, over the pictures that have a score before and after.
+    [`prompt_means`] of both, over the images that have a score before and after.
 
     Raises:
         ValueError: if the shapes differ, are not `(N,)`, or do not fit `num_images_per_prompt`.
@@ -101,42 +109,8 @@ def paired_prompt_means(
             f"before has shape {before.shape} and after {after.shape}, but both must be (N,) with the same N."
         )
     single = np.isnan(before) | np.isnan(after)
-    first, second = (
-        prompt_means(np.where(single, math.nan, scores), num_images_per_prompt) for scores in (before, after)
-    )
-    return first, second
-
-
-@functools.cache
-def t_quantile(degrees_of_freedom: int) -> float:
-    """
-    The `t` between whose negative and itself Student's distribution has 95% of its mass; 12.706 for one degree of
-    freedom, 1.960 for infinitely many.
-
-    Raises:
-        ValueError: for less than one degree of freedom.
-    """
-    if degrees_of_freedom < 1:
-        raise ValueError(f"degrees_of_freedom is {degrees_of_freedom}, but must be at least 1.")
-    low, high = 0.0, 100.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_mass(middle, degrees_of_freedom) < CONFIDENCE else (low, middle)
-    return (low + high) / 2
-
-
-def _t_mass(t: float, n: int) -> float:
-    """Mass of Student's distribution in `[-t, t]`: the finite sums of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
-    angle = math.atan(t / math.sqrt(n))
-    square = math.cos(angle) ** 2
-    if n % 2:
-        # cos (1 + 2/3 cos^2 + 2*4/(3*5) cos^4 + ...), of (n - 1) / 2 terms
-        k = np.arange(1, (n - 1) // 2)
-        terms = np.concatenate([[1.0], np.cumprod(2 * k / (2 * k + 1) * square)]) if n > 1 else np.zeros(1)
-        return 2 / math.pi * (angle + math.sin(angle) * math.cos(angle) * float(terms.sum()))
-    # 1 + 1/2 cos^2 + 1*3/(2*4) cos^4 + ..., of n / 2 terms
-    k = np.arange(1, n // 2)
-    return math.sin(angle) * float(np.concatenate([[1.0], np.cumprod((2 * k - 1) / (2 * k) * square)]).sum())
+    before, after = np.where(single, math.nan, before), np.where(single, math.nan, after)
+    return prompt_means(before, num_images_per_prompt), prompt_means(after, num_images_per_prompt)
 
 
 def share_interval(share: float, n: int) -> tuple[float, float]:
@@ -146,18 +120,15 @@ def share_interval(share: float, n: int) -> tuple[float, float]:
 
     $$\frac{p + z^2 / 2n \pm z \sqrt{p (1 - p) / n + z^2 / 4n^2}}{1 + z^2 / n}$$
 
+    (scipy has it for whole numbers of cases only.)
+
     Args:
         share (`float`): in `[0, 1]`. It may be the mean of `n` numbers in `[0, 1]` instead of the share of `n` cases:
             these spread less than cases of 0 and 1 do, so that the interval is too wide rather than too narrow.
         n (`int`): at least 1.
-
-    Raises:
-        ValueError: for a share that is none, or `n` below 1.
     """
-    if not 0 <= share <= 1 or n < 1:
-        raise ValueError(f"share is {share} and n is {n}, but a share is in [0, 1], and n at least 1.")
-    square = _NORMAL**2
-    centre = share + square / (2 * n)
-    half = _NORMAL * math.sqrt(share * (1 - share) / n + square / (4 * n * n))
-    scale = 1 + square / n
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    z = float(ndtri(_QUANTILE))
+    center = share + z**2 / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n * n))
+    scale = 1 + z**2 / n
+    return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)

@@ -1,4 +1,4 @@
-"""A blind comparison of pictures by people, served to browsers on this machine."""
+"""A blind comparison of images by people, served to browsers on this machine."""
 
 import contextlib
 import hashlib
@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from trl_flow.evaluation.image_folder import ImageFolder
 from trl_flow.evaluation.page import script_json, with_policy
-from trl_flow.evaluation.picture_folder import PictureFolder
 from trl_flow.evaluation.vote_plan import (
     QUESTIONS,
     Ballots,
@@ -30,10 +30,17 @@ from trl_flow.evaluation.vote_results import update_votes, vote_results
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _LONGEST_BODY = 16_384
+_HEADERS = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
 
 
 class VoteError(Exception):
-    """A request that can not be followed: the status and what to say."""
+    """A request that cannot be followed: the status and what to say."""
 
     def __init__(self, status: HTTPStatus, message: str):
         super().__init__(message)
@@ -42,7 +49,7 @@ class VoteError(Exception):
 
 class VoteServer:
     """
-    Asks people which of two pictures is better, without telling whose they are.
+    Asks people which of two images is better, without telling whose they are.
 
     The server listens on this machine's loopback interface alone, and refuses requests that name another host or come
     from another site's page. Each voter, known by a name, gets the pairs in an order, and each pair's sides in an
@@ -70,23 +77,23 @@ class VoteServer:
         seed: int = 0,
         port: int = 0,
     ):
-        self.folder = PictureFolder(folder)
+        self.folder = ImageFolder(folder)
         self.seed = seed
         self.pairs = vote_pairs(self.folder, models=models, pairs=pairs, seed=seed)
         self.ballots = Ballots(self.folder.path)
         self.ballots.voters()  # damaged files are found before anyone has voted
-        # What pictures and pairs are called in the browser says nothing, and can not be worked out
+        # What images and pairs are called in the browser says nothing, and cannot be worked out
         self._salt = secrets.token_hex(16)
         self._lock, self._report_lock = threading.Lock(), threading.Lock()
         self._serving = self._closed = False
-        self._pictures: dict[str, Path] = {}
+        self._images: dict[str, Path] = {}
         page = (files("trl_flow.evaluation") / "web" / "vote.html").read_text(encoding="utf-8")
         page = with_policy(page, "img-src 'self' data:", "connect-src 'self'")
         self.page = page.replace("__DATA__", script_json({"questions": QUESTIONS})).encode()
         try:
             self._server = ThreadingHTTPServer(("127.0.0.1", port), _handler(self))
         except (OSError, OverflowError) as error:
-            raise ValueError(f"The vote can not be served on port {port}: {error}. Choose another, or 0.") from error
+            raise ValueError(f"The vote cannot be served on port {port}: {error}. Choose another, or 0.") from error
         self._server.daemon_threads = True
 
     @property
@@ -100,7 +107,7 @@ class VoteServer:
             if self._closed:
                 return
             self._serving = True
-        self._server.serve_forever()
+        self._server.serve_forever(poll_interval=0.05)
 
     def close(self) -> None:
         """Ends `serve_forever`, frees the port and brings the report up to date."""
@@ -118,15 +125,12 @@ class VoteServer:
 
     # ---- what the browser asks for ----
 
-    def picture(self, token: str) -> bytes:
+    def image(self, token: str) -> bytes:
         """The PNG file that a token stands for."""
-        path = self._pictures.get(token)
-        if path is None:
-            raise VoteError(HTTPStatus.NOT_FOUND, "There is no such picture.")
         try:
-            return path.read_bytes()
-        except OSError as error:
-            raise VoteError(HTTPStatus.NOT_FOUND, "The picture is gone.") from error
+            return self._images[token].read_bytes()
+        except (KeyError, OSError) as error:
+            raise VoteError(HTTPStatus.NOT_FOUND, "There is no such image.") from error
 
     def answer(self, action: str, request: dict[str, Any]) -> dict[str, Any]:
         """
@@ -137,20 +141,22 @@ class VoteServer:
             request (`dict[str, Any]`): `voter`, and for a vote `pair` and `answers`.
 
         Raises:
-            VoteError: if that can not be done.
+            VoteError: if that cannot be done.
         """
+        if action not in ("next", "vote", "undo", "results"):
+            raise VoteError(HTTPStatus.NOT_FOUND, "There is nothing here.")
         with self._lock:
             try:
                 voter = check_voter(request.get("voter"))
             except ValueError as error:
                 raise VoteError(HTTPStatus.BAD_REQUEST, str(error)) from error
             try:
+                if action == "results":
+                    return self._results(voter)
                 if action == "vote":
                     self._vote(voter, request)
                 elif action == "undo":
                     self.ballots.undo(voter)
-                elif action == "results":
-                    return self._results(voter)
             except ValueError as error:
                 raise VoteError(HTTPStatus.CONFLICT, str(error)) from error
             return self._state(voter)
@@ -165,19 +171,18 @@ class VoteServer:
         content = self.ballots.read(voter)
         voted = {vote["key"] for vote in content["votes"]}
         order = voting_order(self.pairs, voter=voter.casefold(), seed=self.seed)
-        left = [pair for pair in order if pair.key not in voted]
-        state = {"voter": voter, "total": len(order), "done": len(order) - len(left), "pair": None}
+        missing = [pair for pair in order if pair.key not in voted]
+        state = {"voter": voter, "total": len(order), "done": len(order) - len(missing), "pair": None}
         state["can_undo"] = bool(content["votes"]) and not content["seen"]
-        if left:
-            pair = left[0]
-            models = (pair.reference, pair.other)
-            shown = models if self._left(voter, pair) == pair.reference else models[::-1]
-            token = self._token(voter, pair)
+        if missing:
+            pair = missing[0]
+            token, left = self._token(voter, pair), self._left(voter, pair)
             state["pair"] = {"token": token, "prompt": pair.prompt}
-            for side, model in zip(("left", "right"), shown, strict=True):
+            right = pair.other if left == pair.reference else pair.reference
+            for side, model in (("left", left), ("right", right)):
                 name = hashlib.sha256(f"{token}{side}".encode()).hexdigest()[:32]
-                self._pictures[name] = self.folder.picture_path(pair.set_name, model, pair.place)
-                state["pair"][side] = f"/picture/{name}"
+                self._images[name] = self.folder.image_path(pair.set_name, model, pair.index)
+                state["pair"][side] = f"/image/{name}"
         return state
 
     def _results(self, voter: str) -> dict[str, Any]:
@@ -205,20 +210,22 @@ def _handler(votes: VoteServer) -> type[BaseHTTPRequestHandler]:
             self._reply(self._get)
 
         def do_POST(self) -> None:
-            self._reply(self._post)
+            self._reply(lambda: (json.dumps(votes.answer(*self._request())).encode(), "application/json"))
 
         def _get(self) -> tuple[bytes, str]:
             path = urlsplit(self.path).path
             if path == "/":
                 return votes.page, "text/html; charset=utf-8"
-            if path.startswith("/picture/"):
-                return votes.picture(path.removeprefix("/picture/")), "image/png"
+            if path.startswith("/image/"):
+                return votes.image(path.removeprefix("/image/")), "image/png"
             raise VoteError(HTTPStatus.NOT_FOUND, "There is nothing here.")
 
-        def _post(self) -> tuple[bytes, str]:
+        def _request(self) -> tuple[str, dict[str, Any]]:
             # Another site's page may send forms and plain text here, but neither JSON nor this origin
-            origin = self.headers.get("Origin")
-            if origin is not None and origin != f"http://{self.headers.get('Host')}":
+            if (
+                self.headers.get("Origin", f"http://{self.headers.get('Host')}")
+                != f"http://{self.headers.get('Host')}"
+            ):
                 raise VoteError(HTTPStatus.FORBIDDEN, "The request comes from another site's page.")
             if self.headers.get_content_type() != "application/json":
                 raise VoteError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "The request must be JSON.")
@@ -231,43 +238,31 @@ def _handler(votes: VoteServer) -> type[BaseHTTPRequestHandler]:
                 request = json.loads(self.rfile.read(int(length)))
             except (ValueError, RecursionError) as error:
                 raise VoteError(HTTPStatus.BAD_REQUEST, "The request is no JSON.") from error
-            action = urlsplit(self.path).path.removeprefix("/")
-            if action not in ("next", "vote", "undo", "results"):
-                raise VoteError(HTTPStatus.NOT_FOUND, "There is nothing here.")
             if not isinstance(request, dict):
                 raise VoteError(HTTPStatus.BAD_REQUEST, "The request must be a JSON object.")
-            return json.dumps(votes.answer(action, request)).encode(), "application/json"
+            return urlsplit(self.path).path.removeprefix("/"), request
 
-        def _reply(self, answer) -> None:
-            status = HTTPStatus.OK
+        def _reply(self, answer: Callable[[], tuple[bytes, str]]) -> None:
+            status, kind = HTTPStatus.OK, "application/json"
             try:
                 # A name of another site that leads here would make that site's pages ones of this server
                 if urlsplit(f"//{self.headers.get('Host', '')}").hostname not in _LOOPBACK:
                     raise VoteError(HTTPStatus.FORBIDDEN, "This server is for this machine: open it as 127.0.0.1.")
                 content, kind = answer()
-            except VoteError as error:
-                status, kind = error.status, "application/json"
+            except (VoteError, ValueError, OSError) as error:
+                # A ValueError is of a Host that is no address, an OSError of a disk that is full
+                status = getattr(error, "status", HTTPStatus.BAD_REQUEST)
+                status = HTTPStatus.INTERNAL_SERVER_ERROR if isinstance(error, OSError) else status
                 content = json.dumps({"error": str(error)}).encode()
-            except ValueError as error:  # of a Host that is no address
-                status, kind = HTTPStatus.BAD_REQUEST, "application/json"
-                content = json.dumps({"error": str(error)}).encode()
-            except OSError as error:
-                status, kind = HTTPStatus.INTERNAL_SERVER_ERROR, "application/json"
-                content = json.dumps({"error": f"The vote could not be kept: {error}"}).encode()
             self.send_response(status)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(content)))
-            self.send_header("Cache-Control", "no-store")
-            self.send_header("X-Content-Type-Options", "nosniff")
-            self.send_header("X-Frame-Options", "DENY")
-            self.send_header("Referrer-Policy", "no-referrer")
-            self.send_header("Cross-Origin-Resource-Policy", "same-origin")
+            for name, value in {"Content-Type": kind, "Content-Length": str(len(content)), **_HEADERS}.items():
+                self.send_header(name, value)
             # The browser may be gone by then
             with contextlib.suppress(ConnectionError, TimeoutError):
                 self.end_headers()
                 self.wfile.write(content)
 
         def log_message(self, *arguments) -> None:
-            """Not to the terminal, where names of pictures would be in the way."""
+            """Not to the terminal, where names of images would be in the way."""
 
     return Handler

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from trl_flow.evaluation.picture_folder import PictureFolder, file_name
-from trl_flow.evaluation.report import write_json
+from trl_flow.evaluation.image_folder import ImageFolder, file_name
+from trl_flow.evaluation.outputs import read_json, write_json
 
 
 # What is asked, as in GRPO-Guard's supplement, section 3
 QUESTIONS = {"quality": "Image quality", "alignment": "Text alignment", "overall": "Overall"}
 SIDES = ("left", "tie", "right")
+OUTCOMES = ("win", "tie", "lose")
 VOTES = "votes"
 _LONGEST_NAME = 80
 
@@ -25,18 +26,18 @@ _LONGEST_NAME = 80
 @dataclass(frozen=True)
 class VotePair:
     """
-    Two models' pictures of one prompt, from the same noise.
+    Two models' images of one prompt, from the same noise.
 
     Attributes:
         set_name, prompt (`str`): the prompt, and the set that it is from.
-        place (`int`): of the pictures in their set.
+        index (`int`): of the images in their set.
         row (`int`): of the prompt in its set.
         reference, other (`str`): the models; a win is one of `other`.
     """
 
     set_name: str
     prompt: str
-    place: int
+    index: int
     row: int
     reference: str
     other: str
@@ -44,25 +45,25 @@ class VotePair:
     @property
     def key(self) -> str:
         """Equal for equal pairs."""
-        return json.dumps([self.set_name, self.place, self.reference, self.other])
+        return json.dumps([self.set_name, self.index, self.reference, self.other])
 
 
 def vote_pairs(
-    folder: PictureFolder, *, models: Sequence[str] | None = None, pairs: int = 100, seed: int = 0
+    folder: ImageFolder, *, models: Sequence[str] | None = None, pairs: int = 100, seed: int = 0
 ) -> list[VotePair]:
     """
     Chooses pairs from an evaluation's folder: `pairs` prompts of each set (or as many as there are), the same for
-    every comparison, and one picture of each prompt.
+    every comparison, and one image of each prompt.
 
     Args:
-        folder ([`PictureFolder`]): with the pictures of all models.
+        folder ([`ImageFolder`]): with the images of all models.
         models (`Sequence[str]`, *optional*): names; the first is the one that the others are compared with. By default
             the base model and all adapters.
         pairs (`int`): at least 1.
         seed (`int`): of the choice. More pairs of the same seed contain the fewer.
 
     Raises:
-        ValueError: if the folder is no evaluation's, models are unknown or fewer than two, or pictures are missing.
+        ValueError: if the folder is no evaluation's, models are unknown or fewer than two, or images are missing.
     """
     if isinstance(pairs, bool) or not isinstance(pairs, int) or pairs < 1:
         raise ValueError(f"the number of pairs is {pairs!r}, but must be a whole number of at least 1.")
@@ -78,17 +79,15 @@ def vote_pairs(
     for name, prompts in content["sets"].items():
         random = np.random.default_rng(_hash(seed, name))
         rows = random.permutation(len(prompts["prompts"]))
-        pictures = random.integers(number, size=len(rows))
-        for row, picture in list(zip(rows.tolist(), pictures.tolist(), strict=True))[:pairs]:
-            place = row * number + picture
-            for model in models:
-                if not folder.has(name, model, [place]):
-                    raise ValueError(
-                        f"the picture {folder.picture_path(name, model, place)} is missing. Run the evaluation to its "
-                        "end first: the same command goes on where it stopped."
-                    )
-            for other in models[1:]:
-                chosen.append(VotePair(name, prompts["prompts"][row], place, row, models[0], other))
+        indices = rows * number + random.integers(number, size=len(rows))
+        for row, index in list(zip(rows.tolist(), indices.tolist(), strict=True))[:pairs]:
+            if missing := [model for model in models if not folder.has(name, model, [index])]:
+                raise ValueError(
+                    f"the image {folder.image_path(name, missing[0], index)} is missing. Run the evaluation to its "
+                    "end first: the same command goes on where it stopped."
+                )
+            prompt = prompts["prompts"][row]
+            chosen += [VotePair(name, prompt, index, row, models[0], other) for other in models[1:]]
     return chosen
 
 
@@ -117,14 +116,15 @@ def check_voter(name: object) -> str:
         raise ValueError("The name must be text.")
     name = " ".join(unicodedata.normalize("NFC", name).split())
     if not name or len(name) > _LONGEST_NAME or any(unicodedata.category(letter)[0] == "C" for letter in name):
-        raise ValueError(f"A name has 1 to {_LONGEST_NAME} letters, and none that can not be seen.")
+        raise ValueError(f"A name has 1 to {_LONGEST_NAME} letters, and none that cannot be seen.")
     return name
 
 
 class Ballots:
     """
     The votes of an evaluation's folder: one JSON file for each voter in `votes/`, written anew with every vote, whole
-    or not at all. Files are read at every call, so that several servers can share a folder.
+    or not at all. Files are read at every call, so that several servers can share a folder. All methods raise
+    `ValueError` if a file is damaged.
 
     Args:
         folder (`Path`): the evaluation's folder.
@@ -138,25 +138,13 @@ class Ballots:
         return self.folder / f"{file_name(voter.casefold())}.json"
 
     def read(self, voter: str) -> dict[str, Any]:
-        """
-        A voter's `votes`, oldest first, and whether the results have been `seen`.
-
-        Raises:
-            ValueError: if the file is damaged.
-        """
+        """A voter's `votes`, oldest first, and whether the results have been `seen`."""
         path = self._path(voter)
-        if not path.is_file():
-            return {"voter": voter, "seen": False, "votes": []}
-        return _read_ballot(path)
+        return _ballot(path) if path.is_file() else {"voter": voter, "seen": False, "votes": []}
 
     def voters(self) -> list[dict[str, Any]]:
-        """
-        What every voter has voted.
-
-        Raises:
-            ValueError: if a file is damaged.
-        """
-        return [_read_ballot(path) for path in sorted(self.folder.glob("*.json"))]
+        """What every voter has voted."""
+        return [_ballot(path) for path in sorted(self.folder.glob("*.json"))]
 
     def add(self, voter: str, pair: VotePair, left: str, answers: Mapping[str, str]) -> None:
         """
@@ -178,15 +166,13 @@ class Ballots:
         if pair.key in {vote["key"] for vote in content["votes"]}:
             raise ValueError("This pair has been voted on already, in another tab perhaps.")
         # In terms of the models: left and right mean nothing later
-        outcomes = {"tie": "tie", "left": "win", "right": "lose"}
-        if left == pair.reference:
-            outcomes |= {"left": "lose", "right": "win"}
+        outcomes = dict(zip(SIDES, OUTCOMES if left == pair.other else OUTCOMES[::-1], strict=True))
         content["votes"].append(
             {
                 "key": pair.key,
                 "set": pair.set_name,
                 "row": pair.row,
-                "place": pair.place,
+                "index": pair.index,
                 "prompt": pair.prompt,
                 "reference": pair.reference,
                 "other": pair.other,
@@ -213,21 +199,16 @@ class Ballots:
         self._write(voter, content)
 
     def mark_seen(self, voter: str) -> None:
-        """From here on the voter's votes can not be taken back."""
-        content = self.read(voter)
-        if not content["seen"]:
-            self._write(voter, content | {"seen": True})
+        """From here on the voter's votes cannot be taken back."""
+        self._write(voter, self.read(voter) | {"seen": True})
 
     def _write(self, voter: str, content: Mapping[str, Any]) -> None:
         self.folder.mkdir(exist_ok=True)
         write_json(self._path(voter), content)
 
 
-def _read_ballot(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or not isinstance(content.get("votes"), list):
-            raise ValueError("it has no list of votes")
-        return content
-    except (OSError, ValueError) as error:
-        raise ValueError(f"The votes in {path} can not be read: {error}. Mend the file, or move it away.") from error
+def _ballot(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content.get("votes"), list):
+        raise ValueError(f"{path} cannot be read: it has no list of votes. Fix it, or move it away.")
+    return content

@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from trl_flow.evaluation.comparison import markdown, markdown_table, markdown_text
 from trl_flow.evaluation.intervals import share_interval
-from trl_flow.evaluation.report import write_json
-from trl_flow.evaluation.vote_plan import QUESTIONS, Ballots
+from trl_flow.evaluation.outputs import write_json
+from trl_flow.evaluation.plots import new_figure, saved_figure
+from trl_flow.evaluation.tables import markdown
+from trl_flow.evaluation.vote_plan import OUTCOMES, QUESTIONS, Ballots
 
 
 BARS = "votes.png"
-OUTCOMES = ("win", "tie", "lose")
 _COLORS = {"win": "#2f7fc1", "tie": "#c9cdd2", "lose": "#e2843b"}
 
 
@@ -27,7 +26,7 @@ def vote_results(ballots: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """
     Counts votes, by prompt set and pair of models.
 
-    Shares are means over the prompts, of each prompt's votes (several voters, several pictures) averaged first; their
+    Shares are means over the prompts, of each prompt's votes (several voters, several images) averaged first; their
     intervals are Wilson's for as many cases as prompts, which are rather too wide than too narrow where a prompt has
     several votes. The preference is the share of wins and half the ties; 0.5 is none.
 
@@ -39,27 +38,24 @@ def vote_results(ballots: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         `num_votes`, `num_prompts` and, for each of `questions`, counts (`win`, `tie`, `lose`; a win is one of
         `other`), and `shares` and `preference` with `mean`, `low` and `high`. `None` without votes.
     """
-    grouped: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    grouped: dict[tuple[str, str, str], dict[int, list[Mapping[str, str]]]] = {}
     for ballot in ballots:
         for vote in ballot["votes"]:
-            grouped.setdefault((vote["set"], vote["reference"], vote["other"]), []).append(vote)
+            by_prompt = grouped.setdefault((vote["set"], vote["reference"], vote["other"]), {})
+            by_prompt.setdefault(vote["row"], []).append(vote["answers"])
     if not grouped:
         return None
-    comparisons = []
-    for (name, reference, other), votes in sorted(grouped.items()):
-        by_prompt: dict[int, list[Mapping[str, str]]] = {}
-        for vote in votes:
-            by_prompt.setdefault(vote["row"], []).append(vote["answers"])
-        comparisons.append(
-            {
-                "set": name,
-                "reference": reference,
-                "other": other,
-                "num_votes": len(votes),
-                "num_prompts": len(by_prompt),
-                "questions": {question: _question(question, list(by_prompt.values())) for question in QUESTIONS},
-            }
-        )
+    comparisons = [
+        {
+            "set": name,
+            "reference": reference,
+            "other": other,
+            "num_votes": sum(map(len, by_prompt.values())),
+            "num_prompts": len(by_prompt),
+            "questions": {question: _question(question, list(by_prompt.values())) for question in QUESTIONS},
+        }
+        for (name, reference, other), by_prompt in sorted(grouped.items())
+    ]
     return {"num_voters": sum(bool(ballot["votes"]) for ballot in ballots), "comparisons": comparisons}
 
 
@@ -69,47 +65,16 @@ def _question(question: str, by_prompt: Sequence[Sequence[Mapping[str, str]]]) -
         outcome: float(np.mean([np.mean([answers[question] == outcome for answers in group]) for group in by_prompt]))
         for outcome in OUTCOMES
     }
-    preference = min(1.0, shares["win"] + shares["tie"] / 2)
+
+    def with_interval(share: float) -> dict[str, float]:
+        low, high = share_interval(share, len(by_prompt))
+        return {"mean": share, "low": low, "high": high}
+
     return {
         **{outcome: counts[outcome] for outcome in OUTCOMES},
-        "shares": {outcome: _share(share, len(by_prompt)) for outcome, share in shares.items()},
-        "preference": _share(preference, len(by_prompt)),
+        "shares": {outcome: with_interval(share) for outcome, share in shares.items()},
+        "preference": with_interval(min(1.0, shares["win"] + shares["tie"] / 2)),
     }
-
-
-def _share(share: float, n: int) -> dict[str, float]:
-    low, high = share_interval(share, n)
-    return {"mean": share, "low": low, "high": high}
-
-
-def vote_markdown(results: Mapping[str, Any]) -> str:
-    """The votes as a table, one line for each comparison and question."""
-    header = ["prompts", "models", "question", "win", "tie", "lose", "preferred", "95% interval"]
-    rows = []
-    for comparison in results["comparisons"]:
-        models = f"{markdown_text(comparison['other'])} against {markdown_text(comparison['reference'])}"
-        for question, found in comparison["questions"].items():
-            preference = found["preference"]
-            rows.append(
-                [
-                    f"{markdown_text(comparison['set'])} ({comparison['num_prompts']})",
-                    models,
-                    QUESTIONS[question].lower(),
-                    *(f"{found[outcome]} ({found['shares'][outcome]['mean']:.0%})" for outcome in OUTCOMES),
-                    f"{preference['mean']:.0%}",
-                    f"{preference['low']:.0%} to {preference['high']:.0%}",
-                ]
-            )
-    voters = results["num_voters"]
-    return "\n\n".join(
-        [
-            "## Human comparison",
-            f"Blind votes of {voters} {'person' if voters == 1 else 'people'}, order and sides at random.",
-            markdown_table(header, rows, left=3),
-            "Counts are votes. Shares are means over prompts; preferred is wins and half the ties, with Wilson's "
-            "interval for as many cases as prompts: 50% is no preference.",
-        ]
-    )
 
 
 def vote_bars(results: Mapping[str, Any], path: str | os.PathLike | None = None) -> Figure:
@@ -123,8 +88,7 @@ def vote_bars(results: Mapping[str, Any], path: str | os.PathLike | None = None)
     comparisons = results["comparisons"]
     columns = min(len(comparisons), 2)
     rows = -(-len(comparisons) // columns)
-    figure = Figure(figsize=(6.4 * columns, 2.5 * rows + 0.4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6.4 * columns, 2.5 * rows + 0.4)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, comparison in zip(panels, comparisons, strict=False):
         labels = [QUESTIONS[question] for question in comparison["questions"]]
@@ -150,10 +114,7 @@ def vote_bars(results: Mapping[str, Any], path: str | os.PathLike | None = None)
         axes.set_visible(False)
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png")
-    return figure
+    return saved_figure(figure, path)
 
 
 def _shortened(name: str) -> str:

@@ -3,13 +3,20 @@
 Latents are `(B, ...)` of any rank, per-sample numbers are `(B,)`; a `sigma` argument may be `(B,)` or a scalar.
 Everything is computed and returned in float32 whatever the model's dtype, except that float64 stays float64. Squared
 norms and inner products over a latent are means over its non-batch dimensions. A wrong shape raises `ValueError` with
-both shapes in the message. A value out of its domain raises `ValueError` where looking at it is free: Python numbers
-and CPU tensors; an accelerator is never made to wait for such a check, unless the function's docstring says so.
+both shapes in the message, a Python number out of its domain too. Values of tensors are looked at only where the
+docstring says so. NaN among rewards says that a reward does not apply to a sample.
 """
 
-from trl_flow.functional.grpo import clipped_loss, gaussian_kl, group_advantages, normalize_then_sum
+from trl_flow.functional.grpo import clipped_loss, gaussian_kl, group_advantages, ratio_statistics, transition_kl
 from trl_flow.functional.guard import log_ratio, timestep_weight
-from trl_flow.functional.slas import max_advantage_power, max_advantage_power_bounded, super_linear
+from trl_flow.functional.rewards import combine_rewards, fill_missing, frac_zero_std, normalize_then_sum
+from trl_flow.functional.slas import (
+    adapt_power,
+    effective_sample_share,
+    max_advantage_power,
+    max_advantage_power_bounded,
+    super_linear,
+)
 from trl_flow.functional.transitions import (
     Transition,
     cps_transition,
@@ -20,18 +27,23 @@ from trl_flow.functional.transitions import (
     ode_transition,
     project_to_data,
 )
-from trl_flow.functional.vgpo import cumulative_values, dual_advantages, value_weights
+from trl_flow.functional.vgpo import cumulative_values, dual_advantages, value_share, value_weights
 
 
 __all__ = [
     "Transition",
+    "adapt_power",
     "clipped_loss",
+    "combine_rewards",
     "cps_transition",
     "cumulative_values",
     "dance_sde_transition",
     "ddim_transition",
     "dual_advantages",
+    "effective_sample_share",
+    "fill_missing",
     "flow_sde_transition",
+    "frac_zero_std",
     "gaussian_kl",
     "gaussian_log_prob",
     "group_advantages",
@@ -41,7 +53,10 @@ __all__ = [
     "normalize_then_sum",
     "ode_transition",
     "project_to_data",
+    "ratio_statistics",
     "super_linear",
     "timestep_weight",
+    "transition_kl",
+    "value_share",
     "value_weights",
 ]

@@ -1,36 +1,19 @@
-"""What the functions here share: the dtype they compute in, and the refusal of shapes and values that do not fit."""
+"""What the functions here refuse: shapes that do not fit, and values that are free to look at."""
 
 import math
 
-import torch
+from torch import Tensor
 
 
-def promote(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Casts all to one dtype: float64 if any of them is float64, float32 otherwise."""
-    dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-    return tuple(tensor.to(dtype) for tensor in tensors)
-
-
-def check_same_shape(first: str, a: torch.Tensor, second: str, b: torch.Tensor) -> None:
-    """Raises `ValueError` unless `a` and `b` have the same shape: broadcasting between them would hide a mistake."""
-    if a.shape != b.shape:
-        raise ValueError(
-            f"{first} has shape {tuple(a.shape)} and {second} has shape {tuple(b.shape)}: they must be the same."
-        )
-
-
-def check_latents(name: str, latents: torch.Tensor) -> None:
-    """Raises `ValueError` unless `latents` has a batch dimension and at least one other."""
-    if latents.ndim < 2:
-        raise ValueError(
-            f"{name} has shape {tuple(latents.shape)}: a batch dimension and at least one more are needed, (B, ...)."
-        )
-
-
-def check_vector(name: str, value: torch.Tensor) -> None:
-    """Raises `ValueError` unless `value` has one dimension, one number per sample."""
-    if value.ndim != 1:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}: one number per sample is needed, shape (B,).")
+def check_shapes(form: str, **tensors: Tensor | None) -> None:
+    """Raises `ValueError` unless all `tensors` (None aside) have one shape of the form `"(B,)"`, `"(B, ...)"`, ..."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
+    dimensions, (shape, *others) = form.strip("(),").split(", "), set(shapes.values())
+    fits = len(shape) >= len(dimensions) if "..." in dimensions else len(shape) == len(dimensions)
+    if others or not fits:
+        listed = " and ".join(f"{name} has shape {shape}" for name, shape in shapes.items())
+        more = ", a batch dimension and at least one more" if "..." in dimensions else ""
+        raise ValueError(f"{listed}: expected {'one shape for all, ' if others else ''}{form}{more}.")
 
 
 def check_number(name: str, value: float, low: float, high: float = math.inf) -> None:
@@ -40,54 +23,25 @@ def check_number(name: str, value: float, low: float, high: float = math.inf) ->
         raise ValueError(f"{name} is {value!r}: it must be a finite number, {bound}.")
 
 
-def check_finite(name: str, tensor: torch.Tensor) -> None:
-    """Raises `ValueError` if a value is NaN or infinite. Waits for an accelerator: fit for once a batch."""
-    finite = torch.isfinite(tensor)
-    if not bool(finite.all()):
-        index = tuple((~finite).nonzero()[0].tolist())
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises `ValueError` unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(map(repr, choices))}.")
+
+
+def check_on_cpu(holds: Tensor, rule: str, **values: Tensor) -> None:
+    """Raises `ValueError` where `holds` is False on the CPU; an accelerator is not made to wait for such a check."""
+    if holds.device.type == "cpu" and not bool(holds.all()):
+        listed = " and ".join(f"{name} is {value.tolist()}" for name, value in values.items())
+        raise ValueError(f"{listed}: {rule}")
+
+
+def check_finite(name: str, tensor: Tensor, *, allow_nan: bool = False) -> None:
+    """Raises `ValueError` if a value is infinite, or NaN. Waits for an accelerator: fit for once a batch."""
+    faulty = tensor.isinf() if allow_nan else ~tensor.isfinite()
+    if bool(faulty.any()):
+        index = tuple(faulty.nonzero()[0].tolist())
         raise ValueError(
-            f"{name} holds {int((~finite).sum())} value(s) that are NaN or infinite, the first, "
+            f"{name} holds {int(faulty.sum())} value(s) that are {'' if allow_nan else 'NaN or '}infinite, the first, "
             f"{tensor[index].item()}, at index {index}. Leave such samples out, or give them a number, before calling."
         )
-
-
-def check_groups(name: str, values: torch.Tensor, num_generations: int) -> None:
-    """Raises `ValueError` unless the first dimension of `values` splits into groups of `num_generations`."""
-    if num_generations < 1:
-        raise ValueError(f"num_generations is {num_generations}: a group has at least one sample.")
-    if values.shape[0] == 0 or values.shape[0] % num_generations != 0:
-        raise ValueError(
-            f"{name} has shape {tuple(values.shape)}: its {values.shape[0]} samples do not split into whole groups of "
-            f"num_generations={num_generations}. Pass all samples of every prompt, the groups one after the other."
-        )
-
-
-def per_sample(name: str, value: float | torch.Tensor, latents: torch.Tensor, reference: str) -> torch.Tensor:
-    """Gives `value`, a Python number or a tensor of shape `()` or `(B,)`, as `(B,)` in the dtype of `latents`.
-
-    `latents` is any tensor whose first dimension is B, and `reference` what the message calls it.
-    """
-    batch = latents.shape[0]
-    if not isinstance(value, torch.Tensor):
-        return torch.full((batch,), float(value), dtype=latents.dtype, device=latents.device)
-    if value.shape not in ((), (batch,)):
-        raise ValueError(
-            f"{name} has shape {tuple(value.shape)}, which does not fit {reference} of shape {tuple(latents.shape)}: "
-            f"it must be one number per sample, shape ({batch},), or a scalar."
-        )
-    return value.to(device=latents.device, dtype=latents.dtype).expand(batch)
-
-
-def over_latent(value: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    """Reshapes `(B,)` to `(B, 1, ..., 1)`, so that it multiplies `(B, ...)` sample by sample."""
-    return value.view(-1, *[1] * (latents.ndim - 1))
-
-
-def latent_mean(latents: torch.Tensor) -> torch.Tensor:
-    """Mean over all dimensions but the first: `(B, ...)` to `(B,)`."""
-    return latents.flatten(1).mean(dim=1)
-
-
-def is_free_to_read(tensor: torch.Tensor) -> bool:
-    """Whether the tensor's values can be looked at without making an accelerator wait."""
-    return tensor.device.type == "cpu"

@@ -3,34 +3,31 @@
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from trl_flow.functional._checks import (
-    check_finite,
-    check_groups,
-    check_latents,
-    check_number,
-    check_same_shape,
-    check_vector,
-    is_free_to_read,
+from trl_flow.functional._checks import check_choice, check_finite, check_number, check_shapes
+from trl_flow.functional._tensors import (
+    STD_EPSILON,
+    Number,
+    deviations,
+    in_groups,
     latent_mean,
+    noise_scale,
     per_sample,
     promote,
+    spread,
 )
 
 
-# Added to every standard deviation that divides an advantage. TRL's GRPOTrainer has the same 1e-4.
-STD_EPSILON = 1e-4
-
-
 def clipped_loss(
-    log_ratio: torch.Tensor,
-    advantages: torch.Tensor,
+    log_ratio: Tensor,
+    advantages: Tensor,
     *,
     epsilon: float,
     epsilon_high: float | None = None,
-    weight: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The clipped surrogate, one loss per sample, to be minimised (GRPO-Guard Eq. 5; Eq. 12 with `weight`).
+    weight: Tensor | None = None,
+) -> Tensor:
+    """The clipped surrogate, one loss per sample, to be minimized (GRPO-Guard Eq. 5; Eq. 12 with `weight`).
 
         loss = -weight min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A),  r = exp(log_ratio)
 
@@ -47,26 +44,48 @@ def clipped_loss(
     Raises:
         ValueError: a shape is not `(B,)`, or a clip range is negative.
     """
+    check_shapes("(B,)", log_ratio=log_ratio, advantages=advantages, weight=weight)
     high = epsilon if epsilon_high is None else epsilon_high
     check_number("epsilon", epsilon, 0)
     check_number("epsilon_high", high, 0)
-    check_vector("log_ratio", log_ratio)
-    check_same_shape("advantages", advantages, "log_ratio", log_ratio)
     log_r, a = promote(log_ratio, advantages)
     # r A = A + (r - 1) A. A clip range of 2e-6 is 17 steps of float32 next to 1; r - 1 itself has all its digits.
     excess = torch.expm1(log_r)
     loss = -(a + torch.minimum(excess * a, excess.clamp(-epsilon, high) * a))
-    if weight is None:
-        return loss
-    check_same_shape("weight", weight, "log_ratio", log_ratio)
-    return weight.to(loss.dtype) * loss
+    return loss if weight is None else weight.to(loss.dtype) * loss
 
 
-def gaussian_kl(mean: torch.Tensor, ref_mean: torch.Tensor, diffusion: float | torch.Tensor) -> torch.Tensor:
+def ratio_statistics(
+    log_ratio: Tensor, advantages: Tensor, *, epsilon: float, epsilon_high: float | None = None
+) -> dict[str, Tensor]:
+    """How far the importance ratios are from 1, and what the clipping of `clipped_loss` does; means are for metrics.
+
+    Args:
+        log_ratio, advantages, epsilon, epsilon_high: as for `clipped_loss`.
+
+    Returns:
+        Tensors `(B,)`: `"deviation"`, `r - 1`, with all the digits that it would lose beside 1; and of 0 and 1
+        `"above"`, `r > 1 + epsilon_high`, and `"below"`, `r < 1 - epsilon` (GRPO-Guard, Fig. 4 of the supplement),
+        `"high"`, those above with a positive advantage, and `"low"`, those below with a negative one, on which the
+        clipping acts (TRL's `clip_ratio`).
+
+    Raises:
+        ValueError: a shape is not `(B,)`.
+    """
+    check_shapes("(B,)", log_ratio=log_ratio, advantages=advantages)
+    log_r, a = promote(log_ratio, advantages)
+    excess = torch.expm1(log_r)
+    above, below = excess > (epsilon if epsilon_high is None else epsilon_high), excess < -epsilon
+    flags = {"above": above, "below": below, "high": above & (a > 0), "low": below & (a < 0)}
+    return {"deviation": excess} | {name: flag.to(excess.dtype) for name, flag in flags.items()}
+
+
+def gaussian_kl(mean: Tensor, ref_mean: Tensor, diffusion: Number) -> Tensor:
     """Flow-GRPO's KL penalty between two transitions of the same step, `mean((mean - ref_mean)^2) / (2 sigma_t^2)`.
 
-    `sigma_t` is the diffusion coefficient, `std / sqrt(dt)`. The true KL of the two Gaussians has the variance of the
-    step, `sigma_t^2 dt`, in its place; the published coefficients (0.04, 0.01) go with the form without `dt`.
+    `sigma_t` is the diffusion coefficient, `std / sqrt(dt)`. The true KL of the two Gaussians, `transition_kl`, has
+    the variance of the step, `sigma_t^2 dt`, in its place; the published coefficients (0.04, 0.01) go with the form
+    without `dt`.
 
     Args:
         mean: `(B, ...)`, the trained model's.
@@ -77,22 +96,38 @@ def gaussian_kl(mean: torch.Tensor, ref_mean: torch.Tensor, diffusion: float | t
         `(B,)`.
 
     Raises:
-        ValueError: a shape does not fit; a `diffusion` on the CPU is not above 0.
+        ValueError: a shape does not fit.
     """
-    check_same_shape("mean", mean, "ref_mean", ref_mean)
-    check_latents("mean", mean)
+    check_shapes("(B, ...)", mean=mean, ref_mean=ref_mean)
     current, reference = promote(mean, ref_mean)
-    scale = per_sample("diffusion", diffusion, current, "mean")
-    if is_free_to_read(scale) and not bool((scale > 0).all()):
-        raise ValueError(
-            f"diffusion is {scale.tolist()}: it must be above 0, a deterministic step has no KL divergence."
-        )
-    return latent_mean((current - reference) ** 2) / (2 * scale**2)
+    return latent_mean((current - reference) ** 2) / (2 * per_sample("diffusion", diffusion, current) ** 2)
+
+
+def transition_kl(mean: Tensor, old_mean: Tensor, std: Number) -> Tensor:
+    """The KL divergence of two transitions of the same step, `mean((mean - old_mean)^2) / (2 std^2)`.
+
+    A mean over the latent's dimensions, as `gaussian_log_prob` is. With the mean stored at rollout it is how far the
+    updates since have moved the policy.
+
+    Args:
+        mean: `(B, ...)`, the trained model's.
+        old_mean: `(B, ...)`, the one stored at rollout.
+        std: `(B,)` or scalar, the standard deviation of the step, above 0.
+
+    Returns:
+        `(B,)`.
+
+    Raises:
+        ValueError: a shape does not fit; a `std` on the CPU is not above 0.
+    """
+    check_shapes("(B, ...)", mean=mean, old_mean=old_mean)
+    current, previous = promote(mean, old_mean)
+    return latent_mean((current - previous) ** 2) / (2 * noise_scale(std, current) ** 2)
 
 
 def group_advantages(
-    rewards: torch.Tensor, num_generations: int, *, scale_rewards: Literal["group", "batch", "none"]
-) -> torch.Tensor:
+    rewards: Tensor, num_generations: int, *, scale_rewards: Literal["group", "batch", "none"]
+) -> Tensor:
     """Rewards relative to those of the same prompt's other samples.
 
     | `scale_rewards` | advantage | where |
@@ -105,90 +140,25 @@ def group_advantages(
     of equal rewards has advantages of exactly 0; so has a group of one.
 
     Args:
-        rewards: `(N,)` of all processes, finite; the `num_generations` samples of a prompt are contiguous.
+        rewards: `(N,)` of all processes, the `num_generations` samples of a prompt contiguous; NaN where no reward
+            applies to a sample. Such a sample is left out of all means and standard deviations.
         num_generations: samples per prompt.
         scale_rewards: what to divide by.
 
     Returns:
-        `(N,)`.
+        `(N,)`; 0 for samples without a reward.
 
     Raises:
-        ValueError: `rewards` is not `(N,)`, does not split into groups, or holds NaN or infinity (this check waits for
-            an accelerator); `scale_rewards` is unknown.
+        ValueError: `rewards` is not `(N,)`, does not split into groups, or holds infinity (this check waits for an
+            accelerator); `scale_rewards` is unknown.
     """
-    check_vector("rewards", rewards)
-    check_groups("rewards", rewards, num_generations)
-    if scale_rewards not in ("group", "batch", "none"):
-        raise ValueError(f'scale_rewards is {scale_rewards!r}: it must be "group", "batch" or "none".')
-    check_finite("rewards", rewards)
-    (values,) = promote(rewards)
-    grouped = values.view(-1, num_generations)
-    centred = centre(grouped)
+    check_shapes("(N,)", rewards=rewards)
+    check_choice("scale_rewards", scale_rewards, ("group", "batch", "none"))
+    grouped = in_groups("rewards", rewards, num_generations)
+    check_finite("rewards", rewards, allow_nan=True)
+    centered = deviations(grouped)
     if scale_rewards == "group":
-        centred = centred / (unbiased_std(grouped) + STD_EPSILON)
+        centered = centered / (spread(centered) + STD_EPSILON)
     elif scale_rewards == "batch":
-        centred = centred / (unbiased_std(values.view(1, -1)) + STD_EPSILON)
-    return centred.reshape(-1)
-
-
-def normalize_then_sum(rewards: torch.Tensor, weights: torch.Tensor, num_generations: int) -> torch.Tensor:
-    """Advantages from several rewards, each of which is normalised by itself before they are added (GDPO,
-    arXiv:2601.05242; TRL's `multi_objective_aggregation="normalize_then_sum"`).
-
-        Z_k = (R_k - mean_group(R_k)) / (std_group(R_k) + 1e-4)
-        S   = sum_k w_k Z_k
-        A   = S / (std_batch(S) + 1e-4)
-
-    A reward's unit and spread do not count then, only its weight. Samples that differ in their rewards but not in the
-    sum of these have different advantages where the spreads differ, and one reward that is constant in a group leaves
-    the others their signal. Each `Z_k` adds up to 0 in its group, so that `S` has no mean that would be subtracted. A
-    group in which no reward differs has advantages of exactly 0. Standard deviations are unbiased.
-
-    Args:
-        rewards: `(N, K)` of all processes, the `num_generations` samples of a prompt contiguous; NaN where a reward
-            does not apply to a sample. Such a sample is left out of that reward's mean and standard deviation.
-        weights: `(K,)`. A reward with weight 0 has no part in anything.
-        num_generations: samples per prompt.
-
-    Returns:
-        `(N,)`; 0 for samples to which no reward applies, which are also left out of the batch's standard deviation.
-
-    Raises:
-        ValueError: `rewards` is not `(N, K)`, does not split into groups, or holds infinity (this check waits for an
-            accelerator); `weights` is not `(K,)`.
-    """
-    if rewards.ndim != 2 or weights.shape != rewards.shape[1:]:
-        raise ValueError(
-            f"rewards has shape {tuple(rewards.shape)} and weights {tuple(weights.shape)}: they must be (N, K), one "
-            "column for each reward, and (K,)."
-        )
-    check_groups("rewards", rewards, num_generations)
-    check_finite("rewards", rewards.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf))
-    values, factors = promote(rewards, weights)
-    counts = factors != 0
-    grouped, factors = values[:, counts].unflatten(0, (-1, num_generations)), factors[counts]
-    present = ~grouped.isnan()
-    number = present.sum(dim=1, keepdim=True)
-    # Relative to one of them, as in `centre`: the mean of equal numbers may differ from them in the last digit
-    largest = grouped.nan_to_num(nan=-torch.inf).amax(dim=1, keepdim=True)
-    shifted = torch.where(present, grouped - largest, 0.0)
-    centred = torch.where(present, shifted - shifted.sum(dim=1, keepdim=True) / number.clamp(min=1), 0.0)
-    std = (centred.square().sum(dim=1, keepdim=True) / (number - 1).clamp(min=1)).sqrt()
-    total = (centred / (std + STD_EPSILON) * factors).sum(dim=2).flatten()
-    scored = total[present.any(dim=2).flatten()]
-    spread = scored.std() if len(scored) > 1 else 0.0
-    return total / (spread + STD_EPSILON)
-
-
-def centre(grouped: torch.Tensor) -> torch.Tensor:
-    """Subtracts each group's mean: `(P, G, ...)` to `(P, G, ...)`; exactly 0 where a group's values are equal."""
-    # The mean of equal numbers may differ from them in the last digit, and division by 1e-4 would make that a signal.
-    shifted = grouped - grouped[:, :1]
-    return shifted - shifted.mean(dim=1, keepdim=True)
-
-
-def unbiased_std(grouped: torch.Tensor) -> torch.Tensor:
-    """Each group's standard deviation, `(P, G, ...)` to `(P, 1, ...)`; 0 for groups of one, as in TRL."""
-    if grouped.shape[1] == 1:
-        return torch.zeros_like(grouped)
-    return grouped.std(dim=1, keepdim=True)
+        centered = centered / (spread(deviations(grouped.view(1, -1))) + STD_EPSILON)
+    return centered.nan_to_num(nan=0.0).view(-1)

@@ -7,83 +7,70 @@ The two choices, `kind` of `log_ratio` and `kind` of `timestep_weight`, span the
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from trl_flow.functional._checks import (
-    check_latents,
-    check_same_shape,
-    check_vector,
-    is_free_to_read,
-    latent_mean,
-    per_sample,
-    promote,
-)
+from trl_flow.functional._checks import check_choice, check_shapes
+from trl_flow.functional._tensors import Number, latent_mean, noise_scale, over_latent, per_sample, promote
 
 
 def log_ratio(
-    log_prob: torch.Tensor,
-    old_log_prob: torch.Tensor,
-    mean: torch.Tensor,
-    old_mean: torch.Tensor,
-    std: torch.Tensor,
+    sample: Tensor,
+    mean: Tensor,
+    old_mean: Tensor,
+    std: Number,
     *,
     kind: Literal["standard", "mean_revised", "ratio_norm"],
-) -> torch.Tensor:
-    """Log of the importance ratio of one step, per sample.
+) -> Tensor:
+    """Log of the importance ratio of one step, per sample, from the means of its transition.
 
-    With `Delta = old_mean - mean`, `eps` the noise that was drawn and means over the latent's dimensions:
+    With `Delta = old_mean - mean`, `eps = (sample - old_mean) / std`, the noise that was drawn, and means over the
+    latent's dimensions:
 
     | `kind` | log-ratio | where |
     | --- | --- | --- |
-    | `"standard"` | `log p - log p_old` | Flow-GRPO, DanceGRPO; GRPO-Guard Eq. 7 |
-    | `"mean_revised"` | `log p - log p_old + mean(Delta^2) / (2 std^2)` | GRPO-Guard Table 2 |
-    | `"ratio_norm"` | `std` times that, `= -mean(Delta eps)` | GRPO-Guard Eq. 8 |
+    | `"standard"` | `-mean(Delta^2) / (2 std^2) - mean(Delta eps) / std`, `= log p - log p_old` | GRPO-Guard Eq. 7 |
+    | `"mean_revised"` | `-mean(Delta eps) / std` | GRPO-Guard Table 2 |
+    | `"ratio_norm"` | `-mean(Delta eps)` | GRPO-Guard Eq. 8 |
 
-    Exactly 0 while the model is the one that sampled, whatever the kind.
+    Flow-GRPO and DanceGRPO have the standard one. No log-probability is needed: these are numbers of order 1 whose
+    difference is of order 1e-7 at 65,536 dimensions, so that in float32 it would be a tenth rounding. Exactly 0 while
+    the model is the one that sampled, whatever the kind.
+
+    Flow-CPS (arXiv:2509.05952) scores a sample by `-mean((sample - mean)^2)`, without the variance. Its ratio is
+    `"standard"` with a `std` of `sqrt(1 / 2)`.
 
     Args:
-        log_prob: `(B,)`, `gaussian_log_prob` of the stored sample under the trained model.
-        old_log_prob: `(B,)`, the same as stored at rollout.
+        sample: `(B, ...)`, the next latent as stored at rollout.
         mean: `(B, ...)`, the trained model's mean of the step.
         old_mean: `(B, ...)`, the mean stored at rollout.
-        std: `(B,)`, the standard deviation of the step, above 0.
+        std: `(B,)` or scalar, the standard deviation of the step, above 0.
         kind: which ratio.
 
     Returns:
-        `(B,)`.
+        `(B,)`, float32 (float64 from float64 input).
 
     Raises:
         ValueError: a shape does not fit; `kind` is unknown; a `std` on the CPU is not above 0.
     """
-    check_vector("log_prob", log_prob)
-    check_same_shape("old_log_prob", old_log_prob, "log_prob", log_prob)
-    check_same_shape("std", std, "log_prob", log_prob)
-    check_same_shape("mean", mean, "old_mean", old_mean)
-    check_latents("mean", mean)
-    if mean.shape[0] != log_prob.shape[0]:
-        raise ValueError(
-            f"mean has shape {tuple(mean.shape)} and log_prob has shape {tuple(log_prob.shape)}: "
-            "they must have the same batch size."
-        )
-    new, old, current, previous, scale = promote(log_prob, old_log_prob, mean, old_mean, std)
-    if is_free_to_read(scale) and not bool((scale > 0).all()):
-        raise ValueError(f"std is {scale.tolist()}: it must be above 0, a deterministic step has no importance ratio.")
-    if kind == "standard":
-        return new - old
-    revised = new - old + latent_mean((previous - current) ** 2) / (2 * scale**2)
-    if kind == "mean_revised":
-        return revised
+    check_shapes("(B, ...)", sample=sample, mean=mean, old_mean=old_mean)
+    check_choice("kind", kind, ("standard", "mean_revised", "ratio_norm"))
+    x, current, previous = promote(sample, mean, old_mean)
+    scale = noise_scale(std, x)
+    move = current - previous
+    normalized = latent_mean(move * ((x - previous) / over_latent(scale, x)))
     if kind == "ratio_norm":
-        return scale * revised
-    raise ValueError(f'kind is {kind!r}: it must be "standard", "mean_revised" or "ratio_norm".')
+        return normalized
+    revised = normalized / scale
+    return revised if kind == "mean_revised" else revised - latent_mean(move**2) / (2 * scale**2)
 
 
 def timestep_weight(
     kind: Literal["none", "temp", "inverse_dt", "beta_over_dt", "inverse_beta_dt"],
     *,
-    std: torch.Tensor,
-    dt: float | torch.Tensor,
-    beta: float | torch.Tensor | None = None,
-) -> torch.Tensor:
+    std: Tensor,
+    dt: Number,
+    beta: Number | None = None,
+) -> Tensor:
     """The weight `delta` of a step in the loss (GRPO-Guard Eq. 12).
 
     | `kind` | weight | where |
@@ -104,26 +91,19 @@ def timestep_weight(
         `(B,)`.
 
     Raises:
-        ValueError: a shape does not fit; `kind` is unknown; `beta` is missing; a `dt` on the CPU is not above 0.
+        ValueError: a shape does not fit; `kind` is unknown; `beta` is missing.
     """
-    check_vector("std", std)
+    check_shapes("(B,)", std=std)
+    check_choice("kind", kind, ("none", "temp", "inverse_dt", "beta_over_dt", "inverse_beta_dt"))
     (scale,) = promote(std)
-    step = per_sample("dt", dt, scale, "std")
-    if is_free_to_read(step) and not bool((step > 0).all()):
-        raise ValueError(
-            f"dt is {step.tolist()}: it must be above 0, the sigma before the step minus the sigma after it."
-        )
+    step = per_sample("dt", dt, scale)
     if kind == "none":
         return torch.ones_like(scale)
     if kind == "temp":
         return scale
     if kind == "inverse_dt":
         return 1 / step
-    if kind not in ("beta_over_dt", "inverse_beta_dt"):
-        raise ValueError(
-            f'kind is {kind!r}: it must be "none", "temp", "inverse_dt", "beta_over_dt" or "inverse_beta_dt".'
-        )
     if beta is None:
         raise ValueError(f"kind {kind!r} needs beta, 1 + eta^2 (1 - t) / (2 t), and none was given.")
-    factor = per_sample("beta", beta, scale, "std")
+    factor = per_sample("beta", beta, scale)
     return factor / step if kind == "beta_over_dt" else 1 / (factor * step)

@@ -4,18 +4,20 @@ import math
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-from trl_flow.functional._checks import check_finite, check_number, promote
+from trl_flow.functional._checks import check_finite, check_number
+from trl_flow.functional._tensors import promote
 
 
-def super_linear(advantages: torch.Tensor, power: float) -> torch.Tensor:
+def super_linear(advantages: Tensor, power: float) -> Tensor:
     """The shaped advantage `sign(A) |A|^(1 + gamma)` (SLAS Eq. 20, the metric weight `|A|^gamma` of Eq. 17).
 
     Meant for advantages scaled by the batch's standard deviation. It widens those above 1 and shrinks those below.
 
     Args:
         advantages: any shape.
-        power: `gamma`, at least 0; 0 gives the advantages back, bit for bit.
+        power: `gamma`, at least 0; 0 gives the advantages back as they are.
 
     Returns:
         The shape of `advantages`.
@@ -31,13 +33,45 @@ def super_linear(advantages: torch.Tensor, power: float) -> torch.Tensor:
     return values.sign() * values.abs().pow(1 + power)
 
 
+def effective_sample_share(advantages: Tensor) -> Tensor:
+    """The effective sample size of (shaped) advantages, as a share of the samples, `sum(|A|)^2 / (N sum(A^2))`.
+
+    1 where all samples count alike, `1 / N` where one of `N` counts alone; the wider the shaping, the smaller.
+
+    Args:
+        advantages: any shape.
+
+    Returns:
+        A scalar tensor; 0 where all advantages are 0.
+    """
+    (values,) = promote(advantages)
+    squares = values.numel() * values.square().sum()
+    return values.abs().sum() ** 2 / squares.clamp(min=torch.finfo(values.dtype).tiny)
+
+
+def adapt_power(power: float, kl: float, target_kl: float, *, gain: float, max_power: float) -> float:
+    """The next power, so that the KL that an update causes comes to its target (SLAS Appendix E: a power coupled with
+    the KL). It rises by `gain log(target_kl / kl)` where the KL is below the target and falls likewise above it.
+
+    Where the optimizer's step follows the gradient, `log kl` changes by 1 to 2 for each unit of the power (Gaussian
+    advantages: log 3 from 0 to 1, log 5 from 1 to 2): a gain of 0.2 cannot swing.
+
+    Args:
+        power: `gamma` of the last update, at least 0.
+        kl: what it caused, at least 0; from `transition_kl`.
+        target_kl: what it should cause, above 0.
+        gain: the change for a factor of e between the two, at most which the power moves at once.
+        max_power: the power stays in `[0, max_power]`; `inf` for no limit.
+
+    Returns:
+        The power of the next update.
+    """
+    distance = math.log(target_kl / kl) if kl > 0 else math.inf
+    return min(max(power + gain * min(max(distance, -1.0), 1.0), 0.0), max_power)
+
+
 def max_advantage_power(
-    advantages: torch.Tensor,
-    *,
-    grad_sq_norm: float,
-    fisher_eigenvalue: float,
-    learning_rate: float,
-    max_kl: float,
+    advantages: Tensor, *, grad_sq_norm: float, fisher_eigenvalue: float, learning_rate: float, max_kl: float
 ) -> float:
     """The largest power with which an update stays in its trust region (SLAS Theorem 4).
 
@@ -64,25 +98,14 @@ def max_advantage_power(
         ValueError: there are no advantages, one is NaN or infinite, or a number is out of its domain.
     """
     log_limit = _log_limit(grad_sq_norm, fisher_eigenvalue, learning_rate, max_kl)
+    check_finite("advantages", advantages)
     if advantages.numel() == 0:
         raise ValueError(f"advantages has shape {tuple(advantages.shape)}: there is nothing to take the mean of.")
-    check_finite("advantages", advantages)
-
     magnitudes = advantages.detach().to(device="cpu", dtype=torch.float64).abs().flatten()
     logs = magnitudes[magnitudes > 0].log()  # an advantage of 0 adds nothing to the mean, whatever the power
     if log_limit == math.inf or logs.numel() == 0:
         return math.inf
-    # In logarithms throughout: high powers overflow. p is the exponent 2 (1 + gamma), so it starts at 2.
     log_count = math.log(magnitudes.numel())
-
-    def excess(p: float) -> float:
-        """Log of the p-th moment, minus log C: the bound holds where this is not positive."""
-        return torch.logsumexp(p * logs, dim=0).item() - log_count - log_limit
-
-    def slope(p: float) -> float:
-        """Derivative of `excess`: the mean of `log|A|`, weighted by `|A|^p`."""
-        return (torch.softmax(p * logs, dim=0) * logs).sum().item()
-
     if logs.max() <= 0:
         # The moments fall towards the share of advantages that are exactly 1 in magnitude, and reach it only if there
         # are no others: then every power has that moment.
@@ -90,45 +113,34 @@ def max_advantage_power(
         limit = (math.log(ones) if ones else -math.inf) - log_count - log_limit
         return math.inf if limit < 0 or (limit == 0 and ones == logs.numel()) else 0.0
 
-    start = 2.0
-    if excess(start) > 0:
-        # Too large as they are. The bound can only hold further up if the moment falls first: look at its minimum.
-        if slope(start) >= 0:
-            return 0.0
-        low, high = _bracket(start, lambda p: slope(p) >= 0)
-        start = _bisect(low, high, lambda p: slope(p) >= 0)
-        if excess(start) > 0:
-            return 0.0
-    low, high = _bracket(start, lambda p: excess(p) > 0)
-    return _bisect(low, high, lambda p: excess(p) > 0) / 2 - 1
+    # In p = 2 (1 + gamma), from 2 on, and in logarithms: high powers overflow
+    def is_too_large(p: float) -> bool:
+        return torch.logsumexp(p * logs, dim=0).item() - log_count > log_limit
+
+    def is_rising(p: float) -> bool:
+        return (torch.softmax(p * logs, dim=0) * logs).sum().item() >= 0
+
+    lowest = 2.0 if is_rising(2.0) else _last_before(2.0, is_rising)
+    return 0.0 if is_too_large(lowest) else _last_before(lowest, is_too_large) / 2 - 1
 
 
 def max_advantage_power_bounded(
-    bound: float,
-    *,
-    grad_sq_norm: float,
-    fisher_eigenvalue: float,
-    learning_rate: float,
-    max_kl: float,
+    bound: float, *, grad_sq_norm: float, fisher_eigenvalue: float, learning_rate: float, max_kl: float
 ) -> float:
     """The largest power with which an update stays in its trust region whatever its advantages are, as long as none is
     larger than `bound` (SLAS Corollary 1).
 
         |A| <= M, M > 1:  gamma <= log C / (2 log M) - 1,  C = 2 max_kl / (lr^2 lambda_max B)
 
-    It is `max_advantage_power` of advantages that all have the magnitude `M`, the worst case, so it never exceeds what
-    that function returns for others within the bound. Shaping never enlarges advantages of at most 1: there is no
-    upper limit for `M < 1`, nor for `M = 1` if `C >= 1`.
+    It is `max_advantage_power` of advantages that all have the magnitude `M`, the worst case.
 
     Args:
         bound: `M`, at least 0, of the linear advantages: the range that they are clamped to, for example.
-        grad_sq_norm: `B`, as for `max_advantage_power`.
-        fisher_eigenvalue: `lambda_max`, as for `max_advantage_power`.
-        learning_rate: `lr`, at least 0.
-        max_kl: the KL an update may cause, above 0.
+        grad_sq_norm, fisher_eigenvalue, learning_rate, max_kl: as for `max_advantage_power`.
 
     Returns:
-        A number at least 0, or `inf`. 0 if no power is safe for all such advantages, or none above 0 is.
+        A number at least 0. 0 if no power is safe for all such advantages, or none above 0 is; `inf` for `M < 1`, for
+        `M = 1` if `C >= 1`, and for an update of length 0.
 
     Raises:
         ValueError: a number is out of its domain.
@@ -137,9 +149,7 @@ def max_advantage_power_bounded(
     log_limit = _log_limit(grad_sq_norm, fisher_eigenvalue, learning_rate, max_kl)
     if bound < 1 or log_limit == math.inf or (bound == 1 and log_limit >= 0):
         return math.inf
-    if bound == 1:
-        return 0.0
-    return max(log_limit / (2 * math.log(bound)) - 1, 0.0)
+    return 0.0 if bound == 1 else max(log_limit / (2 * math.log(bound)) - 1, 0.0)
 
 
 def _log_limit(grad_sq_norm: float, fisher_eigenvalue: float, learning_rate: float, max_kl: float) -> float:
@@ -147,30 +157,18 @@ def _log_limit(grad_sq_norm: float, fisher_eigenvalue: float, learning_rate: flo
     check_number("grad_sq_norm", grad_sq_norm, 0)
     check_number("fisher_eigenvalue", fisher_eigenvalue, 0)
     check_number("learning_rate", learning_rate, 0)
-    check_number("max_kl", max_kl, 0)
-    if max_kl == 0:
-        raise ValueError("max_kl is 0: no update at all would be within it. Give the KL that an update may cause.")
-    if grad_sq_norm == 0 or fisher_eigenvalue == 0 or learning_rate == 0:
+    check_number("max_kl", max_kl, math.ulp(0.0))
+    if 0 in (grad_sq_norm, fisher_eigenvalue, learning_rate):
         return math.inf
     # One logarithm for each: the product may be too small for a float
     return math.log(2 * max_kl) - 2 * math.log(learning_rate) - math.log(fisher_eigenvalue) - math.log(grad_sq_norm)
 
 
-def _bracket(start: float, is_beyond: Callable[[float], bool]) -> tuple[float, float]:
-    """Doubles the distance from `start` until `is_beyond`: gives the last point before and the first beyond."""
-    low, distance = start, 1.0
-    while not is_beyond(start + distance):
-        low, distance = start + distance, 2 * distance
-    return low, start + distance
-
-
-def _bisect(low: float, high: float, is_beyond: Callable[[float], bool]) -> float:
-    """The largest number in `[low, high]` that is not beyond, given that `low` is not and `high` is."""
-    while True:
-        middle = (low + high) / 2
-        if middle in (low, high):
-            return low
-        if is_beyond(middle):
-            high = middle
-        else:
-            low = middle
+def _last_before(start: float, is_beyond: Callable[[float], bool]) -> float:
+    """The largest number from `start` on that is not beyond, given that `start` is not and all large ones are."""
+    low, high = start, start + 1
+    while not is_beyond(high):
+        low, high = high, 2 * high - start
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (low, middle) if is_beyond(middle) else (middle, high)
+    return low

@@ -14,17 +14,10 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
-from trl_flow.functional._checks import (
-    check_latents,
-    check_number,
-    check_same_shape,
-    is_free_to_read,
-    latent_mean,
-    over_latent,
-    per_sample,
-    promote,
-)
+from trl_flow.functional._checks import check_choice, check_number, check_on_cpu, check_shapes
+from trl_flow.functional._tensors import Number, latent_mean, noise_scale, over_latent, per_sample, promote
 
 
 class Transition(NamedTuple):
@@ -36,18 +29,12 @@ class Transition(NamedTuple):
         std: `(B,)`, the same dtype; one standard deviation per sample. 0 where the step is deterministic.
     """
 
-    mean: torch.Tensor
-    std: torch.Tensor
+    mean: Tensor
+    std: Tensor
 
 
 def flow_sde_transition(
-    velocity: torch.Tensor,
-    latents: torch.Tensor,
-    sigma: float | torch.Tensor,
-    sigma_next: float | torch.Tensor,
-    *,
-    noise_level: float,
-    sigma_max: float | torch.Tensor,
+    velocity: Tensor, latents: Tensor, sigma: Number, sigma_next: Number, *, noise_level: float, sigma_max: Number
 ) -> Transition:
     """One Euler-Maruyama step of Flow-GRPO's SDE (Flow-GRPO, arXiv:2505.05470; GRPO-Guard Eq. 3, VGPO Eq. 7).
 
@@ -64,21 +51,16 @@ def flow_sde_transition(
         latents: `(B, ...)`, `x_t`.
         sigma: `(B,)` or scalar, `t`.
         sigma_next: `(B,)` or scalar, `t'`.
-        noise_level: `eta`, at least 0. 0 gives `ode_transition` to the last bit.
+        noise_level: `eta`, at least 0. 0 gives `ode_transition` exactly.
         sigma_max: `(B,)` or scalar, below 1: the schedule's second sigma, in place of a `sigma` that equals 1.
 
     Raises:
         ValueError: a shape does not fit; `noise_level` is negative; sigmas on the CPU are out of order or out of
-            `[0, 1]`, or `sigma_max` is not below 1.
+            `[0, 1]`.
     """
     check_number("noise_level", noise_level, 0)
     x, v, t, t_next = _prepare(velocity, latents, sigma, sigma_next)
-    limit = per_sample("sigma_max", sigma_max, x, "latents")
-    if is_free_to_read(limit) and not bool(((limit >= 0) & (limit < 1)).all()):
-        raise ValueError(
-            f"sigma_max is {limit.tolist()}: it must be below 1, the second sigma of the schedule, because the "
-            "diffusion coefficient is infinite at sigma 1."
-        )
+    limit = per_sample("sigma_max", sigma_max, x)
     dt = t - t_next
     # sigma_t^2 / (2 t), written without the division by t
     half_rate = noise_level**2 / (2 * (1 - torch.where(t == 1, limit, t)))
@@ -87,12 +69,7 @@ def flow_sde_transition(
 
 
 def dance_sde_transition(
-    velocity: torch.Tensor,
-    latents: torch.Tensor,
-    sigma: float | torch.Tensor,
-    sigma_next: float | torch.Tensor,
-    *,
-    noise_level: float,
+    velocity: Tensor, latents: Tensor, sigma: Number, sigma_next: Number, *, noise_level: float
 ) -> Transition:
     """One Euler-Maruyama step of DanceGRPO's SDE (arXiv:2505.07818): `flow_sde_transition` with `sigma_t = eta`.
 
@@ -102,32 +79,21 @@ def dance_sde_transition(
     The gradient of `mean` in `v` is `-beta dt` with `beta = 1 + eta^2 (1 - t) / (2 t)`.
 
     Args:
-        velocity: `(B, ...)`, predicted at `latents` and `sigma`.
-        latents: `(B, ...)`, `x_t`.
-        sigma: `(B,)` or scalar, `t`, above 0.
-        sigma_next: `(B,)` or scalar, `t'`.
-        noise_level: `eta`, at least 0. 0 gives `ode_transition` to the last bit.
+        velocity, latents, sigma, sigma_next: as for `flow_sde_transition`; `sigma` above 0.
+        noise_level: `eta`, at least 0. 0 gives `ode_transition` exactly.
 
     Raises:
-        ValueError: a shape does not fit; `noise_level` is negative; sigmas on the CPU are out of order or out of
-            `[0, 1]`, or `sigma` is 0.
+        ValueError: as `flow_sde_transition`.
     """
     check_number("noise_level", noise_level, 0)
     x, v, t, t_next = _prepare(velocity, latents, sigma, sigma_next)
-    if is_free_to_read(t) and not bool((t > 0).all()):
-        raise ValueError(f"sigma is {t.tolist()}: it must be above 0, no step starts at the data.")
     dt = t - t_next
     drift = v + over_latent(noise_level**2 / (2 * t), x) * (x + over_latent(1 - t, x) * v)
     return Transition(x - drift * over_latent(dt, x), noise_level * dt.sqrt())
 
 
 def cps_transition(
-    velocity: torch.Tensor,
-    latents: torch.Tensor,
-    sigma: float | torch.Tensor,
-    sigma_next: float | torch.Tensor,
-    *,
-    noise_level: float,
+    velocity: Tensor, latents: Tensor, sigma: Number, sigma_next: Number, *, noise_level: float
 ) -> Transition:
     """One step of coefficients-preserving sampling (Flow-CPS, arXiv:2509.05952).
 
@@ -137,7 +103,7 @@ def cps_transition(
 
     The predicted data keeps the weight `1 - t'`, and the predicted and the fresh noise together keep `t'`: the noise
     level after the step is right for every step length. Where the data is one point, so that the predictions are
-    exact, this keeps the marginals exactly. It is not the discretisation of an SDE, though, `std` does not shrink with
+    exact, this keeps the marginals exactly. It is not the discretization of an SDE, though, `std` does not shrink with
     the step: of data that spreads it keeps the mean, but loses a part of the variance that more steps do not bring
     back (Gaussian data, exact velocity, 100 to 400 steps: 6 to 8 percent at a noise level of 0.3, 28 at 0.7).
 
@@ -146,15 +112,11 @@ def cps_transition(
     `sqrt(1 / 2)`.
 
     Args:
-        velocity: `(B, ...)`, predicted at `latents` and `sigma`.
-        latents: `(B, ...)`, `x_t`.
-        sigma: `(B,)` or scalar, `t`.
-        sigma_next: `(B,)` or scalar, `t'`.
-        noise_level: `eta` in `[0, 1]`. 0 gives `ode_transition` to the last bit; 1 replaces all of the noise.
+        velocity, latents, sigma, sigma_next: as for `flow_sde_transition`.
+        noise_level: `eta` in `[0, 1]`. 0 gives `ode_transition` exactly; 1 replaces all of the noise.
 
     Raises:
-        ValueError: a shape does not fit; `noise_level` is not in `[0, 1]`; sigmas on the CPU are out of order or out
-            of `[0, 1]`.
+        ValueError: as `flow_sde_transition`; `noise_level` is not in `[0, 1]`.
     """
     check_number("noise_level", noise_level, 0, 1)
     x, v, t, t_next = _prepare(velocity, latents, sigma, sigma_next)
@@ -166,32 +128,24 @@ def cps_transition(
     return Transition(mean, t_next * math.sin(noise_level * math.pi / 2))
 
 
-def ode_transition(
-    velocity: torch.Tensor,
-    latents: torch.Tensor,
-    sigma: float | torch.Tensor,
-    sigma_next: float | torch.Tensor,
-) -> Transition:
+def ode_transition(velocity: Tensor, latents: Tensor, sigma: Number, sigma_next: Number) -> Transition:
     """One Euler step of the flow's ODE: `mean = x_t - v dt`, `std = 0`. It has no log-probability.
 
     Args:
-        velocity: `(B, ...)`, predicted at `latents` and `sigma`.
-        latents: `(B, ...)`, `x_t`.
-        sigma: `(B,)` or scalar, `t`.
-        sigma_next: `(B,)` or scalar, `t'`.
+        velocity, latents, sigma, sigma_next: as for `flow_sde_transition`.
 
     Raises:
-        ValueError: a shape does not fit; sigmas on the CPU are out of order or out of `[0, 1]`.
+        ValueError: as `flow_sde_transition`.
     """
     x, v, t, t_next = _prepare(velocity, latents, sigma, sigma_next)
     return Transition(x - v * over_latent(t - t_next, x), torch.zeros_like(t))
 
 
 def ddim_transition(
-    noise_pred: torch.Tensor,
-    latents: torch.Tensor,
-    alpha_cumprod: float | torch.Tensor,
-    alpha_cumprod_next: float | torch.Tensor,
+    noise_pred: Tensor,
+    latents: Tensor,
+    alpha_cumprod: Number,
+    alpha_cumprod_next: Number,
     *,
     noise_level: float,
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon",
@@ -217,23 +171,14 @@ def ddim_transition(
         prediction_type: what the model predicts, diffusers' names.
 
     Raises:
-        ValueError: a shape does not fit; `noise_level` is not in `[0, 1]`; alphas on the CPU are out of order or out
-            of `(0, 1]`; `prediction_type` is unknown.
+        ValueError: a shape does not fit; `noise_level` is not in `[0, 1]`; `prediction_type` is unknown.
     """
     check_number("noise_level", noise_level, 0, 1)
-    if prediction_type not in ("epsilon", "v_prediction"):
-        raise ValueError(f'prediction_type is {prediction_type!r}: it must be "epsilon" or "v_prediction".')
-    x, prediction = _prepare_latents("noise_pred", noise_pred, latents)
-    a = per_sample("alpha_cumprod", alpha_cumprod, x, "latents")
-    a_next = per_sample("alpha_cumprod_next", alpha_cumprod_next, x, "latents")
-    if is_free_to_read(a):
-        positive = a > 0 if prediction_type == "epsilon" else a >= 0
-        if not bool((positive & (a < 1) & (a <= a_next) & (0 < a_next) & (a_next <= 1)).all()):
-            raise ValueError(
-                f"alpha_cumprod is {a.tolist()} and alpha_cumprod_next is {a_next.tolist()}: a step goes from noise "
-                "to data, 0 < alpha_cumprod < 1 (0 itself for v_prediction only) and "
-                "alpha_cumprod <= alpha_cumprod_next <= 1."
-            )
+    check_choice("prediction_type", prediction_type, ("epsilon", "v_prediction"))
+    check_shapes("(B, ...)", noise_pred=noise_pred, latents=latents)
+    x, prediction = promote(latents, noise_pred)
+    a = per_sample("alpha_cumprod", alpha_cumprod, x)
+    a_next = per_sample("alpha_cumprod_next", alpha_cumprod_next, x)
     std = noise_level * ((1 - a_next) / (1 - a) * (1 - a / a_next)).sqrt()
     signal, noise = over_latent(a.sqrt(), x), over_latent((1 - a).sqrt(), x)
     if prediction_type == "epsilon":
@@ -246,7 +191,7 @@ def ddim_transition(
     return Transition(mean, std)
 
 
-def gaussian_log_prob(sample: torch.Tensor, transition: Transition) -> torch.Tensor:
+def gaussian_log_prob(sample: Tensor, transition: Transition) -> Tensor:
     """Log-density of `sample`, averaged over the latent's dimensions (GRPO-Guard Eq. 6, with a mean for the sum).
 
         log p = mean(-(x - mean)^2 / (2 std^2) - log std - log(2 pi) / 2)
@@ -259,24 +204,17 @@ def gaussian_log_prob(sample: torch.Tensor, transition: Transition) -> torch.Ten
         `(B,)`.
 
     Raises:
-        ValueError: a shape does not fit; a `std` on the CPU is not above 0. A deterministic step has no
-            log-probability; on an accelerator, where looking at `std` would cost a wait, the result is NaN or
-            infinite instead.
+        ValueError: a shape does not fit; a `std` on the CPU is not above 0: a deterministic step has no
+            log-probability. On an accelerator, which is not made to wait, the result is NaN or infinite instead.
     """
-    check_same_shape("sample", sample, "transition.mean", transition.mean)
-    check_latents("sample", sample)
+    check_shapes("(B, ...)", sample=sample, mean=transition.mean)
     x, mean = promote(sample, transition.mean)
-    std = per_sample("transition.std", transition.std, x, "sample")
-    if is_free_to_read(std) and not bool((std > 0).all()):
-        raise ValueError(
-            f"transition.std is {std.tolist()}: a deterministic step (an ODE step, noise_level 0, the last step of "
-            "CPS) has no log-probability. Leave it out of the trained steps, or sample it with noise."
-        )
+    std = noise_scale(transition.std, x)
     scaled = (x - mean) / over_latent(std, x)
     return -0.5 * latent_mean(scaled**2) - std.log() - 0.5 * math.log(2 * math.pi)
 
 
-def project_to_data(latents: torch.Tensor, sigma: float | torch.Tensor, velocity: torch.Tensor) -> torch.Tensor:
+def project_to_data(latents: Tensor, sigma: Number, velocity: Tensor) -> Tensor:
     """The data that one ODE step to the end predicts, `x0_hat = x_t - t v` (VGPO Eq. 10).
 
     Args:
@@ -290,30 +228,19 @@ def project_to_data(latents: torch.Tensor, sigma: float | torch.Tensor, velocity
     Raises:
         ValueError: a shape does not fit.
     """
-    x, v = _prepare_latents("velocity", velocity, latents)
-    return x - over_latent(per_sample("sigma", sigma, x, "latents"), x) * v
-
-
-def _prepare_latents(name: str, prediction: torch.Tensor, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    check_same_shape(name, prediction, "latents", latents)
-    check_latents("latents", latents)
-    x, prediction = promote(latents, prediction)
-    return x, prediction
+    check_shapes("(B, ...)", velocity=velocity, latents=latents)
+    x, v = promote(latents, velocity)
+    return x - over_latent(per_sample("sigma", sigma, x), x) * v
 
 
 def _prepare(
-    velocity: torch.Tensor,
-    latents: torch.Tensor,
-    sigma: float | torch.Tensor,
-    sigma_next: float | torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    velocity: Tensor, latents: Tensor, sigma: Number, sigma_next: Number
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gives latents and velocity in one dtype and the two sigmas as `(B,)`."""
-    x, v = _prepare_latents("velocity", velocity, latents)
-    t = per_sample("sigma", sigma, x, "latents")
-    t_next = per_sample("sigma_next", sigma_next, x, "latents")
-    if is_free_to_read(t) and not bool(((t_next >= 0) & (t_next <= t) & (t <= 1)).all()):
-        raise ValueError(
-            f"sigma is {t.tolist()} and sigma_next is {t_next.tolist()}: a step goes from noise to data, "
-            "0 <= sigma_next <= sigma <= 1."
-        )
+    check_shapes("(B, ...)", velocity=velocity, latents=latents)
+    x, v = promote(latents, velocity)
+    t = per_sample("sigma", sigma, x)
+    t_next = per_sample("sigma_next", sigma_next, x)
+    rule = "a step goes from noise to data, 1 >= sigma >= sigma_next >= 0."
+    check_on_cpu((t_next >= 0) & (t_next <= t) & (t <= 1), rule, sigma=t, sigma_next=t_next)
     return x, v, t, t_next

@@ -1,19 +1,20 @@
 """VGPO: a value for every step in place of one reward at the end, and advantages that keep its absolute size."""
 
 import torch
+from torch import Tensor
 
-from trl_flow.functional._checks import check_finite, check_groups, check_number, promote
-from trl_flow.functional.grpo import STD_EPSILON, centre, unbiased_std
+from trl_flow.functional._checks import check_finite, check_number, check_shapes
+from trl_flow.functional._tensors import STD_EPSILON, deviations, in_groups, promote, spread
 
 
-def cumulative_values(instant_rewards: torch.Tensor, discount: float) -> torch.Tensor:
+def cumulative_values(instant_rewards: Tensor, discount: float) -> Tensor:
     """The discounted sum of the rewards from each step on to the end (VGPO Eq. 11).
 
         Q_i = R_i + gamma Q_{i+1},  Q_{T-1} = R_{T-1}
 
     Args:
         instant_rewards: `(B, T)`, the reward of the image projected from after each step; column 0 is the first,
-            noisiest step.
+            noisiest step. A NaN makes the values up to its step NaN, see `fill_missing`.
         discount: `gamma`, at least 0 and below 1; 0 gives the instant rewards.
 
     Returns:
@@ -22,7 +23,7 @@ def cumulative_values(instant_rewards: torch.Tensor, discount: float) -> torch.T
     Raises:
         ValueError: `instant_rewards` is not `(B, T)`; `discount` is out of its domain.
     """
-    _check_steps("instant_rewards", instant_rewards)
+    check_shapes("(B, T)", instant_rewards=instant_rewards)
     check_number("discount", discount, 0)
     if discount >= 1:
         raise ValueError(f"discount is {discount!r}: it must be below 1.")
@@ -33,7 +34,7 @@ def cumulative_values(instant_rewards: torch.Tensor, discount: float) -> torch.T
     return torch.stack(columns[::-1], dim=1)
 
 
-def value_weights(values: torch.Tensor) -> torch.Tensor:
+def value_weights(values: Tensor) -> Tensor:
     """How much each step of a sample counts, `omega_t = Q_t / mean_t(Q_t)` (VGPO Eq. 12).
 
     The weights of a sample average to 1 and lie in `[0, T]`. A sample whose values are all 0 has weights of 1: none of
@@ -49,7 +50,7 @@ def value_weights(values: torch.Tensor) -> torch.Tensor:
         ValueError: `values` is not `(B, T)`, or holds NaN, infinity or a negative value (these checks wait for an
             accelerator).
     """
-    _check_steps("values", values)
+    check_shapes("(B, T)", values=values)
     check_finite("values", values)
     (q,) = promote(values)
     if bool((q < 0).any()):
@@ -65,7 +66,7 @@ def value_weights(values: torch.Tensor) -> torch.Tensor:
     return shares / shares.mean(dim=1, keepdim=True)
 
 
-def dual_advantages(values: torch.Tensor, num_generations: int, *, scale: float) -> torch.Tensor:
+def dual_advantages(values: Tensor, num_generations: int, *, scale: float) -> Tensor:
     """Adaptive dual advantages (VGPO Eq. 14), the step weights of Eq. 12 included.
 
         A_t = omega_t [(1 + alpha) Q_t - mean_group(Q_t)] / std_group(Q_t),  alpha = k std_group(Q_t)
@@ -76,28 +77,46 @@ def dual_advantages(values: torch.Tensor, num_generations: int, *, scale: float)
 
     Args:
         values: `(B, T)`, from `cumulative_values`, never negative; the `num_generations` samples of a prompt are
-            contiguous.
+            contiguous. A sample with NaN among its values is left out of all means and standard deviations.
         num_generations: samples per prompt.
         scale: `k`, at least 0; 0 leaves the relative part alone.
 
     Returns:
-        `(B, T)`.
+        `(B, T)`; 0 for samples with NaN, whatever `k`.
 
     Raises:
-        ValueError: as `value_weights`; `values` does not split into groups; `scale` is negative.
+        ValueError: `values` is not `(B, T)`, does not split into groups, or holds infinity or a negative value (these
+            checks wait for an accelerator); `scale` is negative.
     """
     check_number("scale", scale, 0)
-    _check_steps("values", values)
-    check_groups("values", values, num_generations)
-    weights = value_weights(values)
-    (q,) = promote(values)
-    grouped = q.view(-1, num_generations, q.shape[1])
-    relative = (centre(grouped) / (unbiased_std(grouped) + STD_EPSILON)).view_as(q)
-    return weights * (relative + scale * q)
+    relative, absolute = _dual_parts(values, num_generations)
+    return relative + scale * absolute
 
 
-def _check_steps(name: str, values: torch.Tensor) -> None:
-    if values.ndim != 2 or values.shape[1] == 0:
-        raise ValueError(
-            f"{name} has shape {tuple(values.shape)}: one row per sample and one column per step, (B, T)."
-        )
+def value_share(values: Tensor, num_generations: int, *, scale: float) -> Tensor:
+    """The share of the absolute part in `dual_advantages`; it rises towards 1 as the samples of a group become alike.
+
+        share = sum |omega k Q| / (sum |omega k Q| + sum |omega (Q - mean) / (std + 1e-4)|)
+
+    Args:
+        values, num_generations, scale: as for `dual_advantages`.
+
+    Returns:
+        A scalar tensor; 0 where both parts are 0.
+
+    Raises:
+        ValueError: as `dual_advantages`.
+    """
+    check_number("scale", scale, 0)
+    relative, absolute = (part.abs().sum() for part in _dual_parts(values, num_generations))
+    return scale * absolute / (scale * absolute + relative).clamp(min=torch.finfo(relative.dtype).tiny)
+
+
+def _dual_parts(values: Tensor, num_generations: int) -> tuple[Tensor, Tensor]:
+    """`omega (Q - mean) / (std + 1e-4)` and `omega Q`, both `(B, T)` and 0 for samples with NaN."""
+    check_shapes("(B, T)", values=values)
+    missing = values.isnan().any(dim=1, keepdim=True)
+    weights = value_weights(values.masked_fill(missing, 0.0))
+    centered = deviations(in_groups("values", values.masked_fill(missing, torch.nan), num_generations))
+    relative = (centered / (spread(centered) + STD_EPSILON)).flatten(0, 1)
+    return tuple((weights * part).masked_fill(missing, 0.0) for part in (relative, *promote(values)))

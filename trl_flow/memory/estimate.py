@@ -187,9 +187,7 @@ def _modules(pipeline: DiffusionPipeline) -> dict[str, torch.nn.Module]:
 def _from_configs(folder: str, plan: Plan) -> Backbone:
     """The backbone of a pipeline without data, with its parts in the dtypes in which they are loaded."""
     pipeline = copy.deepcopy(_empty_pipeline(folder))
-    args = copy.copy(plan.args)
-    args.model_dtype = plan.model_dtype
-    dtypes = component_dtypes(args, trains_adapter=plan.peft_config is not None)
+    dtypes = component_dtypes(plan.args, trains_adapter=plan.peft_config is not None)
     for name, module in _modules(pipeline).items():
         dtype = dtypes.get(name, dtypes.get("default", torch.float32))
         # Both libraries load some modules in float32 all the same; transformers only in place of float16

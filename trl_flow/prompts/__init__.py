@@ -2,7 +2,6 @@
 
 from trl_flow.prompts.files import read_prompts
 from trl_flow.prompts.geneval import generate_geneval_prompts, geneval_benchmark
-from trl_flow.prompts.loading import load_prompts
 from trl_flow.prompts.sets import (
     PROMPT_SETS,
     PromptSet,
@@ -14,6 +13,7 @@ from trl_flow.prompts.sets import (
     load_pickscore,
     load_unigenbench,
 )
+from trl_flow.prompts.sources import load_prompts
 
 
 __all__ = [

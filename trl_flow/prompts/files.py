@@ -1,17 +1,15 @@
 """Prompts from files: JSON lines, JSON, CSV, TSV, plain text and Parquet.
 
-The text formats are read here and not by the readers of `datasets`, which guess types: there "null" and "NA" become
-missing values in a CSV file, a date in a JSON file becomes a time stamp, objects gain the keys that only others have,
-and an error seldom says where in the file it is. A prompt is text whatever it looks like, and what a reward function
-is given is what stands in the file.
+`datasets` holds the columns and reads tables. JSON and CSV are read by Python's own modules, since the readers of
+`datasets` change what stands in the file: "null" and "NA" become missing values in a CSV file, a date in a JSON file
+becomes a time stamp, and errors seldom say where in the file they are.
 """
 
 import csv
 import io
 import json
 import os
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# A number as JSON writes it, of which a 64-bit integer holds every one without fraction
-_NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,17})(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?")
-_TRUTH = {"true": True, "True": True, "false": False, "False": False}
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 
 # A row and where in the file it stands, in words
 Row = tuple[str, dict[str, Any]]
@@ -57,49 +53,51 @@ def read_prompts(path: str | os.PathLike, *, prompt_column: str = "prompt", suff
     """
     path = Path(path)
     try:
-        dataset = _read(path, prompt_column, (suffix or path.suffix).lower())
-    except (ValueError, OSError, RecursionError) as error:
+        return _read(path, prompt_column, (suffix or path.suffix).lower())
+    # Arrow raises what is no ValueError for numbers that are too large
+    except (ValueError, OSError, OverflowError, TypeError, RecursionError) as error:
         # What the operating system says begins with a number and ends with the path
         cause = getattr(error, "strerror", None) or str(error)
-        raise ValueError(f"the data set {os.fspath(path)!r} can not be read: {cause.rstrip('.')}.") from error
-    return dataset
+        raise ValueError(f"the data set {os.fspath(path)!r} cannot be read: {cause.rstrip('.')}.") from error
 
 
 def _read(path: Path, prompt_column: str, suffix: str) -> "Dataset":
     if not path.is_file():
         raise ValueError("it is a folder" if path.is_dir() else "there is no such file")
+    if suffix not in SUFFIXES:
+        raise ValueError(f"files end with {', '.join(SUFFIXES)}, this one with {suffix!r}")
     if suffix == ".parquet":
         return _from_parquet(path, prompt_column)
-    if suffix not in _READERS:
-        raise ValueError(f"files end with {', '.join(SUFFIXES)}, this one with {suffix!r}")
-    return _from_rows(_READERS[suffix](_text(path), prompt_column), prompt_column)
-
-
-def _text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"it is not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8") from error
+    if suffix == ".txt":
+        lines = enumerate(text.replace("\r\n", "\n").split("\n"), start=1)
+        return _from_rows([(f"line {n}", {prompt_column: line}) for n, line in lines if line.strip()], prompt_column)
+    if suffix in (".csv", ".tsv"):
+        return _from_rows(_csv(text, prompt_column, "," if suffix == ".csv" else "\t"), prompt_column)
+    return _from_rows(
+        _json_lines(text, prompt_column) if suffix == ".jsonl" else _json(text, prompt_column), prompt_column
+    )
 
 
 def _json_lines(text: str, prompt_column: str) -> list[Row]:
-    rows = []
     # Not `splitlines`: a string in JSON may hold other line separators than LF
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {number} is not valid JSON ({error.msg}, column {error.colno})") from error
-            rows.append(_row(value, f"line {number}", prompt_column))
-    return rows
+    lines = [(f"line {n}", line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    return [_row(_parsed(line, where), where, prompt_column) for where, line in lines]
+
+
+def _parsed(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not valid JSON ({error.msg}, column {error.colno})") from error
 
 
 def _json(text: str, prompt_column: str) -> list[Row]:
-    if not text.strip():
-        return []
     try:
-        content = json.loads(text)
+        content = json.loads(text) if text.strip() else []
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # a second value: one a line
             return _json_lines(text, prompt_column)
@@ -111,137 +109,82 @@ def _json(text: str, prompt_column: str) -> list[Row]:
     return [_row(value, f"row {index}", prompt_column) for index, value in enumerate(content)]
 
 
-def _row(value: Any, place: str, prompt_column: str) -> Row:
+def _row(value: Any, where: str, prompt_column: str) -> Row:
     if isinstance(value, str):
         value = {prompt_column: value}
     if not isinstance(value, dict):
-        raise ValueError(f"{place} is {_described(value)}, neither an object nor a prompt")
-    return place, value
+        raise ValueError(f"{where} is {_described(value)}, neither an object nor a prompt")
+    return where, value
 
 
-def _lines(text: str, prompt_column: str) -> list[Row]:
-    lines = (line.removesuffix("\r") for line in text.split("\n"))
-    return [(f"line {n}", {prompt_column: line}) for n, line in enumerate(lines, start=1) if line.strip()]
-
-
-def _csv(text: str, prompt_column: str, delimiter: str = ",") -> list[Row]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+def _csv(text: str, prompt_column: str, delimiter: str) -> list[Row]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, restval="")
     try:
-        lines = [(reader.line_num, values) for values in reader if values]
+        names = list(reader.fieldnames or [])
+        lines = [(f"line {reader.line_num}", row) for row in reader]
     except csv.Error as error:
-        raise ValueError(f"line {reader.line_num} is not valid CSV ({error})") from error
-    if not lines:
-        return []
-    names = [name.strip() for name in lines[0][1]]
+        raise ValueError(f"line {reader.reader.line_num} is not valid CSV ({error})") from error
     if len(set(names)) < len(names) or "" in names:
         raise ValueError(f"the first line must name each column, and each name once, but is {names}")
-    for number, values in lines[1:]:
-        if len(values) > len(names):
+    for where, row in lines:
+        if None in row:  # where DictReader puts what has no column
             raise ValueError(
-                f"line {number} has {len(values)} values for the {len(names)} columns {names}; values that hold the "
-                "separator need quotes around them"
+                f"{where} has {len(names) + len(row[None])} values for the {len(names)} columns {names}; values that "
+                "hold the separator need quotes around them"
             )
-    columns = {
-        name: _typed([values[i] if i < len(values) else "" for _, values in lines[1:]], name == prompt_column)
-        for i, name in enumerate(names)
-    }
-    return [(f"line {number}", {name: columns[name][i] for name in names}) for i, (number, _) in enumerate(lines[1:])]
+    columns = {name: [row[name] for _, row in lines] for name in names}
+    columns = {name: values if name == prompt_column else _typed(values) for name, values in columns.items()}
+    return [(where, {name: columns[name][i] for name in names}) for i, (where, _) in enumerate(lines)]
 
 
-def _tsv(text: str, prompt_column: str) -> list[Row]:
-    return _csv(text, prompt_column, delimiter="\t")
-
-
-def _typed(values: list[str], as_text: bool) -> list[Any]:
-    """A column of a CSV file as numbers or truth values if it holds nothing else; what is empty is `None` then."""
-    if as_text:
-        return list(values)
-    given = [value for value in values if value]
-    if given and all(value in _TRUTH for value in given):
-        convert: Callable[[str], Any] = _TRUTH.__getitem__
-    elif given and all(_NUMBER.fullmatch(value) for value in given):
-        convert = int if all(value.lstrip("-").isdecimal() for value in given) else float
-    else:
-        convert = str
-    return [convert(value) if value else None for value in values]
-
-
-_READERS: dict[str, Callable[[str, str], list[Row]]] = {
-    ".jsonl": _json_lines,
-    ".json": _json,
-    ".csv": _csv,
-    ".tsv": _tsv,
-    ".txt": _lines,
-}
-SUFFIXES = (*_READERS, ".parquet")
+def _typed(values: list[str]) -> list[Any]:
+    """A column as JSON reads it if that gives numbers or truth values only, else as text; what is empty is `None`."""
+    try:
+        parsed = [json.loads(value.lower()) if value else None for value in values]
+    except ValueError:
+        return [value or None for value in values]
+    kinds = {type(number) for number, value in zip(parsed, values, strict=True) if value}
+    fits = not any(isinstance(number, int) and abs(number) >= 2**63 for number in parsed)  # into 64 bits
+    return parsed if fits and kinds in ({int}, {float}, {int, float}, {bool}) else [v or None for v in values]
 
 
 def _from_rows(rows: list[Row], prompt_column: str) -> "Dataset":
     if not rows:
         raise ValueError("it holds nothing")
-    places = [place for place, _ in rows]
     names = list(dict.fromkeys(name for _, row in rows for name in row))
     _check_column(names, prompt_column)
-    for place, row in rows:
+    for where, row in rows:
         if prompt_column not in row:
-            raise ValueError(f"{place} has no {prompt_column!r}, only {list(row)}")
+            raise ValueError(f"{where} has no {prompt_column!r}, only {list(row)}")
     columns = {name: [row.get(name) for _, row in rows] for name in names}
-    _check_prompts(columns[prompt_column], places, prompt_column)
-    ordered = {"prompt": columns.pop(prompt_column), **columns}
-    try:
-        return dataset_of(ordered)
-    # Arrow raises what is no `ValueError` for numbers that are too large, and for half a character
-    except (OverflowError, TypeError) as error:
-        raise ValueError(str(error)) from error
+    _check_prompts(columns[prompt_column], [where for where, _ in rows], prompt_column)
+    return dataset_of({"prompt": columns.pop(prompt_column), **columns})
 
 
 def dataset_of(columns: dict[str, list[Any]]) -> "Dataset":
     """
-    A data set of columns in which objects keep their keys.
+    A data set of columns in which objects keep their keys: these have the type `datasets.Json`, or are lists of it.
+    Other types are those of the values.
 
     Args:
-        columns (`dict[str, list]`): values by name, lists of one length.
-
-    Returns:
-        `datasets.Dataset`: the types are those of the values. Objects that do not all have the same keys, or hold more
-        than single values, have the type `datasets.Json`, or are lists of it.
+        columns (`dict[str, list]`): values by name, lists of one length. One of them, the prompts, holds no objects.
     """
     from datasets import Dataset, Features, Json, List, concatenate_datasets
 
     # As a type of its own the object of one row would gain the keys of all others
-    mixed = {name for name, values in columns.items() if not _have_one_type(values)}
-    plain = Dataset.from_dict({n: v for n, v in columns.items() if n not in mixed}, on_mixed_types="use_json")
-    # `datasets` takes text that looks like JSON, such as "5" among numbers, for encoded JSON: here all is encoded
-    mixed |= {name for name, kind in plain.features.items() if "Json" in repr(kind)}
-    if not mixed:
-        return plain
-    in_lists = {n for n in mixed if all(value is None or isinstance(value, list) for value in columns[n])}
-    encoded = {n: [_encoded(value, n in in_lists) for value in columns[n]] for n in columns if n in mixed}
-    types = Features({name: List(Json()) if name in in_lists else Json() for name in encoded})
-    parts = [plain.select_columns([n for n in columns if n not in mixed]), Dataset.from_dict(encoded, features=types)]
-    return concatenate_datasets(parts, axis=1).select_columns(list(columns))
-
-
-def _encoded(value: Any, item_by_item: bool) -> Any:
-    if value is None:
-        return None
-    return (
-        [json.dumps(item, allow_nan=False) for item in value] if item_by_item else json.dumps(value, allow_nan=False)
-    )
-
-
-def _have_one_type(values: list[Any]) -> bool:
-    """Whether all objects in `values`, or in the lists there, have the same keys and hold single values."""
-    keys = None
-    for value in values:
-        for item in value if isinstance(value, list) else [value]:
-            if isinstance(item, list):
-                return False
-            if isinstance(item, dict):
-                keys = item.keys() if keys is None else keys
-                if item.keys() != keys or any(isinstance(v, dict | list) for v in item.values()):
-                    return False
-    return True
+    objects: dict[str, Any] = {}
+    for name, values in columns.items():
+        lists = [value for value in values if isinstance(value, list)]
+        if any(isinstance(value, dict) for value in values):
+            objects[name] = Json()
+        elif any(isinstance(item, dict | list) for value in lists for item in value):
+            objects[name] = List(Json())
+    plain = {name: values for name, values in columns.items() if name not in objects}
+    dataset = Dataset.from_dict(plain, on_mixed_types="use_json")
+    if not objects:
+        return dataset
+    others = Dataset.from_dict({name: columns[name] for name in objects}, features=Features(objects))
+    return concatenate_datasets([dataset, others], axis=1).select_columns(list(columns))
 
 
 def _from_parquet(path: Path, prompt_column: str) -> "Dataset":
@@ -284,15 +227,15 @@ def _check_column(names: Sequence[str], prompt_column: str) -> None:
 
 
 def _check_prompts(prompts: Sequence[Any], places: Sequence[str], prompt_column: str) -> None:
-    for prompt, place in zip(prompts, places, strict=True):
+    for prompt, where in zip(prompts, places, strict=True):
         if not isinstance(prompt, str):
-            raise ValueError(f"{place}: {prompt_column} is {_described(prompt)}, but must be text")
+            raise ValueError(f"{where}: {prompt_column} is {_described(prompt)}, but must be text")
         if not prompt.strip():
-            raise ValueError(f"{place}: {prompt_column} is {prompt!r}; a prompt must not be empty")
+            raise ValueError(f"{where}: {prompt_column} is {prompt!r}; a prompt must not be empty")
         try:
             prompt.encode()
         except UnicodeEncodeError as error:  # JSON can write one half of a surrogate pair
-            raise ValueError(f"{place}: {prompt_column} is no valid Unicode ({error})") from error
+            raise ValueError(f"{where}: {prompt_column} is no valid Unicode ({error})") from error
 
 
 def _described(value: Any) -> str:

@@ -1,4 +1,11 @@
-"""Published prompt sets, each with the columns that its rewards need, from where their authors put them."""
+"""
+Published prompt sets, each with the columns that its rewards need, from where their authors put them.
+
+All functions that load one have the arguments `split`, `path` (a copy to read instead of downloading: a clone of the
+repository, a folder with its files, or the file of the split) and `revision` (commit, branch or tag to download), and
+raise [`UnknownSplitError`] for another split, and `ValueError` if a file cannot be fetched, saying how to get it
+otherwise, or is no set of this kind.
+"""
 
 import json
 import os
@@ -11,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import constants, get_session, hf_hub_download
 
+from trl_flow.prompt_words import quoted_text
 from trl_flow.prompts.files import dataset_of, read_prompts, with_prompt_column
 from trl_flow.prompts.geneval import generate_geneval_prompts, geneval_benchmark
-from trl_flow.rewards.ocr import quoted_text
 
 
 if TYPE_CHECKING:
@@ -84,24 +91,18 @@ def load_geneval(
 
     Args:
         split (`str`, defaults to `"train"`): `"train"` or `"test"`.
-        path (`str` or `PathLike`, *optional*): a copy to read instead of downloading: a clone of
-            `github.com/yifan123/flow_grpo`, its folder `dataset/geneval`, or a file of the same layout.
-        revision (`str`, *optional*): commit, branch or tag of the repository; default: a fixed commit.
+        path, revision (*optional*): as for all sets, see the module.
 
     Returns:
         `datasets.Dataset` with the columns `prompt` (`str`), `tag` (`str`: `single_object`, `two_object`, `counting`,
         `colors`, `position` or `color_attr`), `include` and `exclude` (lists of objects with `class`, `count`, and
         `color` or `position` where they matter; `None` where the file has none).
-
-    Raises:
-        UnknownSplitError: for another split.
-        ValueError: if the file can not be fetched, saying how to get it otherwise, or is no set of this kind.
     """
     _check_split("geneval", split)
     dataset = _flow_grpo_prompts("geneval", f"geneval/{split}_metadata.jsonl", path, revision)
     if "include" not in dataset.column_names:
         raise ValueError(
-            f"the data set 'geneval' can not be read: it has no column 'include', only {dataset.column_names}."
+            f"the data set 'geneval' cannot be read: it has no column 'include', only {dataset.column_names}."
         )
     names = list(dict.fromkeys(("prompt", "tag", "include", "exclude", *dataset.column_names)))
     missing = [None] * len(dataset)
@@ -115,17 +116,10 @@ def load_ocr(split: str = "train", *, path: str | os.PathLike | None = None, rev
 
     Args:
         split (`str`, defaults to `"train"`): `"train"` or `"test"`.
-        path (`str` or `PathLike`, *optional*): a copy to read instead of downloading: a clone of
-            `github.com/yifan123/flow_grpo`, its folder `dataset/ocr`, or a file of prompts.
-        revision (`str`, *optional*): commit, branch or tag of the repository; default: a fixed commit.
+        path, revision (*optional*): as for all sets, see the module.
 
     Returns:
         `datasets.Dataset` with the columns `prompt` (`str`) and `text` (`str`), the quoted text.
-
-    Raises:
-        UnknownSplitError: for another split.
-        ValueError: if the file can not be fetched, saying how to get it otherwise, or a prompt
-            quotes nothing.
     """
     _check_split("ocr", split)
     prompts = _flow_grpo_prompts("ocr", f"ocr/{split}.txt", path, revision)["prompt"][:]
@@ -134,7 +128,7 @@ def load_ocr(split: str = "train", *, path: str | os.PathLike | None = None, rev
         try:
             texts.append(quoted_text(prompt))
         except ValueError as error:
-            raise ValueError(f"the data set 'ocr' can not be used, because of row {row}. {error}") from error
+            raise ValueError(f"the data set 'ocr' cannot be used, because of row {row}. {error}") from error
     return dataset_of({"prompt": [prompt.strip() for prompt in prompts], "text": texts})
 
 
@@ -149,16 +143,10 @@ def load_pickscore(
     Args:
         split (`str`, defaults to `"train"`): `"train"` or `"test"`.
         sfw (`bool`, defaults to `False`): the set `pickscore_sfw` instead of `pickscore`.
-        path (`str` or `PathLike`, *optional*): a copy to read instead of downloading: a clone of
-            `github.com/yifan123/flow_grpo`, its folder `dataset/pickscore`, or a file of prompts.
-        revision (`str`, *optional*): commit, branch or tag of the repository; default: a fixed commit.
+        path, revision (*optional*): as for all sets, see the module.
 
     Returns:
         `datasets.Dataset` with the column `prompt` (`str`).
-
-    Raises:
-        UnknownSplitError: for another split.
-        ValueError: if the file can not be fetched, saying how to get it otherwise.
     """
     name = "pickscore_sfw" if sfw else "pickscore"
     _check_split(name, split)
@@ -175,17 +163,11 @@ def load_hpdv2(
     Args:
         split (`str`, defaults to `"train"`): `"train"` (the different prompts of the training pairs, some 100,000),
             `"test"` (the 400 of the test pairs) or `"benchmark"` (3,200, 800 in each of the styles).
-        path (`str` or `PathLike`, *optional*): a copy to read instead of downloading: a folder with the repository's
-            files, or the file of the split.
-        revision (`str`, *optional*): commit, branch or tag of `ymhao/HPDv2` on the Hub; default: the newest.
+        path, revision (*optional*): as for all sets, see the module.
 
     Returns:
         `datasets.Dataset` with the column `prompt` (`str`), and for `"benchmark"` `style` (`str`: `anime`,
         `concept-art`, `paintings` or `photo`).
-
-    Raises:
-        UnknownSplitError: for another split.
-        ValueError: if a file can not be fetched, saying how to get it otherwise.
     """
     _check_split("hpdv2", split)
     if split != "benchmark":
@@ -208,16 +190,10 @@ def load_drawbench(
 
     Args:
         split (`str`, defaults to `"test"`): `"test"`, the only one.
-        path (`str` or `PathLike`, *optional*): a copy to read instead of downloading: a file with the columns
-            `Prompts` and `Category`.
-        revision (`str`, *optional*): commit, branch or tag of `sayakpaul/drawbench` on the Hub; default: the newest.
+        path, revision (*optional*): as for all sets, see the module.
 
     Returns:
         `datasets.Dataset` with the columns `prompt` and `category` (`str`, one of 11 such as `Colors`).
-
-    Raises:
-        UnknownSplitError: for another split.
-        ValueError: if it can not be fetched, saying how to get it otherwise.
     """
     from datasets import load_dataset
 
@@ -231,7 +207,7 @@ def load_drawbench(
         dataset = with_prompt_column(dataset, "Prompts")
     if "Category" not in dataset.column_names:
         raise ValueError(
-            f"the data set 'drawbench' can not be used: it has no column 'Category', only {dataset.column_names}."
+            f"the data set 'drawbench' cannot be used: it has no column 'Category', only {dataset.column_names}."
         )
     return dataset_of({"prompt": dataset["prompt"][:], "category": dataset["Category"][:]})
 
@@ -252,19 +228,12 @@ def load_unigenbench(
         split (`str`, defaults to `"train"`): `"train"` (English only) or `"test"`.
         language (`str`, defaults to `"en"`): `"en"` or `"zh"`.
         long (`bool`, defaults to `False`): the long prompts; they have more test points.
-        path (`str` or `PathLike`, *optional*): a copy to read instead of downloading: a folder with the repository's
-            files, or the file of the split.
-        revision (`str`, *optional*): commit, branch or tag of `CodeGoat24/UniGenBench` on the Hub; default: newest.
+        path, revision (*optional*): as for all sets, see the module.
 
     Returns:
         `datasets.Dataset` with the column `prompt` (`str`), and for `"test"` also `theme` and `subtheme` (`str`),
         `dimensions`, `testpoints` and `testpoint_descriptions` (`list[str]`): a test point such as "Attribute - Color"
         belongs to the dimension "Attribute"; each has one description, what it is in this prompt.
-
-    Raises:
-        UnknownSplitError: for another split.
-        ValueError: for another language, or if the file can not be fetched, saying how to get it otherwise, or a row's
-            description is not understood.
     """
     if language not in _UNIGENBENCH_KEYS:
         raise ValueError(f"language is {language!r}, but must be one of {', '.join(_UNIGENBENCH_KEYS)}.")
@@ -278,7 +247,7 @@ def load_unigenbench(
     column = f"sub_dims_{language}"
     if column not in dataset.column_names:
         raise ValueError(
-            f"the data set 'unigenbench' can not be read: {os.fspath(file)!r} has no column {column!r}, only "
+            f"the data set 'unigenbench' cannot be read: {os.fspath(file)!r} has no column {column!r}, only "
             f"{dataset.column_names}."
         )
     rows = [_unigenbench_row(text, row, _UNIGENBENCH_KEYS[language]) for row, text in enumerate(dataset[column][:])]
@@ -296,7 +265,7 @@ def _unigenbench_row(text: str, row: int, keys: tuple[str, ...]) -> dict[str, An
             raise ValueError(f"{len(testpoints)} test points and {len(descriptions)} descriptions")
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"the data set 'unigenbench' can not be read: the description in row {row} is not understood ({error!r}). "
+            f"the data set 'unigenbench' cannot be read: the description in row {row} is not understood ({error!r}). "
             f"It must be a JSON object with the keys {', '.join(keys)}: {text!r}."
         ) from error
     return {
@@ -365,7 +334,7 @@ def _local_file(name: str, file: str, path: str | os.PathLike) -> Path:
         if candidate.is_file():
             return candidate
     raise ValueError(
-        f"the data set {name!r} can not be read: {os.fspath(path)!r} is neither a file nor a folder with {file} or "
+        f"the data set {name!r} cannot be read: {os.fspath(path)!r} is neither a file nor a folder with {file} or "
         f"{Path(file).name}."
     )
 
@@ -377,7 +346,7 @@ def _fetched(name: str, source: str, file: str, get: Callable[[], Any]) -> Any:
     except Exception as error:
         cause = str(error).rstrip(".") or type(error).__name__
         raise ValueError(
-            f"the data set {name!r} can not be fetched from {source}: {cause}. Without network get {file} from "
+            f"the data set {name!r} cannot be fetched from {source}: {cause}. Without network get {file} from "
             f"there by other means, and give the file or its folder: path=... in Python, {name}:PATH on the command "
             "line."
         ) from error

@@ -4,79 +4,57 @@ The names below are loaded when they are first used, so that a reward without a 
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 
-if TYPE_CHECKING:
-    from trl_flow.rewards.aesthetic import AestheticReward
-    from trl_flow.rewards.chat import ChatModel, JudgeError
-    from trl_flow.rewards.checkpoints import CheckpointError
-    from trl_flow.rewards.clip_score import CLIPScoreReward
-    from trl_flow.rewards.geneval import GenEvalReward
-    from trl_flow.rewards.hps import HPSv2Reward
-    from trl_flow.rewards.image_reward import ImageReward
-    from trl_flow.rewards.jpeg import JPEGCompressibilityReward, JPEGIncompressibilityReward
-    from trl_flow.rewards.judge import DeQAReward, UnifiedReward, UnreadableAnswer, VLMJudgeReward
-    from trl_flow.rewards.ocr import OCRReward
-    from trl_flow.rewards.pick_score import PickScoreReward
-    from trl_flow.rewards.preference import UnifiedRewardComparer, VLMComparer, WinRateReward
-    from trl_flow.rewards.remote import RemoteReward, RewardServerError
-    from trl_flow.rewards.shapes import ShapesReward
-
-_MODULES = {
-    "AestheticReward": "aesthetic",
-    "CLIPScoreReward": "clip_score",
-    "ChatModel": "chat",
-    "CheckpointError": "checkpoints",
-    "DeQAReward": "judge",
-    "GenEvalReward": "geneval",
-    "HPSv2Reward": "hps",
-    "ImageReward": "image_reward",
-    "JPEGCompressibilityReward": "jpeg",
-    "JPEGIncompressibilityReward": "jpeg",
-    "JudgeError": "chat",
-    "OCRReward": "ocr",
-    "PickScoreReward": "pick_score",
-    "RemoteReward": "remote",
-    "RewardServerError": "remote",
-    "ShapesReward": "shapes",
-    "UnifiedReward": "judge",
-    "UnifiedRewardComparer": "preference",
-    "UnreadableAnswer": "judge",
-    "VLMComparer": "preference",
-    "VLMJudgeReward": "judge",
-    "WinRateReward": "preference",
+# Everything public: its module and, for a reward that commands and recipes can name, its names there, each with the
+# positional arguments that it stands for
+PUBLIC: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
+    "AestheticReward": ("aesthetic", {"aesthetic": ()}),
+    "CLIPScoreReward": ("clip_score", {"clipscore": ()}),
+    "ChatModel": ("chat", {}),
+    "CheckpointError": ("base", {}),
+    "DeQAReward": ("judge", {"deqa": ()}),
+    "GenEvalReward": (
+        "geneval",
+        {"geneval": (), "geneval_strict": ("strict",), "geneval_correct": ("correct",)},
+    ),
+    "HPSv2Reward": ("hps", {"hpsv2": (), "hpsv2.1": ("v2.1",)}),
+    "ImageReward": ("image_reward", {"imagereward": ()}),
+    "JPEGCompressibilityReward": ("jpeg", {"jpeg_compressibility": ()}),
+    "JPEGIncompressibilityReward": ("jpeg", {"jpeg_incompressibility": ()}),
+    "JudgeError": ("chat", {}),
+    "OCRReward": ("ocr", {"ocr": ()}),
+    "PickScoreReward": ("pick_score", {"pickscore": ()}),
+    "RemoteReward": ("remote", {}),
+    "RewardServerError": ("remote", {}),
+    "ShapesReward": (
+        "shapes",
+        {"shapes_soft": ("soft",), "shapes_strict": ("strict",), "shapes_fidelity": ("fidelity",)},
+    ),
+    # The judges ask the server at OPENAI_BASE_URL
+    "UnifiedReward": (
+        "judge",
+        {
+            "unifiedreward": (),
+            "unifiedreward_alignment": ("alignment",),
+            "unifiedreward_coherence": ("coherence",),
+            "unifiedreward_style": ("style",),
+        },
+    ),
+    "UnifiedRewardComparer": ("preference", {}),
+    "UnreadableAnswer": ("judge", {}),
+    "VLMComparer": ("preference", {}),
+    "VLMJudgeReward": ("judge", {}),
+    "WinRateReward": ("preference", {"win_rate": ()}),
 }
 
-__all__ = [
-    "AestheticReward",
-    "CLIPScoreReward",
-    "ChatModel",
-    "CheckpointError",
-    "DeQAReward",
-    "GenEvalReward",
-    "HPSv2Reward",
-    "ImageReward",
-    "JPEGCompressibilityReward",
-    "JPEGIncompressibilityReward",
-    "JudgeError",
-    "OCRReward",
-    "PickScoreReward",
-    "RemoteReward",
-    "RewardServerError",
-    "ShapesReward",
-    "UnifiedReward",
-    "UnifiedRewardComparer",
-    "UnreadableAnswer",
-    "VLMComparer",
-    "VLMJudgeReward",
-    "WinRateReward",
-]
+__all__ = list(PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    if name in PUBLIC:
+        return getattr(import_module(f"{__name__}.{PUBLIC[name][0]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,17 +1,19 @@
 """What the reward functions of this package have in common: a card, and for those with a model its loading."""
 
-import math
+import asyncio
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from PIL import Image
 
+from trl_flow.rewards.checks import reward_name
 
-Loaded = TypeVar("Loaded")
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -21,9 +23,9 @@ class RewardInfo:
 
     Attributes:
         range (`tuple[float, float]`): smallest and largest value that it can return; infinite where there is no bound.
-        typical (`str`): the values that pictures of current models get.
+        typical (`str`): the values that images of current models get.
         higher_is_better (`bool`): its sign: whether what it measures is better when it is higher.
-        license (`str`): licence of the weights (or rules) that it loads, as their authors state it.
+        license (`str`): license of the weights (or rules) that it loads, as their authors state it.
         paper (`str`): where it was published.
     """
 
@@ -34,43 +36,47 @@ class RewardInfo:
     higher_is_better: bool = True
 
 
+class CheckpointError(OSError):
+    """Weights of a reward model that cannot be found, read or fitted to the model."""
+
+
+@dataclass(eq=False)
 class ModelReward(ABC):
     """
     A reward function with a model of its own, which is loaded at the first call and freed by `close()`.
 
-    Subclasses load in `_load` and score in `_score`. The object may be used from several threads, and as a context
-    manager that closes it; a call after `close()` loads again.
+    Subclasses load in `_load` and score in `_score`. Those that are dataclasses add their own arguments as fields. The
+    object may be used from several threads, and as a context manager that closes it. A call after `close()` loads
+    again.
 
     Args:
         device (`str` or `torch.device`, *optional*): where the model runs; by default the process's accelerator if
             there is one at the first call, else the CPU.
         dtype (`torch.dtype`, defaults to `torch.float32`): of the model's weights and activations.
-        batch_size (`int`, defaults to 16): pictures at a time.
+        batch_size (`int`, defaults to 16): images at a time.
 
     Raises:
         ValueError: if `batch_size` is below 1.
         TypeError: if `dtype` is no floating-point `torch.dtype`.
-        ValueError: at the first call, before anything is downloaded, if `device` can not be used here.
+        ValueError: at the first call, before anything is downloaded, if `device` cannot be used here.
     """
 
     info: ClassVar[RewardInfo]
-    # Whether pictures that are not finished can be scored
+    # Whether images that are not finished can be scored
     dense: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        *,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
-        batch_size: int = 16,
-    ):
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size!r}, but must be a whole number of at least 1.")
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise TypeError(f"dtype is {dtype!r}, but must be a floating-point torch.dtype, such as torch.bfloat16.")
-        self.device = None if device is None else torch.device(device)
-        self.dtype = dtype
-        self.batch_size = batch_size
+    _: KW_ONLY
+    device: str | torch.device | None = None
+    dtype: torch.dtype = torch.float32
+    batch_size: int = 16
+
+    def __post_init__(self):
+        check_whole_number("batch_size", self.batch_size, 1)
+        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
+            raise TypeError(
+                f"dtype is {self.dtype!r}, but must be a floating-point torch.dtype, such as torch.bfloat16."
+            )
+        self.device = None if self.device is None else torch.device(self.device)
         self._loaded: Any = None
         # One call at a time: a second thread would otherwise load a second model, or find it closed half-way
         self._lock = threading.RLock()
@@ -83,13 +89,17 @@ class ModelReward(ABC):
     def _score(
         self, loaded: Any, prompts: list[str], images: list[Image.Image], columns: dict[str, list]
     ) -> Sequence[float | None] | torch.Tensor:
-        """Scores one batch of at most `batch_size` RGB pictures, without gradients."""
+        """Scores one batch of at most `batch_size` RGB images, without gradients."""
 
     def load(self) -> None:
         """Loads the model now instead of at the first call; a second time does nothing."""
         with self._lock:
             if self._loaded is None:
-                self._loaded = self._load(self._target_device())
+                try:
+                    self._loaded = self._load(self._target_device())
+                except CheckpointError as error:
+                    error.args = (f"{reward_name(self)}: {error}",)
+                    raise
 
     def close(self) -> None:
         """Frees the model. Another call loads it again."""
@@ -100,18 +110,17 @@ class ModelReward(ABC):
 
     def __call__(self, prompts: list[str], images: list[Image.Image], **kwargs: Any) -> list[float | None]:
         """
-        Scores pictures.
+        Scores images.
 
         Args:
-            prompts (`list[str]`), images (`list[PIL.Image.Image]`): `N` of each, the pictures of any size and mode.
-            kwargs: the data set's further columns, lists of `N` entries, and whatever else the trainer passes.
+            prompts (`list[str]`), images (`list[PIL.Image.Image]`): `N` of each, the images of any size and mode.
+            kwargs: the data set's other columns, lists of `N` entries, and whatever else the trainer passes.
 
         Returns:
             `list[float | None]`: `N` scores.
 
         Raises:
-            ValueError: if there are not as many prompts as pictures, a picture has no pixels, or the model gives a
-                score that is no number.
+            ValueError: if there are not as many prompts as images, or an image has no pixels.
             TypeError: if a prompt is no text or an image no `PIL.Image.Image`.
         """
         check_samples(prompts, images)
@@ -131,19 +140,7 @@ class ModelReward(ABC):
                     [image.convert("RGB") for image in images[part]],
                     {name: list(value[part]) for name, value in columns.items()},
                 )
-                batch = batch.float().tolist() if isinstance(batch, torch.Tensor) else list(batch)
-                scores += self._checked(batch, prompts[part])
-        return scores
-
-    def _checked(self, scores: list[float | None], prompts: list[str]) -> list[float | None]:
-        # A model that overflows in a low precision gives NaN for every picture, and would be trained on
-        for score, prompt in zip(scores, prompts, strict=True):
-            if score is not None and not math.isfinite(score):
-                name = getattr(self, "__name__", type(self).__name__)
-                raise ValueError(
-                    f"The reward {name} is {score} for the prompt {prompt!r} in {self.dtype}. Its model's weights "
-                    "are damaged, or overflow in that precision: try dtype=torch.bfloat16 or torch.float32."
-                )
+                scores += batch.float().tolist() if isinstance(batch, torch.Tensor) else list(batch)
         return scores
 
     def __enter__(self):
@@ -158,8 +155,8 @@ class ModelReward(ABC):
                 torch.empty(0, device=self.device)
             except (RuntimeError, AssertionError) as error:
                 raise ValueError(
-                    f"The reward {getattr(self, '__name__', type(self).__name__)} is to run on {self.device}, which "
-                    f'can not be used here ({error}). Leave device out for what there is, or give device="cpu".'
+                    f"The reward {reward_name(self)} is to run on {self.device}, which "
+                    f'cannot be used here ({error}). Leave device out for what there is, or give device="cpu".'
                 ) from error
             return self.device
         accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -168,9 +165,28 @@ class ModelReward(ABC):
         return torch.device(accelerator.type, torch.accelerator.current_device_index())
 
 
+@dataclass(eq=False)
+class HubReward(ModelReward):
+    """
+    A [`ModelReward`] with weights from the Hub, a folder or a file: for subclasses with a field `model`.
+
+    Args:
+        revision (`str`, *optional*): branch, tag or commit of the model on the Hub.
+        token (`str` or `bool`, *optional*): for private and gated repositories, as in `huggingface_hub`.
+        device, dtype, batch_size: as in [`ModelReward`].
+
+    Raises:
+        CheckpointError: on the first call, if something cannot be found, read or fitted to the model.
+    """
+
+    _: KW_ONLY
+    revision: str | None = None
+    token: str | bool | None = field(default=None, repr=False)
+
+
 def check_samples(prompts: Sequence[str], images: Sequence[Image.Image]) -> None:
     """
-    Checks that there is one text and one picture for each sample.
+    Checks that there is one text and one image for each sample.
 
     Raises:
         ValueError: if there are not as many prompts as images.
@@ -186,7 +202,26 @@ def check_samples(prompts: Sequence[str], images: Sequence[Image.Image]) -> None
             )
 
 
-def require(load: Callable[[], Loaded], *, reward: str, extra: str) -> Loaded:
+def check_whole_number(name: str, value: Any, least: int) -> None:
+    """
+    Raises:
+        ValueError: if `value` is not a whole number of at least `least`. `name` is for the error.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is {value!r}, but must be a whole number of at least {least}.")
+
+
+async def all_at_once(requests: Iterable[Awaitable[Result]]) -> list[Result]:
+    """Awaits all, in their order. The first that fails ends the others: most would fail in the same way."""
+    tasks = [asyncio.ensure_future(request) for request in requests]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def require(load: Callable[[], Result], *, reward: str, extra: str) -> Result:
     """
     What an optional package is imported by, in a constructor: `require(lambda: import_module("rapidocr"), ...)`.
 

@@ -6,26 +6,27 @@ import torch
 from torch import nn
 from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from trl_flow.rewards.checkpoints import CheckpointError, build_pretrained, fill
+from trl_flow.rewards.base import CheckpointError
+from trl_flow.rewards.checkpoints import build_pretrained, fill, rename
 from trl_flow.rewards.score_head import ScoreHead
 
 
 # Width of all attention heads in BLIP's base and large encoders
 _HEAD_WIDTH = 64
 
-# BLIP's image encoder has timm's names. Modules with a weight and a bias; those of a block below its number
-_VISION_PARAMETERS = {"cls_token": "embeddings.class_embedding", "pos_embed": "embeddings.position_embedding"}
-_VISION_MODULES = {"patch_embed.proj": "embeddings.patch_embedding", "norm": "post_layernorm"}
-_VISION_BLOCK = {
-    "norm1": "layer_norm1",
-    "norm2": "layer_norm2",
-    "attn.qkv": "self_attn.qkv",
-    "attn.proj": "self_attn.projection",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
+# BLIP's image encoder has timm's names. Patterns and what stands in their place in transformers
+_VISION_RENAMES = {
+    r"^cls_token$": "embeddings.class_embedding",
+    r"^pos_embed$": "embeddings.position_embedding",
+    r"^patch_embed\.proj\.": "embeddings.patch_embedding.",
+    r"^norm\.": "post_layernorm.",
+    r"^blocks\.": "encoder.layers.",
+    r"\.norm(\d)\.": r".layer_norm\1.",
+    r"\.attn\.proj\.": ".self_attn.projection.",
+    r"\.attn\.": ".self_attn.",
 }
-_VISION_BLOCK_NAME = re.compile(r"blocks\.(\d+)\.(.+)")
-_TEXT_LAYER_NAME = re.compile(r"encoder\.layer\.(\d+)\.")
+_VISION_BLOCK = re.compile(r"blocks\.(\d+)\.")
+_TEXT_LAYER = re.compile(r"encoder\.layer\.(\d+)\.")
 # A constant that BERT's text encoder keeps among its weights
 _POSITION_IDS = "embeddings.position_ids"
 
@@ -35,8 +36,8 @@ class ImageRewardModel(nn.Module):
     ImageReward's network (Xu et al., 2023, https://huggingface.co/papers/2304.05977, section 2.3).
 
     Args:
-        vision (`BlipVisionModel`): reads the picture.
-        text (`BlipTextModel`): reads the prompt, with cross-attention to the picture's patches in every layer.
+        vision (`BlipVisionModel`): reads the image.
+        text (`BlipTextModel`): reads the prompt, with cross-attention to the image's patches in every layer.
         head (`ScoreHead`): from the state of the prompt's first token to a number.
     """
 
@@ -51,11 +52,11 @@ class ImageRewardModel(nn.Module):
     ) -> torch.Tensor:
         """
         Args:
-            pixel_values (`torch.Tensor`): `(N, 3, H, W)`, normalised, in the encoders' dtype.
+            pixel_values (`torch.Tensor`): `(N, 3, H, W)`, normalized, in the encoders' dtype.
             input_ids, attention_mask (`torch.Tensor`): `(N, L)` token ids, and 1 where there is one.
 
         Returns:
-            `torch.Tensor`: `(N,)` in the head's dtype, before it is standardised.
+            `torch.Tensor`: `(N,)` in the head's dtype, before it is standardized.
         """
         patches = self.vision(pixel_values=pixel_values).last_hidden_state
         states = self.text(
@@ -65,26 +66,14 @@ class ImageRewardModel(nn.Module):
 
 
 def blip_vision_to_transformers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Renames the state dict of BLIP's image encoder to that of `BlipVisionModel`. A name that BLIP does not have is
-    left as it is."""
-    converted = {}
-    for name, tensor in tensors.items():
-        module, _, kind = name.rpartition(".")
-        block = _VISION_BLOCK_NAME.fullmatch(module)
-        if name in _VISION_PARAMETERS:
-            name = _VISION_PARAMETERS[name]
-        elif module in _VISION_MODULES:
-            name = f"{_VISION_MODULES[module]}.{kind}"
-        elif block and block[2] in _VISION_BLOCK:
-            name = f"encoder.layers.{block[1]}.{_VISION_BLOCK[block[2]]}.{kind}"
-        converted[name] = tensor
-    return converted
+    """Renames the state dict of BLIP's image encoder to that of `BlipVisionModel`."""
+    return {rename(name, _VISION_RENAMES): tensor for name, tensor in tensors.items()}
 
 
-def image_reward_model(tensors: dict[str, torch.Tensor], *, reward: str, source: str) -> ImageRewardModel:
+def image_reward_model(tensors: dict[str, torch.Tensor], *, source: str) -> ImageRewardModel:
     """
     The network of an ImageReward checkpoint, in float32 and evaluation mode. All sizes are read from its shapes.
-    `reward` and `source` are for errors.
+    `source` is for errors.
 
     Raises:
         CheckpointError: if the state dict is not that of an ImageReward model, naming what does not fit.
@@ -97,14 +86,13 @@ def image_reward_model(tensors: dict[str, torch.Tensor], *, reward: str, source:
         vision_config, text_config = _vision_config(vision), _text_config(text)
     except (KeyError, ValueError) as error:
         raise CheckpointError(
-            f"{reward}: {source} is no ImageReward checkpoint: {error} is missing or misshapen. It begins with "
+            f"{source} is no ImageReward checkpoint: {error} is missing or misshapen. It begins with "
             f"{', '.join(list(tensors)[:3])}. Give the file ImageReward.pt that its authors published."
         ) from error
-    names = {"reward": reward, "source": source}
     return ImageRewardModel(
-        build_pretrained(BlipVisionModel, vision_config, blip_vision_to_transformers(vision), **names),
-        build_pretrained(BlipTextModel, text_config, text, add_pooling_layer=False, **names),
-        fill(ScoreHead(text_config.hidden_size), head, **names),
+        build_pretrained(BlipVisionModel, vision_config, blip_vision_to_transformers(vision), source=source),
+        build_pretrained(BlipTextModel, text_config, text, add_pooling_layer=False, source=source),
+        fill(ScoreHead(text_config.hidden_size), head, source=source),
     ).eval()
 
 
@@ -118,7 +106,7 @@ def _vision_config(tensors: dict[str, torch.Tensor]) -> BlipVisionConfig:
     return BlipVisionConfig(
         hidden_size=width,
         intermediate_size=tensors["blocks.0.mlp.fc1.weight"].shape[0],
-        num_hidden_layers=len({match[1] for name in tensors if (match := _VISION_BLOCK_NAME.match(name))}),
+        num_hidden_layers=len({match[1] for name in tensors if (match := _VISION_BLOCK.match(name))}),
         num_attention_heads=width // _HEAD_WIDTH,
         image_size=grid * patch_size,
         patch_size=patch_size,
@@ -133,7 +121,7 @@ def _text_config(tensors: dict[str, torch.Tensor]) -> BlipTextConfig:
         hidden_size=width,
         encoder_hidden_size=tensors["encoder.layer.0.crossattention.self.key.weight"].shape[1],
         intermediate_size=tensors["encoder.layer.0.intermediate.dense.weight"].shape[0],
-        num_hidden_layers=len({match[1] for name in tensors if (match := _TEXT_LAYER_NAME.match(name))}),
+        num_hidden_layers=len({match[1] for name in tensors if (match := _TEXT_LAYER.match(name))}),
         num_attention_heads=width // _HEAD_WIDTH,
         max_position_embeddings=tensors["embeddings.position_embeddings.weight"].shape[0],
     )

@@ -1,162 +1,36 @@
-"""Calls users' reward functions: checks them before training, and names the one at fault when something goes wrong.
-
-A reward function is any callable, sync or async, that takes keywords and returns one number (or None) per image:
-
-    def my_reward(prompts: list[str], images: list[PIL.Image.Image], **kwargs) -> list[float | None]: ...
-"""
+"""The calls of before `scorer.py`, for those that have not moved to it yet."""
 
 import asyncio
 import atexit
 import functools
-import inspect
-import math
-import numbers
-import reprlib
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
+from trl_flow.rewards.checks import (  # noqa: F401
+    RewardError,
+    RewardFunc,
+    check_reward_func,
+    check_rewards,
+    is_dense,
+    reward_name,
+    reward_names,
+)
+from trl_flow.rewards.checks import (
+    is_async as _is_async,
+)
+from trl_flow.rewards.scorer import _failed
 
-RewardFunc = Callable[..., Any]
-
-# What every reward function receives beside the columns of the data set.
-_GIVEN = ("prompts", "images", "trainer_state", "log_metric", "log_extra")
-
-_LARGEST = torch.finfo(torch.float32).max
 
 # Seconds that calls which are running in threads are given when the process ends
 _LAST_MOMENT = 5.0
 _threads: "weakref.WeakSet[threading.Thread]" = weakref.WeakSet()
-
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = 80
-
-
-class RewardError(RuntimeError):
-    """A reward function raised, did not answer in time or returned something that is not one number per image."""
-
-
-def _unwrap(func: RewardFunc) -> RewardFunc:
-    while isinstance(func, functools.partial):
-        func = func.func
-    return func
-
-
-def _is_async(func: RewardFunc) -> bool:
-    func = _unwrap(func)
-    # An object carries the `async` on its `__call__`.
-    return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(type(func).__call__)
-
-
-def reward_name(func: RewardFunc) -> str:
-    """What `func` is called in metrics, as in TRL: its `__name__`, that of the function inside a
-    `functools.partial`, or else the name of its class."""
-    func = _unwrap(func)
-    return getattr(func, "__name__", type(func).__name__)
-
-
-def reward_names(funcs: Iterable[RewardFunc]) -> list[str]:
-    """One name per function, all different: the second function called `name` becomes `name_2`, the third `name_3`."""
-    names: list[str] = []
-    for func in funcs:
-        name = base = reward_name(func)
-        number = 1
-        while name in names:
-            number += 1
-            name = f"{base}_{number}"
-        names.append(name)
-    return names
-
-
-def is_dense(func: RewardFunc) -> bool:
-    """
-    Whether `func` can score unfinished images: unless it, or the function inside a `functools.partial`, has an
-    attribute `dense = False`.
-
-    Raises:
-        TypeError: if that attribute is not True or False.
-    """
-    dense = getattr(func, "dense", getattr(_unwrap(func), "dense", True))
-    if not isinstance(dense, bool):
-        raise TypeError(
-            f"The attribute `dense` of the reward function '{reward_name(func)}' is {dense!r}, but must be True, or "
-            "False if it can not score unfinished images."
-        )
-    return dense
-
-
-def check_reward_func(func: RewardFunc, columns: Iterable[str]) -> None:
-    """
-    Refuses a reward function that could not be called with the data set at hand, before anything is computed.
-
-    A callable without a readable signature (some built in C) is let through.
-
-    Args:
-        func (`Callable`):
-            Reward function.
-        columns (`Iterable[str]`):
-            Names of the data set's columns. `prompt` is passed as `prompts`, all others under their own names.
-
-    Raises:
-        TypeError: if `func` is no callable, is a class, does not take the keywords it is called with, or has an
-            attribute `dense` that is not True or False.
-        ValueError: if `func` needs a column that is not there, or a column has the name of something that every
-            reward function is given.
-    """
-    if inspect.isclass(func):
-        raise TypeError(
-            f"The reward function {func.__name__} is a class, and an object of it is needed: "
-            f"pass {func.__name__}(...) instead of {func.__name__}."
-        )
-    if not callable(func):
-        raise TypeError(
-            f"A reward function must be a callable, but {_short.repr(func)} is of type {type(func).__name__}. Pass a "
-            "function `def reward(prompts, images, **kwargs)` that returns one number per image, or an object with "
-            "such a `__call__`."
-        )
-
-    is_dense(func)
-    columns = [column for column in columns if column != "prompt"]
-    if taken := [column for column in columns if column in _GIVEN]:
-        raise ValueError(
-            f"The data set's columns {taken} have the names of arguments that every reward function is given "
-            f"({', '.join(_GIVEN)}). Rename them: dataset.rename_column({taken[0]!r}, 'my_{taken[0]}')."
-        )
-
-    try:
-        parameters = inspect.signature(func).parameters.values()
-    except (TypeError, ValueError):
-        return
-    name = reward_name(func)
-    given = [*_GIVEN, *columns]
-    keywords = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-
-    for p in parameters:
-        if p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
-            continue
-        if p.kind is p.POSITIONAL_ONLY:
-            raise TypeError(
-                f"The reward function '{name}' takes '{p.name}' by position only, but reward functions are called by "
-                "keyword: reward(prompts=..., images=..., ...). Remove the '/' from its signature."
-            )
-        if p.name not in given:
-            raise ValueError(
-                f"The reward function '{name}' needs a column '{p.name}', which the data set does not have. "
-                f"Its columns beside 'prompt' are {columns}. Add the column, or give the parameter a default."
-            )
-    if not takes_any and (refused := [key for key in given if key not in keywords]):
-        raise TypeError(
-            f"The reward function '{name}' does not accept {refused}, which it is called with. End its parameters "
-            "with **kwargs: def reward(prompts, images, **kwargs)."
-        )
 
 
 def call_reward_func(
@@ -300,7 +174,9 @@ def _run_sync(
         try:
             future.set_result(run())
         except Exception as error:
-            future.set_exception(_failed(name, error))
+            failure = _failed(name, error)
+            failure.__cause__ = error
+            future.set_exception(failure)
         except BaseException as error:  # Ctrl-C and sys.exit() belong to the thread that asked
             future.set_exception(error)
 
@@ -371,50 +247,8 @@ def _late(names: list[str], timeout: float) -> RewardError:
     return RewardError(message + "Find out what it waits for, or raise the limit (reward_timeout).")
 
 
-def _failed(name: str, error: Exception) -> RewardError:
-    told = str(error).rstrip(".")
-    failure = RewardError(
-        f"{_called([name])} raised {type(error).__name__}: {told}. Its traceback stands above this one. Mend it, or "
-        "have it return None for samples that it can not judge."
-    )
-    failure.__cause__ = error
-    return failure
-
-
 def _checked(future: Future, name: str, prompts: list[str]) -> list[float]:
-    result = future.result()
-    if isinstance(result, torch.Tensor | np.ndarray):
-        result = result.tolist()
-    if not isinstance(result, list | tuple):
-        raise RewardError(
-            f"{_called([name])} returned {_short.repr(result)} of type {type(result).__name__}. Return a list (or a "
-            f"one-dimensional array or tensor) with one number or None per image, {len(prompts)} in this call."
-        )
-    if len(result) != len(prompts):
-        raise RewardError(
-            f"{_called([name])} returned {len(result)} rewards for {len(prompts)} images. Return exactly one per "
-            "image, in the order of the images, and None for those that it can not judge."
-        )
-    return [_number(value, name, prompt, i) for i, (value, prompt) in enumerate(zip(result, prompts, strict=True))]
-
-
-def _number(value: Any, name: str, prompt: str, index: int) -> float:
-    if value is None:
-        return math.nan
-    if isinstance(value, torch.Tensor | np.ndarray | np.generic) and value.ndim == 0:
-        value = value.item()
-    if not isinstance(value, numbers.Real):
-        problem, advice = f"of type {type(value).__name__}, not a number", "Return an int or a float"
-    elif abs(value) > _LARGEST:
-        problem, advice = "beyond the range of float32", "Look for a division by 0 or an overflow in it"
-    elif math.isnan(value):
-        problem, advice = "not a number", "Look for 0/0 in it, or return None for images that it can not judge"
-    else:
-        return float(value)
-    raise RewardError(
-        f"{_called([name])} returned {_short.repr(value)} for image {index}, prompt {prompt!r}: that is {problem}. "
-        f"{advice}."
-    )
+    return check_rewards(future.result(), name, prompts)
 
 
 def _called(names: list[str]) -> str:

@@ -14,11 +14,11 @@ from typing import Any
 
 from PIL import Image
 
-from trl_flow.rewards.base import require
+from trl_flow.rewards.base import check_whole_number, require
 
 
 class JudgeError(RuntimeError):
-    """The server of a judge can not be reached, refuses, or answers with something that can not be read."""
+    """The server of a judge cannot be reached, refuses, or answers with something that cannot be read."""
 
 
 @dataclass
@@ -31,7 +31,7 @@ class _Connection:
 
 class ChatModel:
     """
-    A vision-language model behind an OpenAI-compatible server: sends texts and pictures, returns its answers.
+    A vision-language model behind an OpenAI-compatible server: sends texts and images, returns its answers.
 
     Requests run at the same time. Those that fail for a reason that passes (no connection, no answer in time, status
     408, 409, 429 or 5xx) are sent again after a pause that doubles from half a second to eight, or after what the
@@ -70,9 +70,8 @@ class ChatModel:
                 "base_url is missing: where the server of the judge is. Start one (vllm serve MODEL) and give "
                 'base_url="http://localhost:8000/v1", or set the environment variable OPENAI_BASE_URL.'
             )
-        for name, value, least in (("max_concurrency", max_concurrency, 1), ("max_retries", max_retries, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} is {value!r}, but must be a whole number of at least {least}.")
+        check_whole_number("max_concurrency", max_concurrency, 1)
+        check_whole_number("max_retries", max_retries, 0)
         if not isinstance(timeout, numbers.Real) or not timeout > 0:
             raise ValueError(f"timeout is {timeout!r}, but must be a number of seconds above 0.")
         self.model = model
@@ -90,7 +89,7 @@ class ChatModel:
         The model's answer to one message.
 
         Args:
-            content (`list[str | PIL.Image.Image]`): texts and pictures in their order. Pictures are sent as RGB PNG.
+            content (`list[str | PIL.Image.Image]`): texts and images in their order. Images are sent as RGB PNG.
             answer_prefix (`str`, *optional*): what the answer begins with; the model goes on from there. vLLM and
                 SGLang can do that.
             options: further fields of the request, such as `max_tokens` and `temperature`.
@@ -99,14 +98,14 @@ class ChatModel:
             `openai.types.chat.chat_completion.Choice`: with `message.content`, and `logprobs` where asked for.
 
         Raises:
-            JudgeError: if the server can not be reached, does not answer in time, refuses, or answers with something
+            JudgeError: if the server cannot be reached, does not answer in time, refuses, or answers with something
                 other than a chat completion.
         """
         async with self._connected() as connection, connection.slots:
             parts = [
                 {"type": "text", "text": piece}
                 if isinstance(piece, str)
-                # In a thread, since compressing a large picture would hold up the event loop
+                # In a thread, since compressing a large image would hold up the event loop
                 else {"type": "image_url", "image_url": {"url": await asyncio.to_thread(_png_url, piece)}}
                 for piece in content
             ]
@@ -180,7 +179,7 @@ class ChatModel:
             ) from error
         except openai.APIConnectionError as error:
             raise JudgeError(
-                f"The server at {self.base_url} can not be reached, in {tries}: {error.__cause__ or error}. Look "
+                f"The server at {self.base_url} cannot be reached, in {tries}: {error.__cause__ or error}. Look "
                 "whether it runs, and whether base_url is right."
             ) from error
         except openai.APIStatusError as error:
@@ -189,7 +188,7 @@ class ChatModel:
                 + (" Check base_url and model; the former mostly ends in /v1." if error.status_code == 404 else "")
             ) from error
         except (openai.OpenAIError, json.JSONDecodeError) as error:
-            raise JudgeError(f"The server at {self.base_url} gave an answer that can not be read: {error}") from error
+            raise JudgeError(f"The server at {self.base_url} gave an answer that cannot be read: {error}") from error
 
 
 def _png_url(image: Image.Image) -> str:

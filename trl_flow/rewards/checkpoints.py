@@ -2,9 +2,10 @@
 Where the weights of reward models come from: the Hub, a folder or a file.
 
 Models in transformers' layout are loaded by transformers, torch files in another layout as a dictionary of tensors for
-the caller to convert. Whatever goes wrong is one `CheckpointError` that names the reward, the source and the way out.
+the caller to convert. Whatever goes wrong is one `CheckpointError` that names the source and the way out.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from trl_flow.rewards.base import CheckpointError
+
 
 Pretrained = TypeVar("Pretrained")
 Module = TypeVar("Module", bound=nn.Module)
@@ -37,23 +40,18 @@ _MODEL_OPTIONS = {"dtype": torch.float32, "output_loading_info": True, "ignore_m
 _NAMES = 6
 
 
-class CheckpointError(OSError):
-    """Weights of a reward model that can not be found, read or fitted to the model."""
-
-
-def find_file(source: str, filename: str, *, reward: str, revision: str | None, token: str | bool | None) -> Path:
+def find_file(source: str, filename: str, *, revision: str | None, token: str | bool | None) -> Path:
     """
     The local path of a file of weights, downloaded (with a progress bar) if it is not in the Hub's cache.
 
     Args:
         source (`str`): a Hub id, a folder with `filename` in it, or the file itself, whatever its name.
         filename (`str`): the file's name in the repository or folder.
-        reward (`str`): whom errors name.
         revision (`str`, *optional*): branch, tag or commit on the Hub.
         token (`str` or `bool`, *optional*): for private and gated repositories, as in `huggingface_hub`.
 
     Raises:
-        CheckpointError: if there is no such file, or it can not be downloaded.
+        CheckpointError: if there is no such file, or it cannot be downloaded.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -63,16 +61,16 @@ def find_file(source: str, filename: str, *, reward: str, revision: str | None, 
             return path / filename
         found = ", ".join(sorted(entry.name for entry in path.iterdir())[:_NAMES]) or "nothing"
         raise CheckpointError(
-            f"{reward}: the folder {source} has no file {filename} (it has {found}). Put the file there, or give its "
+            f"the folder {source} has no file {filename} (it has {found}). Put the file there, or give its "
             "path instead of the folder's."
         )
     try:
         return Path(hf_hub_download(source, filename, revision=revision, token=token))
     except Exception as error:
-        raise _explained(error, str(source), reward, revision, filename) from error
+        raise _explained(error, str(source), revision, filename) from error
 
 
-def read_tensors(path: Path, *, reward: str) -> dict[str, torch.Tensor]:
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """
     The tensors in a torch or safetensors file, on the CPU. Nothing but tensors is unpickled.
 
@@ -87,7 +85,7 @@ def read_tensors(path: Path, *, reward: str) -> dict[str, torch.Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different one for every kind of damage
         raise CheckpointError(
-            f"{reward}: {path} can not be read as a file of tensors ({_short(error)}). It is damaged or "
+            f"{path} cannot be read as a file of tensors ({_short(error)}). It is damaged or "
             "only partly downloaded, or holds other objects, which are not loaded because they could run any code: "
             "download it again, or save its state dict alone, torch.save(checkpoint['state_dict'], path)."
         ) from error
@@ -95,15 +93,17 @@ def read_tensors(path: Path, *, reward: str) -> dict[str, torch.Tensor]:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     if not isinstance(content, dict) or not content or not all(torch.is_tensor(value) for value in content.values()):
+        kind = type(content).__name__
+        names = f" with {_listed([*map(str, content)]) or 'nothing in it'}" if isinstance(content, dict) else ""
         raise CheckpointError(
-            f"{reward}: {path} holds {_described(content)} instead of a state dict, names with tensors. Give the file "
-            "of weights that the reward's authors published."
+            f"{path} holds a {kind}{names} instead of a state dict, names with tensors. Give the file of weights that "
+            "the reward's authors published."
         )
     return dict(content)
 
 
 def load_pretrained(
-    cls: type[Pretrained], source: str, *, reward: str, revision: str | None, token: str | bool | None, **kwargs: Any
+    cls: type[Pretrained], source: str, *, revision: str | None, token: str | bool | None, **kwargs: Any
 ) -> Pretrained:
     """
     `cls.from_pretrained` for models, tokenizers and image processors, of a Hub id or folder.
@@ -112,7 +112,7 @@ def load_pretrained(
     parameters random, because the checkpoint does not have them or has them in another shape, this raises.
 
     Raises:
-        CheckpointError: if something can not be found, downloaded or fitted.
+        CheckpointError: if something cannot be found, downloaded or fitted.
     """
     is_model = issubclass(cls, PreTrainedModel)
     if is_model:
@@ -122,11 +122,11 @@ def load_pretrained(
         with _without_report():
             loaded = cls.from_pretrained(path if path.is_dir() else source, revision=revision, token=token, **kwargs)
     except Exception as error:
-        raise _explained(error, str(source), reward, revision) from error
+        raise _explained(error, str(source), revision) from error
     if not is_model:
         return loaded
     model, info = loaded
-    _check_fit(missing=info["missing_keys"], mismatched=info["mismatched_keys"], reward=reward, source=source)
+    _check_fit(source, missing=info["missing_keys"], mismatched=info["mismatched_keys"])
     return model.eval()
 
 
@@ -135,13 +135,12 @@ def build_pretrained(
     config: PreTrainedConfig,
     tensors: dict[str, torch.Tensor],
     *,
-    reward: str,
     source: str,
     **kwargs: Any,
 ) -> Pretrained:
     """
     The transformers model of class `cls` with `config` and with `tensors`, a state dict of any dtype, as its weights:
-    in float32 and evaluation mode, on the CPU. `reward` and `source` are for errors.
+    in float32 and evaluation mode, on the CPU. `source` is for errors.
 
     Raises:
         CheckpointError: if a parameter is missing, has another shape or is left over.
@@ -149,37 +148,38 @@ def build_pretrained(
     with _without_report():
         model, info = cls.from_pretrained(None, config=config, state_dict=tensors, **_MODEL_OPTIONS, **kwargs)
     _check_fit(
+        source,
         missing=info["missing_keys"],
         mismatched=info["mismatched_keys"],
         unknown=info["unexpected_keys"],
-        reward=reward,
-        source=source,
     )
     return model.eval()
 
 
-def fill(module: Module, tensors: dict[str, torch.Tensor], *, reward: str, source: str) -> Module:
+def fill(module: Module, tensors: dict[str, torch.Tensor], *, source: str) -> Module:
     """
-    Loads `tensors` into `module`, in evaluation mode. `reward` and `source` are for errors.
+    Loads `tensors` into `module`, in evaluation mode. `source` is for errors.
 
     Raises:
         CheckpointError: if a parameter is missing, has another shape or is left over.
     """
     expected = module.state_dict()
-    both = expected.keys() & tensors.keys()
+    both = [(name, tensors[name].shape, expected[name].shape) for name in expected.keys() & tensors.keys()]
     _check_fit(
+        source,
         missing=expected.keys() - tensors.keys(),
-        mismatched={
-            (name, tensors[name].shape, expected[name].shape)
-            for name in both
-            if tensors[name].shape != expected[name].shape
-        },
+        mismatched=[(name, got, want) for name, got, want in both if got != want],
         unknown=tensors.keys() - expected.keys(),
-        reward=reward,
-        source=source,
     )
     module.load_state_dict(tensors)
     return module.eval()
+
+
+def rename(name: str, patterns: dict[str, str]) -> str:
+    """A parameter's name with every regular expression in `patterns` replaced, in their order."""
+    for pattern, replacement in patterns.items():
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 @contextmanager
@@ -195,28 +195,27 @@ def _without_report() -> Iterator[None]:
 
 
 def _check_fit(
+    source: str,
     *,
     missing: Iterable[str],
     mismatched: Iterable[tuple[str, torch.Size, torch.Size]],
     unknown: Iterable[str] = (),
-    reward: str,
-    source: str,
 ) -> None:
     faults = {
-        "misses": sorted(missing),
+        "misses": missing,
         "has another shape for": [f"{name} {tuple(got)} instead of {tuple(want)}" for name, got, want in mismatched],
-        "has the unknown": sorted(unknown),
+        "has the unknown": unknown,
     }
-    told = [f"it {verb} {_listed(sorted(names))}" for verb, names in faults.items() if names]
-    if told:
+    found = [f"it {verb} {_listed(sorted(names))}" for verb, names in faults.items() if names]
+    if found:
         raise CheckpointError(
-            f"{reward}: {source} does not have the layout that was expected: {'; '.join(told)}. Give the checkpoint "
-            "that the reward's authors published, or one of the same architecture."
+            f"{source} does not have the layout that was expected: {'; '.join(found)}. Give the checkpoint that the "
+            "reward's authors published, or one of the same architecture."
         )
 
 
 def _explained(
-    error: Exception, source: str, reward: str, revision: str | None, filename: str = "that is needed"
+    error: Exception, source: str, revision: str | None, filename: str = "that is needed"
 ) -> CheckpointError:
     """What went wrong with a repository, in terms of what the user can do."""
     causes, seen = [], error
@@ -228,29 +227,24 @@ def _explained(
         return any(isinstance(cause, kinds) for cause in causes)
 
     refused = any(isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403) for cause in causes)
-    if Path(source).expanduser().exists():
-        reason = (
-            "lacks a file that is needed, or has a damaged one. Compare it with what the reward's authors published, "
-            "and copy all of it"
-        )
-    elif caused_by(HFValidationError) or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        reason = "is neither an existing file or folder nor the id of a repository on the Hub. Check the path"
-    elif caused_by(GatedRepoError):
-        reason = "is gated. Accept its terms on the Hub, then log in (hf auth login) or give token="
-    elif caused_by(RevisionNotFoundError):
-        reason = f"has no revision {revision!r} on the Hub. Leave it out for the newest"
-    elif caused_by(RepositoryNotFoundError) or refused:
-        reason = "is no repository on the Hub that you may read. Check its name; for a private one give token="
-    elif caused_by(LocalEntryNotFoundError, ConnectionError):
-        reason = (
-            "is not in the cache of this machine, and the Hub can not be reached. Download it where there is one "
-            f"(hf download {source}), or give the path of a local copy"
-        )
-    elif caused_by(EntryNotFoundError):
-        reason = f"has no file {filename}. Check that it is the right repository"
-    else:
-        reason = "can not be loaded"
-    return CheckpointError(f"{reward}: {source} {reason}. ({_short(error)})")
+    reasons = {
+        "lacks a file that is needed, or has a damaged one. Compare it with what the reward's authors published, and "
+        "copy all of it": Path(source).expanduser().exists(),
+        "is neither an existing file or folder nor the id of a repository on the Hub. Check the path": (
+            caused_by(HFValidationError) or source.startswith((".", "/", "~")) or source.count("/") > 1
+        ),
+        "is gated. Accept its terms on the Hub, then log in (hf auth login) or give token=": caused_by(GatedRepoError),
+        f"has no revision {revision!r} on the Hub. Leave it out for the newest": caused_by(RevisionNotFoundError),
+        "is no repository on the Hub that you may read. Check its name; for a private one give token=": (
+            caused_by(RepositoryNotFoundError) or refused
+        ),
+        "is not in the cache of this machine, and the Hub cannot be reached. Download it where there is one (hf "
+        f"download {source}), or give the path of a local copy": caused_by(LocalEntryNotFoundError, ConnectionError),
+        f"has no file {filename}. Check that it is the right repository": caused_by(EntryNotFoundError),
+        "cannot be loaded": True,
+    }
+    reason = next(reason for reason, holds in reasons.items() if holds)
+    return CheckpointError(f"{source} {reason}. ({_short(error)})")
 
 
 def _short(error: Exception) -> str:
@@ -261,9 +255,3 @@ def _short(error: Exception) -> str:
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
     return ", ".join(names[:_NAMES]) + more
-
-
-def _described(content: Any) -> str:
-    if isinstance(content, dict):
-        return f"a dictionary with {_listed([str(name) for name in content]) or 'nothing in it'}"
-    return f"an object of type {type(content).__name__}"

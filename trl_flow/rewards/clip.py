@@ -1,15 +1,15 @@
 """What the rewards that compare an image with a text in CLIP have in common."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, PreTrainedTokenizerBase
 
-from trl_flow.rewards.base import ModelReward
-from trl_flow.rewards.checkpoints import CheckpointError, load_pretrained
+from trl_flow.rewards.base import CheckpointError, HubReward
+from trl_flow.rewards.checkpoints import load_pretrained
 from trl_flow.rewards.pixels import without_ends
 
 
@@ -20,12 +20,12 @@ _OLD_EOS = 2
 @dataclass(frozen=True)
 class CLIPScorer:
     """
-    A CLIP model with what it needs to read prompts and pictures.
+    A CLIP model with what it needs to read prompts and images.
 
     Attributes:
         model (`CLIPModel`): in evaluation mode.
         tokenizer (`PreTrainedTokenizerBase`): of the model.
-        preprocess (`Callable`): from a list of `N` RGB pictures to pixels, `(N, 3, H, W)` in float32.
+        preprocess (`Callable`): from a list of `N` RGB images to pixels, `(N, 3, H, W)` in float32.
         logit_scale (`float`): the factor by which the model was trained to multiply cosines, 100 for most. Kept aside
             because the rounding of its logarithm to bfloat16 would be an error of 1 %.
     """
@@ -37,13 +37,13 @@ class CLIPScorer:
 
     def cosines(self, prompts: list[str], images: list[Image.Image]) -> torch.Tensor:
         """
-        Cosine of the angle between each picture's features and its prompt's, in `[-1, 1]`: `(N,)` in float32.
+        Cosine of the angle between each image's features and its prompt's, in `[-1, 1]`: `(N,)` in float32.
 
         Prompts that are longer than the text encoder's context are cut.
         """
         pixels = self.preprocess(images).to(self.model.device, self.model.dtype)
         image_features = self.model.get_image_features(pixel_values=pixels).pooler_output
-        # The pictures of a group share their prompt
+        # The images of a group share their prompt
         different = list(dict.fromkeys(prompts))
         tokens = self.tokenizer(
             different,
@@ -59,41 +59,32 @@ class CLIPScorer:
         return F.cosine_similarity(image_features.float(), text_features.float(), dim=-1)
 
 
-class CLIPReward(ModelReward):
+@dataclass(eq=False)
+class CLIPReward(HubReward):
     """
-    A reward from the cosine in a CLIP model in transformers' layout; a subclass says in `_score` what it makes
-    of it, and its `__name__`.
+    A reward from the cosine in a CLIP model in transformers' layout. A subclass says in `_score` what it makes of it,
+    and its `__name__`.
 
     Args:
         model (`str`): Hub id or folder of a `CLIPModel`.
-        processor (`str`): Hub id or folder of its image processor and tokenizer.
-        revision, processor_revision (`str`, *optional*): branch, tag or commit of the two on the Hub.
-        token (`str` or `bool`, *optional*): for private and gated repositories, as in `huggingface_hub`.
-        device, dtype, batch_size: as in [`ModelReward`].
+        processor (`str`, *optional*): Hub id or folder of its image processor and tokenizer; by default `model`.
+        processor_revision (`str`, *optional*): branch, tag or commit of `processor` on the Hub.
+        revision, token, device, dtype, batch_size: as in [`HubReward`].
     """
 
-    def __init__(
-        self,
-        model: str,
-        processor: str,
-        *,
-        revision: str | None = None,
-        processor_revision: str | None = None,
-        token: str | bool | None = None,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
-        batch_size: int = 16,
-    ):
-        super().__init__(device=device, dtype=dtype, batch_size=batch_size)
-        self.model = model
-        self.processor = processor
-        self.revision = revision
-        self.processor_revision = processor_revision
-        self.token = token
+    model: str
+    processor: str | None = None
+    _: KW_ONLY
+    processor_revision: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.processor is None:
+            self.processor, self.processor_revision = self.model, self.revision
 
     def _load(self, device: torch.device) -> CLIPScorer:
-        model = load_pretrained(CLIPModel, self.model, reward=self.__name__, revision=self.revision, token=self.token)
-        source = {"reward": self.__name__, "revision": self.processor_revision, "token": self.token}
+        model = load_pretrained(CLIPModel, self.model, revision=self.revision, token=self.token)
+        source = {"revision": self.processor_revision, "token": self.token}
         tokenizer = load_clip_tokenizer(self.processor, model, **source)
         preprocess = load_clip_preprocess(self.processor, **source)
         return clip_scorer(model, tokenizer, preprocess, device=device, dtype=self.dtype)
@@ -113,16 +104,16 @@ def clip_scorer(
 
 
 def load_clip_preprocess(
-    source: str, *, reward: str, revision: str | None, token: str | bool | None
+    source: str, *, revision: str | None, token: str | bool | None
 ) -> Callable[[list[Image.Image]], torch.Tensor]:
     """
-    What `source` says is to be done to pictures, by Pillow: with torchvision, which transformers takes where it is
+    What `source` says is to be done to images, by Pillow: with torchvision, which transformers takes where it is
     installed, the pixels differ.
 
     Raises:
-        CheckpointError: if it can not be loaded.
+        CheckpointError: if it cannot be loaded.
     """
-    processor = load_pretrained(CLIPImageProcessorPil, source, reward=reward, revision=revision, token=token)
+    processor = load_pretrained(CLIPImageProcessorPil, source, revision=revision, token=token)
 
     def preprocess(images: list[Image.Image]) -> torch.Tensor:
         images = [without_ends(image) for image in images]
@@ -132,21 +123,21 @@ def load_clip_preprocess(
 
 
 def load_clip_tokenizer(
-    source: str, model: CLIPModel, *, reward: str, revision: str | None, token: str | bool | None
+    source: str, model: CLIPModel, *, revision: str | None, token: str | bool | None
 ) -> PreTrainedTokenizerBase:
     """
     The tokenizer for `model`.
 
     Raises:
-        CheckpointError: if it can not be loaded, or is not the one of that model: its texts would be read at the wrong
+        CheckpointError: if it cannot be loaded, or is not the one of that model: its texts would be read at the wrong
             place, and every score be wrong without a sign.
     """
-    tokenizer = load_pretrained(CLIPTokenizer, source, reward=reward, revision=revision, token=token)
+    tokenizer = load_pretrained(CLIPTokenizer, source, revision=revision, token=token)
     config = model.config.text_config
     end = config.vocab_size - 1 if config.eos_token_id == _OLD_EOS else config.eos_token_id
     if tokenizer.eos_token_id != end or len(tokenizer) > config.vocab_size:
         raise CheckpointError(
-            f"{reward}: the tokenizer of {source} has {len(tokenizer)} tokens and ends texts with number "
+            f"the tokenizer of {source} has {len(tokenizer)} tokens and ends texts with number "
             f"{tokenizer.eos_token_id}, but the model has {config.vocab_size} and looks for number {end}. Give the "
             "tokenizer that the model was trained with."
         )

@@ -1,5 +1,7 @@
 """CLIPScore: how well an image and its prompt agree in CLIP."""
 
+from dataclasses import dataclass
+
 import torch
 from PIL import Image
 
@@ -7,6 +9,7 @@ from trl_flow.rewards.base import RewardInfo
 from trl_flow.rewards.clip import CLIPReward, CLIPScorer
 
 
+@dataclass(eq=False)
 class CLIPScoreReward(CLIPReward):
     """
     CLIPScore (Hessel et al., 2021, https://huggingface.co/papers/2104.08718) as text-to-image papers report it and
@@ -18,17 +21,10 @@ class CLIPScoreReward(CLIPReward):
     Args:
         model (`str`, defaults to `"openai/clip-vit-large-patch14"`):
             Hub id or folder of a `CLIPModel`, with its image processor and tokenizer.
-        processor (`str`, *optional*):
-            Hub id or folder of the image processor and tokenizer; by default `model`.
-        revision, processor_revision (`str`, *optional*):
-            Branch, tag or commit of the two on the Hub; without `processor`, `revision` is that of both.
-        token (`str` or `bool`, *optional*):
-            For private and gated repositories, as in `huggingface_hub`.
-        device, dtype, batch_size:
-            As in [`ModelReward`].
-
-    Raises:
-        CheckpointError: on the first call, if the model or processor can not be loaded.
+        processor (`str`, *optional*): Hub id or folder of the image processor and tokenizer; by default `model`.
+        processor_revision (`str`, *optional*):
+            Branch, tag or commit of `processor` on the Hub; without `processor`, `revision` is that of both.
+        revision, token, device, dtype, batch_size: As in [`HubReward`].
     """
 
     info = RewardInfo(
@@ -37,31 +33,9 @@ class CLIPScoreReward(CLIPReward):
         license="not stated with the weights; OpenAI's code for them: MIT",
         paper="https://huggingface.co/papers/2104.08718",
     )
-    dense = True
+    __name__ = "clipscore"
 
-    def __init__(
-        self,
-        model: str = "openai/clip-vit-large-patch14",
-        processor: str | None = None,
-        *,
-        revision: str | None = None,
-        processor_revision: str | None = None,
-        token: str | bool | None = None,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
-        batch_size: int = 16,
-    ):
-        super().__init__(
-            model,
-            model if processor is None else processor,
-            revision=revision,
-            processor_revision=revision if processor is None else processor_revision,
-            token=token,
-            device=device,
-            dtype=dtype,
-            batch_size=batch_size,
-        )
-        self.__name__ = "clipscore"
+    model: str = "openai/clip-vit-large-patch14"
 
     def _score(
         self, loaded: CLIPScorer, prompts: list[str], images: list[Image.Image], columns: dict[str, list]

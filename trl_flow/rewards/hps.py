@@ -1,12 +1,13 @@
 """Human Preference Score v2 and v2.1: how much people would prefer an image for a prompt."""
 
 import html
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal, get_args
 
 import torch
 from PIL import Image
 
-from trl_flow.rewards.base import ModelReward, RewardInfo
+from trl_flow.rewards.base import HubReward, RewardInfo
 from trl_flow.rewards.checkpoints import find_file, read_tensors
 from trl_flow.rewards.clip import CLIPScorer, clip_scorer, load_clip_tokenizer
 from trl_flow.rewards.open_clip import clip_from_open_clip
@@ -22,34 +23,27 @@ _QUOTES = str.maketrans("\u2018\u2019\u201a\u201b\u02bc\u201c\u201d\u201e\u201f"
 _VISION_HEAD_WIDTH = 80
 
 
-class HPSv2Reward(ModelReward):
+@dataclass(eq=False)
+class HPSv2Reward(HubReward):
     """
     Human Preference Score v2 (Wu et al., 2023, https://huggingface.co/papers/2306.09341): the cosine of image and
     prompt in a CLIP ViT-H/14 tuned on people's rankings. The paper's tables show it times 100.
 
-    Pictures are scaled until the longer side fits and padded with black, not cropped. In prompts curly quotes and HTML
+    Images are scaled until the longer side fits and padded with black, not cropped. In prompts curly quotes and HTML
     entities are resolved. Both are as in the authors' program; what more it repairs in prompts (ligatures, full-width
     letters, wrongly decoded text) is left out.
 
     Args:
-        version (`str`, defaults to `"v2.0"`):
-            `"v2.0"`, or `"v2.1"`, which was trained on better data. They are two models: their values can not be
-            compared.
-        model (`str`, defaults to `"xswu/HPSv2"`):
-            Hub id or folder with `HPS_v2_compressed.pt` or `HPS_v2.1_compressed.pt`, or the file: a state dict in
-            open_clip's layout.
-        tokenizer (`str`, defaults to `"laion/CLIP-ViT-H-14-laion2B-s32B-b79K"`):
-            Hub id or folder of the tokenizer.
-        revision, tokenizer_revision (`str`, *optional*):
-            Branch, tag or commit of the two on the Hub.
-        token (`str` or `bool`, *optional*):
-            For private and gated repositories, as in `huggingface_hub`.
-        device, dtype, batch_size:
-            As in [`ModelReward`].
+        version (`str`, defaults to `"v2.0"`): `"v2.0"`, or `"v2.1"`, which was trained on better data. They are two
+            models: their values cannot be compared.
+        model (`str`, defaults to `"xswu/HPSv2"`): Hub id or folder with `HPS_v2_compressed.pt` or
+            `HPS_v2.1_compressed.pt`, or the file: a state dict in open_clip's layout.
+        tokenizer (`str`, defaults to `"laion/CLIP-ViT-H-14-laion2B-s32B-b79K"`): Hub id or folder of the tokenizer.
+        tokenizer_revision (`str`, *optional*): Branch, tag or commit of the tokenizer on the Hub.
+        revision, token, device, dtype, batch_size: As in [`HubReward`].
 
     Raises:
         ValueError: if `version` is neither of the two.
-        CheckpointError: on the first call, if the model or tokenizer can not be loaded.
     """
 
     info = RewardInfo(
@@ -58,41 +52,23 @@ class HPSv2Reward(ModelReward):
         license="Apache-2.0",
         paper="https://huggingface.co/papers/2306.09341",
     )
-    dense = True
 
-    def __init__(
-        self,
-        version: Version = "v2.0",
-        model: str = "xswu/HPSv2",
-        tokenizer: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        *,
-        revision: str | None = None,
-        tokenizer_revision: str | None = None,
-        token: str | bool | None = None,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
-        batch_size: int = 16,
-    ):
-        super().__init__(device=device, dtype=dtype, batch_size=batch_size)
-        if version not in get_args(Version):
-            raise ValueError(f"version={version!r} is no version of HPSv2: give one of {get_args(Version)}.")
-        self.version = version
-        self.model = model
-        self.tokenizer = tokenizer
-        self.revision = revision
-        self.tokenizer_revision = tokenizer_revision
-        self.token = token
-        self.__name__ = _NAMES[version]
+    version: Version = "v2.0"
+    model: str = "xswu/HPSv2"
+    tokenizer: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    _: KW_ONLY
+    tokenizer_revision: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.version not in get_args(Version):
+            raise ValueError(f"version={self.version!r} is no version of HPSv2: give one of {get_args(Version)}.")
+        self.__name__ = _NAMES[self.version]
 
     def _load(self, device: torch.device) -> CLIPScorer:
-        name = self.__name__
-        path = find_file(self.model, _FILES[self.version], reward=name, revision=self.revision, token=self.token)
-        model = clip_from_open_clip(
-            read_tensors(path, reward=name), vision_head_width=_VISION_HEAD_WIDTH, reward=name, source=str(path)
-        )
-        tokenizer = load_clip_tokenizer(
-            self.tokenizer, model, reward=name, revision=self.tokenizer_revision, token=self.token
-        )
+        path = find_file(self.model, _FILES[self.version], revision=self.revision, token=self.token)
+        model = clip_from_open_clip(read_tensors(path), vision_head_width=_VISION_HEAD_WIDTH, source=str(path))
+        tokenizer = load_clip_tokenizer(self.tokenizer, model, revision=self.tokenizer_revision, token=self.token)
         size = model.config.vision_config.image_size
 
         def preprocess(images: list[Image.Image]) -> torch.Tensor:

@@ -1,19 +1,19 @@
 """ImageReward: how much people would prefer an image for a prompt, learned from experts' rankings."""
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from PIL import Image
 from transformers import BertTokenizer, PreTrainedTokenizerBase
 
-from trl_flow.rewards.base import ModelReward, RewardInfo
+from trl_flow.rewards.base import CheckpointError, HubReward, RewardInfo
 from trl_flow.rewards.blip import ImageRewardModel, image_reward_model
-from trl_flow.rewards.checkpoints import CheckpointError, find_file, load_pretrained, read_tensors
+from trl_flow.rewards.checkpoints import find_file, load_pretrained, read_tensors
 from trl_flow.rewards.pixels import fill_and_crop
 
 
 _FILE = "ImageReward.pt"
-# Of the scores on the authors' training set, which they are standardised by
+# Of the scores on the authors' training set, which they are standardized by
 _MEAN, _STD = 0.16717362830052426, 1.0333394966054072
 _MAX_TOKENS = 35
 
@@ -24,26 +24,19 @@ class _Loaded:
     tokenizer: PreTrainedTokenizerBase
 
 
-class ImageReward(ModelReward):
+@dataclass(eq=False)
+class ImageReward(HubReward):
     """
     ImageReward (Xu et al., 2023, https://huggingface.co/papers/2304.05977): a BLIP (ViT-L/16 and a BERT with
-    cross-attention) tuned on experts' rankings, standardised to mean 0 and variance 1 on its training set. Prompts are
+    cross-attention) tuned on experts' rankings, standardized to mean 0 and variance 1 on its training set. Prompts are
     cut to 35 tokens.
 
     Args:
         model (`str`, defaults to `"zai-org/ImageReward"`):
             Hub id or folder with `ImageReward.pt`, or the file: a state dict in BLIP's layout.
-        tokenizer (`str`, defaults to `"google-bert/bert-base-uncased"`):
-            Hub id or folder of the tokenizer.
-        revision, tokenizer_revision (`str`, *optional*):
-            Branch, tag or commit of the two on the Hub.
-        token (`str` or `bool`, *optional*):
-            For private and gated repositories, as in `huggingface_hub`.
-        device, dtype, batch_size:
-            As in [`ModelReward`].
-
-    Raises:
-        CheckpointError: on the first call, if the model or tokenizer can not be loaded.
+        tokenizer (`str`, defaults to `"google-bert/bert-base-uncased"`): Hub id or folder of the tokenizer.
+        tokenizer_revision (`str`, *optional*): Branch, tag or commit of the tokenizer on the Hub.
+        revision, token, device, dtype, batch_size: As in [`HubReward`].
     """
 
     info = RewardInfo(
@@ -52,41 +45,23 @@ class ImageReward(ModelReward):
         license="Apache-2.0",
         paper="https://huggingface.co/papers/2304.05977",
     )
-    dense = True
+    __name__ = "imagereward"
 
-    def __init__(
-        self,
-        model: str = "zai-org/ImageReward",
-        tokenizer: str = "google-bert/bert-base-uncased",
-        *,
-        revision: str | None = None,
-        tokenizer_revision: str | None = None,
-        token: str | bool | None = None,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
-        batch_size: int = 16,
-    ):
-        super().__init__(device=device, dtype=dtype, batch_size=batch_size)
-        self.model = model
-        self.tokenizer = tokenizer
-        self.revision = revision
-        self.tokenizer_revision = tokenizer_revision
-        self.token = token
-        self.__name__ = "imagereward"
+    model: str = "zai-org/ImageReward"
+    tokenizer: str = "google-bert/bert-base-uncased"
+    _: KW_ONLY
+    tokenizer_revision: str | None = None
 
     def _load(self, device: torch.device) -> _Loaded:
-        name = self.__name__
-        path = find_file(self.model, _FILE, reward=name, revision=self.revision, token=self.token)
-        model = image_reward_model(read_tensors(path, reward=name), reward=name, source=str(path))
-        tokenizer = load_pretrained(
-            BertTokenizer, self.tokenizer, reward=name, revision=self.tokenizer_revision, token=self.token
-        )
+        path = find_file(self.model, _FILE, revision=self.revision, token=self.token)
+        model = image_reward_model(read_tensors(path), source=str(path))
+        tokenizer = load_pretrained(BertTokenizer, self.tokenizer, revision=self.tokenizer_revision, token=self.token)
         # The two that BLIP adds to BERT's; scoring needs them only for the rare prompt that has them in its text
         tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
         vocab_size = model.text.config.vocab_size
         if len(tokenizer) != vocab_size:
             raise CheckpointError(
-                f"{name}: the tokenizer of {self.tokenizer} has {len(tokenizer)} tokens with BLIP's two, the model "
+                f"the tokenizer of {self.tokenizer} has {len(tokenizer)} tokens with BLIP's two, the model "
                 f"{vocab_size}. Give the tokenizer that the model was trained with, bert-base-uncased."
             )
         model.vision.to(device, self.dtype)

@@ -25,13 +25,12 @@ class JPEGIncompressibilityReward:
     with its area, and reach about 1.2 kB per 1000 pixels for noise at quality 95.
 
     Args:
-        quality (`int`, defaults to 95):
-            JPEG quality from 1 to 100. 95 is DDPO's.
+        quality (`int`, defaults to 95): JPEG quality from 1 to 100. 95 is DDPO's.
     """
 
     info = RewardInfo(
         range=(0.0, math.inf),
-        typical="50 to 150 for pictures of 512 x 512 pixels",
+        typical="50 to 150 for images of 512 x 512 pixels",
         license="none: it loads nothing",
         paper="https://huggingface.co/papers/2305.13301",
     )
@@ -56,15 +55,13 @@ class JPEGCompressibilityReward:
     largest size there ([`JPEGIncompressibilityReward`] measures it).
 
     Args:
-        quality (`int`, defaults to 95):
-            JPEG quality from 1 to 100. 95 is DDPO's.
-        offset (`float`, defaults to 0.0):
-            Added to every reward, in kilobytes.
+        quality (`int`, defaults to 95): JPEG quality from 1 to 100. 95 is DDPO's.
+        offset (`float`, defaults to 0.0): Added to every reward, in kilobytes.
     """
 
     info = RewardInfo(
         range=(-math.inf, 0.0),
-        typical="-150 to -50 for pictures of 512 x 512 pixels",
+        typical="-150 to -50 for images of 512 x 512 pixels",
         license="none: it loads nothing",
         paper="https://huggingface.co/papers/2305.13301",
     )

@@ -1,16 +1,15 @@
-"""Pictures scored by a vision-language model behind an OpenAI-compatible server (vLLM, SGLang, ...)."""
+"""Images scored by a vision-language model behind an OpenAI-compatible server (vLLM, SGLang, ...)."""
 
-import asyncio
 import dataclasses
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from PIL import Image
 
-from trl_flow.rewards.base import RewardInfo, check_samples
+from trl_flow.rewards.base import RewardInfo, all_at_once, check_samples
 from trl_flow.rewards.chat import ChatModel, JudgeError
 from trl_flow.rewards.judge_prompts import (
     DEQA_ANSWER_PREFIX,
@@ -26,38 +25,36 @@ from trl_flow.rewards.judge_prompts import (
 
 logger = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
-
 UnifiedRewardScore = Literal["overall", "overall_with_elements", "alignment", "coherence", "style"]
 
 
 class VLMJudgeReward:
     """
-    The score that a vision-language model gives each picture, asked by a prompt of your own.
+    The score that a vision-language model gives each image, asked by a prompt of your own.
 
-    An asynchronous reward function: all pictures of a call are judged at the same time, and beside the other reward
-    functions. Greedy decoding, so that equal pictures get equal scores as far as the server is deterministic.
+    An asynchronous reward function: all images of a call are judged at the same time, and besides the other reward
+    functions. Greedy decoding, so that equal images get equal scores as far as the server is deterministic.
 
-    An answer that can not be read is asked for once more, at temperature 0.7. If that can not be read either the score
-    is `None`, a warning shows the answer, and the share of such pictures is logged as `{name}/unreadable`. If not one
-    answer of a call with two pictures or more can be read, the prompt and the model do not fit, and that is an error.
+    An answer that cannot be read is asked for once more, at temperature 0.7. If that cannot be read either the score
+    is `None`, a warning shows the answer, and the share of such images is logged as `{name}/unreadable`. If not one
+    answer of a call with two images or more can be read, the prompt and the model do not fit, and that is an error.
 
     Args:
-        prompt_template (`str`): what the model is asked, after the picture; `{prompt}` stands for its prompt.
+        prompt_template (`str`): what the model is asked, after the image; `{prompt}` stands for its prompt.
         parse (`Callable[[str], float | None]`): gives the score in an answer, None if there is none.
         name (`str`, defaults to `"vlm_judge"`): what the reward is called in metrics.
         range (`tuple[float, float]`, defaults to no limits): smallest and largest score. An answer with a score beyond
-            counts as one that can not be read.
+            counts as one that cannot be read.
         max_tokens (`int`, defaults to 1024): length of an answer. One that is cut off may lack its score.
         server: how the model is reached: `model`, `base_url`, `api_key`, `max_concurrency`, `timeout`, `max_retries`,
             as in [`ChatModel`].
 
     Raises:
         ImportError: if the openai package is missing.
-        ValueError: if there is no `base_url`, and on a call if there are not as many prompts as pictures.
+        ValueError: if there is no `base_url`, and on a call if there are not as many prompts as images.
         TypeError: if `prompt_template` is no text or `parse` no callable, and on a call if a prompt is no text or an
             image no `PIL.Image.Image`.
-        JudgeError: on a call, if the server can not be reached, refuses, or gives no answer that can be read.
+        JudgeError: on a call, if the server cannot be reached, refuses, or gives no answer that can be read.
     """
 
     info: ClassVar[RewardInfo] = RewardInfo(
@@ -66,7 +63,7 @@ class VLMJudgeReward:
         license="that of the model that is served",
         paper="https://huggingface.co/papers/2306.05685",
     )
-    # A request for every picture and step, to models that have not been trained on noise
+    # A request for every image and step, to models that have not been trained on noise
     dense: ClassVar[bool] = False
 
     # Of the first request and of the second. At 0 the second answer would be the first one again
@@ -101,11 +98,11 @@ class VLMJudgeReward:
         **kwargs: Any,
     ) -> list[float | None]:
         """
-        Scores pictures.
+        Scores images.
 
         Args:
             prompts (`list[str]`), images (`list[PIL.Image.Image]`): `N` of each.
-            log_metric (`Callable`, *optional*): given the share of pictures without a score.
+            log_metric (`Callable`, *optional*): given the share of images without a score.
 
         Returns:
             `list[float | None]`: `N` scores.
@@ -146,7 +143,7 @@ class VLMJudgeReward:
 
 class UnifiedReward(VLMJudgeReward):
     """
-    UnifiedReward's score of a picture, from 1 to 5 (Wang et al., 2025, https://huggingface.co/papers/2503.05236).
+    UnifiedReward's score of an image, from 1 to 5 (Wang et al., 2025, https://huggingface.co/papers/2503.05236).
 
     Serve one of its models, for example `vllm serve CodeGoat24/UnifiedReward-qwen-7b`.
 
@@ -154,7 +151,7 @@ class UnifiedReward(VLMJudgeReward):
         score (`str`, defaults to `"overall"`): which one, by which of the published prompts:
 
             - `"overall"`: alignment with the prompt and quality in one, as Flow-GRPO and the papers after it evaluate.
-            - `"overall_with_elements"`: the same, after the model has listed what is in the picture, as in
+            - `"overall_with_elements"`: the same, after the model has listed what is in the image, as in
               UnifiedReward's own script. Better founded, and several times slower.
             - `"alignment"`, `"coherence"`, `"style"`: one of the three scores of UnifiedReward 2.0
               (`CodeGoat24/UnifiedReward-2.0-qwen-7b` and its other sizes).
@@ -189,7 +186,7 @@ class UnifiedReward(VLMJudgeReward):
 
 class DeQAReward(VLMJudgeReward):
     """
-    DeQA's score of the quality of a picture, from 1 to 5, whatever its prompt (You et al., 2025,
+    DeQA's score of the quality of an image, from 1 to 5, whatever its prompt (You et al., 2025,
     https://huggingface.co/papers/2501.11561).
 
     The model completes "The quality of the image is". With the probabilities that it gives the five words excellent
@@ -269,16 +266,6 @@ def check_question(prompt_template: str, parse: Callable) -> None:
         )
 
 
-async def all_at_once(requests: Iterable[Awaitable[Result]]) -> list[Result]:
-    """Awaits all, in their order. The first that fails ends the others: most would fail in the same way."""
-    tasks = [asyncio.ensure_future(request) for request in requests]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
 class UnreadableAnswer(ValueError):
     """A judge's answer holds no score or preference; the message is the answer."""
 
@@ -311,4 +298,4 @@ def report_unreadable(
             "model that is served is the one that the prompt was written for, and whether max_tokens cuts its answers "
             "off."
         )
-    logger.warning(f"{len(unreadable)} of {total} answers to '{name}' can not be read. The first begins {example}")
+    logger.warning(f"{len(unreadable)} of {total} answers to '{name}' cannot be read. The first begins {example}")

@@ -1,6 +1,6 @@
 """The published prompts of vision-language judges, word for word, and how their answers are read.
 
-`{prompt}` stands for the prompt of the picture. A judge is trained on its prompt: another wording gives other scores.
+`{prompt}` stands for the prompt of the image. A judge is trained on its prompt: another wording gives other scores.
 
 * UnifiedReward (Wang et al., 2025): https://huggingface.co/papers/2503.05236
 * UnifiedReward-Think (Wang et al., 2025): https://huggingface.co/papers/2505.03318
@@ -33,7 +33,7 @@ UNIFIED_REWARD_SCORE_WITH_ELEMENTS = (
     "using the format: 'element (type): value' (where value=0 means not generated, and value=1 means generated), and "
     "assign a score from 1 to 5 after 'Final Score:'.\n" + _TASK
 )
-"""One score, after a list of what is in the picture: the wording of UnifiedReward's own script."""
+"""One score, after a list of what is in the image: the wording of UnifiedReward's own script."""
 
 UNIFIED_REWARD_AXES = (
     "You are presented with a generated image and its associated text caption. Your task is to analyze the image "
@@ -62,7 +62,7 @@ UNIFIED_REWARD_PAIR = (
     'Provide a clear conclusion such as "Image 1 is better.", "Image 2 is better." and '
     '"Both images are equally good."\n' + _TASK
 )
-"""Which of two pictures is better, of UnifiedReward."""
+"""Which of two images is better, of UnifiedReward."""
 
 UNIFIED_REWARD_THINK_PAIR = (
     "Given a caption and two images generated based on this caption, please analyze in detail the two provided "
@@ -88,7 +88,7 @@ UNIFIED_REWARD_THINK_PAIR = (
     "**Note: In the example above, scores and the final answer are placeholders meant only to demonstrate the format. "
     "Your actual evaluation should be based on the quality of two given images.**\n\n" + _TASK
 )
-"""Which of two pictures is better, after a chain of thought: of UnifiedReward-Think, the judge of Pref-GRPO."""
+"""Which of two images is better, after a chain of thought: of UnifiedReward-Think, the judge of Pref-GRPO."""
 
 DEQA_QUESTION = "How would you rate the quality of this image?"
 DEQA_ANSWER_PREFIX = "The quality of the image is"
@@ -107,7 +107,7 @@ def axis_score(answer: str, axis: Literal["alignment", "coherence", "style"]) ->
 
 def preferred_image(answer: str) -> Preference | None:
     """
-    Which picture an answer prefers: `"a"` for `Image 1 is better`, `"b"` for `Image 2 is better`, `"tie"` for `Both
+    Which image an answer prefers: `"a"` for `Image 1 is better`, `"b"` for `Image 2 is better`, `"tie"` for `Both
     images are equally good`, None for none or several of them. Where there is an `<answer>` only that is read.
     """
     tagged = re.search(r"<answer>(.*?)</answer>", answer, re.DOTALL)

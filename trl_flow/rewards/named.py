@@ -10,30 +10,9 @@ from typing import Any
 from trl_flow import rewards
 
 
-# The class of `trl_flow.rewards` by its name, since loading one may take seconds, and its positional arguments
+# The class in `trl_flow.rewards` of each name, since loading one may take seconds, and its positional arguments
 NAMED_REWARDS: dict[str, tuple[str, ...]] = {
-    "shapes_soft": ("ShapesReward", "soft"),
-    "shapes_strict": ("ShapesReward", "strict"),
-    "shapes_fidelity": ("ShapesReward", "fidelity"),
-    "jpeg_compressibility": ("JPEGCompressibilityReward",),
-    "jpeg_incompressibility": ("JPEGIncompressibilityReward",),
-    "pickscore": ("PickScoreReward",),
-    "clipscore": ("CLIPScoreReward",),
-    "hpsv2": ("HPSv2Reward",),
-    "hpsv2.1": ("HPSv2Reward", "v2.1"),
-    "imagereward": ("ImageReward",),
-    "aesthetic": ("AestheticReward",),
-    "ocr": ("OCRReward",),
-    "geneval": ("GenEvalReward",),
-    "geneval_strict": ("GenEvalReward", "strict"),
-    "geneval_correct": ("GenEvalReward", "correct"),
-    # The judges ask the server at OPENAI_BASE_URL
-    "unifiedreward": ("UnifiedReward",),
-    "unifiedreward_alignment": ("UnifiedReward", "alignment"),
-    "unifiedreward_coherence": ("UnifiedReward", "coherence"),
-    "unifiedreward_style": ("UnifiedReward", "style"),
-    "deqa": ("DeQAReward",),
-    "win_rate": ("WinRateReward",),
+    name: (cls, *arguments) for cls, (_, names) in rewards.PUBLIC.items() for name, arguments in names.items()
 }
 
 
@@ -55,11 +34,12 @@ def named_reward(name: str) -> Any:
         cls, *arguments = NAMED_REWARDS[name]
         return getattr(rewards, cls)(*arguments)
     if name.startswith(("http://", "https://")):
-        return _remote(name)
+        urls, _, reward = name.partition("#")
+        return rewards.RemoteReward([url.strip() for url in urls.split(",")], reward=reward or None)
     if "." in name:
         return _imported(name)
-    hint = _nearest(name) or f"There are {', '.join(NAMED_REWARDS)}."
-    raise ValueError(f"there is no reward function {name!r}. {hint} Others are given by a dotted import path.")
+    hint = _nearest(name) or f" There are {', '.join(NAMED_REWARDS)}."
+    raise ValueError(f"there is no reward function {name!r}.{hint} Others are given by a dotted import path.")
 
 
 def named_rewards(names: Sequence[str] | str | None, option: str = "reward_funcs") -> list[Any]:
@@ -79,12 +59,7 @@ def named_rewards(names: Sequence[str] | str | None, option: str = "reward_funcs
 
 def _nearest(name: str) -> str:
     near = difflib.get_close_matches(name, NAMED_REWARDS, n=1)
-    return f"Did you mean {near[0]}?" if near else ""
-
-
-def _remote(address: str) -> Any:
-    urls, _, reward = address.partition("#")
-    return rewards.RemoteReward([url.strip() for url in urls.split(",")], reward=reward or None)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 def _imported(name: str) -> Any:
@@ -95,9 +70,7 @@ def _imported(name: str) -> Any:
         module = importlib.import_module(module_name)
     except ImportError as error:
         # A name may look like a path: hpsv2.1
-        raise ValueError(
-            f"the reward function {name!r} can not be imported: {error}. {_nearest(name)}".rstrip()
-        ) from error
+        raise ValueError(f"the reward function {name!r} cannot be imported: {error}.{_nearest(name)}") from error
     if not hasattr(module, attribute):
         raise ValueError(f"the reward function {name!r} does not exist: {module.__file__} has no {attribute!r}.")
     func = getattr(module, attribute)

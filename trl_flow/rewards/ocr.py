@@ -1,50 +1,25 @@
-"""Whether the text that a prompt asks for can be read in the picture."""
+"""Whether the text that a prompt asks for can be read in the image."""
 
-import re
 from importlib import import_module
 from typing import Any
 
 import torch
 from PIL import Image
 
-from trl_flow.rewards.base import ModelReward, RewardInfo, require
-
-
-# Straight, English, Swedish, German, French and East Asian quotation marks, each with the mark that closes it
-_QUOTED = re.compile(
-    r'"([^"]*)"|“([^“”]*)”|”([^“”]*)”|„([^„“”]*)[“”]|«([^«»]*)»|»([^«»]*)«|「([^「」]*)」|『([^『』]*)』'
-)
-
-
-def quoted_text(prompt: str) -> str:
-    """
-    The first text between double quotation marks in `prompt`: straight (`"OPEN"`) or typographic (`“OPEN”`, `”OPEN”`,
-    `„OPEN“`, `«OPEN»`, `»OPEN«`, `「OPEN」`, `『OPEN』`).
-
-    Raises:
-        ValueError: if there is none, or nothing but white space in it.
-    """
-    match = _QUOTED.search(prompt)
-    text = next(group for group in match.groups() if group is not None) if match else ""
-    if not text.strip():
-        raise ValueError(
-            f"The prompt {prompt!r} has no text between double quotation marks, so that there is nothing to look for "
-            'in its picture. Quote it (a sign that reads "OPEN"), or give the data set a column `text` with the text '
-            "of each prompt, and None for prompts that ask for none."
-        )
-    return text
+from trl_flow.prompt_words import quoted_text
+from trl_flow.rewards.base import ModelReward, RewardInfo, check_whole_number, require
 
 
 def text_score(recognized: str, target: str) -> float:
     """
-    Flow-GRPO's score of a text that was read in a picture, in `[0, 1]`.
+    Flow-GRPO's score of a text that was read in an image, in `[0, 1]`.
 
     Both texts in lower case and without white space, it is `1 - min(d, n) / n`, with `d` the edit distance
     (Levenshtein) between them and `n` the length of the target. It is 1 where the target is part of the text read:
-    other text in the picture costs nothing then.
+    other text in the image costs nothing then.
 
     Args:
-        recognized (`str`): all that was read in the picture.
+        recognized (`str`): all that was read in the image.
         target (`str`): what should stand there.
 
     Raises:
@@ -64,7 +39,7 @@ def text_score(recognized: str, target: str) -> float:
 
 class OCRReward(ModelReward):
     """
-    How well the text that a prompt quotes can be read in its picture, in `[0, 1]`: Flow-GRPO's reward for text
+    How well the text that a prompt quotes can be read in its image, in `[0, 1]`: Flow-GRPO's reward for text
     rendering (https://huggingface.co/papers/2505.05470), [`text_score`] of what RapidOCR reads.
 
     The text is the entry of the column `text` where the data set has one, else the first one between double quotation
@@ -72,7 +47,7 @@ class OCRReward(ModelReward):
     is `None`.
 
     RapidOCR runs PP-OCRv6 (detection and recognition, Latin and Chinese letters, digits) on ONNX, on the CPU. Its
-    models come with the package, and nothing is downloaded. As in Flow-GRPO, which reads with PaddleOCR, pictures are
+    models come with the package, and nothing is downloaded. As in Flow-GRPO, which reads with PaddleOCR, images are
     taken at their own size up to 960 pixels, text must be upright, and lines are put together from top to bottom.
 
     Args:
@@ -95,10 +70,8 @@ class OCRReward(ModelReward):
     dense = True
 
     def __init__(self, num_threads: int | None = None):
-        if num_threads is not None and (
-            isinstance(num_threads, bool) or not isinstance(num_threads, int) or num_threads < 1
-        ):
-            raise ValueError(f"num_threads is {num_threads!r}, but must be a whole number of at least 1, or None.")
+        if num_threads is not None:
+            check_whole_number("num_threads", num_threads, 1)
         for package in ("onnxruntime", "rapidfuzz", "rapidocr"):
             require(lambda package=package: import_module(package), reward="OCRReward", extra="ocr")
         super().__init__(device="cpu")
@@ -106,7 +79,7 @@ class OCRReward(ModelReward):
         self.__name__ = "ocr"
 
     def read(self, image: Image.Image) -> str:
-        """All text in a picture, line by line from top to bottom."""
+        """All text in an image, line by line from top to bottom."""
         with self._lock:
             self.load()
             return _read(self._loaded, image.convert("RGB"))
@@ -115,9 +88,9 @@ class OCRReward(ModelReward):
         from rapidocr import RapidOCR
 
         settings: dict[str, Any] = {
-            "Global.log_level": "error",  # else one line for every picture without text
+            "Global.log_level": "error",  # else one line for every image without text
             "Global.use_cls": False,
-            # Its own bounds enlarge small pictures, and fail on long and narrow ones
+            # Its own bounds enlarge small images, and fail on long and narrow ones
             "Global.use_preprocess_img": False,
             "Det.limit_type": "max",
             "Det.limit_side_len": 960,
@@ -134,7 +107,7 @@ class OCRReward(ModelReward):
             if target is not None and not isinstance(target, str):
                 raise TypeError(
                     f"The column `text` holds {target!r} of type {type(target).__name__} for the prompt {prompt!r}. "
-                    "Give the text that its picture should show, or None."
+                    "Give the text that its image should show, or None."
                 )
         return [
             None if target is None else text_score(_read(loaded, image), target)

@@ -5,37 +5,30 @@ import re
 import torch
 from transformers import CLIPConfig, CLIPModel
 
-from trl_flow.rewards.checkpoints import CheckpointError, build_pretrained
+from trl_flow.rewards.base import CheckpointError
+from trl_flow.rewards.checkpoints import build_pretrained, rename
 
 
-# Names in open_clip's layout and in transformers', of single parameters and of modules with a weight and a bias
-_PARAMETERS = {
-    "logit_scale": "logit_scale",
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+# Patterns in open_clip's names and what stands in their place in transformers
+_RENAMES = {
+    r"^token_embedding\.": "text_model.embeddings.token_embedding.",
+    r"^positional_embedding$": "text_model.embeddings.position_embedding.weight",
+    r"^visual\.class_embedding$": "vision_model.embeddings.class_embedding",
+    r"^visual\.positional_embedding$": "vision_model.embeddings.position_embedding.weight",
+    r"^visual\.conv1\.": "vision_model.embeddings.patch_embedding.",
+    r"^ln_final\.": "text_model.final_layer_norm.",
+    r"^visual\.ln_pre\.": "vision_model.pre_layrnorm.",  # transformers' spelling
+    r"^visual\.ln_post\.": "vision_model.post_layernorm.",
+    r"^text_projection$": "text_projection.weight",
+    r"^visual\.proj$": "visual_projection.weight",
+    r"^transformer\.resblocks\.": "text_model.encoder.layers.",
+    r"^visual\.transformer\.resblocks\.": "vision_model.encoder.layers.",
+    r"\.ln_(\d)\.": r".layer_norm\1.",
+    r"\.attn\.": ".self_attn.",
+    r"\.c_fc\.": ".fc1.",
+    r"\.c_proj\.": ".fc2.",
 }
-# Matrices that open_clip multiplies from the right (x @ P), where transformers has a linear layer (x @ W.T)
-_PROJECTIONS = {"text_projection": "text_projection.weight", "visual.proj": "visual_projection.weight"}
-_MODULES = {
-    "ln_final": "text_model.final_layer_norm",
-    "visual.ln_pre": "vision_model.pre_layrnorm",  # transformers' spelling
-    "visual.ln_post": "vision_model.post_layernorm",
-}
-_TOWERS = {
-    "transformer.resblocks": "text_model.encoder.layers",
-    "visual.transformer.resblocks": "vision_model.encoder.layers",
-}
-_BLOCK = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
-_BLOCK_NAME = re.compile(r"(.*resblocks)\.(\d+)\.(.+?)[._](weight|bias)")
+_LAYER = re.compile(r"(.*resblocks)\.(\d+)\.")
 
 
 def open_clip_to_transformers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -43,26 +36,18 @@ def open_clip_to_transformers(tensors: dict[str, torch.Tensor]) -> dict[str, tor
     Renames an open_clip state dict of a vision transformer to that of transformers' `CLIPModel`.
 
     The three attention projections, which open_clip keeps in one matrix (query, key and value from top to bottom), are
-    taken apart, and the two final projections transposed. A name that open_clip does not have is left as it is.
+    taken apart. The two final projections, which it multiplies from the right (`x @ P` for `x @ W.T`), are transposed.
     """
     converted = {}
     for name, tensor in tensors.items():
-        module, _, kind = name.rpartition(".")
-        block = _BLOCK_NAME.fullmatch(name)
-        if name in _PARAMETERS:
-            converted[_PARAMETERS[name]] = tensor
-        elif name in _PROJECTIONS:
-            converted[_PROJECTIONS[name]] = tensor.T.contiguous()
-        elif module in _MODULES:
-            converted[f"{_MODULES[module]}.{kind}"] = tensor
-        elif block and block[1] in _TOWERS and block[3] == "attn.in_proj":
-            layer = f"{_TOWERS[block[1]]}.{block[2]}.self_attn"
-            for part, projection in zip(tensor.chunk(3), ("q_proj", "k_proj", "v_proj"), strict=True):
-                converted[f"{layer}.{projection}.{block[4]}"] = part.contiguous()
-        elif block and block[1] in _TOWERS and block[3] in _BLOCK:
-            converted[f"{_TOWERS[block[1]]}.{block[2]}.{_BLOCK[block[3]]}.{block[4]}"] = tensor
+        renamed = rename(name, _RENAMES)
+        if name in ("text_projection", "visual.proj"):
+            converted[renamed] = tensor.T.contiguous()
+        elif "in_proj_" in name:
+            for part, projection in zip(tensor.chunk(3), ("q_proj.", "k_proj.", "v_proj."), strict=True):
+                converted[renamed.replace("in_proj_", projection)] = part.contiguous()
         else:
-            converted[name] = tensor
+            converted[renamed] = tensor
     return converted
 
 
@@ -81,7 +66,7 @@ def open_clip_config(
     grid = round((tensors["visual.positional_embedding"].shape[0] - 1) ** 0.5)
 
     def tower(name: str, width: int, head_width: int) -> dict[str, int | str]:
-        layers = {match[2] for key in tensors if (match := _BLOCK_NAME.fullmatch(key)) and match[1] == name}
+        layers = {match[2] for key in tensors if (match := _LAYER.match(key)) and match[1] == name}
         return {
             "hidden_size": width,
             "intermediate_size": tensors[f"{name}.0.mlp.c_fc.weight"].shape[0],
@@ -107,11 +92,9 @@ def open_clip_config(
     )
 
 
-def clip_from_open_clip(
-    tensors: dict[str, torch.Tensor], *, vision_head_width: int, reward: str, source: str
-) -> CLIPModel:
+def clip_from_open_clip(tensors: dict[str, torch.Tensor], *, vision_head_width: int, source: str) -> CLIPModel:
     """
-    The model of an open_clip state dict, in float32 and evaluation mode. `reward` and `source` are for errors.
+    The model of an open_clip state dict, in float32 and evaluation mode. `source` is for errors.
 
     Raises:
         CheckpointError: if the state dict is not one of an open_clip vision transformer, naming what does not fit.
@@ -120,7 +103,7 @@ def clip_from_open_clip(
         config = open_clip_config(tensors, vision_head_width=vision_head_width)
     except (KeyError, ValueError) as error:
         raise CheckpointError(
-            f"{reward}: {source} is no open_clip checkpoint of a vision transformer: {error} is missing or misshapen. "
+            f"{source} is no open_clip checkpoint of a vision transformer: {error} is missing or misshapen. "
             f"It begins with {', '.join(list(tensors)[:3])}. Give the file that the reward's authors published."
         ) from error
-    return build_pretrained(CLIPModel, config, open_clip_to_transformers(tensors), reward=reward, source=source)
+    return build_pretrained(CLIPModel, config, open_clip_to_transformers(tensors), source=source)

@@ -1,5 +1,7 @@
 """PickScore: how much people would prefer an image for a prompt, learned from their choices."""
 
+from dataclasses import dataclass
+
 import torch
 from PIL import Image
 
@@ -7,6 +9,7 @@ from trl_flow.rewards.base import RewardInfo
 from trl_flow.rewards.clip import CLIPReward, CLIPScorer
 
 
+@dataclass(eq=False)
 class PickScoreReward(CLIPReward):
     """
     PickScore (Kirstain et al., 2023, https://huggingface.co/papers/2305.01569, section 4): `exp(t) cos(E(prompt),
@@ -14,19 +17,11 @@ class PickScoreReward(CLIPReward):
     the published ones; some programs divide them by 26 or 100.
 
     Args:
-        model (`str`, defaults to `"yuvalkirstain/PickScore_v1"`):
-            Hub id or folder of a `CLIPModel`.
+        model (`str`, defaults to `"yuvalkirstain/PickScore_v1"`): Hub id or folder of a `CLIPModel`.
         processor (`str`, defaults to `"laion/CLIP-ViT-H-14-laion2B-s32B-b79K"`):
             Hub id or folder of its image processor and tokenizer.
-        revision, processor_revision (`str`, *optional*):
-            Branch, tag or commit of the two on the Hub.
-        token (`str` or `bool`, *optional*):
-            For private and gated repositories, as in `huggingface_hub`.
-        device, dtype, batch_size:
-            As in [`ModelReward`].
-
-    Raises:
-        CheckpointError: on the first call, if the model or processor can not be loaded.
+        processor_revision (`str`, *optional*): Branch, tag or commit of `processor` on the Hub.
+        revision, token, device, dtype, batch_size: As in [`HubReward`].
     """
 
     info = RewardInfo(
@@ -35,31 +30,10 @@ class PickScoreReward(CLIPReward):
         license="weights: not stated; the CLIP that they were tuned from: MIT",
         paper="https://huggingface.co/papers/2305.01569",
     )
-    dense = True
+    __name__ = "pickscore"
 
-    def __init__(
-        self,
-        model: str = "yuvalkirstain/PickScore_v1",
-        processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        *,
-        revision: str | None = None,
-        processor_revision: str | None = None,
-        token: str | bool | None = None,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
-        batch_size: int = 16,
-    ):
-        super().__init__(
-            model,
-            processor,
-            revision=revision,
-            processor_revision=processor_revision,
-            token=token,
-            device=device,
-            dtype=dtype,
-            batch_size=batch_size,
-        )
-        self.__name__ = "pickscore"
+    model: str = "yuvalkirstain/PickScore_v1"
+    processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
     def _score(
         self, loaded: CLIPScorer, prompts: list[str], images: list[Image.Image], columns: dict[str, list]

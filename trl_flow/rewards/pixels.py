@@ -1,4 +1,4 @@
-"""From pictures to the pixels that reward models were trained on, to the last bit as their authors' programs do it."""
+"""From images to the pixels that reward models were trained on, to the last bit as their authors' programs do it."""
 
 import numpy as np
 import torch
@@ -7,13 +7,13 @@ from PIL import Image
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 
-# Scaled to fill a square, a picture that is longer than so many times its width would take gigabytes
+# Scaled to fill a square, an image that is longer than so many times its width would take gigabytes
 _LONGEST = 64
 
 
 def without_ends(image: Image.Image) -> Image.Image:
     """
-    What of a picture can be seen when its middle is cropped to a square: all, but of one that is more than 64 times as
+    What of an image can be seen when its middle is cropped to a square: all, but of one that is more than 64 times as
     long as wide only the middle.
     """
     margins = [max(side - _LONGEST * min(image.size), 0) // 2 for side in image.size]
@@ -24,8 +24,8 @@ def without_ends(image: Image.Image) -> Image.Image:
 
 def fill_and_crop(image: Image.Image, size: int) -> torch.Tensor:
     """
-    Scales a picture with Pillow's bicubic filter until its shorter side has `size` pixels, takes the middle and
-    normalises it: what OpenAI's CLIP does, and those who built on it.
+    Scales an image with Pillow's bicubic filter until its shorter side has `size` pixels, takes the middle and
+    normalizes it: what OpenAI's CLIP does, and those who built on it.
 
     (`CLIPImageProcessor` rounds margins down where these round them: one pixel apart in some sizes.)
 
@@ -47,8 +47,8 @@ def fill_and_crop(image: Image.Image, size: int) -> torch.Tensor:
 
 def fit_and_pad(image: Image.Image, size: int) -> torch.Tensor:
     """
-    Scales a picture until its longer side has `size` pixels, with a bicubic filter that is widened for shrinking,
-    centres it on black and normalises it: what HPSv2 does.
+    Scales an image until its longer side has `size` pixels, with a bicubic filter that is widened for shrinking,
+    centers it on black and normalizes it: what HPSv2 does.
 
     Values between the 256 steps are kept, and so is what overshoots, where Pillow would round and cut.
 

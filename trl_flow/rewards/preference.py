@@ -1,4 +1,4 @@
-"""Pictures of one prompt compared with each other, two at a time: the reward of Pref-GRPO."""
+"""Images of one prompt compared with each other, two at a time: the reward of Pref-GRPO."""
 
 import asyncio
 import inspect
@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from trl_flow.rewards.base import RewardInfo, check_samples
+from trl_flow.rewards.base import RewardInfo, all_at_once, check_samples
 from trl_flow.rewards.chat import ChatModel
 from trl_flow.rewards.judge import (
     UnreadableAnswer,
-    all_at_once,
     answer_text,
     check_question,
     report_unreadable,
@@ -28,21 +27,21 @@ from trl_flow.rewards.judge_prompts import (
 )
 
 
-# Which of two pictures is better: the first, the second or neither; or the probability that it is the first
+# Which of two images is better: the first, the second or neither; or the probability that it is the first
 Outcome = Preference | float
 Comparer = Callable[[str, Image.Image, Image.Image], Outcome | Awaitable[Outcome]]
 
 
 class VLMComparer:
     """
-    Asks a vision-language model which of two pictures is better.
+    Asks a vision-language model which of two images is better.
 
-    An answer that can not be read is asked for once more, at temperature 0.7.
+    An answer that cannot be read is asked for once more, at temperature 0.7.
 
     Args:
-        prompt_template (`str`): what the model is asked, after the two pictures; `{prompt}` stands for their prompt.
+        prompt_template (`str`): what the model is asked, after the two images; `{prompt}` stands for their prompt.
         parse (`Callable[[str], "a" | "b" | "tie" | float | None]`): gives the outcome in an answer, None if there is
-            none. A number is the probability that the first picture is better.
+            none. A number is the probability that the first image is better.
         max_tokens (`int`, defaults to 4096): length of an answer.
         server: how the model is reached: `model`, `base_url`, `api_key`, `max_concurrency`, `timeout`, `max_retries`,
             as in [`ChatModel`].
@@ -51,8 +50,8 @@ class VLMComparer:
         ImportError: if the openai package is missing.
         ValueError: if there is no `base_url`.
         TypeError: if `prompt_template` is no text or `parse` no callable.
-        JudgeError: on a call, if the server can not be reached or refuses.
-        UnreadableAnswer: on a call, if the second answer can not be read either.
+        JudgeError: on a call, if the server cannot be reached or refuses.
+        UnreadableAnswer: on a call, if the second answer cannot be read either.
     """
 
     def __init__(
@@ -78,13 +77,13 @@ class VLMComparer:
 
 class UnifiedRewardComparer(VLMComparer):
     """
-    UnifiedReward asked which of two pictures is better, by its published prompts.
+    UnifiedReward asked which of two images is better, by its published prompts.
 
     Args:
         think (`bool`, defaults to `True`): with a chain of thought, as in Pref-GRPO: for
             `CodeGoat24/UnifiedReward-Think-qwen-7b` (https://huggingface.co/papers/2505.03318). Without, for
             `CodeGoat24/UnifiedReward-qwen-7b` (https://huggingface.co/papers/2503.05236): the answer is a sentence,
-            and may be a tie. Where vLLM does not take two pictures in a request by itself, start it with
+            and may be a tie. Where vLLM does not take two images in a request by itself, start it with
             `--limit-mm-per-prompt.image 2`.
         max_tokens (`int`, defaults to 4096): length of an answer.
         server: as in [`VLMComparer`].
@@ -97,35 +96,35 @@ class UnifiedRewardComparer(VLMComparer):
 
 class WinRateReward:
     """
-    The share of its comparisons that a picture wins against the others of its prompt, in `[0, 1]`: Pref-GRPO (Wang et
+    The share of its comparisons that an image wins against the others of its prompt, in `[0, 1]`: Pref-GRPO (Wang et
     al., 2025, https://huggingface.co/papers/2508.20751).
 
-    Every two pictures of a group are compared; a tie counts half for both. A group of `N` takes `N (N - 1) / 2`
-    comparisons (66 for 12 pictures), and twice as many with `both_orders`. Values of a group add up to `N / 2`
-    whatever the pictures are worth, so that the mean tells nothing about progress: watch another score.
+    Every two images of a group are compared; a tie counts half for both. A group of `N` takes `N (N - 1) / 2`
+    comparisons (66 for 12 images), and twice as many with `both_orders`. Values of a group add up to `N / 2`
+    whatever the images are worth, so that the mean tells nothing about progress: watch another score.
 
-    A group is the pictures next to each other in a call whose prompts and data set columns are equal. Two equal rows
+    A group is the images next to each other in a call whose prompts and data set columns are equal. Two equal rows
     of a data set next to each other therefore count as one group. The trainer hands over whole groups where they lie
-    in one process; with several processes a group that is spread over them is compared part by part, each picture with
+    in one process; with several processes a group that is spread over them is compared part by part, each image with
     those of its own process. Keep groups together (`per_device_train_batch_size` a multiple of
-    `num_generations`) to have all pairs compared. The only picture of its group gets `None`.
+    `num_generations`) to have all pairs compared. The only image of its group gets `None`.
 
     An asynchronous reward function: with an asynchronous comparer all pairs are compared at the same time, with a
-    plain one in turn. An answer that can not be read counts as a tie, as in Pref-GRPO; their share is logged as
+    plain one in turn. An answer that cannot be read counts as a tie, as in Pref-GRPO; their share is logged as
     `win_rate/unreadable`.
 
     Args:
         comparer (`Callable`, *optional*): `(prompt, image_a, image_b)` to `"a"`, `"b"`, `"tie"` or the probability
             that `image_a` is better, sync or async; by default [`UnifiedRewardComparer`], Pref-GRPO's.
-        both_orders (`bool`, defaults to `False`): whether each two pictures are compared a second time in the other
-            order. Judges tend to prefer the first picture (or the second); this evens it out, for twice the price.
+        both_orders (`bool`, defaults to `False`): whether each two images are compared a second time in the other
+            order. Judges tend to prefer the first image (or the second); this evens it out, for twice the price.
         server: how the default comparer reaches its model: `model`, `base_url`, `api_key`, `max_concurrency`,
             `timeout`, `max_retries`, as in [`ChatModel`].
 
     Raises:
-        TypeError: if there are both a comparer and server settings, or the comparer can not be called.
+        TypeError: if there are both a comparer and server settings, or the comparer cannot be called.
         ImportError, ValueError: as [`UnifiedRewardComparer`], if there is no comparer.
-        ValueError: on a call, if there are not as many prompts as pictures, or the comparer returns something else.
+        ValueError: on a call, if there are not as many prompts as images, or the comparer returns something else.
         TypeError: on a call, if a prompt is no text or an image no `PIL.Image.Image`.
         JudgeError: on a call, as [`VLMComparer`], and if no answer at all can be read.
     """
@@ -164,7 +163,7 @@ class WinRateReward:
         **columns: Any,
     ) -> list[float | None]:
         """
-        Scores groups of pictures.
+        Scores groups of images.
 
         Args:
             prompts (`list[str]`), images (`list[PIL.Image.Image]`): `N` of each, those of a group next to each other.
@@ -239,7 +238,7 @@ def _equal(value: Any, other: Any) -> bool:
 
 
 def _probability(outcome: Any, prompt: str) -> float:
-    """The probability that the first picture is better."""
+    """The probability that the first image is better."""
     if isinstance(outcome, str) and outcome in ("a", "b", "tie"):
         return {"a": 1.0, "b": 0.0, "tie": 0.5}[outcome]
     if isinstance(outcome, torch.Tensor | np.ndarray | np.generic) and outcome.ndim == 0:
@@ -247,6 +246,6 @@ def _probability(outcome: Any, prompt: str) -> float:
     if isinstance(outcome, numbers.Real) and 0 <= outcome <= 1:
         return float(outcome)
     raise ValueError(
-        f"The comparer returned {outcome!r} for two pictures of {prompt!r}. It must return 'a', 'b', 'tie' or the "
-        "probability, from 0 to 1, that the first picture is better."
+        f"The comparer returned {outcome!r} for two images of {prompt!r}. It must return 'a', 'b', 'tie' or the "
+        "probability, from 0 to 1, that the first image is better."
     )

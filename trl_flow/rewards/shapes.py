@@ -20,7 +20,7 @@ class ShapesReward:
 
     Args:
         score (`str`, defaults to `"soft"`):
-            A field of [`trl_flow.shapes.CheckResult`]. `"soft"` is the mean of the parts (count, colours, shapes, the
+            A field of [`trl_flow.shapes.CheckResult`]. `"soft"` is the mean of the parts (count, colors, shapes, the
             right pairs of them, relation), `"strict"` is 1 if all of them are right and 0 otherwise, and `"fidelity"`
             is how close the image is to a clean drawing of the shapes found in it, whatever the prompt.
 

@@ -9,12 +9,12 @@ class Limits:
     """
     Bounds on what one request may cost, each refused with a 4xx, and on how many there are at a time.
 
-    The server holds at most `max_waiting * max_body_bytes` bytes of uploads, and the decoded pictures of two requests.
+    The server holds at most `max_waiting * max_body_bytes` bytes of uploads, and the decoded images of two requests.
 
     Attributes:
-        max_images (`int`): pictures in a request.
+        max_images (`int`): images in a request.
         max_image_bytes (`int`): bytes of a PNG file.
-        max_pixels (`int`): width times height of a picture, read from its header before anything is decoded.
+        max_pixels (`int`): width times height of an image, read from its header before anything is decoded.
         max_json_bytes (`int`): bytes of each JSON field.
         max_body_bytes (`int`): bytes of a whole request, counted while they arrive.
         max_waiting (`int`): requests that are uploading, waiting or being scored. More are answered 503.
@@ -34,8 +34,7 @@ class Limits:
 
     def __post_init__(self):
         for field in fields(self):
-            value = getattr(self, field.name)
-            allowed = (int, float) if field.name == "upload_timeout" else (int,)
-            if isinstance(value, bool) or not isinstance(value, allowed) or not 0 < value < math.inf:
-                kind = "number of seconds" if field.name == "upload_timeout" else "whole number"
+            value, is_time = getattr(self, field.name), field.name == "upload_timeout"
+            if not isinstance(value, (int, float) if is_time else int) or not 0 < value < math.inf:
+                kind = "number of seconds" if is_time else "whole number"
                 raise ValueError(f"{field.name} is {value!r}, but must be a {kind} above 0.")

@@ -1,8 +1,8 @@
-"""Rule-based checker of pictures of the world, in the manner of GenEval (Ghosh et al., 2023, arXiv:2310.11513).
+"""Rule-based checker of images of the world, in the manner of GenEval (Ghosh et al., 2023, arXiv:2310.11513).
 
-The picture is segmented by hue, split into connected components, and each component is compared with a circle, a
-square and a triangle at about four times the picture's resolution. What was detected is then held against the target.
-Only numpy and PIL are used; a picture takes about a millisecond.
+The image is segmented by hue, split into connected components, and each component is compared with a circle, a
+square and a triangle at about four times the image's resolution. What was detected is then held against the target.
+Only numpy and PIL are used; an image takes about a millisecond.
 """
 
 from collections import Counter
@@ -16,8 +16,9 @@ from trl_flow.shapes.world import (
     COLOR_CHROMA,
     COLORS,
     DARK_GROUND,
+    IMAGE_SIZE,
     LIGHT_GROUND,
-    PICTURE_SIZE,
+    RELATIONS,
     SHAPES,
     PlacedShape,
     relation_holds,
@@ -26,13 +27,13 @@ from trl_flow.shapes.world import (
 )
 
 
-# A pixel belongs to a shape when its chroma is at least half of a pure colour's, that is when the shape covers half of
+# A pixel belongs to a shape when its chroma is at least half of a pure color's, that is when the shape covers half of
 # it. Components below the smallest area are specks: they do not count as objects, and fidelity pays for them.
 _CHROMA_THRESHOLD = 0.5 * COLOR_CHROMA
 _MIN_PIXELS = 12
 _MIN_OVERLAP = 0.75
 
-# Templates live on a grid of positions relative to the centre of mass, in units of the square root of the area. With
+# Templates live on a grid of positions relative to the center of mass, in units of the square root of the area. With
 # the usual sizes of 8 to 12 pixels one grid step is about a quarter of a pixel.
 _GRID = (np.arange(36, dtype=np.float32) + 0.5) / 18 - 1
 _TEMPLATES = np.stack([signed_distance(shape, _GRID[None, :], _GRID[:, None], 1.0) < 0 for shape in SHAPES])
@@ -46,24 +47,24 @@ _ERROR_SCALE = 0.08
 @dataclass(frozen=True)
 class Detection:
     """
-    What the checker sees in a picture.
+    What the checker sees in an image.
 
     Attributes:
         shapes (`tuple[PlacedShape, ...]`): detected objects; the shape is the best fitting one.
-        recognised (`tuple[bool, ...]`): per object, whether it overlaps that shape by at least 0.75 (intersection over
-            union). An object that does not has a colour but no shape.
-        ground (`float`): grey level of the ground, moved into the nearest range that the world uses.
+        recognized (`tuple[bool, ...]`): per object, whether it overlaps that shape by at least 0.75 (intersection over
+            union). An object that does not has a color but no shape.
+        ground (`float`): gray level of the ground, moved into the nearest range that the world uses.
     """
 
     shapes: tuple[PlacedShape, ...]
-    recognised: tuple[bool, ...]
+    recognized: tuple[bool, ...]
     ground: float
 
 
 @dataclass(frozen=True)
 class CheckResult:
     """
-    Scores of one picture, all from 0 to 1.
+    Scores of one image, all from 0 to 1.
 
     With `n` objects detected and `N` asked for, every part is divided by the larger of the two, so that missing and
     surplus objects both cost.
@@ -71,12 +72,12 @@ class CheckResult:
     Attributes:
         soft (`float`): mean of the parts.
         strict (`float`): 1 when every part is 1, else 0.
-        fidelity (`float`): closeness of the picture to a clean rendering of what was detected in it,
+        fidelity (`float`): closeness of the image to a clean rendering of what was detected in it,
             `exp(-max(0, rmse - 0.04) / 0.08)`. It does not look at the target: an empty ground has fidelity 1.
         count (`float`): part, `min(n, N) / max(n, N)`.
-        color (`float`): part, number of colours in common (as multisets) over `max(n, N)`.
+        color (`float`): part, number of colors in common (as multisets) over `max(n, N)`.
         shape (`float`): part, the same for shapes.
-        attribute (`float`): part, the same for (colour, shape) pairs: is each shape in its own colour?
+        attribute (`float`): part, the same for (color, shape) pairs: is each shape in its own color?
         relation (`float` or `None`): part, 1 when some first object stands in the relation to some second object;
             `None` when the target has no relation.
         detection (`Detection`): what was seen.
@@ -103,10 +104,10 @@ class CheckResult:
 
 def check(image: Image.Image, objects: Sequence[dict], relation: str | None = None) -> CheckResult:
     """
-    Score a picture against a target.
+    Score an image against a target.
 
     Args:
-        image (`PIL.Image.Image`): a picture; one of another size than 32 x 32 is resized first.
+        image (`PIL.Image.Image`): an image; one of another size than 32 x 32 is resized first.
         objects (sequence of `dict`): what is asked for, with the keys `count`, `color` and `shape`, as
             `trl_flow.shapes.parse_caption` returns them.
         relation (`str`, *optional*): `"left of"`, `"right of"`, `"above"` or `"below"`: relation asked for between the
@@ -117,16 +118,18 @@ def check(image: Image.Image, objects: Sequence[dict], relation: str | None = No
         ValueError: when `objects` is empty, or a relation is asked for without two objects.
     """
     if not objects:
-        raise ValueError("`objects` is empty: there is nothing to check the picture against")
-    if relation is not None and len(objects) < 2:
-        raise ValueError(f"the relation {relation!r} needs two objects, received {list(objects)}")
-    picture = _as_array(image)
-    seen = _detect(picture)
+        raise ValueError("`objects` is empty: there is nothing to check the image against")
+    if relation is not None and (relation not in RELATIONS or len(objects) < 2):
+        raise ValueError(
+            f"a relation is one of {', '.join(RELATIONS)} and needs two objects, received {relation!r} and {objects}"
+        )
+    array = _as_array(image)
+    seen = _detect(array)
 
     wanted = [(item["color"], item["shape"]) for item in objects for _ in range(item["count"])]
     found = [
-        (placed.color, placed.shape if recognised else None)
-        for placed, recognised in zip(seen.shapes, seen.recognised, strict=True)
+        (placed.color, placed.shape if recognized else None)
+        for placed, recognized in zip(seen.shapes, seen.recognized, strict=True)
     ]
     most = max(len(wanted), len(found))
     parts = {
@@ -138,7 +141,7 @@ def check(image: Image.Image, objects: Sequence[dict], relation: str | None = No
     if relation is not None:
         parts["relation"] = float(_related(seen, found, wanted[0], wanted[objects[0]["count"]], relation))
 
-    error = np.sqrt(np.mean((picture - render_array(seen.shapes, seen.ground)) ** 2))
+    error = np.sqrt(np.mean((array - render_array(seen.shapes, seen.ground)) ** 2))
     return CheckResult(
         soft=sum(parts.values()) / len(parts),
         strict=float(all(part == 1 for part in parts.values())),
@@ -151,10 +154,10 @@ def check(image: Image.Image, objects: Sequence[dict], relation: str | None = No
 
 def detect(image: Image.Image) -> Detection:
     """
-    Find the coloured shapes in a picture.
+    Find the colored shapes in an image.
 
     Args:
-        image (`PIL.Image.Image`): a picture; one of another size than 32 x 32 is resized first.
+        image (`PIL.Image.Image`): an image; one of another size than 32 x 32 is resized first.
 
     Raises:
         TypeError: when `image` is not a PIL image.
@@ -166,8 +169,8 @@ def _as_array(image: Image.Image) -> np.ndarray:
     if not isinstance(image, Image.Image):
         raise TypeError(f"the checker takes a PIL image, received {type(image).__name__}")
     image = image.convert("RGB")
-    if image.size != (PICTURE_SIZE, PICTURE_SIZE):
-        image = image.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BOX)
+    if image.size != (IMAGE_SIZE, IMAGE_SIZE):
+        image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
     return np.asarray(image, dtype=np.float32) / 255
 
 
@@ -190,9 +193,9 @@ def _related(
     )
 
 
-def _detect(picture: np.ndarray) -> Detection:
+def _detect(array: np.ndarray) -> Detection:
     # Channel by channel: numpy is ten times slower along an axis of three
-    red, green, blue = np.ascontiguousarray(picture.transpose(2, 0, 1))
+    red, green, blue = np.ascontiguousarray(array.transpose(2, 0, 1))
     largest = np.maximum(np.maximum(red, green), blue)
     chroma = largest - np.minimum(np.minimum(red, green), blue)
     colored = chroma >= _CHROMA_THRESHOLD
@@ -200,7 +203,7 @@ def _detect(picture: np.ndarray) -> Detection:
     labels, areas = _connected(np.where(colored, hues, -1))
     coverage = np.minimum(chroma / COLOR_CHROMA, 1)
 
-    shapes, recognised = [], []
+    shapes, recognized = [], []
     names = list(COLORS)
     for label, area in enumerate(areas, start=1):
         if area < _MIN_PIXELS:
@@ -209,12 +212,12 @@ def _detect(picture: np.ndarray) -> Detection:
         color = names[hues[own][0]]
         shape, overlap, x, y, size = _fit(np.where(_grown(own) & (own | ~colored), coverage, 0))
         shapes.append(PlacedShape(color, shape, x, y, size))
-        recognised.append(bool(overlap >= _MIN_OVERLAP))
+        recognized.append(bool(overlap >= _MIN_OVERLAP))
 
     plain = largest[chroma < 0.2]
     level = float(np.median(plain)) if plain.size else 0.0
     low, high = DARK_GROUND if level < 0.5 else LIGHT_GROUND
-    return Detection(tuple(shapes), tuple(recognised), min(max(level, low), high))
+    return Detection(tuple(shapes), tuple(recognized), min(max(level, low), high))
 
 
 def _hue_index(
@@ -239,9 +242,9 @@ def _connected(classes: np.ndarray) -> tuple[np.ndarray, list[int]]:
     """
     # Runs of equal class within a row, joined where runs of one class lie above each other: there are few of them, so
     # that the loop over joints is short.
-    begins = np.ones((PICTURE_SIZE, PICTURE_SIZE), dtype=bool)
+    begins = np.ones((IMAGE_SIZE, IMAGE_SIZE), dtype=bool)
     begins[:, 1:] = classes[:, 1:] != classes[:, :-1]
-    runs = (np.cumsum(begins) - 1).reshape(PICTURE_SIZE, PICTURE_SIZE)
+    runs = (np.cumsum(begins) - 1).reshape(IMAGE_SIZE, IMAGE_SIZE)
     kinds = classes[begins]
     touch = (classes[1:] == classes[:-1]) & (classes[1:] >= 0)
     touch[:, 1:] &= begins[1:, 1:] | begins[:-1, 1:] | ~touch[:, :-1]  # once for each pair of runs
@@ -267,7 +270,7 @@ def _connected(classes: np.ndarray) -> tuple[np.ndarray, list[int]]:
 
 
 def _grown(mask: np.ndarray) -> np.ndarray:
-    """A mask and the eight neighbours of its pixels: that is where a shape's anti-aliased edge lies."""
+    """A mask and the eight neighbors of its pixels: that is where a shape's anti-aliased edge lies."""
     rows = mask.copy()
     rows[1:] |= mask[:-1]
     rows[:-1] |= mask[1:]
@@ -277,11 +280,11 @@ def _grown(mask: np.ndarray) -> np.ndarray:
     return grown
 
 
-_PIXELS = np.arange(PICTURE_SIZE, dtype=np.float32) + 0.5
+_PIXELS = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5
 
 
 def _fit(coverage: np.ndarray) -> tuple[str, float, float, float, float]:
-    """Best fitting shape, its overlap (intersection over union), centre of mass x and y, and size."""
+    """Best fitting shape, its overlap (intersection over union), center of mass x and y, and size."""
     area = float(coverage.sum())
     x = float((coverage.sum(axis=0) * _PIXELS).sum()) / area
     y = float((coverage.sum(axis=1) * _PIXELS).sum()) / area
@@ -296,5 +299,5 @@ def _fit(coverage: np.ndarray) -> tuple[str, float, float, float, float]:
 
 
 def _interpolation(positions: np.ndarray) -> np.ndarray:
-    """Weights (36, 32) that interpolate pixel values linearly at the positions; nothing lies outside the picture."""
+    """Weights (36, 32) that interpolate pixel values linearly at the positions; nothing lies outside the image."""
     return np.maximum(0, 1 - np.abs(positions[:, None] - (_PIXELS - 0.5)[None, :]))

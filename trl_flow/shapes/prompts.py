@@ -9,9 +9,9 @@ Four kinds of caption, each about one to three shapes:
 | pair | a red circle and a green square | 1 x red circle, 1 x green square | none |
 | relation | a red circle left of a green square | the same | left of |
 
-Held out are whole combinations: a third of the (count, colour, shape) triples and a third of the unordered pairs of
-coloured shapes. No picture and no caption of a held-out combination is met in pre-training, nor in the `train` split.
-Every word, every coloured shape, every count and every relation is.
+Held out are whole combinations: a third of the (count, color, shape) triples and a third of the unordered pairs of
+colored shapes. No image and no caption of a held-out combination is met in pre-training, nor in the `train` split.
+Every word, every colored shape, every count and every relation is.
 """
 
 import random
@@ -61,7 +61,7 @@ def make_caption(objects: list[dict], relation: str | None = None) -> str:
     except ValueError:
         raise ValueError(
             f"no caption for the objects {objects} with the relation {relation!r}: give one object with a count of 1, "
-            f"2 or 3 and no relation, or two objects with a count of 1; colours: {', '.join(COLORS)}; shapes: "
+            f"2 or 3 and no relation, or two objects with a count of 1; colors: {', '.join(COLORS)}; shapes: "
             f"{', '.join(SHAPES)}; relations: {', '.join(RELATIONS)}"
         ) from None
     return caption
@@ -95,7 +95,7 @@ def parse_caption(prompt: str) -> tuple[list[dict], str | None]:
     raise ValueError(
         f"{prompt!r} is not a caption of the shapes world. Captions are 'a red circle', 'two red circles', 'three red "
         "circles', 'a red circle and a green square' and 'a red circle left of a green square', in lower "
-        f"case; colours: {', '.join(COLORS)}; shapes: {', '.join(SHAPES)}; relations: {', '.join(RELATIONS)}"
+        f"case; colors: {', '.join(COLORS)}; shapes: {', '.join(SHAPES)}; relations: {', '.join(RELATIONS)}"
     )
 
 
@@ -103,9 +103,9 @@ def is_held_out(objects: list[dict]) -> bool:
     """
     Whether a combination is kept for evaluation.
 
-    One rule for all: the indices of the words (colour and shape, and the count or the second colour and shape) add up
-    to a multiple of three. So each coloured shape is held out at exactly one of its three counts, and each pair of
-    colours with exactly three of its nine pairs of shapes. The order of two objects does not matter.
+    One rule for all: the indices of the words (color and shape, and the count or the second color and shape) add up
+    to a multiple of three. So each colored shape is held out at exactly one of its three counts, and each pair of
+    colors with exactly three of its nine pairs of shapes. The order of two objects does not matter.
 
     Args:
         objects (`list[dict]`): as `parse_caption` returns them.
@@ -125,7 +125,7 @@ def all_targets() -> list[tuple[list[dict], str | None]]:
     """
     The targets of the prompt set, both splits, in a fixed order.
 
-    Each (count, colour, shape) once, and each unordered pair of differently coloured shapes twice: once joined by
+    Each (count, color, shape) once, and each unordered pair of differently colored shapes twice: once joined by
     "and", once by one of the four relations, in both orders of the two objects.
     """
     targets: list[tuple[list[dict], str | None]] = []

@@ -1,8 +1,8 @@
-"""Scenes of coloured shapes on a plain ground, and their anti-aliased pictures.
+"""Scenes of colored shapes on a plain ground, and their anti-aliased images.
 
-A picture is 32 x 32 pixels and shows one to three shapes. Positions and sizes are in pixels, with x to the right and y
-downwards; the centre of the top left pixel is at (0.5, 0.5). The size of a shape is the square root of its area, so
-that shapes of equal size cover equally many pixels, and its position is its centre of mass.
+An image is 32 x 32 pixels and shows one to three shapes. Positions and sizes are in pixels, with x to the right and y
+downwards; the center of the top left pixel is at (0.5, 0.5). The size of a shape is the square root of its area, so
+that shapes of equal size cover equally many pixels, and its position is its center of mass.
 """
 
 import math
@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 
-PICTURE_SIZE = 32
+IMAGE_SIZE = 32
 
 # Six hues, 60 degrees apart, all with a chroma (largest minus smallest channel) of COLOR_CHROMA.
 COLORS: dict[str, tuple[float, float, float]] = {
@@ -27,7 +27,7 @@ COLORS: dict[str, tuple[float, float, float]] = {
 COLOR_CHROMA = 0.84
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle")
 RELATIONS: tuple[str, ...] = ("left of", "right of", "above", "below")
-# A ground is grey; each of the two kinds is a range of lightness.
+# A ground is gray; each of the two kinds is a range of lightness.
 DARK_GROUND = (0.02, 0.10)
 LIGHT_GROUND = (0.90, 0.98)
 
@@ -35,7 +35,7 @@ LIGHT_GROUND = (0.90, 0.98)
 _CIRCLE_RADIUS = 1 / math.sqrt(math.pi)
 _SQUARE_HALF_SIDE = 0.5
 _TRIANGLE_CIRCUMRADIUS = math.sqrt(4 / (3 * math.sqrt(3)))
-# Distances from the centre of mass to the bounding box, in sizes: left and right, up, down.
+# Distances from the center of mass to the bounding box, in sizes: left and right, up, down.
 _EXTENTS = {
     "circle": (_CIRCLE_RADIUS, _CIRCLE_RADIUS, _CIRCLE_RADIUS),
     "square": (_SQUARE_HALF_SIDE, _SQUARE_HALF_SIDE, _SQUARE_HALF_SIDE),
@@ -55,8 +55,8 @@ class PlacedShape:
     Attributes:
         color (`str`): a key of `COLORS`.
         shape (`str`): one of `SHAPES`. Squares are upright, triangles are equilateral and point up.
-        x (`float`): centre of mass, pixels from the left edge.
-        y (`float`): centre of mass, pixels from the top edge.
+        x (`float`): center of mass, pixels from the left edge.
+        y (`float`): center of mass, pixels from the top edge.
         size (`float`): square root of the area, pixels.
     """
 
@@ -68,7 +68,7 @@ class PlacedShape:
 
     def __post_init__(self) -> None:
         if self.color not in COLORS:
-            raise ValueError(f"unknown colour {self.color!r}; the world has {', '.join(COLORS)}")
+            raise ValueError(f"unknown color {self.color!r}; the world has {', '.join(COLORS)}")
         if self.shape not in SHAPES:
             raise ValueError(f"unknown shape {self.shape!r}; the world has {', '.join(SHAPES)}")
         if not self.size > 0:
@@ -86,7 +86,7 @@ def signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, size: float) -> 
 
     Args:
         shape (`str`): one of `SHAPES`.
-        dx, dy (`np.ndarray`): positions relative to the centre of mass, any shape, y downwards.
+        dx, dy (`np.ndarray`): positions relative to the center of mass, any shape, y downwards.
         size (`float`): square root of the shape's area, in the units of `dx` and `dy`.
 
     Returns:
@@ -96,45 +96,43 @@ def signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, size: float) -> 
         return np.hypot(dx, dy) - _CIRCLE_RADIUS * size
     if shape == "square":
         return np.maximum(np.abs(dx), np.abs(dy)) - _SQUARE_HALF_SIDE * size
-    if shape == "triangle":
-        inradius = _TRIANGLE_CIRCUMRADIUS * size / 2
-        return np.maximum(dy, np.abs(dx) * (math.sqrt(3) / 2) - dy / 2) - inradius
-    raise ValueError(f"unknown shape {shape!r}; the world has {', '.join(SHAPES)}")
+    inradius = _TRIANGLE_CIRCUMRADIUS * size / 2
+    return np.maximum(dy, np.abs(dx) * (math.sqrt(3) / 2) - dy / 2) - inradius
 
 
-_CENTRES = np.arange(PICTURE_SIZE, dtype=np.float32) + 0.5
+_CENTRES = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5
 
 
 def render_array(shapes: Sequence[PlacedShape], ground: float) -> np.ndarray:
     """
-    Picture of a scene, anti-aliased, later shapes over earlier ones.
+    Image of a scene, anti-aliased, later shapes over earlier ones.
 
     Args:
         shapes (sequence of `PlacedShape`): what to draw; may be empty.
-        ground (`float`): grey level of the ground, 0 (black) to 1 (white).
+        ground (`float`): gray level of the ground, 0 (black) to 1 (white).
 
     Returns:
         `np.ndarray`, float32, shape (32, 32, 3), values from 0 to 1.
     """
     if not 0 <= ground <= 1:
-        raise ValueError(f"`ground` is a grey level from 0 (black) to 1 (white), received {ground!r}")
-    picture = np.full((PICTURE_SIZE, PICTURE_SIZE, 3), ground, dtype=np.float32)
+        raise ValueError(f"`ground` is a gray level from 0 (black) to 1 (white), received {ground!r}")
+    array = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), ground, dtype=np.float32)
     for placed in shapes:
         distance = signed_distance(
             placed.shape, _CENTRES[None, :] - placed.x, _CENTRES[:, None] - placed.y, placed.size
         )
         coverage = np.clip(0.5 - distance, 0, 1)[:, :, None]
-        picture += coverage * (np.asarray(COLORS[placed.color], dtype=np.float32) - picture)
-    return picture
+        array += coverage * (np.asarray(COLORS[placed.color], dtype=np.float32) - array)
+    return array
 
 
 def render(shapes: Sequence[PlacedShape], ground: float = 0.05) -> Image.Image:
     """
-    Picture of a scene as an 8 bit RGB image of 32 x 32 pixels.
+    Image of a scene as an 8 bit RGB image of 32 x 32 pixels.
 
     Args:
         shapes (sequence of `PlacedShape`): what to draw, later shapes over earlier ones; may be empty.
-        ground (`float`, *optional*, defaults to `0.05`): grey level of the ground, 0 (black) to 1 (white).
+        ground (`float`, *optional*, defaults to `0.05`): gray level of the ground, 0 (black) to 1 (white).
 
     Raises:
         ValueError: when `ground` is outside 0 to 1.
@@ -144,52 +142,45 @@ def render(shapes: Sequence[PlacedShape], ground: float = 0.05) -> Image.Image:
 
 def relation_holds(relation: str, first: tuple[float, float], second: tuple[float, float]) -> bool:
     """
-    Whether one centre lies left of, right of, above or below another.
+    Whether one center lies left of, right of, above or below another.
 
-    The four relations exclude each other: the direction in which the centres lie further apart decides.
+    The four relations exclude each other: the direction in which the centers lie further apart decides.
 
     Args:
         relation (`str`): one of `RELATIONS`.
-        first, second (`tuple[float, float]`): centres (x, y) in pixels, y downwards.
+        first, second (`tuple[float, float]`): centers (x, y) in pixels, y downwards.
     """
     dx, dy = first[0] - second[0], first[1] - second[1]
-    if relation == "left of":
-        return dx < 0 and abs(dx) > abs(dy)
-    if relation == "right of":
-        return dx > 0 and abs(dx) > abs(dy)
-    if relation == "above":
-        return dy < 0 and abs(dy) > abs(dx)
-    if relation == "below":
-        return dy > 0 and abs(dy) > abs(dx)
-    raise ValueError(f"unknown relation {relation!r}; the world has {', '.join(RELATIONS)}")
+    sideways, upright = abs(dx) > abs(dy), abs(dy) > abs(dx)
+    return {
+        "left of": sideways and dx < 0,
+        "right of": sideways and dx > 0,
+        "above": upright and dy < 0,
+        "below": upright and dy > 0,
+    }[relation]
 
 
 def random_ground(rng: np.random.Generator) -> float:
-    """Grey level of a ground, near black or near white with equal chances."""
+    """Gray level of a ground, near black or near white with equal chances."""
     return float(rng.uniform(*(DARK_GROUND if rng.random() < 0.5 else LIGHT_GROUND)))
 
 
 def place(wanted: Sequence[tuple[str, str]], rng: np.random.Generator) -> list[PlacedShape]:
     """
-    Random places and sizes for shapes, whole in the picture and clear of each other.
+    Random positions and sizes for shapes, whole in the image and clear of each other.
 
     Args:
         wanted (sequence of `(color, shape)`): one to three shapes.
         rng (`np.random.Generator`): source of chance.
-
-    Raises:
-        ValueError: for none or for more than three shapes.
     """
-    if len(wanted) not in _SIZES:
-        raise ValueError(f"a scene has one to three shapes, received {len(wanted)}")
     low, high = _SIZES[len(wanted)]
     while True:
         placed: list[PlacedShape] = []
         for color, shape in wanted:
             size = float(rng.uniform(low, high))
             sideways, up, down = (extent * size + _MARGIN for extent in _EXTENTS[shape])
-            x = float(rng.uniform(sideways, PICTURE_SIZE - sideways))
-            y = float(rng.uniform(up, PICTURE_SIZE - down))
+            x = float(rng.uniform(sideways, IMAGE_SIZE - sideways))
+            y = float(rng.uniform(up, IMAGE_SIZE - down))
             placed.append(PlacedShape(color, shape, x, y, size))
             if not all(_clear(placed[-1], other) for other in placed[:-1]):
                 break

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 from transformers.utils import logging
@@ -59,25 +57,18 @@ class FlowProgressCallback(ProgressCallback):
                 self._shown_at = now
 
 
-class EMACallback(TrainerCallback):
-    """Updates the moving average after each optimizer step."""
+class LoopCallback(TrainerCallback):
+    """Calls the trainer once everything is prepared, before the first update, and after each optimizer step."""
 
-    def __init__(self, ema: EMAModel, parameters: list[torch.nn.Parameter]):
-        self.ema = ema
-        self.parameters = parameters
-
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        self.ema.step(self.parameters)
-
-
-class BaseScoresCallback(TrainerCallback):
-    """Has the base model's scores measured once everything is prepared, and before the first update."""
-
-    def __init__(self, measure: Callable[[], None]):
-        self.measure = measure
+    def __init__(self, on_train_begin: Callable[[], None], on_optimizer_step: Callable[[], None]):
+        self._on_train_begin = on_train_begin
+        self._on_optimizer_step = on_optimizer_step
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.measure()
+        self._on_train_begin()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self._on_optimizer_step()
 
 
 class RunLogCallback(TrainerCallback):
@@ -124,7 +115,7 @@ class RunLogCallback(TrainerCallback):
     def _give_up(self, path: Path, error: OSError) -> None:
         # Training is worth more than its log, which checkpoints hold too
         self._writes = False
-        logger.warning(f"{path} can not be written ({error}): logs are kept in checkpoints and trackers only.")
+        logger.warning(f"{path} cannot be written ({error}): logs are kept in checkpoints and trackers only.")
 
 
 def _finite(log: dict[str, Any]) -> dict[str, Any]:

@@ -1,43 +1,66 @@
 """What can be refused before training starts."""
 
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import datasets
 from datasets import Dataset
+from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from PIL import ExifTags, Image
+from transformers.utils import logging
 
 from trl_flow.backbones import Backbone
-from trl_flow.rollout import Dynamics
-from trl_flow.trainer.flow_grpo_config import FlowGRPOConfig
+from trl_flow.rewards.checks import RESERVED_COLUMNS
+from trl_flow.rewards.scorer import RewardScorer
+from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.loading import is_quantized
 from trl_flow.trainer.over_optimization import OverOptimizationCallback
 
 
-# Names under which reward functions are given something other than a column
-RESERVED_COLUMNS = ("prompts", "images", "trainer_state", "log_metric", "log_extra")
-
-# What rollout and trainer use of a backbone, which need not be a subclass of ours
-BACKBONE_MEMBERS = (
-    *("pipeline", "component", "model", "dtype", "device", "lora_target_modules"),
-    *("takes_image", "takes_negative_prompt"),
-    *("latent_shape", "encode_prompt", "schedule", "uses_guidance", "guided_prediction", "decode"),
-)
+logger = logging.get_logger(__name__)
 
 
-def named_eval_datasets(eval_dataset: Any) -> Iterator[tuple[str, Any]]:
-    """`(name for messages, data set)` of one, several or no evaluation sets."""
+def check_model(model: Any, backbone: Backbone | None) -> None:
+    """Raises unless `model` is a pipeline or says where one is, and `backbone` was made for it."""
+    if not isinstance(model, str | os.PathLike | DiffusionPipeline):
+        raise TypeError(
+            f"model is a {type(model).__name__}, but must be the hub id or folder of a diffusers pipeline, or a "
+            "loaded DiffusionPipeline."
+        )
+    if getattr(backbone, "pipeline", model) is not model:
+        raise ValueError(
+            "backbone was made for another pipeline than model: the one would be trained, and the other prepared for "
+            "it. Pass one and the same: model=backbone.pipeline."
+        )
+
+
+def check_config(args: Any, config_class: type[FlowRLConfig]) -> None:
+    """Raises `TypeError` unless `args` is a `config_class`."""
+    if not isinstance(args, config_class):
+        raise TypeError(f"args is a {type(args).__name__}, but must be a {config_class.__name__} or a preset of it.")
+
+
+def check_single_device(args: FlowRLConfig) -> None:
+    """Raises `ValueError` where transformers would use `nn.DataParallel`."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process, and nn.DataParallel is not supported. Launch with "
+            "`accelerate launch` or `torchrun`, or show one GPU with CUDA_VISIBLE_DEVICES."
+        )
+
+
+def named_eval_datasets(eval_dataset: Any) -> dict[str, Any]:
+    """One, several or no evaluation sets by their names in messages."""
     if isinstance(eval_dataset, dict):
-        for name, dataset in eval_dataset.items():
-            yield f"eval_dataset[{name!r}]", dataset
-    elif eval_dataset is not None:
-        yield "eval_dataset", eval_dataset
+        return {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
+    return {} if eval_dataset is None else {"eval_dataset": eval_dataset}
 
 
 def check_dataset(dataset: Any, name: str) -> None:
@@ -70,31 +93,24 @@ def check_dataset(dataset: Any, name: str) -> None:
         )
 
 
-def check_backbone(backbone: Any, args: FlowGRPOConfig, peft_config: PeftConfig | None) -> None:
+def check_backbone(backbone: Any, args: FlowRLConfig, peft_config: PeftConfig | None) -> None:
     """
-    Raises unless `backbone` has what rollout and trainer use of one, whatever its class, and can do what is asked.
+    Raises unless `backbone` is one that can do what is asked.
 
     Raises:
-        TypeError: if it lacks something of [`Backbone`].
-        ValueError: if it can not do what the config asks: guide away from the negative prompt, keep conditions on
-            disk, checkpoint gradients, save a LoRA, train quantised weights, slice or tile its VAE.
+        TypeError: if it is no [`Backbone`].
+        ValueError: if it cannot do what the config asks: guide away from the negative prompt, checkpoint gradients,
+            save a LoRA, train quantized weights, slice or tile its VAE.
     """
-    needed = [*BACKBONE_MEMBERS, *(["check_image_size"] if getattr(backbone, "takes_image", False) else [])]
-    missing = [name for name in needed if not hasattr(backbone, name)]
-    if missing:
+    if not isinstance(backbone, Backbone):
         raise TypeError(
-            f"backbone is a {type(backbone).__name__} without {', '.join(missing)}. Subclass "
-            "trl_flow.backbones.Backbone, or add what is missing as it is described there."
+            f"backbone is a {type(backbone).__name__}, but must be a trl_flow.backbones.Backbone. Subclass it: one "
+            "file, such as trl_flow/backbones/sd3.py."
         )
     if args.gradient_checkpointing and not getattr(backbone.model, "_supports_gradient_checkpointing", False):
         raise ValueError(
             f"gradient_checkpointing is on, which {type(backbone.model).__name__} does not support. Set "
             "gradient_checkpointing=False."
-        )
-    if args.precompute_prompt_embeds and not isinstance(backbone, Backbone):
-        raise ValueError(
-            f"precompute_prompt_embeds keeps conditions under a fingerprint of all that they depend on, which for a "
-            f"{type(backbone).__name__} is not known. Subclass trl_flow.backbones.Backbone, or leave the option out."
         )
     if args.negative_prompt is not None and not backbone.takes_negative_prompt:
         raise ValueError(
@@ -109,38 +125,38 @@ def check_backbone(backbone: Any, args: FlowGRPOConfig, peft_config: PeftConfig 
         )
     if peft_config is None and is_quantized(backbone.model):
         raise ValueError(
-            f"The pipeline's {backbone.component} has quantised weights, which can not be trained. Train an adapter: "
+            f"The pipeline's {backbone.component} has quantized weights, which cannot be trained. Train an adapter: "
             "pass a peft_config, or load the pipeline without a quantization_config."
         )
     for name, method in (("enable_vae_slicing", "use_slicing"), ("enable_vae_tiling", "use_tiling")):
         vae = getattr(backbone.pipeline, "vae", None)
         if getattr(args, name) and not hasattr(vae, method):
             raise ValueError(
-                f"{name} is set, but the pipeline's VAE ({type(vae).__name__}) can not do that. Leave it "
+                f"{name} is set, but the pipeline's VAE ({type(vae).__name__}) cannot do that. Leave it "
                 "out, and lower per_device_train_batch_size if decoding needs too much memory."
             )
 
 
 def check_images(dataset: Dataset, name: str, backbone: Backbone) -> None:
-    """Raises `ValueError` unless each row of `dataset` has a picture that fits, where `backbone` edits pictures."""
+    """Raises `ValueError` unless each row of `dataset` has an image that fits, where `backbone` edits images."""
     if not backbone.takes_image:
         return
-    editor = f"{type(backbone).__name__} edits pictures"
+    editor = f"{type(backbone).__name__} edits images"
     if "image" not in dataset.column_names:
         raise ValueError(
             f"{name} has no column 'image', but {editor}: each row needs the one that its prompt is about. Its "
-            f"columns are {dataset.column_names}. Add the column, or rename the one that holds the pictures: "
+            f"columns are {dataset.column_names}. Add the column, or rename the one that holds the images: "
             "dataset.rename_column(old, 'image')."
         )
     feature = dataset.features["image"]
     if not isinstance(feature, datasets.Image) or not feature.decode:
         raise ValueError(
             f"{name} has a column 'image' of {feature}, but {editor}: it must hold PIL images. If it holds paths or "
-            "bytes of pictures, convert it: dataset.cast_column('image', datasets.Image())."
+            "bytes of images, convert it: dataset.cast_column('image', datasets.Image())."
         )
     if dataset.format["type"] not in (None, "custom", "python"):
         raise ValueError(
-            f"{name} has the format {dataset.format['type']!r}, in which a picture is an array, but {editor}: its "
+            f"{name} has the format {dataset.format['type']!r}, in which an image is an array, but {editor}: its "
             "column 'image' must give PIL images. Take the format off: dataset.with_format(None)."
         )
     encoded = dataset.with_format(None).select_columns(["image"])
@@ -159,18 +175,40 @@ def check_images(dataset: Dataset, name: str, backbone: Backbone) -> None:
                 if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:
                     width, height = height, width  # decoded, it is turned as the camera was
         except OSError as error:
-            raise ValueError(f"{name} has an image in row {index} that can not be read: {error}.") from error
+            raise ValueError(f"{name} has an image in row {index} that cannot be read: {error}.") from error
         try:
             backbone.check_image_size(height, width)
         except ValueError as error:
-            raise ValueError(f"{name} has an image in row {index} that can not be edited: {error}") from error
+            raise ValueError(f"{name} has an image in row {index} that cannot be edited: {error}") from error
+
+
+def check_rewards(
+    scorer: RewardScorer, gold_scorer: RewardScorer, train_dataset: Dataset, eval_dataset: Any, args: FlowRLConfig
+) -> None:
+    """Raises `TypeError` or `ValueError` for reward functions that could not be called with the data sets' columns,
+    or weights that are not one for each."""
+    if not scorer.reward_funcs:
+        raise ValueError("reward_funcs is empty. Pass at least one reward function.")
+    scorer.check([] if args.remove_unused_columns else train_dataset.column_names)
+    for name, dataset in named_eval_datasets(eval_dataset).items():
+        for each in (scorer, gold_scorer):
+            try:
+                each.check(dataset.column_names)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name}: {error}") from error
+    check_eval_reward_funcs(gold_scorer.names, eval_dataset)
+    if args.reward_weights is not None and len(args.reward_weights) != len(scorer.names):
+        raise ValueError(
+            f"reward_weights has {len(args.reward_weights)} entries, but there are {len(scorer.names)} reward "
+            f"functions: {', '.join(scorer.names)}. Give one weight for each."
+        )
 
 
 def check_eval_reward_funcs(names: list[str], eval_dataset: Any) -> None:
     """Raises `ValueError` for functions of these names that no evaluation would call, or that hide the composite."""
     if not names:
         return
-    if not any(True for _ in named_eval_datasets(eval_dataset)):
+    if not named_eval_datasets(eval_dataset):
         raise ValueError(
             f"eval_reward_funcs ({', '.join(names)}) score evaluations only, but there is no eval_dataset. Pass one "
             "with the prompts to evaluate, and set eval_strategy='steps', or leave eval_reward_funcs out."
@@ -182,7 +220,7 @@ def check_eval_reward_funcs(names: list[str], eval_dataset: Any) -> None:
         )
 
 
-def check_over_optimization(callbacks: list, gold_names: list[str], eval_dataset: Any, args: FlowGRPOConfig) -> None:
+def check_over_optimization(callbacks: list, gold_names: list[str], eval_dataset: Any, args: FlowRLConfig) -> None:
     """
     Tells an [`OverOptimizationCallback`] among the callbacks which evaluation set to watch.
 
@@ -199,8 +237,8 @@ def check_over_optimization(callbacks: list, gold_names: list[str], eval_dataset
     (callback,) = found
     if not gold_names:
         raise ValueError(
-            "OverOptimizationCallback compares the optimised reward with gold scores, but eval_reward_funcs is empty. "
-            "Pass functions that are not optimised, or leave the callback out."
+            "OverOptimizationCallback compares the optimized reward with gold scores, but eval_reward_funcs is empty. "
+            "Pass functions that are not optimized, or leave the callback out."
         )
     if args.eval_strategy == "no":
         raise ValueError(
@@ -221,8 +259,8 @@ def check_over_optimization(callbacks: list, gold_names: list[str], eval_dataset
         )
 
 
-def check_output_dir(args: FlowGRPOConfig) -> None:
-    """Training that can not save is refused now, not at its first checkpoint."""
+def check_output_dir(args: FlowRLConfig) -> None:
+    """Training that cannot save is refused now, not at its first checkpoint."""
     if not args.should_save:
         return
     probe = Path(args.output_dir)
@@ -230,12 +268,12 @@ def check_output_dir(args: FlowGRPOConfig) -> None:
         probe = probe.parent
     if not probe.is_dir() or not os.access(probe, os.W_OK | os.X_OK):
         raise ValueError(
-            f"output_dir {args.output_dir!r} can not be written to ({probe} is "
+            f"output_dir {args.output_dir!r} cannot be written to ({probe} is "
             f"{'read-only for this user' if probe.is_dir() else 'not a folder'}). Choose another."
         )
 
 
-def probe_output_dir(args: FlowGRPOConfig, num_parameters: int) -> None:
+def probe_output_dir(args: FlowRLConfig, num_parameters: int) -> None:
     """Writes a file and removes it again, and sees that a checkpoint will fit."""
     if not args.should_save:
         return
@@ -244,7 +282,7 @@ def probe_output_dir(args: FlowGRPOConfig, num_parameters: int) -> None:
         with tempfile.TemporaryFile(dir=args.output_dir) as file:
             file.write(b"0" * 4096)
     except OSError as error:
-        raise ValueError(f"output_dir {args.output_dir!r} can not be written to: {error}. Choose another.") from error
+        raise ValueError(f"output_dir {args.output_dir!r} cannot be written to: {error}. Choose another.") from error
     # Weights in two formats, and Adam's two moments, in float32
     needed, free = 16 * num_parameters, shutil.disk_usage(args.output_dir).free
     if args.save_strategy != "no" and free < needed:
@@ -255,25 +293,40 @@ def probe_output_dir(args: FlowGRPOConfig, num_parameters: int) -> None:
         )
 
 
-def checked_stochastic_steps(dynamics: Dynamics, args: FlowGRPOConfig) -> list[int]:
-    """
-    The steps of the model's schedule that can be stochastic and trained.
+def as_list(funcs: Callable | list[Callable] | None) -> list[Callable]:
+    """Of none, one or several functions."""
+    if isinstance(funcs, list | tuple):
+        return list(funcs)
+    return [] if funcs is None else [funcs]
 
-    Raises:
-        ValueError: if there are none, or too few for the window.
-    """
-    steps = dynamics.stochastic_steps
-    if not steps:
-        raise ValueError(
-            f"num_inference_steps is {args.num_inference_steps}, and on this model's schedule no step adds noise: "
-            "there is nothing to train. Use at least 2 steps."
-        )
-    if args.sde_window_size is not None:
-        first, end = args.sde_window_range
-        if min(end, len(steps)) - first < args.sde_window_size:
+
+def repeated(dataset: Dataset, args: FlowRLConfig) -> Dataset:
+    """A set smaller than one sampling phase would give TRL's sampler no full batch at all."""
+    prompts_per_generation = args.generation_batch_size // args.num_generations
+    if len(dataset) >= prompts_per_generation:
+        return dataset
+    copies = math.ceil(prompts_per_generation / len(dataset))
+    logger.warning(
+        f"The data set has {len(dataset)} prompts, but each sampling phase takes {prompts_per_generation} "
+        f"(generation_batch_size / num_generations): it is repeated {copies} times."
+    )
+    return datasets.concatenate_datasets([dataset] * copies)
+
+
+def chosen_eval_datasets(
+    eval_dataset: Dataset | dict[str, Dataset] | str | None, own: Dataset | dict[str, Dataset] | None
+) -> dict[str | None, Dataset]:
+    """The sets that `evaluate(eval_dataset)` means, by their names (`None` for a single one), where the trainer has
+    `own`. Raises `ValueError` if there is no such set."""
+    eval_dataset = own if eval_dataset is None else eval_dataset
+    if eval_dataset is None:
+        raise ValueError("There is no eval_dataset: pass one here or to the trainer.")
+    if isinstance(eval_dataset, str):
+        if not isinstance(own, dict) or eval_dataset not in own:
+            known = list(own) if isinstance(own, dict) else "none with a name"
             raise ValueError(
-                f"sde_window_range is {args.sde_window_range}, but on this model's schedule the last of "
-                f"{args.num_inference_steps} steps is deterministic and can not be trained, so that a window of "
-                f"{args.sde_window_size} steps does not fit. Use more steps, a smaller window or a lower start."
+                f"eval_dataset is {eval_dataset!r}, but the trainer's evaluation sets are {known}. Pass one of these, "
+                "or a data set."
             )
-    return steps
+        return {eval_dataset: own[eval_dataset]}
+    return eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}

@@ -1,20 +1,17 @@
 """GRPO-Guard's published recipe (arXiv 2510.22319) as defaults of [`FlowGRPOConfig`]."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
 
-from trl_flow.trainer.flow_grpo_config import (
-    IMPORTANCE_RATIOS,
-    SCALE_REWARDS,
-    TIMESTEP_WEIGHTINGS,
-    FlowGRPOConfig,
-    Published,
-)
+from trl_flow.trainer.flow_grpo_config import FlowGRPOConfig
+from trl_flow.trainer.flow_rl_config import described
 
 
+@described
 @dataclass
 class GuardConfig(FlowGRPOConfig):
     """
-    [`FlowGRPOConfig`] with GRPO-Guard's defaults: the normalised ratio (RatioNorm, Eq. 8), the gradient reweighting of
+    [`FlowGRPOConfig`] with GRPO-Guard's defaults: the normalized ratio (RatioNorm, Eq. 8), the gradient reweighting of
     Eq. 12, advantages scaled by the group, a clip range of 2e-6 and a learning rate of 1e-4 (Stable Diffusion 3.5
     Medium; 2e-4 for FLUX.1-dev).
 
@@ -24,26 +21,15 @@ class GuardConfig(FlowGRPOConfig):
     three are one over the factor with which the prediction enters the mean of the DDIM step, so that the gradient is
     the same at every step there, too.
 
-    The clip range belongs to latents of 65,536 dimensions (512 x 512 images in Stable Diffusion 3.5): the ratio is a
-    mean over dimensions, so that smaller latents, whose mean fluctuates more, need a larger range.
+    The clip range belongs to latents of 65,536 dimensions (512 x 512 images in Stable Diffusion 3.5) and is scaled to
+    the model's own by `scale_epsilon`.
     """
 
-    importance_ratio: str = field(
-        default="ratio_norm", metadata={"help": "RatioNorm, Eq. 8.", "choices": IMPORTANCE_RATIOS}
-    )
-    timestep_weighting: str | None = field(
-        default=None,
-        metadata={
-            "help": "`inverse_dt`, or `inverse_beta_dt` with `sde_type=dance`, unless set.",
-            "choices": TIMESTEP_WEIGHTINGS,
-        },
-    )
-    epsilon: float = field(default=Published(2e-6), metadata={"help": "Clip range; 4e-6 for PickScore."})
-    scale_rewards: str = field(
-        default="group",
-        metadata={"help": "Which standard deviation divides the advantages.", "choices": SCALE_REWARDS},
-    )
-    learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate; 2e-4 for FLUX.1-dev."})
+    importance_ratio: Literal["standard", "mean_revised", "ratio_norm"] = "ratio_norm"
+    timestep_weighting: Literal["none", "temp", "inverse_dt", "beta_over_dt", "inverse_beta_dt"] | None = None
+    epsilon: float = 2e-6
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    learning_rate: float = 1e-4
 
     def __post_init__(self):
         if self.timestep_weighting is None:

@@ -1,4 +1,4 @@
-"""Loading of the pipeline: the dtypes of its parts, and quantised weights."""
+"""Loading of the pipeline: the dtypes of its parts, and quantized weights."""
 
 import inspect
 import os
@@ -9,38 +9,32 @@ from diffusers import BitsAndBytesConfig, DiffusionPipeline, PipelineQuantizatio
 from diffusers.utils import is_bitsandbytes_available
 from peft import PeftConfig
 
-from trl_flow.trainer.flow_grpo_config import FlowGRPOConfig
+from trl_flow.trainer.flow_rl_config import FlowRLConfig
 
 
 # Keywords of `from_pretrained` that say where to look for a model
 _WHERE = ("cache_dir", "local_files_only", "proxies", "revision", "token")
 
 
-def component_dtypes(args: FlowGRPOConfig, *, trains_adapter: bool) -> dict[str, torch.dtype]:
+def component_dtypes(args: FlowRLConfig, *, trains_adapter: bool) -> dict[str, torch.dtype]:
     """
     The dtype in which each part of a pipeline is loaded, by its name; `"default"` is that of all others.
 
     Args:
-        args ([`FlowGRPOConfig`]): `model_dtype` and `model_init_kwargs` decide.
+        args ([`FlowRLConfig`]): `bf16`, `fp16` and `model_init_kwargs` decide.
         trains_adapter (`bool`): whether the transformer's own weights are frozen.
 
     Raises:
-        ValueError: for a dtype that is none, or one that is given twice.
+        ValueError: for an unknown dtype.
     """
     kwargs = args.model_init_kwargs or {}
     # diffusers' older name for it, which it warns of
     dtype = kwargs.get("torch_dtype") if kwargs.get("dtype") is None else kwargs["dtype"]
     if dtype is not None:
-        if args.model_dtype != "auto":
-            raise ValueError(
-                f"model_dtype is {args.model_dtype!r}, and a dtype ({dtype}) is given for loading the model too "
-                "(dtype on the command line, or model_init_kwargs). Remove one."
-            )
         if isinstance(dtype, dict):
             return {"default": torch.float32} | {name: _as_dtype(value) for name, value in dtype.items()}
         return {"default": _as_dtype(dtype)}
-    half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    frozen = half if args.model_dtype == "auto" else _as_dtype(args.model_dtype)
+    frozen = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     # The VAE loses accuracy in half precision; weights that are trained need float32
     dtypes = {"default": frozen, "vae": torch.float32}
     if not trains_adapter:
@@ -78,14 +72,14 @@ def quantization_settings(settings: dict[str, Any], compute_dtype: torch.dtype) 
 def _quantization_config(
     model: str, kwargs: dict[str, Any], dtypes: dict[str, torch.dtype], *, trains_adapter: bool
 ) -> PipelineQuantizationConfig | None:
-    """What quantises the trained part's base weights, from settings of bitsandbytes or diffusers' own object."""
+    """What quantizes the trained part's base weights, from settings of bitsandbytes or diffusers' own object."""
     given = kwargs.pop("quantization_config", None)
     if given is None:
         return None
     if not trains_adapter:
         raise ValueError(
-            "The base weights are to be quantised (quantization_config, load_in_4bit or load_in_8bit), but without a "
-            "peft_config all weights are trained, which quantised ones can not be. Train an adapter: pass a "
+            "The base weights are to be quantized (quantization_config, load_in_4bit or load_in_8bit), but without a "
+            "peft_config all weights are trained, which quantized ones cannot be. Train an adapter: pass a "
             "peft_config (use_peft in a recipe), or leave the quantisation out."
         )
     if isinstance(given, PipelineQuantizationConfig):
@@ -113,7 +107,7 @@ def _quantization_config(
     return PipelineQuantizationConfig(quant_mapping={component: BitsAndBytesConfig(**settings)})
 
 
-def load_pipeline(model: str | os.PathLike, args: FlowGRPOConfig, peft_config: PeftConfig | None) -> DiffusionPipeline:
+def load_pipeline(model: str | os.PathLike, args: FlowRLConfig, peft_config: PeftConfig | None) -> DiffusionPipeline:
     """
     The pipeline of a hub id or folder, its parts in the dtypes of [`component_dtypes`].
 
@@ -121,7 +115,7 @@ def load_pipeline(model: str | os.PathLike, args: FlowGRPOConfig, peft_config: P
     settings of bitsandbytes for the trained part (`{"load_in_4bit": True}`).
 
     Raises:
-        ValueError: if it can not be loaded, or not so.
+        ValueError: if it cannot be loaded, or not so.
     """
     path = os.fspath(model)
     kwargs = dict(args.model_init_kwargs or {})
@@ -153,6 +147,6 @@ def _not_loadable(model: str, error: Exception) -> ValueError:
 
 
 def is_quantized(module: torch.nn.Module) -> bool:
-    """Whether a module of diffusers or transformers was loaded with quantised weights. Such a module has its place and
+    """Whether a module of diffusers or transformers was loaded with quantized weights. Such a module has its place and
     its dtypes from then on: it is neither moved nor cast."""
     return bool(getattr(module, "is_quantized", False))

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate.utils import gather_object
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 from transformers.utils import logging
 
 from trl_flow.evaluation.gold import GoldScore, gold_difference
-from trl_flow.evaluation.report import write_json
-from trl_flow.trainer.gold_evaluation import Evaluation
+from trl_flow.evaluation.outputs import write_json
+from trl_flow.trainer.evaluator import EvaluationResult
 
 
 logger = logging.get_logger(__name__)
@@ -23,7 +24,7 @@ SCORES_NAME = "scores.json"
 
 class OverOptimizationCallback(TrainerCallback):
     """
-    Watches for over-optimisation: the optimised reward (the proxy) goes on rising while the gold score falls.
+    Watches for over-optimization: the optimized reward (the proxy) goes on rising while the gold score falls.
 
     Each evaluation is compared with the one that had the highest gold average so far, at first the base model: if its
     reward is higher and its gold average is lower by more than `num_standard_errors` standard errors, for `patience`
@@ -47,6 +48,8 @@ class OverOptimizationCallback(TrainerCallback):
         ValueError: if `patience` or `num_standard_errors` makes no sense.
     """
 
+    STATE_KEY = "over_optimization"
+
     def __init__(
         self,
         patience: int = 2,
@@ -69,10 +72,15 @@ class OverOptimizationCallback(TrainerCallback):
         self.eval_name = eval_name
         self.watched: str | None = None
         self._training = False
-        self.reset()
+        self._reset()
 
-    def reset(self) -> None:
-        """Forgets all evaluations. For the trainer, when training begins anew."""
+    @staticmethod
+    def by_name(callbacks: list[TrainerCallback]) -> dict[str, "OverOptimizationCallback"]:
+        """The one among `callbacks`, if there is one, under the name that checkpoints have its state by."""
+        return {cb.STATE_KEY: cb for cb in callbacks if isinstance(cb, OverOptimizationCallback)}
+
+    def _reset(self) -> None:
+        """Forgets all evaluations."""
         self._key: str | None = None
         # The evaluation of the highest gold average: its update, reward and gold score
         self._best_step = 0
@@ -83,10 +91,10 @@ class OverOptimizationCallback(TrainerCallback):
         self._kept_average = -math.inf
         self._count = 0
 
-    def export(self) -> dict[str, Any] | None:
-        """What a checkpoint has to hold, as JSON; `None` before the first evaluation."""
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint has to hold, as JSON; `{}` before the first evaluation."""
         if self._best is None:
-            return None
+            return {}
         return {
             "key": self._key,
             "count": self._count,
@@ -99,25 +107,22 @@ class OverOptimizationCallback(TrainerCallback):
             "kept": None if self._kept_step is None else [self._kept_step, self._kept_average],
         }
 
-    def restore(self, exported: dict[str, Any] | None, is_kept: bool) -> None:
-        """
-        Goes on from what `export` gave.
-
-        Args:
-            exported (`dict` or `None`): that.
-            is_kept (`bool`): whether `output_dir` still has the model that was kept.
-        """
-        self.reset()
-        if exported is None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what [`state_dict`] gave."""
+        self._reset()
+        if not state:
             return
-        self._key, self._count, best = exported["key"], exported["count"], exported["best"]
+        self._key, self._count, best = state["key"], state["count"], state["best"]
         self._best_step, self._best_reward = best["step"], best["reward"]
         self._best = GoldScore({}, {}, best["average"], np.asarray(best["influence"], dtype=np.float64))
-        if is_kept and exported["kept"] is not None:
-            self._kept_step, self._kept_average = exported["kept"]
+        if state["kept"] is not None:
+            self._kept_step, self._kept_average = state["kept"]
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self._training = True
+        # All processes must agree about keeping a model, and the folder may be on one machine only
+        if not any(gather_object([Path(args.output_dir, BEST_FOLDER).is_dir()])):
+            self._kept_step, self._kept_average = None, -math.inf
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self._training = False
@@ -127,7 +132,7 @@ class OverOptimizationCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        evaluation: Evaluation | None = None,
+        evaluation: EvaluationResult | None = None,
         **kwargs,
     ) -> TrainerControl:
         if not self._training or evaluation is None or evaluation.name != self.watched:
@@ -141,7 +146,7 @@ class OverOptimizationCallback(TrainerCallback):
                     "OverOptimizationCallback compares with the base model again, and keeps the next evaluation's "
                     "model as the best."
                 )
-            self.reset()
+            self._reset()
             self._key = evaluation.key
             self._best_reward = evaluation.base_reward
             self._best = GoldScore({}, {}, 1.0, np.zeros_like(evaluation.gold.influence))
@@ -162,7 +167,7 @@ class OverOptimizationCallback(TrainerCallback):
             control.should_training_stop = True
         return control
 
-    def _keep(self, evaluation: Evaluation, folder: Path, state: TrainerState) -> None:
+    def _keep(self, evaluation: EvaluationResult, folder: Path, state: TrainerState) -> None:
         evaluation.save(folder)
         self._kept_step, self._kept_average = state.global_step, evaluation.gold.average
         if not state.is_world_process_zero:
@@ -178,10 +183,12 @@ class OverOptimizationCallback(TrainerCallback):
         content |= {"gold": finite(gold.scores), "gold_relative_to_base": finite(gold.relative)}
         write_json(folder / SCORES_NAME, content)
 
-    def _message(self, evaluation: Evaluation, step: int, difference: float, error: float, output_dir: str) -> str:
+    def _message(
+        self, evaluation: EvaluationResult, step: int, difference: float, error: float, output_dir: str
+    ) -> str:
         of = "the base model" if self._best_step == 0 else f"update {self._best_step}"
         message = (
-            f"Over-optimisation: at update {step} the optimised reward is {evaluation.reward:.4g}, above "
+            f"Over-optimization: at update {step} the optimized reward is {evaluation.reward:.4g}, above "
             f"{self._best_reward:.4g} of {of}, while the gold average is {evaluation.gold.average:.4g}, below "
             f"{self._best.average:.4g} (difference {difference:+.2g} ± {error:.1g}), and so in {self._count} "
             "evaluations in a row. What is learned is the reward's blind spots. "
@@ -193,6 +200,6 @@ class OverOptimizationCallback(TrainerCallback):
             )
         message += "Training stops here. " if self.stop else ""
         return message + (
-            "Look at the pictures in output_dir/images. What helps: GuardConfig, beta > 0, a lower learning_rate, or "
+            "Look at the images in output_dir/images. What helps: GuardConfig, beta > 0, a lower learning_rate, or "
             "a reward that sees what the gold functions see."
         )

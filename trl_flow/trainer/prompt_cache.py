@@ -7,16 +7,18 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
+from datasets import Dataset
 from PIL import Image
 from tqdm import tqdm
 
 from trl_flow.backbones.base import Backbone
+from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.loading import is_quantized
-from trl_flow.trainer.prompt_files import PromptFiles
+from trl_flow.trainer.prompt_embed_store import PromptEmbedStore, default_folder, encoding_fingerprint
 
 
 def image_fingerprint(image: Image.Image) -> str:
-    """Equal for pictures with equal pixels, however they came to be."""
+    """Equal for images with equal pixels, however they came to be."""
     return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
 
 
@@ -28,25 +30,34 @@ class PromptCache:
     """
     The conditions of prompts on the CPU, the least recently used forgotten first.
 
-    Each prompt, with its picture where the backbone takes one, is encoded by itself, never in a batch: its condition
+    Each prompt, with its image where the backbone takes one, is encoded by itself, never in a batch: its condition
     then does not depend on which prompts it was drawn with, nor on the number of processes.
 
     Args:
         backbone ([`Backbone`]): encodes.
         max_bytes (`int`): memory for the conditions. 2 GiB hold about 1,200 prompts of Stable Diffusion 3.5.
-        files ([`PromptFiles`], *optional*): keeps them on disk too. The text encoders are then held on the CPU, and on
-            the backbone's device only while something is encoded that is not on disk.
+        store ([`PromptEmbedStore`], *optional*): keeps them on disk too. The text encoders are then held on the CPU,
+            and on the backbone's device only while something is encoded that is not on disk.
     """
 
-    def __init__(self, backbone: Backbone, max_bytes: int = 2 * 2**30, files: PromptFiles | None = None):
+    def __init__(self, backbone: Backbone, max_bytes: int = 2 * 2**30, store: PromptEmbedStore | None = None):
         self.backbone = backbone
         self.max_bytes = max_bytes
-        self.files = files
+        self.store = store
         self._bytes = 0
         self._conditions: OrderedDict[tuple[str, str | None], dict[str, torch.Tensor]] = OrderedDict()
-        self._at_hand = files is None
-        if files is not None:
+        self._at_hand = store is None
+        if store is not None:
             self._move_encoders(torch.device("cpu"))
+
+    @classmethod
+    def of(cls, backbone: Backbone, args: FlowRLConfig) -> "PromptCache":
+        """As `precompute_prompt_embeds` and `prompt_embeds_dir` say."""
+        if not args.precompute_prompt_embeds:
+            return cls(backbone)
+        backbone.pipeline.vae.to(args.device)  # where the backbone encodes, too
+        folder = default_folder() if args.prompt_embeds_dir is None else args.prompt_embeds_dir
+        return cls(backbone, store=PromptEmbedStore(folder, encoding_fingerprint(backbone)))
 
     def _move_encoders(self, device: torch.device) -> None:
         for name, module in self.backbone.pipeline.components.items():
@@ -79,11 +90,11 @@ class PromptCache:
     def _get(self, prompt: str, image: Image.Image | None) -> dict[str, torch.Tensor]:
         key = _key(prompt, image)
         if key not in self._conditions:
-            condition = None if self.files is None else self.files.load(*key)
+            condition = None if self.store is None else self.store.load(*key)
             if condition is None:
                 condition = self._encode(prompt, image)
-                if self.files is not None:
-                    self.files.save(*key, condition)
+                if self.store is not None:
+                    self.store.save(*key, condition)
             self._conditions[key] = condition
             self._bytes += sum(value.nbytes for value in condition.values())
         self._conditions.move_to_end(key)
@@ -101,7 +112,7 @@ class PromptCache:
         Encodes to disk what is not there yet.
 
         Args:
-            pairs (`Callable`): gives the prompts with their pictures, anew at each call; some may come again.
+            pairs (`Callable`): gives the prompts with their images, anew at each call; some may come again.
             rank, num_processes (`int`): every `num_processes`-th from the `rank`-th on is encoded here.
             progress (`bool`): whether to show a bar.
 
@@ -109,7 +120,7 @@ class PromptCache:
             OSError: if they do not fit on the disk.
         """
         keys = list(dict.fromkeys(_key(*pair) for pair in pairs()))
-        missing = {key for key in keys[rank::num_processes] if key not in self.files}
+        missing = {key for key in keys[rank::num_processes] if key not in self.store}
         if not missing:
             return
         with self._encoders(), tqdm(desc="Encoding prompts", total=len(missing), disable=not progress) as bar:
@@ -120,22 +131,47 @@ class PromptCache:
                 condition = self._encode(prompt, image)
                 if bar.n == 0:
                     self._check_space(condition, len(missing))
-                self.files.save(*key, condition)
+                self.store.save(*key, condition)
                 missing.remove(key)
                 bar.update()
 
+    def encode_ahead(self, args: FlowRLConfig, datasets: list[Dataset]) -> None:
+        """Writes all prompts of `datasets` that are not there yet, and the negative one, if there is a store. The
+        processes share the work."""
+        if self.store is None:
+            return
+        scales = [args.guidance_scale, args.eval_guidance_scale]
+        guided = any(scale is not None and self.backbone.uses_guidance(scale) for scale in scales)
+        negative = [args.negative_prompt or ""] if guided else []
+
+        def pairs() -> Iterator[tuple[str, Image.Image | None]]:
+            for dataset in datasets:
+                if not self.backbone.takes_image:
+                    yield from ((prompt, None) for prompt in [*negative, *dataset["prompt"]])
+                else:
+                    for row in dataset:
+                        image = row["image"].convert("RGB")
+                        yield from ((prompt, image) for prompt in [*negative, row["prompt"]])
+
+        progress = args.local_process_index == 0 and not args.disable_tqdm
+        self.write(pairs, rank=args.process_index, num_processes=args.world_size, progress=progress)
+        if args.world_size > 1:
+            # Those of the other processes too, should each machine have a folder of its own
+            args.distributed_state.wait_for_everyone()
+            self.write(pairs, progress=progress)
+
     def _check_space(self, condition: dict[str, torch.Tensor], number: int) -> None:
         needed = number * sum(value.nbytes for value in condition.values())
-        free = shutil.disk_usage(self.files.folder).free
+        free = shutil.disk_usage(self.store.folder).free
         if needed > free:
             raise OSError(
-                f"The embeddings of {number} prompts take about {needed / 2**30:.1f} GiB, but {self.files.folder} has "
+                f"The embeddings of {number} prompts take about {needed / 2**30:.1f} GiB, but {self.store.folder} has "
                 f"{free / 2**30:.1f} GiB free. Make room there, set prompt_embeds_dir to another folder, train on "
                 "fewer prompts, or set precompute_prompt_embeds=False."
             )
 
     def __call__(self, prompts: list[str], images: list[Image.Image] | None = None) -> dict[str, torch.Tensor]:
-        """Conditions of `prompts`, and of the pictures to be edited with them, stacked along the batch, on the
+        """Conditions of `prompts`, and of the images to be edited with them, stacked along the batch, on the
         backbone's device."""
         pairs = zip(prompts, [None] * len(prompts) if images is None else images, strict=True)
         conditions = [self._get(prompt, image) for prompt, image in pairs]

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from trl_flow import sharing
 from trl_flow.backbones import Backbone
-from trl_flow.trainer.flow_grpo_config import FlowGRPOConfig
+from trl_flow.trainer.flow_rl_config import FlowRLConfig
 
 
 logger = logging.get_logger(__name__)
@@ -22,13 +22,13 @@ class Publisher:
     Writes a run's model card and uploads its output folder. To be used on the main process.
 
     Args:
-        args ([`FlowGRPOConfig`]): `output_dir` and the fields that begin with `hub_` decide.
+        args ([`FlowRLConfig`]): `output_dir` and the fields that begin with `hub_` decide.
         backbone ([`Backbone`]): what is trained.
         model_id (`str`, *optional*): what the pipeline was loaded from.
         reward_names (`list[str]`): the rewards that are optimized.
     """
 
-    def __init__(self, args: FlowGRPOConfig, backbone: Backbone, model_id: str | None, reward_names: list[str]):
+    def __init__(self, args: FlowRLConfig, backbone: Backbone, model_id: str | None, reward_names: list[str]):
         self.args = args
         self.backbone = backbone
         self.model_id = model_id

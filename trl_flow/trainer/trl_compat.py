@@ -7,6 +7,7 @@ may move them. Nothing else in the project imports from inside TRL.
 from collections.abc import Callable, Iterator
 
 import torch
+from datasets import Dataset
 from trl.trainer.base_config import _BaseConfig  # TrainingArguments with the defaults that all TRL trainers share
 from trl.trainer.base_trainer import _BaseTrainer  # transformers.Trainer with TRL's gradient-accumulation contract
 from trl.trainer.utils import (
@@ -16,7 +17,7 @@ from trl.trainer.utils import (
 )
 
 
-__all__ = ["EpochRepeatSampler", "_BaseConfig", "_BaseTrainer", "disable_dropout_in_model", "identity"]
+__all__ = ["EpochRepeatSampler", "GroupTrainer", "_BaseConfig", "disable_dropout_in_model", "identity"]
 
 
 class EpochRepeatSampler(RepeatSampler):
@@ -38,3 +39,40 @@ class EpochRepeatSampler(RepeatSampler):
         if self.shuffle:
             self.generator = torch.Generator().manual_seed(self.seed + self.epoch())
         return super().__iter__()
+
+
+class GroupTrainer(_BaseTrainer):
+    """
+    TRL's base trainer with the data loader of its `GRPOTrainer`: it yields whole generation batches, the images of a
+    group next to each other, each batch as often as there are micro-batches in it. It is sampled from at the first
+    time and buffered.
+    """
+
+    def get_train_dataloader(self):
+        return self._get_dataloader(
+            dataset=self.train_dataset,
+            description="Training",
+            batch_size=self._train_batch_size * self.args.steps_per_generation,
+            sampler_fn=self._get_train_sampler,
+            is_training=True,
+        )
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> torch.utils.data.Sampler:
+        return EpochRepeatSampler(
+            self.train_dataset if dataset is None else dataset,
+            mini_repeat_count=self.args.num_generations,
+            batch_size=self.args.generation_batch_size // self.args.num_generations,
+            repeat_count=self.args.num_iterations * self.args.steps_per_generation,
+            shuffle=self.args.shuffle_dataset,
+            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+            epoch=lambda: int(self.state.epoch or 0),
+        )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        raise NotImplementedError("The loss is computed for one unit at a time, see `Algorithm.loss`.")
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys: list[str] | None = None):
+        raise NotImplementedError("Evaluation draws and scores images, see `evaluate`; there is nothing to predict.")
+
+    def _send_telemetry(self) -> None:
+        """None: TRL's would be sent under TRL's name, and fails on diffusers' configs."""

@@ -1,4 +1,4 @@
-"""Colours of objects, by zero-shot CLIP as in GenEval."""
+"""Colors of objects, by zero-shot CLIP as in GenEval."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,21 +23,21 @@ _BACKGROUND = (0x99, 0x99, 0x99)
 
 def crop_object(image: Image.Image, detection: Detection) -> Image.Image:
     """
-    What a colour classifier is shown of an object: its box, with grey (#999) for all that is not in its mask.
+    What a color classifier is shown of an object: its box, with gray (#999) for all that is not in its mask.
 
     Args:
-        image (`PIL.Image.Image`): the whole picture, RGB.
-        detection (`Detection`): the object; a box that reaches beyond the picture is cut off at its edge.
+        image (`PIL.Image.Image`): the whole image, RGB.
+        detection (`Detection`): the object; a box that reaches beyond the image is cut off at its edge.
 
     Raises:
-        ValueError: if the mask has not the size of the picture, or the box lies outside of it.
+        ValueError: if the mask has not the size of the image, or the box lies outside of it.
     """
     if detection.mask is not None:
         mask = np.asarray(detection.mask, dtype=bool)
         if mask.shape != (image.height, image.width):
             raise ValueError(
-                f"The mask of a detection of {detection.label!r} has the shape {mask.shape}, but the picture is "
-                f"{(image.height, image.width)} (height, width). Detectors must return masks of the whole picture."
+                f"The mask of a detection of {detection.label!r} has the shape {mask.shape}, but the image is "
+                f"{(image.height, image.width)} (height, width). Detectors must return masks of the whole image."
             )
         image = Image.composite(image, Image.new("RGB", image.size, _BACKGROUND), Image.fromarray(mask))
     left, top, right, bottom = (round(edge) for edge in detection.box)
@@ -46,17 +46,17 @@ def crop_object(image: Image.Image, detection: Detection) -> Image.Image:
     right, bottom = min(max(right, left + 1), image.width), min(max(bottom, top + 1), image.height)
     if left >= right or top >= bottom:
         raise ValueError(
-            f"The box {detection.box} of a detection of {detection.label!r} lies outside of the picture, which is "
-            f"{image.width} x {image.height} pixels. Boxes are in pixels, not in shares of the picture."
+            f"The box {detection.box} of a detection of {detection.label!r} lies outside of the image, which is "
+            f"{image.width} x {image.height} pixels. Boxes are in pixels, not in shares of the image."
         )
     return image.crop((left, top, right, bottom))
 
 
 class CLIPColorClassifier:
     """
-    Tells one of GenEval's ten colours by zero-shot CLIP: the colour whose sentences are nearest to the picture.
+    Tells one of GenEval's ten colors by zero-shot CLIP: the color whose sentences are nearest to the image.
 
-    As in GenEval each colour stands for the mean of the normalised embeddings of three sentences ("a photo of a red
+    As in GenEval each color stands for the mean of the normalized embeddings of three sentences ("a photo of a red
     dog", "a photo of a red-colored dog", "a photo of a red object").
 
     Args:
@@ -68,10 +68,10 @@ class CLIPColorClassifier:
         batch_size (`int`, defaults to 64): objects at a time.
 
     Attributes:
-        colors (`tuple[str, ...]`): the colours that it knows.
+        colors (`tuple[str, ...]`): the colors that it knows.
 
     Raises:
-        CheckpointError: if the model, its tokenizer or its image processor can not be loaded.
+        CheckpointError: if the model, its tokenizer or its image processor cannot be loaded.
     """
 
     colors = COLORS
@@ -86,7 +86,7 @@ class CLIPColorClassifier:
         dtype: torch.dtype = torch.float32,
         batch_size: int = 64,
     ):
-        source: dict[str, Any] = {"reward": "geneval", "revision": revision, "token": token}
+        source: dict[str, Any] = {"revision": revision, "token": token}
         self._model = load_pretrained(CLIPModel, model, **source).to(device, dtype)
         self._tokenizer = load_clip_tokenizer(model, self._model, **source)
         self._preprocess = load_clip_preprocess(model, **source)
@@ -101,7 +101,7 @@ class CLIPColorClassifier:
             names (`Sequence[str]`): the class of each.
 
         Returns:
-            `list[str]`: the colour of each.
+            `list[str]`: the color of each.
         """
         colors: list[str] = []
         for first in range(0, len(crops), self._batch_size):
@@ -114,7 +114,7 @@ class CLIPColorClassifier:
         return colors
 
     def _color_embeddings(self, name: str) -> torch.Tensor:
-        """`(number of colours, d)`, float32, unit length, for objects of the class `name`."""
+        """`(number of colors, d)`, float32, unit length, for objects of the class `name`."""
         if name not in self._by_class:
             sentences = [t.format(color=color, name=name) for color in self.colors for t in _TEMPLATES]
             tokens = self._tokenizer(sentences, padding=True, truncation=True, return_tensors="pt")

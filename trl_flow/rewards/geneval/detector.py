@@ -38,10 +38,10 @@ class Mask2FormerDetector:
     https://arxiv.org/abs/2112.01527), prepared and read out as by mmdetection, which GenEval uses.
 
     The default checkpoint is the Mask2Former authors' own (Swin-S, COCO instances). GenEval's is mmdetection's
-    training of the same model on the same data, so that scores of single pictures can differ from published runs.
+    training of the same model on the same data, so that scores of single images can differ from published runs.
 
-    Pictures are scaled so that the shorter edge has `shortest_edge` pixels, or the longer one `longest_edge` if that
-    is less. Masks are computed at the size of the picture, unlike in transformers' post-processing, which computes
+    Images are scaled so that the shorter edge has `shortest_edge` pixels, or the longer one `longest_edge` if that
+    is less. Masks are computed at the size of the image, unlike in transformers' post-processing, which computes
     all of them at 384 x 384.
 
     Args:
@@ -57,7 +57,7 @@ class Mask2FormerDetector:
         classes (`frozenset[str]`): what it can find, in GenEval's words.
 
     Raises:
-        CheckpointError: if the model or its image processor can not be loaded.
+        CheckpointError: if the model or its image processor cannot be loaded.
         ValueError: if the model's labels are not COCO's, or the sizes are below 64 or in the wrong order.
     """
 
@@ -81,7 +81,7 @@ class Mask2FormerDetector:
                 f"shortest_edge={shortest_edge} and longest_edge={longest_edge}, but the first must be at least 64 "
                 "and the second not be less."
             )
-        source: dict[str, Any] = {"reward": "geneval", "revision": revision, "token": token}
+        source: dict[str, Any] = {"revision": revision, "token": token}
         self._model = load_pretrained(_Mask2Former, model, **source).to(device, dtype)
         self._labels = [geneval_class(self._model.config.id2label[i]) for i in range(self._model.config.num_labels)]
         if missing := sorted(self.classes - set(self._labels)):
@@ -97,7 +97,7 @@ class Mask2FormerDetector:
     def __call__(self, images: Sequence[Image.Image]) -> list[list[Detection]]:
         """
         Args:
-            images (`Sequence[PIL.Image.Image]`): RGB pictures.
+            images (`Sequence[PIL.Image.Image]`): RGB images.
 
         Returns:
             `list[list[Detection]]`: what is on each, the most confident first, with masks and labels in GenEval's
@@ -133,7 +133,7 @@ class Mask2FormerDetector:
         inside: torch.Tensor,
     ) -> list[Detection]:
         """
-        One picture's detections, from the logits of its Q queries.
+        One image's detections, from the logits of its Q queries.
 
         A detection's score is the probability of its class times the mean probability of its mask's pixels. A query
         may be detected as several classes.
@@ -141,15 +141,15 @@ class Mask2FormerDetector:
         Args:
             class_logits: `(Q, number of classes + 1)`, the last for "no object".
             mask_logits: `(Q, h, w)`, a quarter of `padded`.
-            padded: height and width of the batch's pictures with their padding.
-            inside: `(*padded)`, 1 where the picture is and 0 in the padding, which is at the right and the bottom.
+            padded: height and width of the batch's images with their padding.
+            inside: `(*padded)`, 1 where the image is and 0 in the padding, which is at the right and the bottom.
         """
         scores, which = class_logits.softmax(-1)[:, :-1].flatten().topk(len(class_logits))
         # A mask's share only lowers the score: what is not above `min_score` here never will be
         which = which[scores > self.min_score]
         height, width = int(inside[:, 0].sum()), int(inside[0].sum())
         detections = []
-        # One by one: masks of large pictures are large
+        # One by one: masks of large images are large
         for score, query, label in zip(scores, which // len(self._labels), which % len(self._labels), strict=False):
             mask = interpolate(mask_logits[query][None, None], size=padded, mode="bilinear", align_corners=False)
             mask = mask[..., :height, :width]

@@ -1,13 +1,13 @@
 """GenEval as a reward."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 from PIL import Image
 
-from trl_flow.rewards.base import ModelReward, RewardInfo
+from trl_flow.rewards.base import HubReward, RewardInfo
 from trl_flow.rewards.geneval.colors import CLIPColorClassifier, crop_object
 from trl_flow.rewards.geneval.detector import Mask2FormerDetector
 from trl_flow.rewards.geneval.rules import (
@@ -26,24 +26,17 @@ Detector = Callable[[list[Image.Image]], Sequence[Sequence[Detection]]]
 ColorClassifier = Callable[[list[Image.Image], list[str]], Sequence[str]]
 
 
-@dataclass
-class _Sample:
-    """One picture's request on its way through a call, and what became of it."""
-
-    request: Request | None
-    result: GenEvalResult | None = None
-
-
-class GenEvalReward(ModelReward):
+@dataclass(eq=False)
+class GenEvalReward(HubReward):
     """
-    Whether a picture has the objects, counts, colours and positions that its prompt asks for: GenEval (Ghosh et al.,
-    2023, https://arxiv.org/abs/2310.11513) with Mask2Former and zero-shot CLIP colours.
+    Whether an image has the objects, counts, colors and positions that its prompt asks for: GenEval (Ghosh et al.,
+    2023, https://arxiv.org/abs/2310.11513) with Mask2Former and zero-shot CLIP colors.
 
     Needs the columns `tag` and `include`, and `exclude` for counting, as in GenEval's and Flow-GRPO's metadata files
     and from [`trl_flow.prompts.generate_geneval_prompts`]. The prompt's text is not read. A row without a tag and
     clauses (`None` in both columns), as in a data set of several kinds of prompts, has the score `None`.
 
-    With a `log_metric`, as in the trainer, each call also logs the share of pictures that are correct by GenEval's own
+    With a `log_metric`, as in the trainer, each call also logs the share of images that are correct by GenEval's own
     rules, for each task as `geneval/{tag}`.
 
     Args:
@@ -52,11 +45,11 @@ class GenEvalReward(ModelReward):
             GenEval wants at least the named number of objects where Flow-GRPO wants exactly it; see
             `trl_flow/rewards/geneval/rules.py`.
         detector (`Callable`, *optional*): finds the objects, instead of Mask2Former: a function from a list of RGB
-            pictures to a list of lists of [`Detection`], one list for each picture. If it has an attribute `classes`,
+            images to a list of lists of [`Detection`], one list for each image. If it has an attribute `classes`,
             a request for any other class is refused.
-        color_classifier (`Callable`, *optional*): tells colours, instead of CLIP: a function from a list of pictures,
-            one object each, and the list of their classes to the list of their colours. If it has an attribute
-            `colors`, a request for any other colour is refused.
+        color_classifier (`Callable`, *optional*): tells colors, instead of CLIP: a function from a list of images,
+            one object each, and the list of their classes to the list of their colors. If it has an attribute
+            `colors`, a request for any other color is refused.
         threshold (`float`, defaults to 0.3): what scores of detections must exceed.
         counting_threshold (`float`, defaults to 0.9): the same for the task `counting`.
         max_objects (`int`, defaults to 16): most objects of a class that are looked at.
@@ -66,13 +59,12 @@ class GenEvalReward(ModelReward):
             must be to be left of, right of, above or below each other.
         model (`str`): hub id or folder of the Mask2Former.
         clip_model (`str`): hub id or folder of the CLIP.
-        revision, clip_revision (`str`, *optional*): branch, tag or commit of the two on the Hub.
-        token (`str` or `bool`, *optional*): for private and gated repositories, as in `huggingface_hub`.
-        device, dtype, batch_size: as in [`ModelReward`].
+        clip_revision (`str`, *optional*): branch, tag or commit of the CLIP on the Hub.
+        revision, token, device, dtype, batch_size: as in [`HubReward`].
 
     Raises:
         ValueError: if `score` is none of the three, or a threshold or `max_objects` is out of its range. When called,
-            if a row is not GenEval's metadata, or the detector or colour classifier returns something else than
+            if a row is not GenEval's metadata, or the detector or color classifier returns something else than
             described above.
         TypeError: if `detector` or `color_classifier` is no callable.
     """
@@ -85,53 +77,37 @@ class GenEvalReward(ModelReward):
         paper="https://arxiv.org/abs/2310.11513",
     )
 
-    def __init__(
-        self,
-        score: Score = "partial",
-        *,
-        detector: Detector | None = None,
-        color_classifier: ColorClassifier | None = None,
-        threshold: float = 0.3,
-        counting_threshold: float = 0.9,
-        max_objects: int = 16,
-        nms_threshold: float = 1.0,
-        position_threshold: float = 0.1,
-        model: str = "facebook/mask2former-swin-small-coco-instance",
-        clip_model: str = "openai/clip-vit-large-patch14",
-        revision: str | None = None,
-        clip_revision: str | None = None,
-        token: str | bool | None = None,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
-        batch_size: int = 16,
-    ):
-        super().__init__(device=device, dtype=dtype, batch_size=batch_size)
-        if score not in get_args(Score):
-            raise ValueError(f"score={score!r} is not one of GenEval's scores: give one of {get_args(Score)}.")
-        for name, function in {"detector": detector, "color_classifier": color_classifier}.items():
+    score: Score = "partial"
+    _: KW_ONLY
+    detector: Detector | None = None
+    color_classifier: ColorClassifier | None = None
+    threshold: float = 0.3
+    counting_threshold: float = 0.9
+    max_objects: int = 16
+    nms_threshold: float = 1.0
+    position_threshold: float = 0.1
+    model: str = "facebook/mask2former-swin-small-coco-instance"
+    clip_model: str = "openai/clip-vit-large-patch14"
+    clip_revision: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.score not in get_args(Score):
+            raise ValueError(f"score={self.score!r} is not one of GenEval's scores: give one of {get_args(Score)}.")
+        for name in ("detector", "color_classifier"):
+            function = getattr(self, name)
             if function is not None and (not callable(function) or isinstance(function, type)):
                 raise TypeError(f"{name} is {function!r}, but must be a function, or an object with a `__call__`.")
-        shares = {"threshold": threshold, "counting_threshold": counting_threshold, "nms_threshold": nms_threshold}
-        for name, share in shares.items():
-            if not 0 <= share <= 1:
-                raise ValueError(f"{name}={share} is not between 0 and 1.")
-        if position_threshold < 0:
-            raise ValueError(f"position_threshold={position_threshold} is negative.")
-        if max_objects < 1:
-            raise ValueError(f"max_objects={max_objects}, but at least 1 object must be looked at.")
-        self.score = score
-        self.detector = detector
-        self.color_classifier = color_classifier
-        self.threshold = threshold
-        self.counting_threshold = counting_threshold
-        self.max_objects = max_objects
-        self.nms_threshold = nms_threshold
-        self.position_threshold = position_threshold
-        self.model = model
-        self.clip_model = clip_model
-        self.revision, self.clip_revision, self.token = revision, clip_revision, token
-        self.info = replace(self.info, range=(min(2.0 - max_objects, 0.0) if score == "partial" else 0.0, 1.0))
-        self.__name__ = "geneval" if score == "partial" else f"geneval_{score}"
+        for name in ("threshold", "counting_threshold", "nms_threshold"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not between 0 and 1.")
+        if self.position_threshold < 0:
+            raise ValueError(f"position_threshold={self.position_threshold} is negative.")
+        if self.max_objects < 1:
+            raise ValueError(f"max_objects={self.max_objects}, but at least 1 object must be looked at.")
+        lowest = min(2.0 - self.max_objects, 0.0) if self.score == "partial" else 0.0
+        self.info = replace(self.info, range=(lowest, 1.0))
+        self.__name__ = "geneval" if self.score == "partial" else f"geneval_{self.score}"
 
     def __call__(
         self,
@@ -144,7 +120,7 @@ class GenEvalReward(ModelReward):
         **kwargs: Any,
     ) -> list[float | None]:
         """
-        Scores pictures.
+        Scores images.
 
         Args:
             prompts (`list[str]`), images (`list[PIL.Image.Image]`): `N` of each.
@@ -165,7 +141,7 @@ class GenEvalReward(ModelReward):
                     by_task.setdefault(task, []).append(result.correct)
             for task, correct in by_task.items():
                 log_metric(f"geneval/{task}", sum(correct) / len(correct))
-        return [self._chosen(result) for result in results]
+        return [None if result is None else getattr(result, self.score) for result in results]
 
     def results(
         self,
@@ -176,7 +152,7 @@ class GenEvalReward(ModelReward):
         exclude: list[list[dict] | None] | None = None,
     ) -> list[GenEvalResult | None]:
         """
-        All three scores of each picture and what was found on it, `None` where a row asks for nothing; arguments and
+        All three scores of each image and what was found on it, `None` where a row asks for nothing; arguments and
         errors as for a call.
         """
         exclude = [None] * len(tag) if exclude is None else exclude
@@ -185,30 +161,20 @@ class GenEvalReward(ModelReward):
                 f"There are {len(prompts)} prompts, {len(tag)} tags, {len(include)} include and {len(exclude)} "
                 "exclude lists. Give one of each for each image."
             )
-        samples = [_Sample(self._request(*row)) for row in zip(prompts, tag, include, exclude, strict=True)]
-        super().__call__(prompts, images, samples=samples)
-        return [sample.result for sample in samples]
-
-    def _chosen(self, result: GenEvalResult | None) -> float | None:
-        return None if result is None else getattr(result, self.score)
+        requests = [self._request(*row) for row in zip(prompts, tag, include, exclude, strict=True)]
+        return super().__call__(prompts, images, requests=requests)
 
     def _request(self, prompt: str, tag: Any, include: Any, exclude: Any) -> Request | None:
         if tag is None and not include:
             return None
         try:
             request = parse_request(tag, include, exclude)
-            self._check_words(
-                "classes",
-                Mask2FormerDetector if self.detector is None else self.detector,
-                [clause.name for clause in (*request.include, *request.exclude)],
-            )
-            self._check_words(
-                "colors",
-                CLIPColorClassifier if self.color_classifier is None else self.color_classifier,
-                [clause.color for clause in request.include if clause.color is not None],
-            )
+            names = [clause.name for clause in (*request.include, *request.exclude)]
+            colors = [clause.color for clause in request.include if clause.color is not None]
+            self._check_words("classes", self.detector or Mask2FormerDetector, names)
+            self._check_words("colors", self.color_classifier or CLIPColorClassifier, colors)
         except ValueError as error:
-            raise ValueError(f"The prompt {prompt!r} can not be scored by '{self.__name__}': {error}") from error
+            raise ValueError(f"The prompt {prompt!r} cannot be scored by '{self.__name__}': {error}") from error
         return request
 
     @staticmethod
@@ -218,14 +184,12 @@ class GenEvalReward(ModelReward):
             raise ValueError(f"it asks for {unknown[0]!r}, but the {kind} are {', '.join(sorted(known))}.")
 
     def _load(self, device: torch.device) -> tuple[Detector, ColorClassifier]:
-        detector, color_classifier = self.detector, self.color_classifier
         options: dict[str, Any] = {"token": self.token, "device": device, "dtype": self.dtype}
-        if detector is None:
-            lowest = min(self.threshold, self.counting_threshold)
-            detector = Mask2FormerDetector(self.model, revision=self.revision, min_score=lowest, **options)
-        if color_classifier is None:
-            color_classifier = CLIPColorClassifier(self.clip_model, revision=self.clip_revision, **options)
-        return detector, color_classifier
+        lowest = min(self.threshold, self.counting_threshold)
+        return (
+            self.detector or Mask2FormerDetector(self.model, revision=self.revision, min_score=lowest, **options),
+            self.color_classifier or CLIPColorClassifier(self.clip_model, revision=self.clip_revision, **options),
+        )
 
     def _score(
         self,
@@ -233,55 +197,40 @@ class GenEvalReward(ModelReward):
         prompts: list[str],
         images: list[Image.Image],
         columns: dict[str, list],
-    ) -> list[float | None]:
-        asked = [place for place, sample in enumerate(columns["samples"]) if sample.request is not None]
-        if asked:
-            self._judge(*loaded, [images[place] for place in asked], [columns["samples"][place] for place in asked])
-        return [self._chosen(sample.result) for sample in columns["samples"]]
-
-    def _judge(
-        self,
-        detector: Detector,
-        color_classifier: ColorClassifier,
-        images: list[Image.Image],
-        samples: list[_Sample],
-    ) -> None:
-        objects = [
-            select_objects(
+    ) -> list[GenEvalResult | None]:
+        detector, color_classifier = loaded
+        requests: list[Request | None] = columns["requests"]
+        asked = [i for i, request in enumerate(requests) if request is not None]
+        objects = {
+            i: select_objects(
                 detections,
-                threshold=self.counting_threshold if sample.request.tag == "counting" else self.threshold,
+                threshold=self.counting_threshold if requests[i].tag == "counting" else self.threshold,
                 max_objects=self.max_objects,
                 nms_threshold=self.nms_threshold,
             )
-            for detections, sample in zip(self._detect(detector, images), samples, strict=True)
-        ]
-        # The whole batch's colours at once
-        asked = [
-            (place, name, one)
-            for place, (found, sample) in enumerate(zip(objects, samples, strict=True))
-            for name, one in objects_to_color(found, sample.request)
-        ]
-        crops, names = [crop_object(images[place], one) for place, _, one in asked], [name for _, name, _ in asked]
-        colors = list(color_classifier(crops, names)) if asked else []
-        if len(colors) != len(asked):
-            raise ValueError(f"The colour classifier returned {len(colors)} colours for {len(asked)} objects.")
-        # By the place too: a detector may give the same object for several pictures
-        color_of = dict(zip(asked, colors, strict=True))
-        for place, (found, sample) in enumerate(zip(objects, samples, strict=True)):
-            sample.result = judge(
-                found,
-                sample.request,
-                lambda name, one, place=place: color_of[place, name, one],
-                self.position_threshold,
+            for i, detections in zip(asked, self._detect(detector, [images[i] for i in asked]), strict=True)
+        }
+        # The whole batch's colors at once. By the index too: a detector may give the same object for several images
+        colored = [(i, name, one) for i in asked for name, one in objects_to_color(objects[i], requests[i])]
+        crops = [crop_object(images[i], one) for i, _, one in colored]
+        colors = list(color_classifier(crops, [name for _, name, _ in colored])) if colored else []
+        if len(colors) != len(colored):
+            raise ValueError(f"The color classifier returned {len(colors)} colors for {len(colored)} objects.")
+        color_of = dict(zip(colored, colors, strict=True))
+        results: list[GenEvalResult | None] = [None] * len(images)
+        for i in asked:
+            results[i] = judge(
+                objects[i], requests[i], lambda name, one, i=i: color_of[i, name, one], self.position_threshold
             )
+        return results
 
     @staticmethod
     def _detect(detector: Detector, images: list[Image.Image]) -> list[list[Detection]]:
-        found = [list(detections) for detections in detector(images)]
+        found = [list(detections) for detections in detector(images)] if images else []
         if len(found) != len(images):
             raise ValueError(
-                f"The detector returned {len(found)} lists of detections for {len(images)} pictures. It must return "
-                "one for each, empty where it finds nothing."
+                f"The detector returned {len(found)} lists of detections for {len(images)} images. It must return one "
+                "for each, empty where it finds nothing."
             )
         for one in (one for detections in found for one in detections):
             if not isinstance(one, Detection):

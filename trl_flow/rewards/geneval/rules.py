@@ -1,5 +1,5 @@
 """
-GenEval's rules: what detected objects have to be like for a picture to show what its prompt asks for. Pure Python.
+GenEval's rules: what detected objects have to be like for an image to show what its prompt asks for. Pure Python.
 
 Three scores come out of them, from two sources:
 
@@ -9,7 +9,7 @@ Three scores come out of them, from two sources:
 * `strict` and `partial` are what Flow-GRPO trains and reports beside it (Liu et al., 2025,
   https://arxiv.org/abs/2505.05470, https://github.com/yifan123/reward-server). Each `include` clause wants *exactly*
   its count. `partial` is the mean over all that was looked at: per clause `1 - |wanted - found| / wanted` for the
-  objects, the same for those of the right colour, and 1 or 0 for the position.
+  objects, the same for those of the right color, and 1 or 0 for the position.
 """
 
 import math
@@ -34,7 +34,7 @@ class Detection:
         label (`str`): its class, in GenEval's or in COCO's words.
         score (`float`): the detector's confidence, in `[0, 1]`.
         box (`tuple[float, float, float, float]`): left, top, right and bottom edge in pixels, y pointing down.
-        mask (`numpy.ndarray`, *optional*): `(height, width)` of the whole picture, True on the object. Colours are
+        mask (`numpy.ndarray`, *optional*): `(height, width)` of the whole image, True on the object. Colors are
             judged on the object alone where there is one, else on the whole box.
 
     Raises:
@@ -73,7 +73,7 @@ class Clause:
     Attributes:
         name (`str`): class of the objects, GenEval's word.
         count (`int`): how many of them, at least 1.
-        color (`str`, *optional*): what colour they have to be.
+        color (`str`, *optional*): what color they have to be.
         position (`tuple[str, int]`, *optional*): one of "left of", "right of", "above", "below", and the index of the
             earlier clause whose objects it refers to.
     """
@@ -96,7 +96,7 @@ class Request:
 @dataclass(frozen=True)
 class GenEvalResult:
     """
-    What became of a picture.
+    What became of an image.
 
     Attributes:
         correct (`float`): GenEval's score: 1.0 or 0.0.
@@ -144,7 +144,7 @@ def _parse_clause(clause: Any, index: int) -> Clause:
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise _wrong(f"the clause {clause} has the count {count!r}, but must have a whole number of at least 1")
     if color is not None and not isinstance(color, str):
-        raise _wrong(f"the clause {clause} has the colour {color!r}, but must have a word")
+        raise _wrong(f"the clause {clause} has the color {color!r}, but must have a word")
     return Clause(geneval_class(name), count, color, _parse_position(clause, index))
 
 
@@ -219,7 +219,7 @@ def relative_position(a: Box, b: Box, position_threshold: float = 0.1) -> set[st
     """
     Where box `a` is, seen from box `b`: none, one or two of "left of", "right of", "above", "below".
 
-    The offset of the centres, less `position_threshold` times the sum of both boxes' sizes along each axis, must make
+    The offset of the centers, less `position_threshold` times the sum of both boxes' sizes along each axis, must make
     up more than half of the distance.
     """
     distances, offsets = [], []
@@ -237,7 +237,7 @@ def relative_position(a: Box, b: Box, position_threshold: float = 0.1) -> set[st
 
 
 def objects_to_color(objects: Mapping[str, Sequence[Detection]], request: Request) -> list[tuple[str, Detection]]:
-    """The objects whose colour [`judge`] will ask for, each with the class that it is asked for, none twice."""
+    """The objects whose color [`judge`] will ask for, each with the class that it is asked for, none twice."""
     asked = []
     for clause in request.include:
         found = objects.get(clause.name, ())
@@ -262,7 +262,7 @@ def judge(
     Args:
         objects (`Mapping[str, Sequence[Detection]]`): as from [`select_objects`].
         request (`Request`): what the prompt asks for.
-        color_of (`Callable[[str, Detection], str]`): the colour of an object of a class. Asked for objects of
+        color_of (`Callable[[str, Detection], str]`): the color of an object of a class. Asked for objects of
             [`objects_to_color`] only.
         position_threshold (`float`, defaults to 0.1): as in [`relative_position`].
     """
@@ -292,7 +292,7 @@ def _judge_include(
         found = objects.get(clause.name, ())
         parts.append(_share(len(found), clause.count))
         if len(found) < clause.count or (exact and len(found) > clause.count):
-            # One part for colour and position together, as Flow-GRPO has it
+            # One part for color and position together, as Flow-GRPO has it
             if clause.color is not None or clause.position is not None:
                 parts.append(0.0)
             groups.append(None)

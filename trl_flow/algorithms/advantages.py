@@ -1,0 +1,153 @@
+"""From rewards to advantages, for every algorithm: several rewards, VGPO's values per step, SLAS's shaping."""
+
+from typing import Any, Protocol
+
+import torch
+
+from trl_flow.algorithms.base import PhaseScores
+from trl_flow.functional import (
+    adapt_power,
+    combine_rewards,
+    cumulative_values,
+    dual_advantages,
+    effective_sample_share,
+    fill_missing,
+    group_advantages,
+    normalize_then_sum,
+    super_linear,
+    value_share,
+)
+from trl_flow.rewards.checks import RewardError
+
+
+class AdvantageArguments(Protocol):
+    """The fields of a config that decide about advantages; see `FlowGRPOConfig`."""
+
+    num_generations: int
+    scale_rewards: str
+    multi_objective_aggregation: str
+    advantage_clip: float
+    advantage_power: float | str
+    target_kl: float | None
+    dense_rewards: bool
+    value_discount: float
+    value_scale: float
+
+
+class AdvantageEstimator:
+    """
+    Advantages as a config describes them.
+
+    Args:
+        args ([`AdvantageArguments`]): the config.
+        reward_weights (`torch.Tensor`): `(K,)`, one for each reward function.
+    """
+
+    def __init__(self, args: AdvantageArguments, reward_weights: torch.Tensor):
+        self.args = args
+        self.reward_weights = reward_weights
+        self.power = AdaptivePower(args.target_kl) if args.advantage_power == "auto" else None
+
+    def __call__(self, scores: PhaseScores) -> tuple[torch.Tensor, dict[str, float]]:
+        """
+        The advantages of all processes' samples and their metrics.
+
+        Returns:
+            `tuple[torch.Tensor, dict[str, float]]`: `(N,)`, or with `scores.instant` `(N, T')`, one for each of its
+                steps.
+
+        Raises:
+            RewardError: if VGPO's weights have no meaning for a reward, which is below 0.
+        """
+        if scores.instant is None:
+            advantages, stats = self._terminal(scores.rewards_per_func), {}
+        else:
+            advantages, stats = self._dense(scores)
+        # Clamped first: the bound is the one that Corollary 1 of SLAS asks for
+        advantages = advantages.clamp(-self.args.advantage_clip, self.args.advantage_clip)
+        power = self.args.advantage_power
+        if self.power is not None:
+            power = stats["advantage_power"] = self.power.choose()
+        shaped = super_linear(advantages, power)
+        stats["advantage/effective_share"] = effective_sample_share(shaped).item()
+        return shaped, stats
+
+    def _terminal(self, rewards_per_func: torch.Tensor) -> torch.Tensor:
+        weights, number = self.reward_weights.to(rewards_per_func.device), self.args.num_generations
+        if self.args.multi_objective_aggregation == "normalize_then_sum":
+            return normalize_then_sum(rewards_per_func, weights, number)
+        rewards = combine_rewards(rewards_per_func, weights)
+        return group_advantages(rewards, number, scale_rewards=self.args.scale_rewards)
+
+    def _dense(self, scores: PhaseScores) -> tuple[torch.Tensor, dict[str, float]]:
+        number, scale = self.args.num_generations, self.args.value_scale
+        rewards = combine_rewards(scores.instant, self.reward_weights.to(scores.instant.device))
+        self._check_sign(scores, rewards)
+        values = cumulative_values(fill_missing(rewards, number), self.args.value_discount)
+        advantages = dual_advantages(values, number, scale=scale)
+        share = {"advantage/value_share": value_share(values, number, scale=scale).item()} if scale > 0 else {}
+        return advantages, share
+
+    def _check_sign(self, scores: PhaseScores, rewards: torch.Tensor) -> None:
+        """VGPO's weights (Eq. 12) are shares of a sample's values, which must not be negative."""
+        lowest = rewards.nan_to_num(0.0)
+        if lowest.min() >= 0:
+            return
+        sample, step = divmod(int(lowest.argmin()), lowest.shape[1])
+        weighted = scores.instant[sample, step] * self.reward_weights.to(rewards.device)
+        parts = {name: value for name, value in zip(scores.names, weighted.tolist(), strict=True) if value < 0}
+        # What a negative weight turns around needs an offset that is turned around, too
+        positive = self.reward_weights[scores.names.index(next(iter(parts)))] > 0
+        raise RewardError(
+            "With dense_rewards, VGPO's weights need rewards of one sign, but "
+            + " and ".join(f"the reward function {name!r} gave {value:g}" for name, value in parts.items())
+            + " (weight included) for an unfinished image. Add an offset to it that makes all its values "
+            f"{'positive' if positive else 'negative, as its weight is'}, such as `lambda prompts, images, **kwargs: "
+            f"[value {'+' if positive else '-'} 5 for value in reward(prompts=prompts, images=images, **kwargs)]`, or "
+            "set dense_rewards=False."
+        )
+
+
+class AdaptivePower:
+    """
+    SLAS's power, adapted once a sampling phase so that the KL that an update causes stays at a target (the paper's
+    Appendix E couples the two). The KL is that of the transitions to those of sampling, so that it is known from the
+    second update of a phase on.
+
+    Args:
+        target_kl (`float`, *optional*): `None`: the first KL that is measured.
+    """
+
+    GAIN, MAX_POWER = 0.1, 2.0
+
+    def __init__(self, target_kl: float | None):
+        self._given_target = target_kl
+        self.load_state_dict({})
+
+    def observe(self, kl: torch.Tensor, num_updates: int) -> None:
+        """Notes the KL `(B,)` of a micro-batch to the sampling policy, `num_updates` updates after sampling."""
+        if num_updates == 1:
+            self._sum += kl.detach().double().sum().item()
+            self._count += len(kl)
+
+    def choose(self) -> float:
+        """The power of the phase that begins. Equal on all processes."""
+        total = torch.tensor([self._sum, self._count], dtype=torch.float64)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            everyone = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(everyone, total)
+            total = torch.stack(everyone).sum(dim=0)
+        kl = (total[0] / total[1]).item() if total[1] > 0 else 0.0
+        if kl > 0:
+            self.target_kl = kl if self.target_kl is None else self.target_kl
+            self.power = adapt_power(self.power, kl, self.target_kl, gain=self.GAIN, max_power=self.MAX_POWER)
+        self._sum, self._count = 0.0, 0
+        return self.power
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"power": self.power, "target_kl": self.target_kl, "sum": self._sum, "count": self._count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.power = state.get("power", 0.0)
+        self.target_kl = state.get("target_kl", self._given_target)
+        self._sum, self._count = state.get("sum", 0.0), state.get("count", 0)

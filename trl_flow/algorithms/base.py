@@ -1,0 +1,161 @@
+"""The interface between the training loop and what is learned."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+from trl_flow.dynamics import Dynamics
+from trl_flow.rollout import Rollout, StepPlan
+
+
+if TYPE_CHECKING:
+    from trl_flow.trainer.policy import Condition, Policy
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """
+    What one forward and backward pass of each unit is run on: `B` samples of one sampling phase.
+
+    Attributes:
+        prompts (`list[str]`): length `B`.
+        steps (`tuple[int, ...]`): the kept steps, length `S`.
+        tensors (`dict[str, torch.Tensor]`): what [`Algorithm.keep`] kept, each `(B, ...)`.
+        advantages (`torch.Tensor`): what [`Algorithm.advantages`] returned for these samples, float32, `(B, ...)`.
+        images (`list[PIL.Image.Image]` or `None`): the images that are edited, RGB, length `B`.
+    """
+
+    prompts: list[str]
+    steps: tuple[int, ...]
+    tensors: dict[str, torch.Tensor]
+    advantages: torch.Tensor
+    images: list[Image.Image] | None = None
+
+
+@dataclass(frozen=True)
+class PhaseScores:
+    """
+    The rewards of one sampling phase, of all processes' `N` samples, the images of a group next to each other.
+
+    Attributes:
+        rewards_per_func (`torch.Tensor`): `(N, K)`, float32, NaN where a reward function does not apply.
+        names (`list[str]`): of the `K` reward functions.
+        plan ([`StepPlan`]): by which the samples were drawn.
+        instant (`torch.Tensor` or `None`): rewards of the images that were predicted after each step from
+            `plan.project_from` on, `(N, T - project_from, K)`, NaN as above; of the last step they are
+            `rewards_per_func`.
+    """
+
+    rewards_per_func: torch.Tensor
+    names: list[str]
+    plan: StepPlan
+    instant: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """
+    Attributes:
+        loss (`torch.Tensor`): to be minimized, `(B,)`.
+        stats (`dict[str, torch.Tensor]`): what to sum up over samples for the metrics, each `(B,)`, without gradients.
+        regularization (`torch.Tensor` or `None`): what of it is not the policy's, `(B,)`, such as a KL.
+    """
+
+    loss: torch.Tensor
+    stats: dict[str, torch.Tensor] = field(default_factory=dict)
+    regularization: torch.Tensor | None = None
+
+    @property
+    def policy_loss(self) -> torch.Tensor:
+        """The loss without regularization, `(B,)`: what the gradient norms of the steps are measured of."""
+        return self.loss if self.regularization is None else self.loss - self.regularization
+
+
+class StepSums:
+    """
+    What the samples' statistics add up to until they are logged.
+
+    Args:
+        sums (`Mapping[int, Mapping[str, tuple[float, float, float]]]`): for each unit and name the number of values,
+            their sum, and the sum of their squares.
+    """
+
+    def __init__(self, sums: Mapping[int, Mapping[str, tuple[float, float, float]]]):
+        self._sums = sums
+
+    @property
+    def units(self) -> list[int]:
+        return sorted(self._sums)
+
+    @property
+    def names(self) -> list[str]:
+        return list(dict.fromkeys(name for unit in self.units for name in self._sums[unit]))
+
+    def _total(self, name: str, unit: int | None) -> tuple[float, float, float]:
+        rows = [self._sums[u][name] for u in self.units if unit in (None, u) and name in self._sums[u]]
+        return tuple(map(sum, zip(*rows, strict=True)))
+
+    def mean(self, name: str, unit: int | None = None) -> float:
+        """Over all samples of one unit, or of all."""
+        count, total, _ = self._total(name, unit)
+        return total / count
+
+    def std(self, name: str, unit: int | None = None) -> float:
+        """The population's, as of [`mean`]."""
+        count, total, squares = self._total(name, unit)
+        return max(squares / count - (total / count) ** 2, 0.0) ** 0.5
+
+
+class Algorithm(ABC):
+    """
+    What is learned from a sampled batch. The loop asks it, in this order: which steps to sample how ([`plan`]), what
+    to keep ([`keep`]), what the rewards are worth ([`advantages`]), and for each unit of a micro-batch the loss
+    ([`loss`]). A trainer of its own names it: see `FlowRLTrainer.create_algorithm`.
+
+    Attributes:
+        dynamics ([`FlowDynamics`] or [`DDIMDynamics`]): what samples while training; to be set by the constructor.
+        needs_reference (`bool`): whether the loss asks for `policy.at("reference")`.
+    """
+
+    dynamics: Dynamics
+    needs_reference: bool = False
+
+    @abstractmethod
+    def plan(self, generation: int) -> StepPlan:
+        """The steps of sampling phase number `generation`. Must be equal on all processes."""
+
+    @abstractmethod
+    def keep(self, rollout: Rollout) -> dict[str, torch.Tensor]:
+        """What of a rollout of `B` samples is trained on: names and tensors `(B, ...)`."""
+
+    @abstractmethod
+    def advantages(self, scores: PhaseScores) -> tuple[torch.Tensor, dict[str, float]]:
+        """The advantages of all processes' samples, `(N,)` or `(N, S)`, and metrics. Equal on all processes."""
+
+    def units(self, batch: MicroBatch) -> Sequence[int]:
+        """What of `batch` one forward and backward pass each is run for; by default every kept step."""
+        return batch.steps
+
+    @abstractmethod
+    def loss(self, policy: "Policy", batch: MicroBatch, unit: int, condition: "Condition") -> LossOutput:
+        """The loss of one unit. `policy.predict` runs the model, `policy.at("reference")` the one before training."""
+
+    def after_update(self, policy: "Policy") -> dict[str, float]:
+        """Called after each optimizer step; returns metrics."""
+        return {}
+
+    def summarize(self, sums: StepSums) -> dict[str, float]:
+        """Metrics from what the `stats` of the losses add up to; by default each name's mean."""
+        return {name: sums.mean(name) for name in sums.names}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: JSON values and tensors by name."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what [`state_dict`] gave; `{}` when training starts anew."""
+        return

@@ -1,0 +1,192 @@
+"""Flow-GRPO, DanceGRPO, Flow-CPS, windows, GRPO-Guard, SLAS, VGPO and their combinations."""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from transformers.utils import logging
+
+from trl_flow.algorithms.advantages import AdvantageEstimator
+from trl_flow.algorithms.base import Algorithm, LossOutput, MicroBatch, PhaseScores, StepSums
+from trl_flow.backbones import Backbone
+from trl_flow.dynamics import FlowDynamics, make_dynamics
+from trl_flow.functional import (
+    clipped_loss,
+    gaussian_kl,
+    log_ratio,
+    ratio_statistics,
+    timestep_weight,
+    transition_kl,
+)
+from trl_flow.rollout import RandomStream, Rollout, StepPlan
+
+
+if TYPE_CHECKING:
+    from trl_flow.trainer.flow_grpo_config import FlowGRPOConfig
+    from trl_flow.trainer.policy import Condition, Policy
+
+logger = logging.get_logger(__name__)
+
+# Dimensions of the latents for which the papers give their clip ranges: 512 x 512 images in Stable Diffusion 3.5
+REFERENCE_DIM = 16 * 64 * 64
+
+
+class ClippedPolicyGradient(Algorithm):
+    """
+    GRPO's clipped objective on the transitions of sampling (Flow-GRPO Eq. 5, GRPO-Guard Eq. 12).
+
+    Args:
+        args ([`FlowGRPOConfig`]): dynamics, window, ratio, weight, clip range, KL and advantages.
+        backbone ([`Backbone`]): whose schedule and latents these are.
+        reward_weights (`torch.Tensor`): `(K,)`, one for each reward function.
+
+    Raises:
+        ValueError: if no step of the model's schedule can be trained, or too few for the window.
+    """
+
+    def __init__(self, args: "FlowGRPOConfig", backbone: Backbone, reward_weights: torch.Tensor):
+        self.args = args
+        schedule = backbone.schedule(args.num_inference_steps)
+        self.dynamics = make_dynamics(schedule, sde_type=args.sde_type, noise_level=args.noise_level)
+        self.stochastic_steps = self._checked_stochastic_steps()
+        self.estimator = AdvantageEstimator(args, reward_weights)
+        # The spread of a mean over D dimensions falls with sqrt(D), and with it the clip range that does the same
+        scale = math.sqrt(REFERENCE_DIM / math.prod(backbone.latent_shape())) if args.scale_epsilon else 1.0
+        self.epsilon_low = args.epsilon * scale
+        self.epsilon_high = self.epsilon_low if args.epsilon_high is None else args.epsilon_high * scale
+        # Flow-CPS publishes its clip ranges for a log-probability without the variance, -mean((x' - mean)^2), which is
+        # that of a Gaussian of variance 1/2; RatioNorm needs the variance
+        is_cps = isinstance(self.dynamics, FlowDynamics) and args.sde_type == "cps"
+        self._ratio_std = math.sqrt(0.5) if is_cps and args.importance_ratio == "standard" else None
+        self._first_deviation: float | None = None
+        self._ratio_checked = False
+
+    def _checked_stochastic_steps(self) -> list[int]:
+        args, steps = self.args, self.dynamics.stochastic_steps
+        if not steps:
+            raise ValueError(
+                f"num_inference_steps is {args.num_inference_steps}, and on this model's schedule no step adds noise: "
+                "there is nothing to train. Use at least 2 steps."
+            )
+        if args.sde_window_size is not None:
+            first, end = args.sde_window_range
+            if min(end, len(steps)) - first < args.sde_window_size:
+                raise ValueError(
+                    f"sde_window_range is {args.sde_window_range}, but on this model's schedule the last of "
+                    f"{args.num_inference_steps} steps is deterministic and cannot be trained, so that a window of "
+                    f"{args.sde_window_size} steps does not fit. Use more steps, a smaller window or a lower start."
+                )
+        return steps
+
+    # ---- Sampling ----
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.args.beta > 0
+
+    def plan(self, generation: int) -> StepPlan:
+        args, stochastic = self.args, self.stochastic_steps
+        rng = np.random.default_rng([args.seed, generation, RandomStream.STEPS])
+        if args.sde_window_size is not None:
+            first, end = args.sde_window_range
+            last = min(end, len(stochastic)) - args.sde_window_size
+            if args.sde_window_schedule == "progressive":
+                moves = generation // args.sde_window_interval
+                start = min(first + moves * args.sde_window_stride, last)
+            else:
+                start = int(rng.integers(first, last + 1))
+            stochastic = stochastic[start : start + args.sde_window_size]
+        number = max(1, round(args.timestep_fraction * len(stochastic)))
+        kept = tuple(sorted(rng.choice(stochastic, size=number, replace=False).tolist()))
+        return StepPlan(tuple(stochastic), kept, project_from=kept[0] if args.dense_rewards else None)
+
+    def keep(self, rollout: Rollout) -> dict[str, torch.Tensor]:
+        return {"latents": rollout.latents, "next_latents": rollout.next_latents, "means": rollout.means}
+
+    # ---- Advantages ----
+
+    def advantages(self, scores: PhaseScores) -> tuple[torch.Tensor, dict[str, float]]:
+        advantages, stats = self.estimator(scores)
+        plan = scores.plan
+        if advantages.ndim == 1:
+            return advantages[:, None].expand(-1, len(plan.kept)), stats
+        return advantages[:, [step - plan.project_from for step in plan.kept]], stats
+
+    # ---- Loss ----
+
+    def loss(self, policy: "Policy", batch: MicroBatch, unit: int, condition: "Condition") -> LossOutput:
+        args, dynamics, index = self.args, self.dynamics, batch.steps.index(unit)
+        latents, next_latents, old_mean = (
+            batch.tensors[name][:, index] for name in ("latents", "next_latents", "means")
+        )
+        advantages = batch.advantages[:, index]
+        timestep = dynamics.schedule.timesteps[unit]
+        transition = dynamics.transition(policy.predict(latents, timestep, condition), latents, unit)
+        mean, std = transition
+        ratio_std = std if self._ratio_std is None else torch.full_like(std, self._ratio_std)
+        log_ratios = log_ratio(next_latents, mean, old_mean, ratio_std, kind=args.importance_ratio)
+        dt, beta = dynamics.dt(unit), dynamics.beta(unit)
+        weight = timestep_weight(args.timestep_weighting, std=std, dt=dt, beta=beta)
+        clip_range = {"epsilon": self.epsilon_low, "epsilon_high": self.epsilon_high}
+        loss, regularization = clipped_loss(log_ratios, advantages, weight=weight, **clip_range), None
+
+        stats = ratio_statistics(log_ratios.detach(), advantages, **clip_range)
+        if args.beta > 0:
+            with policy.at("reference"):
+                ref_mean = dynamics.transition(policy.predict(latents, timestep, condition), latents, unit).mean
+            kl = gaussian_kl(mean, ref_mean, dynamics.diffusion(transition, unit))
+            regularization = args.beta * kl
+            loss = loss + regularization
+            stats["kl"] = kl.detach()
+        if self.estimator.power is not None:
+            self.estimator.power.observe(transition_kl(mean.detach(), old_mean, std), policy.updates_since_sampling)
+        if not self._ratio_checked and policy.updates_since_sampling == 0:
+            self._first_deviation = max(self._first_deviation or 0.0, stats["deviation"].abs().max().item())
+        return LossOutput(loss, stats, regularization)
+
+    def after_update(self, policy: "Policy") -> dict[str, float]:
+        """Before the first update the policy is the one that sampled: every ratio must have been 1."""
+        if self._ratio_checked or self._first_deviation is None:
+            return {}
+        self._ratio_checked = True
+        deviation = max(gather_object([self._first_deviation]))
+        if deviation > 0.1 * min(self.epsilon_low, self.epsilon_high):
+            logger.warning(
+                f"Before the first update the importance ratio should be exactly 1, but it is off by up to "
+                f"{deviation:.2e} (clip range {self.epsilon_low:g}): clipping will act on noise. Training and rollout "
+                "run different arithmetic. Likely causes: dropout that is still on, a model that keeps state between "
+                "calls or draws random numbers, batches of different shapes, torch.compile, or half precision. Try "
+                "bf16=False and fp16=False, and compare."
+            )
+        return {"ratio/first_update_deviation": deviation}
+
+    # ---- Metrics and state ----
+
+    def summarize(self, sums: StepSums) -> dict[str, float]:
+        """`clip_ratio/low_mean` and `high_mean` count the ratios that the clipping acts on (TRL's); those of a step
+        all ratios outside of the range, whatever the advantage's sign (Guard's supplement, Fig. 4)."""
+        metrics = {
+            "ratio/mean": 1 + sums.mean("deviation"),
+            "ratio/std": sums.std("deviation"),
+            "clip_ratio/low_mean": sums.mean("low"),
+            "clip_ratio/high_mean": sums.mean("high"),
+            "clip_ratio/region_mean": sums.mean("low") + sums.mean("high"),
+        }
+        if "kl" in sums.names:
+            metrics["kl"] = sums.mean("kl")
+        for step in sums.units:
+            metrics[f"ratio/mean_step_{step}"] = 1 + sums.mean("deviation", step)
+            metrics[f"ratio/std_step_{step}"] = sums.std("deviation", step)
+            metrics[f"clip_ratio/low_step_{step}"] = sums.mean("below", step)
+            metrics[f"clip_ratio/high_step_{step}"] = sums.mean("above", step)
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.estimator.power is None else self.estimator.power.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._ratio_checked, self._first_deviation = False, None
+        if self.estimator.power is not None:
+            self.estimator.power.load_state_dict(state)

@@ -1,0 +1,1 @@
+"""The commands `trl-flow train` and `trl-flow memory`; the others stand with what they are about."""

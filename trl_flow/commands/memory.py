@@ -1,0 +1,74 @@
+"""`trl-flow memory`: what a recipe will need. Libraries are imported when it runs."""
+
+import argparse
+import json
+
+from trl_flow.commands.recipe import option, read_accelerate_config, read_recipe, unknown_option
+
+
+DESCRIPTION = """\
+Estimate the memory that training will need on each device, from the model's configuration files: nothing is downloaded
+in full, and no GPU is needed.
+
+  trl-flow memory --config recipe.yaml
+  trl-flow memory --model stabilityai/stable-diffusion-3.5-medium --use_peft --per_device_train_batch_size 8
+  trl-flow memory --config recipe.yaml --accelerate_config fsdp2 --num_processes 8
+
+All options of `trl-flow train` count as they do there, and the accelerate configs fsdp2, zero2 and zero3 shard.
+"""
+
+
+def run(argv: list[str]) -> None:
+    """
+    Prints the estimate.
+
+    Raises:
+        ValueError, OSError, ImportError: if something is wrong with what was asked for.
+    """
+    if not argv:
+        raise ValueError("nothing to estimate. Give a recipe, --config recipe.yaml, or a model, --model.")
+    argv, recipe = read_recipe(argv)
+    from trl_flow.commands.options import resolve_model, training_parser  # isort: skip
+    from trl import get_peft_config
+
+    from trl_flow import memory
+
+    sharding, processes = _sharding(option(argv, recipe, "accelerate_config"))
+    processes = str(option(argv, recipe, "num_processes") or processes)
+    if not processes.isdecimal() or processes == "0":
+        raise ValueError(f"num_processes is {processes}, but must be a whole number of at least 1.")
+    parser = training_parser(
+        argv,
+        recipe,
+        num_processes=int(processes),
+        prog="trl-flow memory",
+        usage="trl-flow memory [--config recipe.yaml] [--model MODEL] [--json] [--option value ...]",
+        description=DESCRIPTION,
+    )
+    parser.add_argument("--model", dest="model_name_or_path", default=argparse.SUPPRESS, help="hub id or folder")
+    parser.add_argument("--json", action="store_true", help="print the numbers, in bytes, as one line of JSON")
+    parser.add_argument("--num_processes", help="devices; default: the accelerate config's, or 1")
+    _, args, model_args, _, own, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    if unknown:
+        raise ValueError(unknown_option(unknown[0], [*parser._option_string_actions, "--config"]))
+    model = resolve_model(model_args.model_name_or_path, args, model_args)
+    loading = args.model_init_kwargs
+    folder = memory.fetch_configs(model, revision=loading.get("revision"), token=loading.get("token"))
+    plan = memory.Plan(args, get_peft_config(model_args), sharding)
+    result = memory.estimate(folder, plan)
+    found = []
+    if result.total > min(memory.CARDS) * memory.GIB:
+        found = memory.savings(plan, result, lambda other: memory.estimate(folder, other))
+    print(json.dumps(memory.as_json(result, found)) if own.json else memory.as_text(result, plan, found))
+
+
+def _sharding(name: str | None) -> tuple[str, int]:
+    """What an accelerate config shards (as in `trl_flow.memory`), and its number of processes."""
+    if name is None:
+        return "none", 1
+    _, config = read_accelerate_config(name)
+    stage = (config.get("deepspeed_config") or {}).get("zero_stage", 0)
+    processes = config.get("num_processes") or 1
+    if config.get("distributed_type") == "FSDP" or stage == 3:
+        return "weights", processes
+    return "gradients" if stage == 2 else "none", processes

@@ -1,0 +1,153 @@
+"""The options of a training, as its recipe and its command line give them."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+
+from trl_flow.commands.recipe import did_you_mean, option
+
+
+# Importing pipelines that are not used hints at packages that are not needed
+_verbosity = transformers.utils.logging.get_verbosity()
+transformers.utils.logging.set_verbosity_error()
+
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser  # noqa: E402
+
+from trl_flow.prompts import PROMPT_SETS  # noqa: E402
+from trl_flow.rewards.named import NAMED_REWARDS  # noqa: E402
+from trl_flow.shapes import IMAGE_SIZE, pipeline_path  # noqa: E402
+from trl_flow.shapes.bundled import T5_TOKENS  # noqa: E402
+from trl_flow.trainer import FlowGRPOConfig, GuardConfig, SLASConfig, VGPOConfig  # noqa: E402
+
+
+transformers.utils.logging.set_verbosity(_verbosity)
+
+METHODS = {"flow_grpo": FlowGRPOConfig, "guard": GuardConfig, "slas": SLASConfig, "vgpo": VGPOConfig}
+BUNDLED_MODELS = ("bundled", "shapes")
+
+
+@dataclass
+class FlowScriptArguments(ScriptArguments):
+    """What a training is of, and how its processes are started."""
+
+    method: str = field(
+        default="flow_grpo",
+        metadata={"help": "Published recipe whose defaults are used.", "choices": tuple(METHODS)},
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": f"The prompts: a set ({', '.join(f'`{name}`' for name in PROMPT_SETS)}; `name:path` reads a copy "
+            "of it instead of downloading it), a file .jsonl, .json, .csv, .tsv, .parquet or .txt, a folder, or the "
+            "id of a data set on the Hub. The name of a set comes before a file or folder of that name, which is "
+            "`./name`."
+        },
+    )
+    prompt_column: str = field(
+        default="prompt", metadata={"help": "Column with the prompts, in a file or a data set on the Hub."}
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": f"Reward functions: {', '.join(f'`{name}`' for name in NAMED_REWARDS)}, or any dotted import "
+            "path, such as `my_rewards.brightness`, looked for in the current folder too; a class is called without "
+            "arguments."
+        },
+    )
+    eval_reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": "Functions that only score evaluations (gold scores), named as `reward_funcs` are."},
+    )
+    accelerate_config: str | None = field(
+        default=None,
+        metadata={
+            "help": "Start one process for each GPU: single_gpu, multi_gpu, fsdp2, zero2, zero3 or the path of an "
+            "accelerate config. Options of `accelerate launch`, such as --num_processes, go with it."
+        },
+    )
+
+
+def training_parser(
+    argv: Sequence[str], recipe: dict[str, Any], *, num_processes: int | None = None, **kwargs: Any
+) -> TrlParser:
+    """
+    The parser of all options of a training.
+
+    Args:
+        argv, recipe: what will be parsed. Defaults depend on `method` and on the model.
+        num_processes (`int`, *optional*): for a plan: the processes that there will be, each on a GPU with bfloat16.
+        **kwargs: for the parser.
+
+    Raises:
+        ValueError: if the method is unknown.
+    """
+    method = option(argv, recipe, "method") or "flow_grpo"
+    if method not in METHODS:
+        raise ValueError(
+            f"method is {method!r}, but must be one of {', '.join(METHODS)}.{did_you_mean(str(method), METHODS)}"
+        )
+    config = METHODS[method]
+    if num_processes is not None:
+        config = type(config.__name__, (_Planned, config), {"world_size": num_processes})
+    parser = TrlParser(
+        (FlowScriptArguments, config, ModelConfig, DatasetMixtureConfig),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        **kwargs,
+    )
+    # The trainer chooses dtypes and turns dropout off; TRL's defaults are for language models
+    parser.set_defaults(dtype=None, lora_dropout=0.0, lora_task_type=None)
+    if (option(argv, {}, "model") or option(argv, recipe, "model_name_or_path")) in BUNDLED_MODELS:
+        parser.set_defaults(height=IMAGE_SIZE, width=IMAGE_SIZE, max_sequence_length=T5_TOKENS)
+    return parser
+
+
+class _Planned:
+    """A config of a run elsewhere: this machine's devices do not count."""
+
+    def __post_init__(self):
+        self.use_cpu = True
+        self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
+        super().__post_init__()
+
+
+def resolve_model(model: Any, args: FlowGRPOConfig, model_args: ModelConfig) -> str:
+    """
+    The hub id or the folder of the model; how it is loaded is written into `args.model_init_kwargs`.
+
+    Raises:
+        ValueError: if it is no name, or an option for it is not supported.
+    """
+    if model is None:
+        raise ValueError("model_name_or_path is missing: a hub id, a folder, or `bundled` for the model shipped.")
+    if not isinstance(model, str):
+        raise ValueError(f"model_name_or_path is {model!r}, but must be a hub id, a folder, or `bundled`.")
+    attention = ModelConfig.__dataclass_fields__["attn_implementation"].default
+    for name, default in (("attn_implementation", attention), ("lora_task_type", None)):
+        if getattr(model_args, name) != default:
+            raise ValueError(f"{name} is TRL's option for language models and has no effect here. Remove it.")
+    model = pipeline_path() if model in BUNDLED_MODELS else model
+    kwargs = dict(args.model_init_kwargs or {})
+    if model_args.model_revision != "main":
+        kwargs.setdefault("revision", model_args.model_revision)
+    if model_args.dtype is not None:
+        dtype = getattr(torch, model_args.dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype is {model_args.dtype!r}, but must be float32, bfloat16 or float16.")
+        kwargs.setdefault("dtype", dtype)
+    if model_args.load_in_4bit:
+        quantization = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": model_args.bnb_4bit_quant_type,
+            "bnb_4bit_use_double_quant": model_args.use_bnb_nested_quant,
+            "bnb_4bit_quant_storage": model_args.bnb_4bit_quant_storage,
+        }
+        kwargs.setdefault("quantization_config", {k: v for k, v in quantization.items() if v is not None})
+    elif model_args.load_in_8bit:
+        kwargs.setdefault("quantization_config", {"load_in_8bit": True})
+    args.model_init_kwargs = kwargs
+    return model

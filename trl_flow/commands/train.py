@@ -1,0 +1,215 @@
+"""`trl-flow train`: from a recipe to a run. Libraries are imported when it runs."""
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from trl_flow.commands.recipe import read_accelerate_config, read_recipe, unknown_option
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from trl import DatasetMixtureConfig, TrlParser
+
+    from trl_flow.commands.options import FlowScriptArguments
+    from trl_flow.trainer import FlowGRPOTrainer
+
+DESCRIPTION = """\
+Train a text-to-image pipeline by online reinforcement learning.
+
+  trl-flow train --config recipe.yaml
+  trl-flow train --config recipe.yaml --learning_rate 1e-4 --output_dir other-run
+  trl-flow train --config recipe.yaml --accelerate_config multi_gpu --num_processes 4
+
+A recipe, the YAML file that --config names, is a mapping of the options below. Options on the command line come before
+those of the recipe. On CPUs several processes are started by
+torchrun --nproc_per_node 2 -m trl_flow train --config recipe.yaml --use_cpu true
+"""
+
+# Set for the processes that `--accelerate_config` starts, which must not start others
+_LAUNCHED = "TRL_FLOW_LAUNCHED"
+
+
+def prepare(argv: list[str]) -> Callable[[], None]:
+    """
+    Checks what was asked for, loading the model, the data and the rewards.
+
+    Returns:
+        `Callable[[], None]`: trains, or starts the processes that will.
+
+    Raises:
+        ValueError, TypeError, OSError, ImportError: if something is wrong; nothing has been trained.
+    """
+    if not argv:
+        raise ValueError("nothing to train. Give a recipe, --config recipe.yaml, or options; --help lists them.")
+    argv, recipe = read_recipe(argv)
+    from trl_flow.commands.options import training_parser
+
+    parser = training_parser(
+        argv,
+        recipe,
+        prog="trl-flow train",
+        usage="trl-flow train --config recipe.yaml [--option value ...]",
+        description=DESCRIPTION,
+    )
+    # Exits here on -h and on values that do not fit
+    script_args, *others, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    if script_args.accelerate_config is None and unknown:
+        raise ValueError(unknown_option(unknown[0], [*parser._option_string_actions, "--config"]))
+    if script_args.accelerate_config is None or os.environ.get(_LAUNCHED):
+        return _prepare_run(script_args, *others)
+    return _prepare_launch(script_args.accelerate_config, unknown, argv, parser)
+
+
+def _prepare_launch(name: str, options: list[str], argv: list[str], parser: "TrlParser") -> Callable[[], None]:
+    """`trl-flow train` anew in the processes of `accelerate launch`, to which `options` belong."""
+    import torch
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    path, config = read_accelerate_config(name)
+    launch_parser = launch_command_parser()
+    known = launch_parser._option_string_actions
+    for token in options:
+        if token.startswith("--") and token.split("=")[0] not in known:
+            raise ValueError(unknown_option(token, [*parser._option_string_actions, *known]))
+    # The options of the launcher are met again in its processes, and left alone there
+    arguments = launch_parser.parse_args(
+        ["--config_file", str(path), *options, "--module", "trl_flow", "train", *argv]
+    )
+    on_cpu = arguments.cpu or config.get("use_cpu", False)
+    if arguments.num_processes is None:
+        arguments.num_processes = config.get("num_processes") or torch.accelerator.device_count()
+    torchrun = "`torchrun --nproc_per_node 2 -m trl_flow train ... --use_cpu true`"
+    if not on_cpu and not torch.accelerator.is_available():
+        raise ValueError(
+            f"accelerate_config {name!r} is for GPUs, and torch sees none here. For processes on CPUs use {torchrun}."
+        )
+    if on_cpu and arguments.num_processes > 1:
+        # accelerate would start one process and not say so
+        raise ValueError(
+            f"accelerate does not start {arguments.num_processes} processes on CPUs. Use {torchrun} without "
+            "--accelerate_config."
+        )
+
+    def launch() -> None:
+        os.environ[_LAUNCHED] = "1"
+        launch_command(arguments)
+
+    return launch
+
+
+def _prepare_run(
+    script_args: "FlowScriptArguments", args: Any, model_args: Any, mixture_args: "DatasetMixtureConfig"
+) -> Callable[[], None]:
+    from trl import get_peft_config
+
+    from trl_flow import FlowGRPOTrainer
+    from trl_flow.commands.options import BUNDLED_MODELS, resolve_model
+    from trl_flow.rewards.named import named_rewards
+    from trl_flow.trainer.run_state import is_complete, last_complete_checkpoint
+
+    if script_args.ignore_bias_buffers:
+        raise ValueError("ignore_bias_buffers is TRL's option for old language models. Remove it.")
+    model = resolve_model(model_args.model_name_or_path, args, model_args)
+    reward_funcs = named_rewards(script_args.reward_funcs)
+    gold = script_args.eval_reward_funcs
+    eval_reward_funcs = named_rewards(gold, "eval_reward_funcs") if gold else None
+    train_dataset, eval_dataset = load_datasets(
+        script_args,
+        mixture_args,
+        bundled=model_args.model_name_or_path in BUNDLED_MODELS,
+        evaluate=args.eval_strategy != "no",
+    )
+    resume = args.resume_from_checkpoint
+    if str(resume).lower() in ("true", "last"):
+        resume = last_complete_checkpoint(args.output_dir)
+    elif resume is not None and not is_complete(resume):
+        raise ValueError(
+            f"resume_from_checkpoint is {resume!r}, which is no complete checkpoint. Give one, or `true` for the last "
+            "complete one in output_dir."
+        )
+    trainer = FlowGRPOTrainer(
+        model=model,
+        reward_funcs=reward_funcs,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        peft_config=get_peft_config(model_args),
+        eval_reward_funcs=eval_reward_funcs,
+    )
+    return lambda: _run(trainer, resume, script_args.dataset_name)
+
+
+def _run(trainer: "FlowGRPOTrainer", resume: str | None, dataset_name: str | None) -> None:
+    args = trainer.args
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_last_checkpoint(args.output_dir)) from None
+    trainer.save_model(args.output_dir, _internal_call=True)  # the push below is the only one
+    trainer.accelerator.print(f"Saved to {args.output_dir}.")
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=dataset_name)
+        trainer.accelerator.print(f"Pushed to {trainer.hub_model_id}.")
+
+
+def _last_checkpoint(output_dir: str) -> str:
+    from trl_flow.trainer.run_state import last_complete_checkpoint
+
+    try:
+        last = last_complete_checkpoint(output_dir)
+    except ValueError:
+        return f"No checkpoint had been written to {output_dir} (save_steps says how often that happens)."
+    return f"The last checkpoint is {last}. Go on from it with the same command and --resume_from_checkpoint true."
+
+
+def load_datasets(
+    script_args: "FlowScriptArguments", mixture_args: "DatasetMixtureConfig", *, bundled: bool, evaluate: bool
+) -> tuple["Dataset", "Dataset | None"]:
+    """
+    The prompts to train on and, when they are asked for, those to evaluate on.
+
+    Args:
+        script_args, mixture_args: which data, and which splits of it.
+        bundled (`bool`): whether the bundled world's prompts are meant where no data are named.
+        evaluate (`bool`): whether prompts to evaluate on are needed.
+
+    Raises:
+        ValueError: if data or a split are missing, or cannot be read.
+    """
+    from trl import get_dataset
+
+    from trl_flow import shapes
+    from trl_flow.prompts import UnknownSplitError, load_prompts
+
+    if script_args.dataset_streaming or mixture_args.streaming:
+        raise ValueError("streaming data sets are not supported: groups are built by row numbers. Remove the option.")
+    name = script_args.dataset_name
+    splits = None
+    if mixture_args.datasets:
+        splits = get_dataset(mixture_args)
+    elif name is None and bundled:
+        splits = {split: shapes.load_prompts(split) for split in ("train", "test")}
+    elif name is None:
+        raise ValueError(
+            "dataset_name is missing: the name of a prompt set (--help lists them), a hub id, or a file .jsonl, "
+            ".json, .csv, .tsv, .parquet (with a column `prompt`) or .txt (one prompt a line)."
+        )
+
+    def load(split: str, wanted: str, remedy: str) -> "Dataset":
+        try:
+            if splits is None:
+                column = script_args.prompt_column
+                return load_prompts(name, split, config=script_args.dataset_config, prompt_column=column)
+            if split not in splits:
+                raise UnknownSplitError("dataset", split, tuple(splits))
+            return splits[split]
+        except UnknownSplitError as error:
+            only = ", ".join(error.splits)
+            raise ValueError(f"{wanted} has no split {split!r}, only {only}: set {remedy}.") from error
+
+    train = load(script_args.dataset_train_split, "the data set", "dataset_train_split")
+    if not evaluate:
+        return train, None
+    wanted = "eval_strategy asks for evaluations, but the data set"
+    return train, load(script_args.dataset_test_split, wanted, "dataset_test_split, or eval_strategy no")

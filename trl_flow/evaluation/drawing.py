@@ -1,0 +1,148 @@
+"""Images of prompts as the trainer evaluates them: fixed seeds, no noise on the way, one code for every family."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from tqdm.auto import tqdm
+
+from trl_flow.backbones import Backbone, get_backbone
+from trl_flow.dynamics import make_dynamics
+from trl_flow.rollout import RandomStream, StepPlan, decode, draw_noise, rollout, sample_generator
+
+
+Condition = dict[str, torch.Tensor]
+
+
+def draw_batch(
+    backbone: Backbone,
+    model: torch.nn.Module,
+    condition: Condition,
+    negative_condition: Condition | None,
+    *,
+    seed: int,
+    indices: Sequence[int],
+    num_inference_steps: int,
+    guidance_scale: float,
+    on_step: Callable[[int], None] | None = None,
+) -> list[Image.Image]:
+    """
+    Draws one batch along the ODE (for U-Nets by deterministic DDIM): the one way in which evaluations draw.
+
+    Args:
+        backbone ([`Backbone`]): the pipeline.
+        model (`torch.nn.Module`): the trained module, possibly wrapped.
+        condition, negative_condition (`dict[str, torch.Tensor]`): of `B` prompts, on the backbone's device. Without a
+            negative condition there is no guidance by one.
+        seed (`int`): non-negative.
+        indices (`Sequence[int]`): `B` indices of the images in the whole set. An image's noise depends on `seed` and
+            its index alone.
+        num_inference_steps (`int`): sampling steps.
+        guidance_scale (`float`): strength of the guidance.
+        on_step (`Callable[[int], None]`, *optional*): called with the index of each step before it is taken.
+
+    """
+    generators = [sample_generator(seed, RandomStream.EVALUATION, index) for index in indices]
+    # No step is stochastic, so the kind and the level of the noise have no effect
+    dynamics = make_dynamics(backbone.schedule(num_inference_steps), sde_type="flow", noise_level=0.0)
+
+    def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return backbone.guided_prediction(model, latents, timestep, condition, negative_condition, guidance_scale)
+
+    noise = draw_noise(backbone.latent_shape(), generators, backbone.device)
+    latents = rollout(predict, dynamics, noise, StepPlan(), on_step=on_step).final
+    return decode(backbone, latents)
+
+
+def draw(
+    pipeline: DiffusionPipeline | Backbone,
+    prompts: Sequence[str],
+    *,
+    seed: int,
+    num_images_per_prompt: int = 1,
+    num_inference_steps: int = 40,
+    guidance_scale: float = 4.5,
+    negative_prompt: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    max_sequence_length: int | None = None,
+    images: Sequence[Image.Image] | None = None,
+    batch_size: int = 16,
+    first_index: int = 0,
+    progress: str | None = None,
+) -> list[Image.Image]:
+    """
+    Draws images as the trainer's `evaluate` does with the same settings.
+
+    Each image has a generator of its own, which depends on `seed` and on the image's index alone. The images are thus
+    the same for every `batch_size`, up to the rounding of floating point, which differs between batch shapes and can
+    change a pixel by one level of 255: compare runs of the same `batch_size`.
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`] or [`Backbone`]): a pipeline of a supported family, or a backbone,
+            which has its own `height`, `width` and `max_sequence_length`.
+        prompts (`Sequence[str]`): the prompts. Each is encoded once, by itself.
+        seed (`int`): non-negative.
+        num_images_per_prompt (`int`): images for each prompt, `K`.
+        num_inference_steps (`int`): sampling steps.
+        guidance_scale (`float`): strength of the guidance, as in the trainer's config. Whether it runs the negative
+            prompt is the family's rule.
+        negative_prompt (`str`, *optional*): what is to be avoided; `None` is the empty prompt.
+        height, width, max_sequence_length (`int`, *optional*): `None` is the pipeline's own default.
+        images (`Sequence[PIL.Image.Image]`, *optional*): one for each prompt, for pipelines that edit images.
+        batch_size (`int`): images at a time.
+        first_index (`int`): index of the first image, where these are a part of a larger set that is drawn piece by
+            piece.
+        progress (`str`, *optional*): what the progress bar is called; `None` shows none.
+
+    Returns:
+        `list[PIL.Image.Image]`: `len(prompts) * K` images, those of one prompt next to each other.
+
+    Raises:
+        ValueError: if the pipeline's family is not supported, `images` do not fit the prompts or the pipeline, or a
+            backbone is given together with a size.
+    """
+    if isinstance(pipeline, Backbone):
+        if (height, width, max_sequence_length) != (None, None, None):
+            raise ValueError("height, width and max_sequence_length are the backbone's own. Leave them out.")
+        backbone = pipeline
+    else:
+        backbone = get_backbone(pipeline, height=height, width=width, max_sequence_length=max_sequence_length)
+    if backbone.takes_image and images is None:
+        raise ValueError(f"{type(backbone.pipeline).__name__} edits images. Give one image for each prompt.")
+    if images is not None and not backbone.takes_image:
+        raise ValueError(f"{type(backbone.pipeline).__name__} edits no images here. Leave `images` out.")
+    if images is not None and len(images) != len(prompts):
+        raise ValueError(f"There are {len(images)} images for {len(prompts)} prompts. Give one image for each prompt.")
+
+    # Holds the conditions of two batches: rows are drawn in order, and the negative prompt is in every batch
+    @functools.lru_cache(maxsize=2 * batch_size + 1)
+    @torch.no_grad()
+    def encode(prompt: str, row: int | None) -> Condition:
+        return backbone.encode_prompt(prompt, *([] if row is None else [images[row].convert("RGB")]))
+
+    def conditions(texts: Sequence[str], rows: Sequence[int]) -> Condition:
+        encoded = [encode(text, None if images is None else row) for text, row in zip(texts, rows, strict=True)]
+        return {name: torch.cat([condition[name] for condition in encoded]) for name in encoded[0]}
+
+    drawn: list[Image.Image] = []
+    guided = backbone.uses_guidance(guidance_scale)
+    total = len(prompts) * num_images_per_prompt
+    with tqdm(total=total, desc=progress, unit="image", disable=progress is None) as bar:
+        for first in range(0, total, batch_size):
+            batch = range(first, min(first + batch_size, total))
+            rows = [i // num_images_per_prompt for i in batch]
+            drawn += draw_batch(
+                backbone,
+                backbone.model,
+                conditions([prompts[row] for row in rows], rows),
+                conditions([negative_prompt or ""] * len(rows), rows) if guided else None,
+                seed=seed,
+                indices=[first_index + i for i in batch],
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+            )
+            bar.update(len(batch))
+    return drawn

@@ -1,0 +1,272 @@
+"""`trl-flow evaluate`: its options, and what they become. Libraries are imported when it runs."""
+
+import argparse
+import os
+import textwrap
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trl_flow.rewards.named import NAMED_REWARDS
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from trl_flow.evaluation.evaluate import Comparison
+
+DESCRIPTION = """\
+Compare a base model and adapters: draw prompt sets with all of them from the same noise, as the trainer
+evaluates, score the images, and write tables, an image grid and a page to look at pairs side by side.
+
+  trl-flow evaluate --model stabilityai/stable-diffusion-3.5-medium --adapters runs/flow runs/guard \\
+      --prompts pickscore --proxy pickscore --gold hpsv2 imagereward --output_dir comparison
+  trl-flow evaluate --model bundled --adapters demo=trl-flow-demo --prompts bundled \\
+      --proxy shapes_soft shapes_fidelity --gold shapes_strict --output_dir comparison
+  trl-flow evaluate --vote comparison
+
+Killed, the same command goes on where it stopped. Adapters, prompt sets and rewards may be added to a folder.
+"""
+
+BUNDLED = ("bundled", "shapes")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options to a parser."""
+    rewards = ", ".join(NAMED_REWARDS)
+    parser.epilog = textwrap.fill(
+        f"Rewards are {rewards}; a dotted import path such as my_rewards.brightness, looked for in the current folder "
+        "too; or the address of a reward server, as http://host:8000#pickscore. Each must apply to all prompt sets.",
+        width=100,
+        break_on_hyphens=False,
+    )
+    add = parser.add_argument_group("what is compared").add_argument
+    add("--model", help="base model: hub id, folder of a pipeline, or `bundled`")
+    adapters = "output folders of runs, checkpoints, LoRA files, hub ids, or fully fine-tuned models"
+    add("--adapters", nargs="*", default=[], metavar="[NAME=]PATH", help=adapters)
+    sets = "generated_geneval, geneval, ocr, pickscore, hpdv2, drawbench, unigenbench, ..."
+    prompts = f"files (.txt, .jsonl, .csv, ...), published sets ({sets}), hub ids, or `bundled`; their test split"
+    add("--prompts", nargs="+", metavar="[NAME=]SET", help=f"prompt sets: {prompts} where they have several")
+    add("--limit", type=int, metavar="N", help="only the first N prompts of each set")
+    add("--proxy", nargs="+", default=[], metavar="REWARD", help="rewards that were optimized, see below")
+    add("--gold", nargs="+", default=[], metavar="REWARD", help="rewards that were not")
+
+    add = parser.add_argument_group("how it is drawn (all models alike)").add_argument
+    add("--seed", type=int, default=0, help="of the noise (0)")
+    add("--num_images_per_prompt", type=int, default=1, metavar="K", help="images for each prompt (1)")
+    add("--num_inference_steps", type=int, metavar="N", help="sampling steps (40; bundled: 10)")
+    add("--guidance_scale", type=float, metavar="S", help="guidance (4.5; bundled: 2)")
+    add("--negative_prompt", metavar="TEXT", help="what is to be avoided")
+    add("--height", type=int, metavar="PIXELS", help="height (the pipeline's own)")
+    add("--width", type=int, metavar="PIXELS", help="width (the pipeline's own)")
+    add("--max_sequence_length", type=int, metavar="N", help="prompt tokens (the pipeline's own)")
+    add("--batch_size", type=int, default=8, metavar="N", help="images at a time (8)")
+    add("--dtype", choices=DTYPES, help="of the model (float32 on CPUs, else bfloat16)")
+    add("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
+
+    add = parser.add_argument_group("what is written").add_argument
+    add("--output_dir", "--output-dir", metavar="DIR", help="folder to write to (trl-flow-evaluation)")
+    add("--grid_prompts", type=int, default=16, metavar="N", help="rows of the image grid (16)")
+    add("--page_megabytes", type=float, default=50, metavar="MB", help="largest size of the page (50)")
+    add("--rescore", action="store_true", help="compute again the scores that an earlier run has kept")
+
+    add = parser.add_argument_group("blind vote by people").add_argument
+    vote = "serve a vote on this machine: on what has just been drawn, or on the folder DIR without drawing"
+    add("--vote", nargs="?", const=True, metavar="DIR", help=vote)
+    models = "the first is compared with each of the others (base and all adapters)"
+    add("--vote_models", nargs="+", metavar="NAME", help=models)
+    add("--vote_pairs", type=int, default=100, metavar="N", help="prompts for each comparison (100)")
+    add("--vote_seed", type=int, default=0, metavar="SEED", help="of the choice, order and sides (0)")
+    add("--port", type=int, default=0, help="of the vote (any that is free)")
+
+
+def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
+    """
+    Checks what was asked for, loading the model if one is to draw.
+
+    Returns:
+        `Callable[[], None]`: does it.
+
+    Raises:
+        ValueError, ImportError, OSError: if something is wrong; nothing has been drawn or written.
+    """
+    if isinstance(arguments.vote, str) and arguments.output_dir not in (None, arguments.vote):
+        raise ValueError(f"--vote {arguments.vote} and --output_dir {arguments.output_dir} are two folders. Give one.")
+    if arguments.vote is not None:
+        _check_vote(arguments)
+    if isinstance(arguments.vote, str) and arguments.model is None:
+        given = [name for name in ("adapters", "prompts", "proxy", "gold") if getattr(arguments, name)]
+        if given:
+            raise ValueError(
+                f"--vote {arguments.vote} is a vote on what that folder holds, and --{given[0]} is for drawing. "
+                "Remove it, or give --model too."
+            )
+        server = _vote_server(arguments, arguments.vote)
+        return lambda: _serve(server)
+    folder = arguments.output_dir or (arguments.vote if isinstance(arguments.vote, str) else "trl-flow-evaluation")
+    evaluation = _evaluation(arguments, folder)
+
+    from trl_flow.rewards.checks import RewardError
+
+    kept = f"The images and scores so far are in {folder}. The same command goes on from there."
+
+    def run() -> None:
+        try:
+            _report(evaluation.run())
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(kept) from None
+        except RewardError as error:
+            _show_failure(error)
+            raise ValueError(f"{error}\n{kept}") from error
+        if arguments.vote is not None:
+            _serve(_vote_server(arguments, folder))
+
+    return run
+
+
+def _show_failure(error: Exception) -> None:
+    """Where a reward function has failed, without what called it."""
+    from trl_flow.rewards import scorer
+
+    cause = error.__cause__
+    if cause is not None:
+        step = cause.__traceback__
+        while step is not None and step.tb_frame.f_code.co_filename == scorer.__file__:
+            step = step.tb_next
+        traceback.print_exception(type(cause), cause, step)
+
+
+def _evaluation(arguments: argparse.Namespace, folder: str):
+    for name in ("model", "prompts"):
+        if not getattr(arguments, name):
+            raise ValueError(
+                f"--{name} is missing. For a vote on a folder that is there: trl-flow evaluate --vote DIR."
+            )
+    rewards = [*arguments.proxy, *arguments.gold]
+    if twice := next((name for name in rewards if rewards.count(name) > 1), None):
+        raise ValueError(f"the reward {twice} is named twice. It is either a proxy or gold.")
+    import diffusers
+    import transformers
+
+    # Bars and hints of loading would bury the lines that matter
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
+    from trl_flow.evaluation.evaluate import ModelEvaluation
+    from trl_flow.evaluation.inputs import DrawingOptions
+    from trl_flow.rewards.named import named_rewards
+
+    model = arguments.model
+    names = ("seed", "num_images_per_prompt", "negative_prompt", "batch_size", "dtype", "device")
+    options = {name: getattr(arguments, name) for name in names}
+    defaults = {"num_inference_steps": 40, "guidance_scale": 4.5}
+    if model in BUNDLED:
+        from trl_flow.shapes import IMAGE_SIZE, pipeline_path
+        from trl_flow.shapes.bundled import T5_TOKENS
+
+        model = pipeline_path()
+        defaults = {"num_inference_steps": 10, "guidance_scale": 2.0, "height": IMAGE_SIZE, "width": IMAGE_SIZE}
+        defaults["max_sequence_length"] = T5_TOKENS
+    for name in ("num_inference_steps", "guidance_scale", "height", "width", "max_sequence_length"):
+        given = getattr(arguments, name)
+        options[name] = defaults.get(name) if given is None else given
+    return ModelEvaluation(
+        model,
+        arguments.adapters,
+        prompts=_prompt_sets(arguments.prompts, arguments.limit),
+        output_dir=folder,
+        proxy=named_rewards(arguments.proxy, "proxy") if arguments.proxy else (),
+        gold=named_rewards(arguments.gold, "gold") if arguments.gold else (),
+        options=DrawingOptions(**options),
+        grid_prompts=arguments.grid_prompts,
+        page_megabytes=arguments.page_megabytes,
+        rescore=arguments.rescore,
+    )
+
+
+def _prompt_sets(specifications: list[str], limit: int | None) -> dict[str, "Dataset"]:
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}, but must be at least 1.")
+    sets = {}
+    for specification in specifications:
+        name, equals, source = specification.partition("=")
+        # A path may have an equals sign of its own
+        if not equals or os.path.exists(specification) or "/" in name:
+            name, source = "", specification
+        name = name.strip() or (Path(source).stem if os.path.exists(source) else source)
+        if name in sets:
+            raise ValueError(f"two prompt sets are called {name!r}. Name them: --prompts a={source} ...")
+        dataset = _prompts(source)
+        sets[name] = dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
+    return sets
+
+
+def _prompts(source: str) -> "Dataset":
+    if source in BUNDLED:
+        from trl_flow.shapes import load_prompts as bundled_prompts
+
+        return bundled_prompts("test")
+    from trl_flow.prompts import UnknownSplitError, load_prompts
+
+    try:
+        return load_prompts(source, "test")
+    except UnknownSplitError as error:
+        # A file is all of one split
+        if len(error.splits) != 1:
+            raise
+        return load_prompts(source, error.splits[0])
+
+
+def _check_vote(arguments: argparse.Namespace) -> None:
+    if arguments.vote_pairs < 1:
+        raise ValueError(f"vote_pairs is {arguments.vote_pairs}, but must be at least 1.")
+    if not 0 <= arguments.port < 65536:
+        raise ValueError(f"port is {arguments.port}, but must be from 0 (any that is free) to 65535.")
+    if arguments.model is not None:
+        from trl_flow.evaluation.adapters import BASE, parse_adapters
+
+        names = [BASE, *(adapter.name for adapter in parse_adapters(arguments.adapters))]
+        wanted = names if arguments.vote_models is None else arguments.vote_models
+        if not set(wanted) <= set(names) or len(set(wanted)) < 2:
+            raise ValueError(f"a vote compares two models or more of {', '.join(names)}, but is asked for {wanted}.")
+
+
+def _vote_server(arguments: argparse.Namespace, folder: str):
+    from trl_flow.evaluation.vote import VoteServer
+
+    return VoteServer(
+        folder,
+        models=arguments.vote_models,
+        pairs=arguments.vote_pairs,
+        seed=arguments.vote_seed,
+        port=arguments.port,
+    )
+
+
+def _serve(server) -> None:
+    from trl_flow.evaluation.tables import vote_markdown
+    from trl_flow.evaluation.vote_results import BARS, vote_results
+
+    print(
+        f"\n{len(server.pairs)} pairs to vote on: open {server.url} in a browser on this machine. Ctrl-C ends the "
+        "vote.",
+        flush=True,
+    )
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print("\nThe vote has ended. What was voted is saved, and the same command goes on with it.")
+    finally:
+        server.close()
+    results = vote_results(server.ballots.voters())
+    print("Nobody has voted." if results is None else f"\n{vote_markdown(results)}")
+    if results is not None and (server.folder.path / BARS).is_file():
+        print(f"\nIn {server.folder.path}: results.md, results.json and {BARS}.")
+
+
+def _report(comparison: "Comparison") -> None:
+    from trl_flow.evaluation.evaluate import PAGE, REPORT, RESULTS
+
+    print(f"\n{comparison.markdown}\nIn {comparison.folder}: {REPORT}, {RESULTS}, {PAGE} and the image grids.")

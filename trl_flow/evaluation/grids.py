@@ -1,0 +1,225 @@
+"""Grids of images with captions that a person can read."""
+
+import functools
+import math
+import os
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from PIL import Image, ImageDraw, ImageFont
+
+
+# Images below this many pixels a side are enlarged: in a 32-pixel cell nobody sees anything, or reads a caption
+_SMALLEST_SIDE = 128
+_FONT_SIZE = 11
+_LINE_HEIGHT = 15
+_MARGIN = 6
+_MOST_LINES = 8
+_PAPER, _INK = "white", "black"
+
+
+@functools.cache
+def _font() -> ImageFont.FreeTypeFont:
+    # DejaVu, which matplotlib brings along, has Greek, Cyrillic and many symbols; Pillow's own font has few of them.
+    # All letters of this one have the same width
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSansMono.ttf"), _FONT_SIZE)
+
+
+def _wrap(text: str, width: int, most_lines: int = _MOST_LINES) -> list[str]:
+    """`text` in lines of at most `width` pixels; what is beyond `most_lines` is replaced by an ellipsis."""
+    columns = max(1, int(width / _font().getlength("x")))
+    # As much as can be shown, before the words of what is far longer are looked at
+    paragraphs = text[: (columns + 1) * (most_lines + 1)].splitlines()
+    lines = [line for paragraph in paragraphs for line in textwrap.wrap(paragraph, columns) or [""]]
+    if len(lines) > most_lines:
+        lines = [*lines[: most_lines - 1], lines[most_lines - 1][: columns - 1] + "…"]
+    return lines
+
+
+def _write_lines(draw: ImageDraw.ImageDraw, lines: Sequence[str], left: int, top: int) -> None:
+    for number, line in enumerate(lines):
+        draw.text((left, top + number * _LINE_HEIGHT), line, fill=_INK, font=_font())
+
+
+def evenly(total: int, number: int) -> list[int]:
+    """At most `number` indices from 0 to `total - 1`, at equal distances: what is shown is chosen by index alone."""
+    number = min(number, total)
+    return [i * total // number for i in range(number)]
+
+
+def _factor(images: Sequence[Image.Image], upscale: int | None) -> int:
+    if upscale is None:
+        return max(1, math.ceil(_SMALLEST_SIDE / max(max(image.size) for image in images)))
+    if upscale < 1:
+        raise ValueError(f"upscale is {upscale}, but must be a whole number of at least 1, or None.")
+    return upscale
+
+
+def _enlarged(image: Image.Image, factor: int) -> Image.Image:
+    image = image.convert("RGB")
+    # Nearest neighbor shows the pixels that the model drew, and no others
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def _write(grid: Image.Image, path: str | os.PathLike | None) -> Image.Image:
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        grid.save(path)
+    return grid
+
+
+def image_grid(
+    images: Sequence[Image.Image],
+    captions: Sequence[str] | None = None,
+    columns: int | None = None,
+    path: str | os.PathLike | None = None,
+    upscale: int | None = None,
+) -> Image.Image:
+    """
+    Images in rows and columns, each with its caption below.
+
+    Captions are wrapped at the image's width and cut, with an ellipsis, after eight lines; line breaks in them are
+    kept. Characters that the font lacks appear as boxes.
+
+    Args:
+        images (`Sequence[PIL.Image.Image]`): the images, of any sizes and modes.
+        captions (`Sequence[str]`, *optional*): one for each image.
+        columns (`int`, *optional*): images in a row; by default about as many as there are rows.
+        path (`str` or `os.PathLike`, *optional*): file to write as well; its folder is made if need be.
+        upscale (`int`, *optional*): factor by which all images are enlarged, by nearest neighbor. By default the
+            smallest with which the largest image has a side of 128 pixels or more.
+
+    Raises:
+        ValueError: if there is no image, or not one caption for each, or `columns` or `upscale` is below 1.
+    """
+    if len(images) == 0:
+        raise ValueError("images is empty: there is nothing to put into a grid.")
+    if captions is not None and len(captions) != len(images):
+        raise ValueError(f"There are {len(captions)} captions for {len(images)} images. Give one for each, or None.")
+    if columns is not None and columns < 1:
+        raise ValueError(f"columns is {columns}, but must be at least 1, or None.")
+    columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
+    factor = _factor(images, upscale)
+    images = [_enlarged(image, factor) for image in images]
+    width, height = max(image.width for image in images), max(image.height for image in images)
+    texts = [_wrap(str(caption), width) for caption in captions] if captions is not None else [[]] * len(images)
+
+    rows = [range(first, min(first + columns, len(images))) for first in range(0, len(images), columns)]
+    heights = [height + max(len(texts[i]) for i in row) * _LINE_HEIGHT + _MARGIN for row in rows]
+    grid = Image.new("RGB", (columns * (width + _MARGIN) + _MARGIN, sum(heights) + _MARGIN), _PAPER)
+    draw = ImageDraw.Draw(grid)
+    top = _MARGIN
+    for row, row_height in zip(rows, heights, strict=True):
+        for column, i in enumerate(row):
+            left = _MARGIN + column * (width + _MARGIN)
+            grid.paste(images[i], (left, top))
+            _write_lines(draw, texts[i], left, top + height)
+        top += row_height
+    return _write(grid, path)
+
+
+def before_after_grid(
+    before: Sequence[Image.Image],
+    after: Sequence[Image.Image],
+    captions: Sequence[str],
+    scores: Sequence[tuple[float, float]] | None = None,
+    path: str | os.PathLike | None = None,
+    upscale: int | None = None,
+    columns: int = 2,
+) -> Image.Image:
+    """
+    Each prompt's image before and after training side by side, under a heading, with the prompt below.
+
+    Args:
+        before, after (`Sequence[PIL.Image.Image]`): images of the same prompts, in the same order.
+        captions (`Sequence[str]`): the prompts.
+        scores (`Sequence[tuple[float, float]]`, *optional*): score before and after of each, shown with the prompt.
+        path (`str` or `os.PathLike`, *optional*): file to write as well; its folder is made if need be.
+        upscale (`int`, *optional*): as for `image_grid`.
+        columns (`int`): pairs in a row.
+
+    Raises:
+        ValueError: if there is no pair, the numbers of images, captions and scores differ, or `columns` or `upscale`
+            is below 1.
+    """
+    if not len(before) == len(after) == len(captions) or (scores is not None and len(scores) != len(before)):
+        raise ValueError(
+            f"There are {len(before)} images before, {len(after)} after, {len(captions)} captions"
+            + (f" and {len(scores)} scores" if scores is not None else "")
+            + ". Give one of each for each prompt."
+        )
+    if len(before) == 0:
+        raise ValueError("before is empty: there is nothing to compare.")
+    factor = _factor([*before, *after], upscale)
+    pairs = []
+    for first, second in zip(before, after, strict=True):
+        first, second = _enlarged(first, factor), _enlarged(second, factor)
+        size = (first.width + _MARGIN + second.width, _LINE_HEIGHT + max(first.height, second.height))
+        pair = Image.new("RGB", size, _PAPER)
+        draw = ImageDraw.Draw(pair)
+        for name, image, left in (("before", first, 0), ("after", second, first.width + _MARGIN)):
+            draw.text((left, 0), name, fill=_INK, font=_font())
+            pair.paste(image, (left, _LINE_HEIGHT))
+        pairs.append(pair)
+    if scores is not None:
+        captions = [f"{c}\n{old:.2f} → {new:.2f}" for c, (old, new) in zip(captions, scores, strict=True)]
+    return image_grid(pairs, captions, columns=columns, path=path, upscale=1)
+
+
+def comparison_grid(
+    rows: Sequence[Sequence[Image.Image]],
+    columns: Sequence[str],
+    captions: Sequence[str],
+    path: str | os.PathLike | None = None,
+    cell: int = 256,
+) -> Image.Image:
+    """
+    One row of images for each prompt, one column for each model, with the prompts above the rows.
+
+    Args:
+        rows (`Sequence[Sequence[PIL.Image.Image]]`): the models' images of each prompt.
+        columns (`Sequence[str]`): the models' names.
+        captions (`Sequence[str]`): the prompts; what is beyond three lines is cut, with an ellipsis.
+        path (`str` or `os.PathLike`, *optional*): file to write as well; its folder is made if need be.
+        cell (`int`): longest side of an image in the grid, in pixels. Larger ones are reduced to it, and smaller ones
+            enlarged by a whole factor, by nearest neighbor.
+
+    Raises:
+        ValueError: if there is no image, or the numbers of rows, columns and captions do not fit, or `cell` is
+            below 1.
+    """
+    if not rows or not columns or len(captions) != len(rows) or any(len(row) != len(columns) for row in rows):
+        raise ValueError(
+            f"There are rows of {[len(row) for row in rows][:10]} images, {len(columns)} columns and "
+            f"{len(captions)} captions. Give one image for each column in every row, and a caption for each row."
+        )
+    if cell < 1:
+        raise ValueError(f"cell is {cell}, but must be at least 1 pixel.")
+    cells = [[_fitted(image, cell) for image in row] for row in rows]
+    width = max(image.width for row in cells for image in row)
+    total = len(columns) * (width + _MARGIN) + _MARGIN
+    names = [_wrap(name, width, most_lines=2) for name in columns]
+    header = max(len(lines) for lines in names) * _LINE_HEIGHT
+    texts = [_wrap(str(caption), total - 2 * _MARGIN, most_lines=3) for caption in captions]
+    heights = [max(p.height for p in row) + len(t) * _LINE_HEIGHT for row, t in zip(cells, texts, strict=True)]
+    grid = Image.new("RGB", (total, header + _MARGIN + sum(heights) + len(rows) * 2 * _MARGIN), _PAPER)
+    draw = ImageDraw.Draw(grid)
+    for column, lines in enumerate(names):
+        _write_lines(draw, lines, _MARGIN + column * (width + _MARGIN), _MARGIN)
+    top = header + 2 * _MARGIN
+    for row, lines, height in zip(cells, texts, heights, strict=True):
+        _write_lines(draw, lines, _MARGIN, top)
+        for column, image in enumerate(row):
+            grid.paste(image, (_MARGIN + column * (width + _MARGIN), top + len(lines) * _LINE_HEIGHT))
+        top += height + 2 * _MARGIN
+    return _write(grid, path)
+
+
+def _fitted(image: Image.Image, side: int) -> Image.Image:
+    longest = max(image.size)
+    if longest <= side:
+        return _enlarged(image, side // longest)
+    size = (max(1, round(image.width * side / longest)), max(1, round(image.height * side / longest)))
+    return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)

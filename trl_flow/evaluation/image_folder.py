@@ -1,0 +1,255 @@
+"""An evaluation's folder: what was to be drawn, the images as they are drawn, and their scores."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from trl_flow.evaluation.outputs import read_json, whole_file, write_json
+
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
+SETTINGS = "settings.json"
+SCORES = "scores.json"
+_LOCK = ".lock"
+_SAFE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,79}")
+
+# By set, model and reward, one for each index
+ScoreLists = dict[str, dict[str, dict[str, list[float | None]]]]
+
+
+@dataclass(frozen=True)
+class PromptList:
+    """
+    The prompts of one set, as a folder remembers them.
+
+    Attributes:
+        prompts (`list[str]`): `P` prompts.
+        fingerprint (`str`): of all that is drawn from: the prompts and, where images are edited, those.
+    """
+
+    prompts: list[str]
+    fingerprint: str
+
+
+class ImageFolder:
+    """
+    A folder of images that several models drew of the same prompts from the same noise.
+
+    `images/{set}/{model}/{index}.png` are the images, `settings.json` says what they are of, and `scores.json` holds
+    the scores that were computed. An image's index is `prompt * K + number`. All methods raise `ValueError` if a file
+    of the folder is damaged.
+
+    Args:
+        path (`str` or `os.PathLike`): the folder.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+
+    # ---- what is drawn ----
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """
+        Keeps other processes from writing here, where the system can (Windows cannot). The lock ends with the
+        process, however that ends.
+
+        Raises:
+            ValueError: if another process has it, or the folder cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = open(self.path / _LOCK, "w")
+        except OSError as error:
+            raise ValueError(f"output_dir {self.path} cannot be written: {error}.") from error
+        with lock:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise ValueError(
+                        f"another process is evaluating into {self.path}. Wait until it has ended, or choose another "
+                        "folder."
+                    ) from error
+                except OSError:  # not all file systems have locks
+                    pass
+            yield
+
+    def claim(
+        self,
+        settings: Mapping[str, Any],
+        models: Mapping[str, Mapping[str, str]],
+        sets: Mapping[str, PromptList],
+        *,
+        write: bool = True,
+    ) -> None:
+        """
+        Makes the folder this evaluation's, or goes on with an earlier one of the same settings. Models and prompt sets
+        may be added to those that are there. Settings by which nothing was drawn bind nobody.
+
+        Args:
+            settings (`Mapping`): everything that decides what is drawn, besides the models and the prompts.
+            models (`Mapping`): by name their `path` and `fingerprint`.
+            sets (`Mapping[str, PromptList]`): prompts by the name of their set.
+            write (`bool`): `False` only asks whether that would be possible.
+
+        Raises:
+            ValueError: if the folder cannot be written, holds other files, or was drawn with other settings.
+        """
+        earlier = None
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"output_dir {self.path} is a file. Give a folder.")
+        if (self.path / SETTINGS).is_file():
+            files = (path for path in self.path.rglob("*") if path.is_file())
+            earlier = self.settings() if any(path.name not in (SETTINGS, _LOCK) for path in files) else None
+            if earlier and (differences := _differences(earlier, settings, models, sets)):
+                raise ValueError(
+                    f"output_dir {self.path} holds images of another evaluation: {', '.join(differences)}. Choose "
+                    "another folder, or the same settings."
+                )
+        elif self.path.is_dir() and any(child.name != _LOCK for child in self.path.iterdir()):
+            raise ValueError(
+                f"output_dir {self.path} is not empty and holds no {SETTINGS} of an earlier evaluation, so its files "
+                "are left alone. Choose another folder."
+            )
+        existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise ValueError(f"output_dir {self.path} cannot be written: this user may not write to {existing}.")
+        if not write:
+            return
+        content = earlier or {"settings": dict(settings), "models": {}, "sets": {}}
+        content["models"] |= {name: dict(model) for name, model in models.items()}
+        content["sets"] |= {n: {"fingerprint": s.fingerprint, "prompts": s.prompts} for n, s in sets.items()}
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / SETTINGS, content)
+        except OSError as error:
+            raise ValueError(f"output_dir {self.path} cannot be written: {error}.") from error
+
+    def settings(self) -> dict[str, Any]:
+        """
+        What `claim` wrote: `settings`, `models` and `sets`.
+
+        Raises:
+            ValueError: if the folder is no evaluation's.
+        """
+        if not (self.path / SETTINGS).is_file():
+            raise ValueError(
+                f"{self.path} is no evaluation's folder: it has no {SETTINGS}. Draw one first: trl-flow evaluate "
+                "--model ... --prompts ... --output_dir DIR."
+            )
+        return read_json(self.path / SETTINGS)
+
+    # ---- images ----
+
+    def image_path(self, set_name: str, model: str, index: int) -> Path:
+        """Where the image is, or will be."""
+        return self.path / "images" / file_name(set_name) / file_name(model) / f"{index:06d}.png"
+
+    def has(self, set_name: str, model: str, indices: Sequence[int]) -> bool:
+        """Whether all these images are there."""
+        return all(self.image_path(set_name, model, index).is_file() for index in indices)
+
+    def save(self, set_name: str, model: str, index: int, image: Image.Image) -> None:
+        """Writes an image. It gets its name when it is complete: an image that is there is whole."""
+        path = self.image_path(set_name, model, index)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
+            image.save(file, format="PNG")
+
+    def load(self, set_name: str, model: str, index: int) -> Image.Image:
+        """The image, RGB."""
+        path = self.image_path(set_name, model, index)
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB")
+        except (OSError, SyntaxError) as error:
+            raise ValueError(
+                f"The image {path} is missing or damaged ({error}). Delete it and evaluate again: it is drawn anew."
+            ) from error
+
+    # ---- scores ----
+
+    def scores(self, rewards: Mapping[str, str], columns: Mapping[str, str]) -> ScoreLists:
+        """
+        The scores that may be used again.
+
+        Args:
+            rewards (`Mapping[str, str]`): what computes each reward. Scores that something else of the same name has
+                computed are left out; those of rewards that are not named here are not.
+            columns (`Mapping[str, str]`): fingerprints of what the rewards are told of each set besides the prompts.
+                Scores of a set of the same name that was told otherwise are left out.
+        """
+        content = self._score_file()
+        others = {name for name, what in rewards.items() if content["rewards"].get(name) != what}
+        sets = {name for name, what in columns.items() if content["columns"].get(name) != what}
+        return {
+            name: {
+                model: {reward: values for reward, values in by_reward.items() if reward not in others}
+                for model, by_reward in by_model.items()
+            }
+            for name, by_model in content["scores"].items()
+            if name not in sets
+        }
+
+    def keep_scores(self, scores: ScoreLists, rewards: Mapping[str, str], columns: Mapping[str, str]) -> None:
+        """Replaces all scores. `rewards` and `columns` are as for `scores`; what is known of others stays."""
+        earlier = self._score_file()
+        content = {"rewards": earlier["rewards"] | dict(rewards), "columns": earlier["columns"] | dict(columns)}
+        write_json(self.path / SCORES, content | {"scores": scores})
+
+    def _score_file(self) -> dict[str, Any]:
+        empty = {"rewards": {}, "columns": {}, "scores": {}}
+        return empty | (read_json(self.path / SCORES) if (self.path / SCORES).is_file() else {})
+
+
+def file_name(name: str) -> str:
+    """
+    `name` as that of one file: itself where it is harmless on every system, else what is left of it with a hash, so
+    that different names stay different.
+    """
+    if _SAFE.fullmatch(name):
+        return name
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{re.sub(r'[^A-Za-z0-9_.+-]+', '_', name)[:60].lstrip('.')}-{digest}"
+
+
+def _differences(
+    earlier: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    models: Mapping[str, Mapping[str, str]],
+    sets: Mapping[str, PromptList],
+) -> list[str]:
+    """What an earlier evaluation did otherwise, in words."""
+    old = earlier["settings"]
+    # As JSON, in which a tuple is a list
+    new = json.loads(json.dumps(dict(settings)))
+    found = [
+        f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
+        for name in dict.fromkeys([*old, *new])
+        if old.get(name) != new.get(name)
+    ]
+    for name, model in models.items():
+        before = earlier["models"].get(name)
+        if before is not None and before["fingerprint"] != model["fingerprint"]:
+            found.append(f"{name!r} was {before['path']}, and {model['path']} has other weights")
+    for name, prompts in sets.items():
+        before = earlier["sets"].get(name)
+        if before is not None and before["fingerprint"] != prompts.fingerprint:
+            found.append(
+                f"the prompt set {name!r} had other prompts ({len(before['prompts'])} then, {len(prompts.prompts)} in "
+                "this evaluation)"
+            )
+    return found

@@ -1,0 +1,70 @@
+"""Files that are whole or not there, and the versions that a run was made with."""
+
+import json
+import os
+import platform
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any
+
+
+_PACKAGES = ("trl_flow", "torch", "diffusers", "transformers", "trl", "peft", "accelerate", "datasets", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide what a run computes."""
+    found = {"python": platform.python_version()} | dict.fromkeys(_PACKAGES, "not installed")
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
+    """
+    A binary file to write, which gets the name `path` when it is complete and on disk. If that fails, whatever had
+    the name before stays.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
+    """
+    Writes a JSON file whole or not at all.
+
+    Raises:
+        ValueError: if `content` has a number that JSON does not know (NaN, infinity).
+    """
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with whole_file(path) as file:
+        file.write(text.encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """
+    What `write_json` wrote.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+        return content
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}. Fix it, or move it away.") from error

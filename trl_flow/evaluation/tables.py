@@ -1,0 +1,180 @@
+"""Results as tables: plain text for a terminal, Markdown for a report."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trl_flow.evaluation.scoring import PairedDifference
+from trl_flow.evaluation.vote_plan import OUTCOMES, QUESTIONS
+
+
+INTERVALS = (
+    "± is half of a 95% confidence interval: Student's, over the prompts, with each prompt's images averaged first. "
+    "Differences are paired: each prompt's score less the base model's, of images drawn from the same noise."
+)
+
+
+def score_table(differences: Mapping[str, PairedDifference]) -> str:
+    """
+    Scores before and after as a table of plain text, one line for each.
+
+    `±` is one standard error of the paired difference, and the last column the difference in units of it.
+    """
+    header = ("score", "before", "after", "difference", "in std. errors")
+    rows = [
+        (
+            name,
+            f"{d.mean_before:.3f}",
+            f"{d.mean_after:.3f}",
+            f"{d.difference:+.3f} ± {d.standard_error:.3f}",
+            "-" if math.isnan(d.standard_errors) else f"{d.standard_errors:+.1f}",
+        )
+        for name, d in differences.items()
+    ]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(row: tuple[str, ...]) -> str:
+        first, *numbers = row
+        return "  ".join([first.ljust(widths[0]), *(n.rjust(w) for n, w in zip(numbers, widths[1:], strict=True))])
+
+    rule = "-" * len(line(header))
+    return "\n".join([line(header), rule, *(line(row) for row in rows)])
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """A report of `results.json`'s content: for each prompt set a table of scores and one of paired differences."""
+    parts = [f"# {title(results)}", _settings_line(results)]
+    for name, content in results["sets"].items():
+        parts += [f"## {markdown_text(name)}", means_table(content), difference_table(content)]
+        if content["gold_note"]:
+            parts.append(markdown_text(content["gold_note"]))
+    parts.append(legend(results))
+    if results.get("votes"):
+        parts.append(vote_markdown(results["votes"]))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def means_table(content: Mapping[str, Any]) -> str:
+    """
+    A prompt set's means in the form of GRPO-Guard's Table 1: models in rows; the optimized rewards (proxy) in
+    brackets, the gold rewards, and the average of the latter over the base model's.
+    """
+    proxy, gold = content["proxy"], content["gold_rewards"]
+    rewards = [*proxy, *gold]
+    header = ["model", *(f"[{markdown_text(r)}]" for r in proxy), *(f"{markdown_text(r)}" for r in gold)]
+    header += ["Average (base = 1)"] if gold else []
+    rows = []
+    for number, (model, means) in enumerate(content["means"].items()):
+        cells = [markdown_text(model)]
+        for reward in rewards:
+            cell = _with_half(means[reward]["mean"], means[reward]["low"])
+            # In the paper's table the base model's are not bracketed: it was not trained on them
+            cells.append(f"[{cell}]" if reward in proxy and number > 0 and cell != "-" else cell)
+        if gold:
+            average = content["gold"][model] if content["gold"] else None
+            cells.append(_with_half(average["average"], average["low"] if number else None) if average else "-")
+        rows.append(cells)
+    return markdown_table(header, rows)
+
+
+def difference_table(content: Mapping[str, Any]) -> str:
+    """A prompt set's paired differences to the base, one line for each model and reward; empty without adapters."""
+    rows = []
+    for model, by_reward in content["differences"].items():
+        for reward, found in by_reward.items():
+            if found is None:
+                rows.append([markdown_text(model), markdown_text(reward), "-", "-", "-", "-", "0"])
+                continue
+            low, high, error, units = (found[k] for k in ("low", "high", "standard_error", "standard_errors"))
+            rows.append(
+                [
+                    markdown_text(model),
+                    markdown_text(reward),
+                    f"{found['difference']:+.4g}",
+                    "-" if error is None else f"{error:.2g}",
+                    "-" if units is None else f"{units:+.1f}",
+                    "-" if low is None else f"{low:+.4g} to {high:+.4g}",
+                    str(found["num_pairs"]),
+                ]
+            )
+    if not rows:
+        return ""
+    header = ["model", "reward", "difference to base", "standard error", "in std. errors", "95% interval", "prompts"]
+    return markdown_table(header, rows, left=2)
+
+
+def _settings_line(results: Mapping[str, Any]) -> str:
+    settings = results["settings"]
+    given = ", ".join(f"{name} {markdown_text(str(value))}" for name, value in settings.items() if value is not None)
+    models = "\n".join(
+        f"* {markdown_text(name)}: {markdown_text(model['path'])}" for name, model in results["models"].items()
+    )
+    return f"{models}\n\nDrawn along the ODE, all models from the same noise: {given}."
+
+
+def title(results: Mapping[str, Any]) -> str:
+    """What the report and the page are called."""
+    number = len(results["models"])
+    return "Scores of the base model" if number == 1 else f"Comparison of {number} models"
+
+
+def legend(results: Mapping[str, Any]) -> str:
+    """What the tables' numbers are."""
+    text = INTERVALS
+    if results["proxy"]:
+        text += " [In brackets]: rewards that were optimized."
+    if results["gold"]:
+        text += (
+            " Average: the mean of the gold rewards, each divided by the base model's mean (GRPO-Guard, Table 1); its "
+            "interval is that of a ratio of means over the same prompts."
+        )
+    return text
+
+
+def _with_half(mean: float | None, low: float | None) -> str:
+    if mean is None:
+        return "-"
+    return f"{mean:.4g}" if low is None else f"{mean:.4g} ± {mean - low:.2g}"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """A table whose first `left` columns are text, and the others numbers."""
+    rule = [*["---"] * left, *["---:"] * (len(header) - left)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])
+
+
+def markdown_text(text: str) -> str:
+    """Names as they are, whatever they hold: nothing of theirs is Markdown or HTML."""
+    for special in "\\`*[]<>|":
+        text = text.replace(special, f"\\{special}")
+    return " ".join(text.split())
+
+
+def vote_markdown(results: Mapping[str, Any]) -> str:
+    """The votes as a table, one line for each comparison and question."""
+    header = ["prompts", "models", "question", "win", "tie", "lose", "preferred", "95% interval"]
+    rows = []
+    for comparison in results["comparisons"]:
+        models = f"{markdown_text(comparison['other'])} against {markdown_text(comparison['reference'])}"
+        for question, found in comparison["questions"].items():
+            preference = found["preference"]
+            rows.append(
+                [
+                    f"{markdown_text(comparison['set'])} ({comparison['num_prompts']})",
+                    models,
+                    QUESTIONS[question].lower(),
+                    *(f"{found[outcome]} ({found['shares'][outcome]['mean']:.0%})" for outcome in OUTCOMES),
+                    f"{preference['mean']:.0%}",
+                    f"{preference['low']:.0%} to {preference['high']:.0%}",
+                ]
+            )
+    voters = results["num_voters"]
+    return "\n\n".join(
+        [
+            "## Human comparison",
+            f"Blind votes of {voters} {'person' if voters == 1 else 'people'}, order and sides at random.",
+            markdown_table(header, rows, left=3),
+            "Counts are votes. Shares are means over prompts; preferred is wins and half the ties, with Wilson's "
+            "interval for as many cases as prompts: 50% is no preference.",
+        ]
+    )

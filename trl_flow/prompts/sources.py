@@ -1,0 +1,130 @@
+"""One function for all sources of prompts: a published set by name, a file, a folder, a data set on the Hub."""
+
+import difflib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trl_flow.prompts.files import SUFFIXES, read_prompts, with_prompt_column
+from trl_flow.prompts.sets import PROMPT_SETS, UnknownSplitError
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def load_prompts(
+    name_or_path: str | os.PathLike,
+    split: str = "train",
+    *,
+    config: str | None = None,
+    revision: str | None = None,
+    prompt_column: str = "prompt",
+    unique: bool = False,
+    seed: int | None = None,
+    limit: int | None = None,
+) -> "Dataset":
+    """
+    Loads prompts.
+
+    Args:
+        name_or_path (`str` or `PathLike`): in this order,
+
+            * the name of a set in `PROMPT_SETS`, or `"name:path"` to read a copy of it at `path` instead of
+              downloading it. A name stands for the set even where there is a file or folder of that name: that one is
+              `"./name"`;
+            * a file as [`read_prompts`] reads them, which is the split `"train"`;
+            * a folder with a file for each split, such as `train.txt` or `test_metadata.jsonl`, or any folder that
+              `datasets.load_dataset` reads;
+            * the id of a data set on the Hub.
+        split (`str`, defaults to `"train"`): which part.
+        config (`str`, *optional*): configuration of a data set on the Hub.
+        revision (`str`, *optional*): commit, branch or tag of the repository that it is downloaded from.
+        prompt_column (`str`, defaults to `"prompt"`): the column with the prompts, in a file or on the Hub; it is
+            called `prompt` in the result.
+        unique (`bool`, defaults to `False`): leave out rows whose prompt stands in an earlier row.
+        seed (`int`, *optional*): shuffle by this seed; default: the source's order.
+        limit (`int`, *optional*): keep as many rows at most, the first after shuffling.
+
+    Returns:
+        `datasets.Dataset`: the column `prompt` (`str`), and those that rewards need.
+
+    Raises:
+        UnknownSplitError: if there is no such split; it names those that there are.
+        ValueError: if the prompts cannot be had, saying why and what to do, or an argument does not fit.
+    """
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise ValueError(f"limit is {limit!r}, but must be a whole number of at least 1.")
+    dataset = _load(name_or_path, split, config, revision, prompt_column)
+    if unique:
+        first = {prompt: row for row, prompt in reversed(list(enumerate(dataset["prompt"][:])))}
+        dataset = dataset.select(sorted(first.values()))
+    if seed is not None:
+        dataset = dataset.shuffle(seed=seed)
+    if limit is not None:
+        dataset = dataset.select(range(min(limit, len(dataset))))
+    return dataset
+
+
+def _load(
+    name_or_path: str | os.PathLike, split: str, config: str | None, revision: str | None, prompt_column: str
+) -> "Dataset":
+    name = os.fspath(name_or_path)
+    if not name.strip():
+        raise ValueError("the name of the prompts is empty. Give that of a set, a file, a folder or a data set.")
+    if isinstance(name_or_path, str):
+        head, _, copy = name.partition(":")
+        if head in PROMPT_SETS:
+            _refuse(f"the data set {head!r}", config=config, prompt_column=prompt_column)
+            if copy:
+                _refuse(f"a copy of the data set {head!r}", revision=revision)
+            return PROMPT_SETS[head].load(split, path=copy or None, revision=revision)
+    path = Path(name)
+    # A name with such an end is a file even where it is missing; without, it may be a data set on the Hub
+    if path.suffix.lower() in SUFFIXES or path.is_file():
+        _refuse(f"the file {name!r}", config=config, revision=revision)
+        dataset = read_prompts(path, prompt_column=prompt_column)
+        if split != "train":
+            raise UnknownSplitError(name, split, ("train",))
+        return dataset
+    if file := _split_file(path, split):
+        _refuse(f"the file {os.fspath(file)!r}", config=config, revision=revision)
+        return read_prompts(file, prompt_column=prompt_column)
+    return _from_datasets(name, split, config, revision, prompt_column)
+
+
+def _refuse(what: str, **options: str | None) -> None:
+    """An option that would do nothing is a mistake."""
+    for name, value in options.items():
+        if value is not None and (name, value) != ("prompt_column", "prompt"):
+            raise ValueError(f"{what} has no {name}, but {name} is {value!r}. Remove it.")
+
+
+def _split_file(folder: Path, split: str) -> Path | None:
+    stems = (split, f"{split}_metadata")
+    files = [folder / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
+    found = [file for file in files if file.is_file()]
+    if len(found) > 1:
+        names = " and ".join(file.name for file in found)
+        raise ValueError(f"the data set {os.fspath(folder)!r} has {names}: give the file instead of the folder.")
+    return found[0] if found else None
+
+
+def _from_datasets(name: str, split: str, config: str | None, revision: str | None, prompt_column: str) -> "Dataset":
+    from datasets import load_dataset
+
+    try:
+        splits = load_dataset(name, name=config, revision=revision)
+    # Readers raise errors of many kinds, and most of them say what is the matter
+    except Exception as error:
+        cause = str(error).rstrip(".") or "it holds nothing"
+        cause += f" ({error.__cause__})" if error.__cause__ else ""
+        near = difflib.get_close_matches(name, PROMPT_SETS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ValueError(f"the data set {name!r} cannot be read: {cause}.{hint}") from error
+    if split not in splits:
+        raise UnknownSplitError(name, split, tuple(splits))
+    try:
+        return with_prompt_column(splits[split], prompt_column)
+    except ValueError as error:
+        raise ValueError(f"the data set {name!r} cannot be used: {error}.") from error

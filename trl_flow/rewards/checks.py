@@ -1,0 +1,194 @@
+"""Reward functions: what they are called, and what is refused of them and of what they return.
+
+A reward function is any callable, sync or async, that takes keywords and returns one number (or None) per image:
+
+    def my_reward(prompts: list[str], images: list[PIL.Image.Image], **kwargs) -> list[float | None]: ...
+"""
+
+import functools
+import inspect
+import math
+import numbers
+import reprlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+
+
+RewardFunc = Callable[..., Any]
+
+# What every reward function is given besides the columns of the data set
+RESERVED_COLUMNS = ("prompts", "images", "trainer_state", "log_metric", "log_extra")
+
+_LARGEST = torch.finfo(torch.float32).max
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
+
+
+class RewardError(RuntimeError):
+    """A reward function raised, did not answer in time, or returned something other than one number per image."""
+
+
+def _unwrap(func: RewardFunc) -> RewardFunc:
+    while isinstance(func, functools.partial):
+        func = func.func
+    return func
+
+
+def is_async(func: RewardFunc) -> bool:
+    """Whether `func`, the function inside a `functools.partial`, or an object's `__call__` is an `async def`."""
+    func = _unwrap(func)
+    return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(type(func).__call__)
+
+
+def reward_name(func: RewardFunc) -> str:
+    """What `func` is called in metrics, as in TRL: its `__name__`, that of the function inside a
+    `functools.partial`, or else the name of its class."""
+    func = _unwrap(func)
+    return getattr(func, "__name__", type(func).__name__)
+
+
+def reward_names(funcs: Iterable[RewardFunc]) -> list[str]:
+    """One name per function, all different: the second function called `name` becomes `name_2`, the third `name_3`."""
+    names: list[str] = []
+    for func in funcs:
+        name = base = reward_name(func)
+        number = 1
+        while name in names:
+            number += 1
+            name = f"{base}_{number}"
+        names.append(name)
+    return names
+
+
+def is_dense(func: RewardFunc) -> bool:
+    """
+    Whether `func` can score unfinished images: unless it, or the function inside a `functools.partial`, has an
+    attribute `dense = False`.
+
+    Raises:
+        TypeError: if that attribute is not True or False.
+    """
+    dense = getattr(func, "dense", getattr(_unwrap(func), "dense", True))
+    if not isinstance(dense, bool):
+        raise TypeError(
+            f"The attribute `dense` of the reward function '{reward_name(func)}' is {dense!r}, but must be True, or "
+            "False if it cannot score unfinished images."
+        )
+    return dense
+
+
+def check_reward_func(func: RewardFunc, columns: Iterable[str]) -> None:
+    """
+    Refuses a reward function that could not be called with the data set at hand, before anything is computed.
+
+    A callable without a readable signature (some built in C) is let through.
+
+    Args:
+        func (`Callable`): Reward function.
+        columns (`Iterable[str]`):
+            Names of the data set's columns. `prompt` is passed as `prompts`, all others under their own names.
+
+    Raises:
+        TypeError: if `func` is no callable, is a class, does not take the keywords it is called with, or has an
+            attribute `dense` that is not True or False.
+        ValueError: if `func` needs a column that is missing, or a column has the name of something that every reward
+            function is given.
+    """
+    if inspect.isclass(func):
+        raise TypeError(
+            f"The reward function {func.__name__} is a class, and an object of it is needed: "
+            f"pass {func.__name__}(...) instead of {func.__name__}."
+        )
+    if not callable(func):
+        raise TypeError(
+            f"A reward function must be a callable, but {_short.repr(func)} is of type {type(func).__name__}. Pass a "
+            "function `def reward(prompts, images, **kwargs)` that returns one number per image, or an object with "
+            "such a `__call__`."
+        )
+
+    is_dense(func)
+    columns = [column for column in columns if column != "prompt"]
+    if taken := [column for column in columns if column in RESERVED_COLUMNS]:
+        raise ValueError(
+            f"The data set's columns {taken} have the names of arguments that every reward function is given "
+            f"({', '.join(RESERVED_COLUMNS)}). Rename them: dataset.rename_column({taken[0]!r}, 'my_{taken[0]}')."
+        )
+
+    try:
+        parameters = inspect.signature(func).parameters.values()
+    except (TypeError, ValueError):
+        return
+    name = reward_name(func)
+    given = [*RESERVED_COLUMNS, *columns]
+    keywords = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+    for p in parameters:
+        if p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            continue
+        if p.kind is p.POSITIONAL_ONLY:
+            raise TypeError(
+                f"The reward function '{name}' takes '{p.name}' by position only, but reward functions are called by "
+                "keyword: reward(prompts=..., images=..., ...). Remove the '/' from its signature."
+            )
+        if p.name not in given:
+            raise ValueError(
+                f"The reward function '{name}' needs a column '{p.name}', which the data set does not have. "
+                f"Its columns besides 'prompt' are {columns}. Add the column, or give the parameter a default."
+            )
+    if not takes_any and (refused := [key for key in given if key not in keywords]):
+        raise TypeError(
+            f"The reward function '{name}' does not accept {refused}, which it is called with. End its parameters "
+            "with **kwargs: def reward(prompts, images, **kwargs)."
+        )
+
+
+def check_rewards(result: Any, name: str, prompts: list[str]) -> list[float]:
+    """
+    What the reward function `name` returned for `prompts`, as one float per image: NaN where it returned None, which
+    means that it does not apply. True and False count as 1 and 0.
+
+    Raises:
+        RewardError: if it is anything but a list, tuple, array or tensor of one finite number (or None) per prompt.
+    """
+    if isinstance(result, torch.Tensor | np.ndarray):
+        result = result.tolist()
+    if not isinstance(result, list | tuple):
+        raise RewardError(
+            f"The reward function '{name}' returned {_short.repr(result)} of type {type(result).__name__}. Return a "
+            f"list (or a one-dimensional array or tensor) with one number or None per image, {len(prompts)} in this "
+            "call."
+        )
+    if len(result) != len(prompts):
+        raise RewardError(
+            f"The reward function '{name}' returned {len(result)} rewards for {len(prompts)} images. Return exactly "
+            "one per image, in the order of the images, and None for those that it cannot judge."
+        )
+    return [_number(value, name, prompt, i) for i, (value, prompt) in enumerate(zip(result, prompts, strict=True))]
+
+
+def _number(value: Any, name: str, prompt: str, index: int) -> float:
+    if value is None:
+        return math.nan
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic) and value.ndim == 0:
+        value = value.item()
+    if not isinstance(value, numbers.Real):
+        problem, advice = f"of type {type(value).__name__}, not a number", "Return an int or a float"
+    elif abs(value) > _LARGEST:
+        problem, advice = "beyond the range of float32", "Look for a division by 0 or an overflow in it"
+    elif math.isnan(value):
+        problem = "not a number"
+        advice = (
+            "Look for 0/0 in it, or for a model that overflows in its precision (try dtype=torch.bfloat16 or "
+            "torch.float32), or return None for images that it cannot judge"
+        )
+    else:
+        return float(value)
+    raise RewardError(
+        f"The reward function '{name}' returned {_short.repr(value)} for image {index}, prompt {prompt!r}: that is "
+        f"{problem}. {advice}."
+    )

@@ -1,0 +1,383 @@
+"""The one way in which reward functions are called: by the trainer, the evaluation and the reward server."""
+
+import asyncio
+import atexit
+import functools
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from PIL import Image
+
+from trl_flow.rewards.base import ModelReward
+from trl_flow.rewards.checks import (
+    RewardError,
+    RewardFunc,
+    check_reward_func,
+    check_rewards,
+    is_async,
+    reward_names,
+)
+
+
+# Seconds that a call which was not waited for is given when the process ends
+_LAST_MOMENT = 5.0
+
+
+class RewardLogs:
+    """
+    What reward functions have logged: `log_metric` and `log_extra` are handed to them.
+
+    Attributes:
+        metrics (`dict[str, list[float]]`): every value of each metric.
+        columns (`dict[str, dict[int, Any]]`): for each column the samples' values by their index.
+    """
+
+    def __init__(self):
+        self.metrics: dict[str, list[float]] = defaultdict(list)
+        self.columns: dict[str, dict[int, Any]] = defaultdict(dict)
+
+    def log_metric(self, name: str, value: float) -> None:
+        """Logs a scalar from within a reward function; averaged over calls and processes until the next log."""
+        self.metrics[name].append(float(value))
+
+    def log_extra(self, column: str, values: list) -> None:
+        """Adds one value for each image to the captions of the logged grid, from within a reward function."""
+        held = self.columns[column]
+        held.update(enumerate(values, start=len(held)))
+
+    def add(self, part: "RewardLogs", first: int, number: int) -> None:
+        """Adds the logs of one part, which is the `number` samples from index `first` on."""
+        for name, values in part.metrics.items():
+            self.metrics[name] += values
+        for column, values in part.columns.items():
+            # Of a column without a value for each image it is not known which image has none
+            if len(values) >= number:
+                self.columns[column].update((first + i, values[i]) for i in range(number))
+
+
+@dataclass
+class Scores:
+    """
+    Attributes:
+        rewards (`torch.Tensor`): `(N, K)` for `N` samples and `K` reward functions, float32 on the CPU, NaN where a
+            function does not apply or was not asked.
+        logs ([`RewardLogs`]): what the functions logged.
+    """
+
+    rewards: torch.Tensor
+    logs: RewardLogs
+
+
+class RewardScorer:
+    """
+    Calls reward functions: the async ones all at once and, while those wait for their answers, the sync ones one after
+    another. Each receives lists and images of its own, so that what it sorts, empties or draws on reaches no other.
+
+    Args:
+        reward_funcs (`Iterable[Callable]`): Reward functions, sync or async.
+        timeout (`float`, *optional*): Seconds to wait for each sync function and then, from the end of the last, for
+            all async ones; `None` waits for ever. With a limit a sync function runs in a thread of its own, without
+            one in the caller's. A thread cannot be stopped: a function that hangs is left behind, but keeps the
+            process from ending for at most five seconds.
+        names (`list[str]`, *optional*): What they are called, all different; by default [`reward_names`].
+    """
+
+    def __init__(
+        self, reward_funcs: Iterable[RewardFunc], *, timeout: float | None = None, names: list[str] | None = None
+    ):
+        self.reward_funcs = list(reward_funcs)
+        self.timeout = timeout
+        self.names = reward_names(self.reward_funcs) if names is None else list(names)
+
+    def check(self, columns: Iterable[str]) -> None:
+        """Refuses functions that cannot be called with these columns: see [`check_reward_func`]."""
+        columns = list(columns)
+        for func in self.reward_funcs:
+            check_reward_func(func, columns)
+
+    def load(self) -> None:
+        """Loads the models of all reward functions that have one, now instead of at the first call."""
+        for func in self.reward_funcs:
+            if isinstance(func, ModelReward):
+                func.load()
+
+    def close(self) -> None:
+        """Frees the models again. A later call loads them."""
+        for func in self.reward_funcs:
+            if isinstance(func, ModelReward):
+                func.close()
+
+    def score(
+        self,
+        prompts: list[str],
+        images: list[Image.Image],
+        columns: dict[str, list],
+        *,
+        trainer_state: Any = None,
+        only: Sequence[int] | None = None,
+    ) -> Scores:
+        """
+        Scores `N` samples.
+
+        Args:
+            prompts (`list[str]`), images (`list[PIL.Image.Image]`): one of each per sample.
+            columns (`dict[str, list]`): the data set's other columns, one entry per sample each.
+            trainer_state (`TrainerState`, *optional*): handed to the functions.
+            only (`Sequence[int]`, *optional*): indices of the functions that are asked; by default all.
+
+        Raises:
+            RewardError: if a function raises, does not answer in time, or returns anything but one finite number or
+                None per sample. Async functions that have not ended by then are cancelled.
+        """
+        collected, logs = RewardLogs(), RewardLogs()
+        rewards = torch.full((len(prompts), len(self.reward_funcs)), torch.nan)
+        returned = self.call(prompts, images, columns, trainer_state=trainer_state, only=only, logs=collected)
+        for i, values in returned.items():
+            rewards[:, i] = torch.tensor(values, dtype=torch.float32)
+        logs.add(collected, 0, len(prompts))
+        return Scores(rewards, logs)
+
+    def call(
+        self,
+        prompts: list[str],
+        images: list[Image.Image],
+        columns: dict[str, list],
+        *,
+        trainer_state: Any = None,
+        only: Sequence[int] | None = None,
+        logs: RewardLogs | None = None,
+    ) -> dict[int, list[float]]:
+        """
+        What each function that was asked returned, by its index: one float per sample, NaN where it does not apply, to
+        the last digit. Arguments and errors as for [`score`].
+        """
+        chosen = range(len(self.reward_funcs)) if only is None else only
+        logs = logs or RewardLogs()
+
+        def arguments() -> dict[str, Any]:
+            return {
+                "prompts": list(prompts),
+                "images": [image.copy() for image in images],
+                **{name: list(values) for name, values in columns.items()},
+                "trainer_state": trainer_state,
+                "log_metric": logs.log_metric,
+                "log_extra": logs.log_extra,
+            }
+
+        started: dict[int, Future] = {}
+        returned: dict[int, list[float]] = {}
+        try:
+            for i in chosen:
+                if is_async(self.reward_funcs[i]):
+                    started[i] = _start_async(self.reward_funcs[i], self.names[i], arguments())
+            for i in chosen:
+                if i not in started:
+                    result = _run_sync(self.reward_funcs[i], self.names[i], arguments(), self.timeout)
+                    returned[i] = check_rewards(result, self.names[i], prompts)
+            self._finish_async(started, returned, prompts)
+        finally:
+            for future in started.values():
+                future.cancel()
+        return returned
+
+    def session(self, *, background: bool, trainer_state: Any = None) -> "ScoringSession":
+        """Scores samples part by part: see [`ScoringSession`]."""
+        return ScoringSession(self, background=background, trainer_state=trainer_state)
+
+    def _finish_async(self, started: dict[int, Future], returned: dict[int, list[float]], prompts: list[str]) -> None:
+        ended, running = wait(started.values(), self.timeout, return_when=FIRST_EXCEPTION)
+        # What failed is reported before what is late, for it may be the reason
+        for i, future in started.items():
+            if future in ended:
+                returned[i] = check_rewards(future.result(), self.names[i], prompts)
+        if running:
+            # One of them may be blocking the loop for good, so the next call is given another
+            _event_loop.cache_clear()
+            raise _late([self.names[i] for i, future in started.items() if future in running], self.timeout)
+
+
+class ScoringSession:
+    """
+    Scores parts one after another, in the order in which they are submitted: at once or, with `background=True`, in
+    one thread besides the caller's. Either way the same calls are made in the same order, so that what they return is
+    the same. After one has failed no further one is made.
+
+    A context manager. When it is left by an error, parts that have not begun are dropped, and the one that is being
+    scored is waited for: nothing goes on behind the caller's back. Ctrl-C does not wait. The call goes on in its
+    thread, and Python waits for it when the process ends.
+
+    Args:
+        scorer ([`RewardScorer`]): by which the parts are scored.
+        background (`bool`): whether to use a thread.
+        trainer_state (`TrainerState`, *optional*): handed to the functions.
+    """
+
+    def __init__(self, scorer: RewardScorer, *, background: bool, trainer_state: Any = None):
+        self.background = background
+        self._scorer = scorer
+        self._trainer_state = trainer_state
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="rewards") if background else None
+        self._calls: list[Future] = []
+        self._parts: list[Scores] = []
+        self._error: BaseException | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call in the background has not ended yet."""
+        return any(not call.done() for call in self._calls)
+
+    def submit(self, prompts: list[str], images: list[Image.Image], columns: dict[str, list]) -> None:
+        """
+        Scores a part, or has it scored when those before it have been. Arguments as in [`RewardScorer.score`].
+
+        A `RewardError` is kept for [`raise_error`] and [`result`]; other errors, such as Ctrl-C, are raised at once
+        where there is no thread.
+        """
+        call = functools.partial(self._score, prompts, images, columns)
+        if self._executor is None:
+            call()
+        else:
+            self._calls.append(self._executor.submit(_with_this_threads_settings(call)))
+
+    def raise_error(self) -> None:
+        """Raises the error of the part that failed, if one has."""
+        if self._error is not None:
+            raise self._error
+
+    def result(self) -> Scores:
+        """The scores of all parts in their order. Waits for them; raises the error of the one that failed."""
+        wait(self._calls)
+        self.raise_error()
+        rewards, logs = torch.empty(0, len(self._scorer.reward_funcs)), RewardLogs()
+        for part in self._parts:
+            logs.add(part.logs, len(rewards), len(part.rewards))
+            rewards = torch.cat([rewards, part.rewards])
+        return Scores(rewards, logs)
+
+    def _score(self, prompts: list[str], images: list[Image.Image], columns: dict[str, list]) -> None:
+        if self._error is not None:
+            return
+        try:
+            self._parts.append(self._scorer.score(prompts, images, columns, trainer_state=self._trainer_state))
+        except RewardError as error:
+            self._error = error
+            if self.background and isinstance(error.__cause__, torch.OutOfMemoryError):
+                self._error = RewardError(
+                    f"{error} It was called while images were sampled, so that both needed memory: set "
+                    "overlap_rewards=False, or lower per_device_train_batch_size or the function's own batch size."
+                )
+                self._error.__cause__ = error
+        except BaseException as error:
+            self._error = error
+            if not self.background:
+                raise
+
+    def __enter__(self) -> "ScoringSession":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._executor is not None:
+            self._executor.shutdown(wait=kind is None or issubclass(kind, Exception), cancel_futures=True)
+
+
+# ---- Calls ----
+
+
+def _with_this_threads_settings(function: Callable[[], Any]) -> Callable[[], Any]:
+    """`function` for another thread, with the settings that PyTorch keeps for each as they are in this one."""
+    grad_enabled, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    device = _device_index()
+
+    def run() -> Any:
+        _set_device(device)
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad_enabled):
+            return function()
+
+    return run
+
+
+def _device_index() -> int | None:
+    return torch.accelerator.current_device_index() if torch.accelerator.device_count() > 1 else None
+
+
+def _set_device(index: int | None) -> None:
+    if index is not None:
+        torch.accelerator.set_device_index(index)
+
+
+def _run_sync(func: RewardFunc, name: str, arguments: dict[str, Any], timeout: float | None) -> Any:
+    def call() -> Any:
+        try:
+            return func(**arguments)
+        except Exception as error:
+            raise _failed(name, error) from error
+
+    if timeout is None:
+        return call()
+    run, future = _with_this_threads_settings(call), Future()
+
+    def fulfil() -> None:
+        try:
+            future.set_result(run())
+        except BaseException as error:  # Ctrl-C and sys.exit() belong to the thread that asked
+            future.set_exception(error)
+
+    # Not an executor's thread: Python waits for those when the process ends, for ever if the function hangs
+    thread = threading.Thread(target=fulfil, name=f"reward {name}", daemon=True)
+    thread.start()
+    try:
+        wait([future], timeout)
+    finally:
+        if not future.done():
+            # Python aborts when it tears a daemon thread out of one of PyTorch's operations
+            atexit.register(thread.join, _LAST_MOMENT)
+    if not future.done():
+        raise _late([name], timeout)
+    return future.result()
+
+
+def _start_async(func: RewardFunc, name: str, arguments: dict[str, Any]) -> Future:
+    device = _device_index()
+
+    async def call() -> Any:
+        _set_device(device)
+        try:
+            return await func(**arguments)
+        except Exception as error:
+            # Raised here, since asyncio replaces a TimeoutError on its way by a copy without traceback
+            raise _failed(name, error) from error
+
+    return asyncio.run_coroutine_threadsafe(call(), _event_loop())
+
+
+@functools.cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    # One loop for the life of the process: clients that a reward keeps open from call to call are bound to their loop.
+    # It runs in a thread of its own because notebooks already have a running one in the main thread.
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="async rewards", daemon=True).start()
+    return loop
+
+
+def _late(names: list[str], timeout: float) -> RewardError:
+    called = f"The reward function{'s' if len(names) > 1 else ''} {', '.join(map(repr, names))}"
+    message = f"{called} had not answered after {timeout:g} seconds, the time limit for rewards. "
+    if len(names) > 1:
+        message += "They are async and share one event loop: one that computes without awaiting holds up the others. "
+    return RewardError(message + "Find out what it waits for, or raise the limit (reward_timeout).")
+
+
+def _failed(name: str, error: Exception) -> RewardError:
+    message = str(error).rstrip(".")
+    return RewardError(
+        f"The reward function '{name}' raised {type(error).__name__}: {message}. Its traceback stands above this one. "
+        "Fix it, or have it return None for samples that it cannot judge."
+    )

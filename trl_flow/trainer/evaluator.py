@@ -1,0 +1,311 @@
+"""[`Evaluator`]: draws prompts along the ODE from fixed seeds, and scores them beside the base model."""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from PIL import Image
+from transformers import TrainerState
+from transformers.utils import logging
+
+from trl_flow.evaluation.diversity import mean_pairwise_distance, pixel_features, thumbnails
+from trl_flow.evaluation.drawing import draw_batch
+from trl_flow.evaluation.gold import GoldScore, check_base, gold_score
+from trl_flow.functional import combine_rewards
+from trl_flow.rewards.scorer import RewardScorer
+from trl_flow.trainer.flow_rl_config import FlowRLConfig
+from trl_flow.trainer.phase_scores import columns_of, gather_rewards, reward_metrics
+from trl_flow.trainer.policy import Policy
+from trl_flow.trainer.prompt_cache import image_fingerprint
+from trl_flow.trainer.sampler import Sampler
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class BaseScores:
+    """
+    What the base model scores on one evaluation set.
+
+    Attributes:
+        reward (`float`): mean of the optimized reward.
+        gold (`dict[str, np.ndarray]`): scores by each gold function, float64 of shape `(N,)`, NaN where it does not
+            apply; the images of one prompt are next to each other.
+        diversity (`float` or `None`): within a prompt; `None` with one image for each.
+    """
+
+    reward: float
+    gold: dict[str, np.ndarray]
+    diversity: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        gold = {name: [None if math.isnan(v) else v for v in values.tolist()] for name, values in self.gold.items()}
+        return {"reward": None if math.isnan(self.reward) else self.reward, "gold": gold, "diversity": self.diversity}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "BaseScores":
+        return cls(
+            reward=math.nan if content["reward"] is None else content["reward"],
+            # None becomes NaN
+            gold={name: np.asarray(values, dtype=np.float64) for name, values in content["gold"].items()},
+            diversity=content["diversity"],
+        )
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """
+    One evaluation of one data set, as callbacks get it in `on_evaluate(..., evaluation=...)` if there are gold scores.
+
+    Attributes:
+        name (`str` or `None`): the data set's, where there are several.
+        metrics (`dict[str, float | None]`): `reward`, `rewards/{name}/mean`, `gold/average` and so on; `None` for a
+            mean over no image.
+        images (`list[PIL.Image.Image]`), prompts (`list[str]`): of this process; none if nothing had to be drawn.
+        key (`str`): equal for evaluations that can be compared prompt by prompt.
+        reward (`float`), base_reward (`float`): mean of the optimized reward, and the base model's.
+        gold ([`~trl_flow.evaluation.gold.GoldScore`] or `None`): of the model as it is.
+        num_samples (`int`): images of all processes.
+        save (`Callable`): `save(folder)` writes the model as it was evaluated, in diffusers' format. To be called on
+            all processes.
+    """
+
+    name: str | None
+    metrics: dict[str, float | None]
+    images: list[Image.Image]
+    prompts: list[str]
+    key: str
+    reward: float
+    base_reward: float
+    gold: GoldScore | None
+    num_samples: int
+    save: Callable[[str | os.PathLike], None]
+
+
+class Evaluator:
+    """
+    Evaluates. Training is not affected: all random states are as before.
+
+    Args:
+        policy ([`Policy`]): the trained model.
+        sampler ([`Sampler`]): shows what is going on, and reads the images to be edited.
+        scorer ([`RewardScorer`]): the optimized reward functions.
+        reward_weights (`torch.Tensor`): one for each.
+        gold_scorer ([`RewardScorer`]): functions that are never optimized; may be empty.
+        args ([`FlowRLConfig`]): steps, guidance, seed, images per prompt.
+        save (`Callable`): writes the model to a folder.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        sampler: Sampler,
+        scorer: RewardScorer,
+        reward_weights: torch.Tensor,
+        gold_scorer: RewardScorer,
+        args: FlowRLConfig,
+        save: Callable[[str | os.PathLike], None],
+    ):
+        self.policy = policy
+        self.sampler = sampler
+        self.scorer = scorer
+        self.reward_weights = reward_weights
+        self.gold_scorer = gold_scorer
+        self.args = args
+        self.save = save
+        self._base_scores: dict[str, BaseScores] = {}
+        # Whether the weights are still those that the trainer was given
+        self.is_untrained = True
+
+    def evaluate(self, dataset: Dataset, state: TrainerState, name: str | None = None) -> EvaluationResult:
+        """
+        Draws and scores every prompt of `dataset`, whose name is `name` among several.
+
+        Raises:
+            ValueError: if gold scores cannot be normalized to the base model's.
+        """
+        base = self._base(dataset, state)[0] if self.gold_scorer.reward_funcs else None
+        with _unchanged_random_state(), self.policy.evaluating():
+            return self._evaluate(dataset, state, name, base)
+
+    def evaluate_base(self, dataset: Dataset, state: TrainerState, name: str | None = None) -> EvaluationResult:
+        """[`evaluate`] of the base model, which is drawn once for each set and kept. Without images if it was."""
+        base, drawn = self._base(dataset, state)
+        if drawn is not None:
+            return drawn
+        gold = gold_score(base.gold, base.gold, num_images_per_prompt=self.args.num_generations_eval)
+        return self._result(dataset, name, {"reward": base.reward}, base, base, gold)
+
+    def _base(self, dataset: Dataset, state: TrainerState) -> tuple[BaseScores, EvaluationResult | None]:
+        key = self._key(dataset)
+        if key in self._base_scores:
+            return self._base_scores[key], None
+        if not self.policy.has_reference and not (self.is_untrained and state.global_step == 0):
+            raise ValueError(
+                "eval_reward_funcs are normalized to the base model's scores on the same prompts, which have not been "
+                "measured for this evaluation set (or these evaluation settings), and all weights have been trained "
+                "since: the base model is gone. Pass the set as eval_dataset when the run starts, resume from a "
+                "checkpoint of a run that had the same sets and functions, or train an adapter (peft_config)."
+            )
+        with _unchanged_random_state(), self.policy.evaluating(base=True):
+            result = self._evaluate(dataset, state, None, None)
+        return self._base_scores[key], result
+
+    # ---- Drawing and scoring ----
+
+    def _evaluate(
+        self, dataset: Dataset, state: TrainerState, name: str | None, base: BaseScores | None
+    ) -> EvaluationResult:
+        """With `base=None` and gold functions, the model that is drawn with becomes the base."""
+        accelerator, number = self.policy.accelerator, self.args.num_generations_eval
+        self.policy.encode_ahead([dataset])
+        total = len(dataset) * number
+        # Every process takes the same number of samples, so that sharded forwards stay in step: some twice
+        each = math.ceil(total / accelerator.num_processes)
+        indices = [min(accelerator.process_index * each + i, total - 1) for i in range(each)]
+        rows = [dataset[index // number] for index in indices]
+        images = self._draw(rows, indices)
+        self.sampler.show_stage("evaluation rewards")
+        rewards_per_func = self._scored(self.scorer, rows, images, state)[:total]
+        rewards = combine_rewards(rewards_per_func, self.reward_weights.to(rewards_per_func.device))
+        gold_values: dict[str, np.ndarray] = {}
+        if self.gold_scorer.reward_funcs:
+            by_func = self._scored(self.gold_scorer, rows, images, state)[:total]
+            gold_values = dict(zip(self.gold_scorer.names, by_func.T.double().cpu().numpy(), strict=True))
+        diversity = group_diversity(accelerator, images, number, total) if number > 1 else None
+        scores = BaseScores(rewards.nanmean().item(), gold_values, diversity)
+        metrics = reward_metrics(rewards_per_func, rewards, self.scorer.names)
+        if base is None and gold_values:
+            base = self._base_scores[self._key(dataset)] = scores
+            for gold_name, values in gold_values.items():
+                check_base(gold_name, values)
+                if np.isnan(values).all():
+                    logger.warning(
+                        f"The gold function {gold_name!r} returned None for every image of this evaluation set: it is "
+                        "left out of the gold average."
+                    )
+        gold = gold_score(base.gold, scores.gold, num_images_per_prompt=number) if base else None
+        return self._result(dataset, name, metrics, scores, base, gold, rows, images)
+
+    def _result(
+        self,
+        dataset: Dataset,
+        name: str | None,
+        metrics: dict[str, float],
+        scores: BaseScores,
+        base: BaseScores | None,
+        gold: GoldScore | None,
+        rows: list[dict[str, Any]] = (),
+        images: list[Image.Image] = (),
+    ) -> EvaluationResult:
+        if scores.diversity is not None:
+            metrics |= {"diversity": scores.diversity}
+        if gold is not None:
+            metrics |= {f"gold/{gold_name}": value for gold_name, value in gold.scores.items()}
+            metrics |= {"gold/average": gold.average, "gold/average_std_err": gold.standard_error}
+        return EvaluationResult(
+            name=name,
+            metrics={key: None if math.isnan(value) else value for key, value in metrics.items()},
+            images=list(images),
+            prompts=[row["prompt"] for row in rows],
+            key=self._key(dataset),
+            reward=scores.reward,
+            base_reward=math.nan if base is None else base.reward,
+            gold=gold,
+            num_samples=len(dataset) * self.args.num_generations_eval,
+            save=self.save,
+        )
+
+    def _draw(self, rows: list[dict[str, Any]], indices: list[int]) -> list[Image.Image]:
+        size, num_steps = self.args.per_device_eval_batch_size, self.args.eval_num_inference_steps
+        images: list[Image.Image] = []
+        for first in range(0, len(rows), size):
+            part = rows[first : first + size]
+            condition = self.policy.condition(
+                [row["prompt"] for row in part], self.sampler.images_to_edit(part), self.guidance_scale
+            )
+
+            def show(step: int, first: int = first) -> None:
+                self.sampler.show_stage(f"evaluating {first + 1}/{len(rows)}, step {step + 1}/{num_steps}")
+
+            images += draw_batch(
+                self.policy.backbone,
+                self.policy.sampling_module,
+                condition.positive,
+                condition.negative,
+                seed=self.args.seed,
+                indices=indices[first : first + size],
+                num_inference_steps=num_steps,
+                guidance_scale=condition.guidance_scale,
+                on_step=show,
+            )
+        return images
+
+    def _scored(
+        self, scorer: RewardScorer, rows: list[dict[str, Any]], images: list[Image.Image], state: TrainerState
+    ) -> torch.Tensor:
+        prompts, columns = [row["prompt"] for row in rows], columns_of(rows)
+        return gather_rewards(
+            self.policy.accelerator,
+            lambda: scorer.score(prompts, images, columns, trainer_state=state).rewards,
+        )
+
+    @property
+    def guidance_scale(self) -> float:
+        scale = self.args.eval_guidance_scale
+        return self.args.guidance_scale if scale is None else scale
+
+    def _key(self, dataset: Dataset) -> str:
+        """A fingerprint of what an evaluation draws and scores: under the same one, scores are paired by index."""
+        settings = {
+            "prompts": list(dataset["prompt"]),
+            "gold": self.gold_scorer.names,
+            "guidance_scale": self.guidance_scale,
+            **{
+                name: getattr(self.args, name)
+                for name in ("seed", "num_generations_eval", "eval_num_inference_steps", "negative_prompt")
+            },
+            **{name: getattr(self.args, name) for name in ("height", "width", "max_sequence_length")},
+        }
+        if self.policy.backbone.takes_image:
+            settings["images"] = [image_fingerprint(row["image"]) for row in dataset]
+        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+
+    # ---- State ----
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"base_scores": {key: base.to_json() for key, base in self._base_scores.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Adds to what has been measured: it does not depend on the run."""
+        self._base_scores |= {key: BaseScores.from_json(base) for key, base in state.get("base_scores", {}).items()}
+
+
+def group_diversity(accelerator, images: list[Image.Image], group_size: int, total: int) -> float:
+    """Diversity within the groups of all processes' images, of which the first `total` count."""
+    # A group may be split over processes; reduced images are small enough to be gathered
+    thumbs = torch.from_numpy(thumbnails(images)).to(accelerator.device)
+    thumbs = accelerator.gather(thumbs)[:total].cpu().numpy()
+    return mean_pairwise_distance(pixel_features(thumbs), group_size)
+
+
+@contextlib.contextmanager
+def _unchanged_random_state() -> Iterator[None]:
+    """Reward functions may draw random numbers; training after an evaluation must not notice."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=None if torch.cuda.is_available() else []):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

@@ -1,0 +1,454 @@
+"""[`FlowRLTrainer`]: the order of things in online reinforcement learning of an image model, on TRL's base trainer.
+
+It keeps order and nothing else: each stage is an object of its own, and what is learned stands in an [`Algorithm`].
+The method names and their order are those of TRL's `GRPOTrainer`, so that a reader of one finds the way in the other.
+"""
+
+import copy
+import os
+import time
+from abc import abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from peft import PeftConfig
+from transformers import TrainerCallback, set_seed
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
+from transformers.utils import logging
+
+from trl_flow import sharing
+from trl_flow.algorithms import Algorithm, MicroBatch
+from trl_flow.backbones import Backbone, get_backbone
+from trl_flow.rewards.checks import RewardError, reward_names
+from trl_flow.rewards.scorer import RewardScorer
+from trl_flow.trainer import checks
+from trl_flow.trainer.callbacks import FlowProgressCallback, LoopCallback, RunLogCallback
+from trl_flow.trainer.evaluator import EvaluationResult, Evaluator, group_diversity
+from trl_flow.trainer.flow_rl_config import FlowRLConfig
+from trl_flow.trainer.loading import load_pipeline
+from trl_flow.trainer.metrics import Metrics
+from trl_flow.trainer.over_optimization import OverOptimizationCallback
+from trl_flow.trainer.phase_scores import PhaseScorer
+from trl_flow.trainer.policy import Policy, prepare_module
+from trl_flow.trainer.prompt_cache import PromptCache
+from trl_flow.trainer.publisher import Publisher
+from trl_flow.trainer.rollout_buffer import RolloutBuffer
+from trl_flow.trainer.run_state import RunState, checkpoint_to_resume, step_of, writing_checkpoint
+from trl_flow.trainer.sample_log import SampleLog
+from trl_flow.trainer.sampler import Sampler
+from trl_flow.trainer.trl_compat import GroupTrainer, identity
+
+
+logger = logging.get_logger(__name__)
+
+RewardFunc = Callable[..., list[float | None]]
+
+
+class FlowRLTrainer(GroupTrainer):
+    """
+    Base of the trainers: everything but what is learned, which [`create_algorithm`] of a subclass says.
+
+    Args:
+        model (`str` or [`~diffusers.DiffusionPipeline`]):
+            Hub id or folder of a pipeline, or a loaded one, whose transformer (or U-Net) is trained in place.
+        reward_funcs (`Callable` or `list[Callable]`):
+            Called by keyword as `func(prompts=..., images=..., **columns, trainer_state=..., log_metric=...,
+            log_extra=...)`, with lists of one entry for each image; returns a list of numbers, `None` where the
+            function does not apply. May be `async`.
+        args ([`FlowRLConfig`], *optional*):
+            Configuration; defaults to that of `config_class` with `"{name of the model}-{method}"` as `output_dir`.
+        train_dataset ([`~datasets.Dataset`]):
+            A column `"prompt"` of non-empty strings, and with a pipeline that edits images a column `"image"` of them;
+            all columns but the prompt reach the reward functions under their own names.
+        eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
+            Prompts to evaluate on: always the same seeds, along the ODE.
+        callbacks (list of [`~transformers.TrainerCallback`], *optional*): further callbacks.
+        optimizers (`tuple`, *optional*): an optimizer and a scheduler, as in [`~transformers.Trainer`].
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Trains an adapter; without it all weights of the transformer are trained.
+        backbone ([`Backbone`], *optional*):
+            Instead of the one chosen by the pipeline's class, for pipelines of your own.
+        eval_reward_funcs (`Callable` or `list[Callable]`, *optional*):
+            Functions as `reward_funcs` that are never optimized: evaluations score by them too, and divide by what
+            the base model scores on the same prompts from the same seeds, which is measured before the first update
+            (`eval_gold/{name}` and `eval_gold/average`, where 1 is the base model). Need an `eval_dataset`, and a
+            positive mean for the base model.
+
+    Raises:
+        TypeError, ValueError: for anything that would make training fail later; nothing has been written then.
+    """
+
+    loss_is_scaled_for_ga = True
+    _tag_names = ["trl_flow"]
+    config_class: type[FlowRLConfig] = FlowRLConfig
+
+    @abstractmethod
+    def create_algorithm(self) -> Algorithm:
+        """What is learned; `args`, `backbone` and `reward_weights` are there when it is called."""
+        raise NotImplementedError
+
+    def __init__(
+        self,
+        model: str | os.PathLike | DiffusionPipeline,
+        reward_funcs: RewardFunc | list[RewardFunc],
+        args: FlowRLConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: PeftConfig | None = None,
+        backbone: Backbone | None = None,
+        eval_reward_funcs: RewardFunc | list[RewardFunc] | None = None,
+    ):
+        is_path = isinstance(model, str | os.PathLike)
+        checks.check_model(model, backbone)
+        if args is None:
+            name = model if is_path else model.config.get("_name_or_path") or "model"
+            args = self.config_class(f"{Path(name).name}-{self._name}")
+        checks.check_config(args, self.config_class)
+        # Some fields are changed for transformers below; the caller's object may serve a second trainer
+        args = copy.copy(args)
+
+        # Data and rewards first: they are cheap to check, a model is not cheap to load
+        reward_funcs, eval_reward_funcs = checks.as_list(reward_funcs), checks.as_list(eval_reward_funcs)
+        names, number = reward_names([*reward_funcs, *eval_reward_funcs]), len(reward_funcs)
+        self.scorer = RewardScorer(reward_funcs, timeout=args.reward_timeout, names=names[:number])
+        self.gold_scorer = RewardScorer(eval_reward_funcs, timeout=args.reward_timeout, names=names[number:])
+        named_datasets = {"train_dataset": train_dataset, **checks.named_eval_datasets(eval_dataset)}
+        for name, dataset in named_datasets.items():
+            checks.check_dataset(dataset, name)
+        checks.check_rewards(self.scorer, self.gold_scorer, train_dataset, eval_dataset, args)
+        checks.check_over_optimization(callbacks or [], self.gold_scorer.names, eval_dataset, args)
+        self.reward_weights = torch.tensor(args.reward_weights or [1.0] * number, dtype=torch.float32)
+        checks.check_output_dir(args)
+        if peft_config is not None:
+            sharing.check_lora_config(peft_config)
+
+        # Model. A LoRA draws its initial weights at random, so the seed comes first.
+        set_seed(args.seed)
+        self.pipeline = load_pipeline(model, args, peft_config) if is_path else model
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.backbone = backbone or get_backbone(
+            self.pipeline, height=args.height, width=args.width, max_sequence_length=args.max_sequence_length
+        )
+        self.model_id = str(model) if is_path else self.pipeline.config.get("_name_or_path")
+        checks.check_backbone(self.backbone, args, peft_config)
+        for name, dataset in named_datasets.items():
+            checks.check_images(dataset, name, self.backbone)
+        module = prepare_module(self.backbone, args, peft_config)
+        checks.probe_output_dir(args, sum(p.numel() for p in module.parameters() if p.requires_grad))
+
+        # Before the model goes to the device: the text encoders may need the room there
+        conditions = PromptCache.of(self.backbone, args)
+        conditions.encode_ahead(args, list(named_datasets.values()))
+
+        super().__init__(
+            model=module,
+            args=args,
+            data_collator=identity,  # rows stay dictionaries
+            train_dataset=checks.repeated(train_dataset, args),
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        checks.check_single_device(args)
+        # Only used with `remove_unused_columns=True`
+        self._signature_columns = ["prompt", *(["image"] if self.backbone.takes_image else [])]
+        if not args.disable_tqdm:
+            self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
+            self.add_callback(FlowProgressCallback())
+
+        # The stages, in their order
+        self.algorithm = self.create_algorithm()
+        keep_reference = self.algorithm.needs_reference
+        self.policy = Policy(
+            self.backbone,
+            args,
+            self.accelerator,
+            lambda: self.model_wrapped,
+            conditions,
+            keep_reference=keep_reference,
+        )
+        self.sampler = Sampler(self.policy, self.algorithm.dynamics, args, self._show_stage)
+        self.phase_scorer = PhaseScorer(self.scorer, self.reward_weights, self.sampler, args, self.accelerator)
+        self.evaluator = Evaluator(
+            self.policy, self.sampler, self.scorer, self.reward_weights, self.gold_scorer, args, save=self._save_to
+        )
+        parts = {"policy": self.policy, "algorithm": self.algorithm, "evaluator": self.evaluator}
+        self.run_state = RunState(args, parts)
+        self.metrics = Metrics(self.accelerator)
+        self.sample_log = SampleLog(args, self.scorer.names)
+        self.publisher = Publisher(args, self.backbone, self.model_id, self.scorer.names)
+        self.add_callback(RunLogCallback())
+        self.add_callback(LoopCallback(self._before_training, self._after_update))
+        self._saved: tuple[int, str] | None = None  # the step at which the run was last saved, or resumed, and where
+        self._train_step_time = 0.0
+
+    # ---- Training ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """
+        Trains, then saves the adapter (or model) and the trainer's state to `output_dir` unless `save_strategy` is
+        `"no"`. `resume_from_checkpoint` is a checkpoint's folder, or `True` for the last complete one in `output_dir`.
+
+        Raises:
+            ValueError: if there is no complete checkpoint to resume from, or it was written with other batches.
+            OSError: if a reward's model cannot be loaded; nothing has been sampled then.
+            RewardError: if a reward function fails. Updates are saved first, whatever `save_strategy` is.
+        """
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        callbacks = self.callback_handler.callbacks  # those that were added after the constructor, too
+        checks.check_over_optimization(callbacks, self.gold_scorer.names, self.eval_dataset, self.args)
+        self.run_state.parts |= OverOptimizationCallback.by_name(callbacks)
+        self.run_state.reset()
+        self._saved = None
+        if checkpoint is not None:
+            self.run_state.check(Path(checkpoint))
+            self._saved = step_of(checkpoint), checkpoint
+        for scorer in (self.scorer, self.gold_scorer):
+            scorer.load()  # a model that cannot be loaded is found out now, and not after the first sampling phase
+        try:
+            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        except RewardError as error:
+            raise RewardError(f"{error} {self._save_after_failure()}") from error
+        if self.args.save_strategy != "no":
+            self.save_model(_internal_call=True)
+            self.save_state()
+        return output
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        start = time.perf_counter()
+        model.train()
+        if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
+            self.optimizer.train()
+        batch = self._prepare_inputs(inputs)
+        self._show_stage("updating")
+        condition = self.policy.condition(batch.prompts, batch.images)
+        units, total = self.algorithm.units(batch), torch.zeros((), device=self.accelerator.device)
+        measure = self.args.diagnostics_steps and self.state.global_step % self.args.diagnostics_steps == 0
+        # One forward and backward each: memory does not grow with their number
+        for number, unit in enumerate(units, start=1):
+            with self.policy.deferred_sync(defer=number < len(units)):
+                with self.compute_loss_context_manager():
+                    output = self.algorithm.loss(self.policy, batch, unit, condition)
+                loss = output.loss.mean() / (len(units) * self.current_gradient_accumulation_steps)
+                if measure:
+                    norm = self.policy.gradient_norm(output.policy_loss.mean())
+                    self.metrics.append({f"grad_norm/step_{unit}": norm})
+                self.policy.backward(loss)
+            self.metrics.add(unit, output.stats)
+            total += loss.detach()
+        self.run_state.advance()
+        self._train_step_time += time.perf_counter() - start
+        if self.accelerator.sync_gradients:
+            self.metrics.append({"step_time": self._train_step_time})
+            self._train_step_time = 0.0
+        return total
+
+    def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> MicroBatch:
+        # The local part of a generation batch; its micro-batches are handed out one by one, `num_iterations` times
+        if self.run_state.needs_samples:
+            self.run_state.micro_batches = self._generate_and_score(generation_batch)
+        self.policy.updates_since_sampling = self.run_state.update
+        return self.run_state.micro_batch
+
+    def _generate_and_score(self, rows: list[dict[str, Any]]) -> list[MicroBatch]:
+        """Samples the local part of a generation batch, scores it, and cuts it into micro-batches."""
+        plan = self.algorithm.plan(self.run_state.generation)
+        buffer = RolloutBuffer(len(rows), self.args)
+        with self.phase_scorer.phase(rows, plan, self.state) as phase:
+            for part in self.sampler.sample(rows, plan, self.run_state.generation):
+                buffer.add(part.first, self.algorithm.keep(part.rollout))
+                phase.add(part)
+            scores = phase.finish()
+        advantages, stats = self.algorithm.advantages(scores)
+        diversity = group_diversity(self.accelerator, phase.images, self.args.num_generations, len(advantages))
+        self.metrics.append({**phase.metrics, "diversity": diversity, **stats})
+        local = slice(self.args.process_index * len(rows), (self.args.process_index + 1) * len(rows))
+        self.sample_log.take(rows, phase.images, scores.rewards_per_func[local], phase.logs)
+        return buffer.finish(rows, plan.kept, advantages[local], self.sampler.images_to_edit(rows))
+
+    def _before_training(self) -> None:
+        """Scores all evaluation sets by the base model, before the first update, and logs this as update 0."""
+        if self.gold_scorer.reward_funcs:
+            for name, dataset in checks.chosen_eval_datasets(None, self.eval_dataset).items():
+                result = self.evaluator.evaluate_base(dataset, self.state, name)
+                if self.state.global_step == 0 and not self.args.eval_on_start:
+                    self._log_evaluation(result, "eval" if name is None else f"eval_{name}")
+        self.evaluator.is_untrained = False
+
+    def _after_update(self) -> None:
+        self.policy.after_update()
+        self.run_state.after_update()
+        self.metrics.append(self.algorithm.after_update(self.policy))
+
+    # ---- Evaluation ----
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """
+        Draws every evaluation prompt along the ODE, with seeds that depend on the prompt's row alone, and scores it.
+        Training is not affected: all random states are as before.
+
+        Args:
+            eval_dataset ([`~datasets.Dataset`], `dict` of them or a key of the trainer's, *optional*): prompts;
+                default: the trainer's.
+            metric_key_prefix (`str`): prefix of the metrics.
+
+        Returns:
+            `dict[str, float]`: `{prefix}_reward`, `{prefix}_rewards/{name}/mean` and so on, with `eval_reward_funcs`
+                `{prefix}_gold/average` and so on, and `{prefix}_diversity` with several images for each prompt.
+
+        Raises:
+            ValueError: if there is no such set, or its gold scores cannot be normalized to the base model's.
+        """
+        metrics: dict[str, float] = {}
+        for name, dataset in checks.chosen_eval_datasets(eval_dataset, self.eval_dataset).items():
+            checks.check_dataset(dataset, "eval_dataset")
+            checks.check_images(dataset, "eval_dataset", self.backbone)
+            start = time.time()
+            result = self.evaluator.evaluate(dataset, self.state, name)
+            is_named = name is not None and not isinstance(eval_dataset, str)
+            own = self._log_evaluation(result, f"{metric_key_prefix}_{name}" if is_named else metric_key_prefix, start)
+            # As CallbackHandler.on_evaluate, which not every version of transformers lets pass anything further
+            self.control.should_evaluate = False
+            further = {"metrics": own, "evaluation": None if result.gold is None else result}
+            self.control = self.callback_handler.call_event(
+                "on_evaluate", self.args, self.state, self.control, **further
+            )
+            metrics |= own
+        return metrics
+
+    def _log_evaluation(self, result: EvaluationResult, prefix: str, start: float | None = None) -> dict[str, float]:
+        metrics = {f"{prefix}_{name}": value for name, value in result.metrics.items()}
+        if start is not None:
+            metrics |= speed_metrics(prefix, start, num_samples=result.num_samples)
+        # First: a tracker may start with its first log
+        super().log(metrics)
+        if result.images:
+            name = f"{prefix}-{self.state.global_step:06d}"
+            self.sample_log.write(result.images, result.prompts, name, self.state, self.callback_handler)
+        return metrics
+
+    # ---- Logging ----
+
+    def _show_stage(self, stage: str) -> None:
+        """Says beside the progress bar what is going on."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, FlowProgressCallback):
+                callback.show_stage(stage)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:
+            logs |= self.metrics.flush(self.algorithm)
+            self.sample_log.flush(self.state, self.callback_handler)
+        super().log(logs, start_time)
+
+    # ---- Saving and resuming ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        if self.args.should_save:
+            os.makedirs(output_dir, exist_ok=True)
+            self.policy.save(output_dir, base_model=self.model_id, state_dict=state_dict)
+            Path(output_dir, "training_args.json").write_text(self.args.shown())
+
+    def _save_to(self, folder: str | os.PathLike) -> None:
+        self.save_model(os.fspath(folder), _internal_call=True)
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.push_to_hub and self.args.hub_strategy != "end":
+            self.create_model_card()
+        with writing_checkpoint(folder, self.args):
+            self.run_state.save(folder)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+        if not self.args.save_only_model:
+            self._saved = self.state.global_step, str(folder)
+
+    def _save_after_failure(self) -> str:
+        """When a reward has failed, on all processes: a checkpoint of the run as it was after its last update, unless
+        there is one. Returns where it is and how to go on, for the error message."""
+        step = self.state.global_step
+        if step == 0:
+            return "No update had been made, so there is nothing to save."
+        if self._saved is None or self._saved[0] != step:
+            self.run_state.rewind()
+            only_model, self.args.save_only_model = self.args.save_only_model, False
+            try:
+                self._save_checkpoint(self.model, trial=None)
+                self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+            except Exception as error:  # the reward's is the one to raise
+                return f"The run as it was after update {step} could not be saved: {error}"
+            finally:
+                self.args.save_only_model = only_model
+        return (
+            f"The run is saved as it was after update {step}, the last one, in {self._saved[1]}. With the cause "
+            f"removed, go on with train(resume_from_checkpoint={self._saved[1]!r})."
+        )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.run_state.load(Path(checkpoint), self.accelerator.device)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        self._load_from_checkpoint(best)
+        # The average is what was found best, and what will be saved
+        self.run_state.load_part("policy", Path(best))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self.policy.load(resume_from_checkpoint)
+
+    # ---- Sharing ----
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Writes `README.md` for diffusers users: how to load the model, the rewards' curve, the latest images, the
+        settings and the papers. `model_name` is its title, `dataset_name` the Hub id of the prompts."""
+        if self.is_world_process_zero():
+            names = {"model_name": model_name, "dataset_name": dataset_name, "tags": tags}
+            self.publisher.write_card(self.policy.module, self.state.log_history, self.hub_model_id, **names)
+
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ):
+        """Saves the model, writes its card (which gets `kwargs`) and uploads both, with curves and images, to
+        `args.hub_model_id`, by default the name of `output_dir`. `token`, `revision` and `private` default to the
+        `hub_` fields of the config. Raises `PushError` if the Hub refuses or cannot be reached; nothing is lost."""
+        if self.hub_model_id is None:
+            self.hub_model_id = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        where = {"token": token, "revision": revision, "private": private}
+        return self.publisher.push(self.hub_model_id, commit_message=commit_message, blocking=blocking, **where)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.is_world_process_zero():
+            self.publisher.push_checkpoint(checkpoint_folder, self.hub_model_id, self.state.global_step)
+
+    def _finish_current_push(self) -> None:
+        self.publisher.wait()

@@ -1,0 +1,244 @@
+"""The rewards of a sampling phase: computed while it is sampled, gathered from all processes, and measured."""
+
+import math
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image
+from transformers import TrainerState
+from transformers.utils import logging
+
+from trl_flow.algorithms import PhaseScores
+from trl_flow.functional import combine_rewards, frac_zero_std
+from trl_flow.rewards.checks import RewardError, is_dense
+from trl_flow.rewards.scorer import RewardLogs, RewardScorer, Scores
+from trl_flow.rollout import StepPlan, decode
+from trl_flow.trainer.flow_rl_config import FlowRLConfig
+from trl_flow.trainer.sampler import SampledPart, Sampler
+
+
+logger = logging.get_logger(__name__)
+
+
+def columns_of(rows: list[dict[str, Any]]) -> dict[str, list]:
+    """What reward functions are given besides the prompts: a list for each other column."""
+    return {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
+
+
+def gather_rewards(accelerator: Accelerator, score: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What `score` gives in all processes, one after another. An error in one is raised in all, so that none waits."""
+    error, rewards = None, None
+    try:
+        rewards = score()
+    except RewardError as reward_error:
+        error = reward_error
+    if accelerator.num_processes > 1:
+        errors = [e for e in gather_object([None if error is None else str(error)]) if e is not None]
+        if errors and error is None:
+            raise RewardError(f"On another process: {errors[0]}")
+    if error is not None:
+        raise error
+    return accelerator.gather(rewards.to(accelerator.device))
+
+
+def reward_metrics(rewards_per_func: torch.Tensor, rewards: torch.Tensor, names: list[str]) -> dict[str, float]:
+    """
+    `reward`, `reward_std` and `rewards/{name}/mean` and `/std`; NaN where there is nothing to average.
+
+    Args:
+        rewards_per_func (`torch.Tensor`): `(N, K)`.
+        rewards (`torch.Tensor`): their weighted sums, `(N,)`.
+        names (`list[str]`): of the `K` functions.
+    """
+    metrics = {}
+    columns = {f"rewards/{name}/": rewards_per_func[:, i] for i, name in enumerate(names)}
+    for name, values in {"": rewards, **columns}.items():
+        values = values[~values.isnan()]
+        mean, std = (f"{name}mean", f"{name}std") if name else ("reward", "reward_std")
+        metrics[mean] = values.mean().item() if len(values) else math.nan
+        metrics[std] = values.std().item() if len(values) > 1 else math.nan
+    return metrics
+
+
+class PhaseScorer:
+    """
+    Scores sampling phases.
+
+    Args:
+        scorer ([`RewardScorer`]): the optimized reward functions.
+        reward_weights (`torch.Tensor`): one for each.
+        sampler ([`Sampler`]): decodes what VGPO scores of unfinished images.
+        args ([`FlowRLConfig`]): group size, overlap.
+        accelerator ([`~accelerate.Accelerator`]): of the trainer.
+    """
+
+    def __init__(
+        self,
+        scorer: RewardScorer,
+        reward_weights: torch.Tensor,
+        sampler: Sampler,
+        args: FlowRLConfig,
+        accelerator: Accelerator,
+    ):
+        self.scorer = scorer
+        self.reward_weights = reward_weights
+        self.sampler = sampler
+        self.args = args
+        self.accelerator = accelerator
+        # The functions that score unfinished images: those that can, and whose scores count
+        pairs = zip(scorer.reward_funcs, reward_weights.tolist(), strict=True)
+        self.dense = [i for i, (func, weight) in enumerate(pairs) if is_dense(func) and weight != 0]
+        self._has_scored = False
+
+    def phase(self, rows: list[dict[str, Any]], plan: StepPlan, state: TrainerState) -> "ScoringPhase":
+        """Scores one phase of this process's `rows`; a context manager around sampling."""
+        # Not in the background in the first phase: the functions load their models then, and while one loads, the
+        # default dtype of the whole process is the model's. Nor with dropout, which draws from the global random
+        # generators, as the functions may: both would get other numbers at each run.
+        background = self.args.overlap_rewards and self.args.disable_dropout and self._has_scored
+        self._has_scored = True
+        return ScoringPhase(self, rows, plan, state, background=background)
+
+
+class ScoringPhase:
+    """
+    One sampling phase of [`PhaseScorer`]: `add` the parts as they are sampled, then `finish`.
+
+    Attributes:
+        images (`list[PIL.Image.Image]`): the finished images so far.
+        logs ([`RewardLogs`]): of this process's samples, after `finish`.
+        metrics (`dict[str, float]`): of all processes' rewards, after `finish`.
+    """
+
+    def __init__(
+        self, parent: PhaseScorer, rows: list[dict[str, Any]], plan: StepPlan, state: TrainerState, *, background: bool
+    ):
+        self.parent = parent
+        self.rows = rows
+        self.plan = plan
+        self.state = state
+        self.images: list[Image.Image] = []
+        self.logs = RewardLogs()
+        self.metrics: dict[str, float] = {}
+        self._session = parent.scorer.session(background=background, trainer_state=state)
+        # On the host, and as latents: the images of all steps at once would take gigabytes
+        self._predicted: list[torch.Tensor] = []
+        self._submitted = 0
+
+    def __enter__(self) -> "ScoringPhase":
+        self._session.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        busy = self._session.busy
+        self._session.__exit__(kind, error, traceback)
+        if busy and isinstance(error, torch.OutOfMemoryError):
+            raise torch.OutOfMemoryError(
+                f"{error} Rewards were being computed while images were sampled: set overlap_rewards=False, or lower "
+                "per_device_train_batch_size."
+            ) from error
+
+    def add(self, part: SampledPart) -> None:
+        """Takes a part, and has the groups scored that are complete: a reward may compare a group's images."""
+        self.images += part.images
+        if part.rollout.pred_original_samples is not None and self.parent.dense:
+            self._predicted += part.rollout.pred_original_samples.cpu().unbind()
+        # What this process has of a group that is split over processes is complete when its own images are
+        end, number = len(self.images), self.parent.args.num_generations
+        offset = self.parent.args.process_index * len(self.rows)
+        if end < len(self.rows):
+            end = max(0, (offset + end) // number * number - offset)
+        if end > self._submitted:
+            if not self._session.background:
+                self.parent.sampler.show_stage("rewards")
+            rows = self.rows[self._submitted : end]
+            images = self.images[self._submitted : end]
+            self._session.submit([row["prompt"] for row in rows], images, columns_of(rows))
+            self._submitted = end
+        if self.parent.accelerator.num_processes == 1:
+            # Several processes raise at a common point, so that none waits for the others
+            self._session.raise_error()
+
+    def finish(self) -> PhaseScores:
+        """Waits for the rewards; those of all processes' samples."""
+        parent = self.parent
+        parent.sampler.show_stage("rewards")
+
+        def collect() -> torch.Tensor:
+            scores = self._session.result()
+            self.logs = scores.logs
+            self._warn_of_unscored(scores)
+            return scores.rewards
+
+        rewards_per_func = gather_rewards(parent.accelerator, collect)
+        instant = None if self.plan.project_from is None else self._instant(rewards_per_func)
+        self._measure(rewards_per_func)
+        return PhaseScores(rewards_per_func, parent.scorer.names, self.plan, instant)
+
+    def _combine(self, rewards_per_func: torch.Tensor) -> torch.Tensor:
+        return combine_rewards(rewards_per_func, self.parent.reward_weights.to(rewards_per_func.device))
+
+    def _warn_of_unscored(self, scores: Scores) -> None:
+        unscored = self._combine(scores.rewards).isnan()
+        if unscored.any():
+            prompt = self.rows[int(unscored.nonzero()[0])]["prompt"]
+            logger.warning(
+                f"Every reward function that counts returned None for {prompt!r}: the sample is left out of its group."
+            )
+
+    def _instant(self, terminal: torch.Tensor) -> torch.Tensor:
+        """
+        Rewards of the images predicted after each step (VGPO Eq. 10), of all processes' samples: `(N, T', K)`.
+
+        One step's images are decoded, scored and dropped before the next, so that no more are held than the finished
+        ones. Functions that cannot judge an unfinished image count with their reward of the finished one.
+        """
+        parent = self.parent
+        number = parent.args.num_inference_steps - self.plan.project_from
+        steps = []
+        for t in range(number):
+            by_func = terminal
+            if parent.dense and t < number - 1:
+                parent.sampler.show_stage(f"rewards of step {t + 1}/{number}")
+                latents = torch.stack([own[t] for own in self._predicted])
+                by_func = terminal.clone()
+                scored = gather_rewards(parent.accelerator, lambda latents=latents: self._score_predicted(latents))
+                by_func[:, parent.dense] = scored[:, parent.dense]
+            steps.append(by_func)
+            rewards = self._combine(by_func)
+            present = rewards[~rewards.isnan()]
+            if len(present) > 1:
+                step = self.plan.project_from + t
+                self.metrics[f"instant_reward/mean_step_{step}"] = present.mean().item()
+                self.metrics[f"instant_reward/std_step_{step}"] = present.std().item()
+        return torch.stack(steps, dim=1)
+
+    def _score_predicted(self, latents: torch.Tensor) -> torch.Tensor:
+        scores = self.parent.scorer.score(
+            [row["prompt"] for row in self.rows],
+            decode(self.parent.sampler.policy.backbone, latents),
+            columns_of(self.rows),
+            trainer_state=self.state,
+            only=self.parent.dense,
+        )
+        for name, values in scores.logs.metrics.items():
+            self.logs.metrics[name] += values
+        return scores.rewards
+
+    def _measure(self, rewards_per_func: torch.Tensor) -> None:
+        parent, rewards = self.parent, self._combine(rewards_per_func)
+        self.metrics |= reward_metrics(rewards_per_func, rewards, parent.scorer.names)
+        # What must differ within a group for it to have advantages: the sum, or any of the rewards that count
+        compared = rewards[:, None]
+        if parent.args.multi_objective_aggregation == "normalize_then_sum":
+            compared = rewards_per_func[:, (parent.reward_weights != 0).to(rewards.device)]
+        self.metrics["frac_reward_zero_std"] = frac_zero_std(compared, parent.args.num_generations).item()
+        for name in sorted(set(gather_object(list(self.logs.metrics)))):
+            values = gather_object(self.logs.metrics.get(name, []))
+            self.metrics[name] = sum(values) / len(values)

@@ -1,0 +1,381 @@
+"""The model that is trained, with all that a forward of it needs. The only file that knows of autocast, unwrapping,
+FSDP and DeepSpeed."""
+
+import contextlib
+import copy
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from diffusers.training_utils import EMAModel, cast_training_params
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from PIL import Image
+from safetensors.torch import load_file
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from trl_flow import sharing
+from trl_flow.backbones import Backbone
+from trl_flow.trainer.diffusers_compat import make_trainable
+from trl_flow.trainer.flow_rl_config import FlowRLConfig
+from trl_flow.trainer.loading import is_quantized
+from trl_flow.trainer.prompt_cache import PromptCache
+from trl_flow.trainer.trl_compat import disable_dropout_in_model
+
+
+@dataclass(frozen=True)
+class Condition:
+    """
+    What the model is told besides latents and timestep, for a batch.
+
+    Attributes:
+        positive (`dict[str, torch.Tensor]`): of the prompts, each `(B, ...)`.
+        negative (`dict[str, torch.Tensor]` or `None`): of the negative prompts; `None`: no guidance.
+        guidance_scale (`float`): strength of the guidance.
+    """
+
+    positive: dict[str, torch.Tensor]
+    negative: dict[str, torch.Tensor] | None
+    guidance_scale: float
+
+
+def prepare_module(backbone: Backbone, args: FlowRLConfig, peft_config: PeftConfig | None) -> torch.nn.Module:
+    """
+    Freezes the pipeline, makes its transformer (or U-Net) trainable, and returns what `Trainer` trains.
+
+    Raises:
+        ValueError: if a module has no values, or the trained one has adapters already.
+    """
+    pipeline = backbone.pipeline
+    # Offloading would take the trained weights away between two forwards
+    pipeline.remove_all_hooks()
+    for name, module in pipeline.components.items():
+        if isinstance(module, torch.nn.Module):
+            if any(p.is_meta for p in module.parameters()):
+                raise ValueError(
+                    f"The pipeline's {name} has weights on the meta device, which hold no values. Load the pipeline "
+                    "with from_pretrained and pass it as it is, or pass its hub id or folder."
+                )
+            module.requires_grad_(False).eval()
+    if args.enable_vae_slicing:
+        pipeline.vae.enable_slicing()
+    if args.enable_vae_tiling:
+        pipeline.vae.enable_tiling()
+    model = backbone.model
+    if getattr(model, "peft_config", None):
+        raise ValueError(
+            f"The pipeline's {backbone.component} already has adapters ({', '.join(model.peft_config)}). Fuse them "
+            "with pipeline.fuse_lora() and pipeline.unload_lora_weights(), or unload them, and pass a peft_config to "
+            "train a new one."
+        )
+    make_trainable(model)
+    if args.gradient_checkpointing:
+        # transformers would call a method that diffusers' models do not have
+        model.enable_gradient_checkpointing()
+        args.gradient_checkpointing = args.activation_checkpointing = False
+    if peft_config is None:
+        policy = model.requires_grad_(True)
+        backbone.dtype = torch.float32  # what is trained is, see below
+    else:
+        peft_config = copy.deepcopy(peft_config)
+        peft_config.task_type = None  # PEFT's task types are for language models
+        if getattr(peft_config, "target_modules", None) is None:
+            peft_config.target_modules = list(backbone.lora_target_modules)
+        policy = get_peft_model(model, peft_config)
+    cast_training_params(policy, dtype=torch.float32)
+    if args.disable_dropout:
+        disable_dropout_in_model(policy)
+    return policy
+
+
+class Policy:
+    """
+    The trained model, its conditions, and the named sets of its weights.
+
+    Args:
+        backbone ([`Backbone`]): the pipeline.
+        args ([`FlowRLConfig`]): guidance, negative prompt, EMA.
+        accelerator ([`~accelerate.Accelerator`]): of the trainer.
+        wrapped (`Callable`): gives the module as the trainer has wrapped it (DDP, FSDP, DeepSpeed).
+        conditions ([`PromptCache`]): encodes prompts.
+        keep_reference (`bool`): whether `at("reference")` will be asked for. An adapter is switched off for it; of a
+            model whose weights are all trained a frozen copy is made.
+
+    Attributes:
+        updates_since_sampling (`int`): optimizer steps since the samples at hand were drawn; set by the loop.
+
+    Raises:
+        ValueError: for what cannot be done with sharded weights.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        args: FlowRLConfig,
+        accelerator: Accelerator,
+        wrapped: Callable[[], torch.nn.Module],
+        conditions: PromptCache,
+        *,
+        keep_reference: bool,
+    ):
+        self.backbone = backbone
+        self.args = args
+        self.accelerator = accelerator
+        self.conditions = conditions
+        self.updates_since_sampling = 0
+        self._wrapped = wrapped
+        self.is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        self._check_sharding(keep_reference)
+        self._place_frozen_modules()
+        self._reference: torch.nn.Module | None = None
+        if keep_reference and not self.is_adapter:
+            self._reference = copy.deepcopy(self.module).requires_grad_(False).eval()
+        self.ema = EMAModel(self.trained_parameters, decay=args.ema_decay) if args.use_ema else None
+        self._forced: torch.nn.Module | None = None
+
+    def _check_sharding(self, keep_reference: bool) -> None:
+        refused = {
+            "use_ema": self.args.use_ema,
+            "diagnostics_steps": self.args.diagnostics_steps,
+            "a quantized model": is_quantized(self.backbone.model),
+            "beta > 0 with full fine-tuning": keep_reference and not self.is_adapter,
+        }
+        for name, used in refused.items():
+            if used and self.is_sharded:
+                raise ValueError(
+                    f"{name} is not supported with FSDP or DeepSpeed, which shard the weights. Leave it out, or use "
+                    "several processes without sharding (--accelerate_config multi_gpu)."
+                )
+
+    def _place_frozen_modules(self) -> None:
+        for name, module in self.backbone.pipeline.components.items():
+            # The prompt cache moves the text encoders where their embeddings are on disk
+            elsewhere = name.startswith("text_encoder") and self.args.precompute_prompt_embeds
+            if isinstance(module, torch.nn.Module) and module is not self.backbone.model and not elsewhere:
+                if not is_quantized(module):
+                    module.to(self.accelerator.device)
+
+    # ---- The module ----
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """What is trained, unwrapped: a `PeftModel`, or the transformer (or U-Net) itself."""
+        return self.accelerator.unwrap_model(self._wrapped())
+
+    @property
+    def is_adapter(self) -> bool:
+        return isinstance(self.module, PeftModel)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether `at("reference")` can be asked for."""
+        return self.is_adapter or self._reference is not None
+
+    @property
+    def trained_parameters(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+    @property
+    def sampling_module(self) -> torch.nn.Module:
+        """What forwards without gradients run. Sharded weights are only whole inside the wrapped forward; DDP's
+        wrapper would only add synchronization."""
+        if self._forced is not None:
+            return self._forced
+        return self._wrapped() if self.is_sharded else self.module
+
+    # ---- Forwards ----
+
+    def condition(
+        self,
+        prompts: list[str],
+        images: list[Image.Image] | None = None,
+        guidance_scale: float | None = None,
+    ) -> Condition:
+        """The condition of `B` prompts, and of the images to be edited; `guidance_scale` defaults to training's."""
+        scale = self.args.guidance_scale if guidance_scale is None else guidance_scale
+        negative = None
+        if self.backbone.uses_guidance(scale):
+            negative = self.conditions([self.args.negative_prompt or ""] * len(prompts), images)
+        return Condition(self.conditions(prompts, images), negative, scale)
+
+    def predict(self, latents: torch.Tensor, timestep: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """
+        What the model predicts, guidance included: the velocity of flow models, noise or `v` of U-Nets.
+
+        Args:
+            latents (`torch.Tensor`): `x_t`, `(B, ...)`.
+            timestep (`torch.Tensor`): a value of the schedule's `timesteps`, a scalar.
+            condition ([`Condition`]): of the `B` samples.
+
+        Returns:
+            `torch.Tensor`: float32, `(B, ...)`.
+        """
+        # Gradients are reduced over processes by the wrapped module
+        module = self._wrapped() if torch.is_grad_enabled() else self.sampling_module
+        return self.backbone.guided_prediction(
+            module, latents, timestep, condition.positive, condition.negative, condition.guidance_scale
+        )
+
+    @contextlib.contextmanager
+    def sampling(self) -> Iterator[None]:
+        """For forwards without gradients, in the precision of training."""
+        with torch.no_grad(), self.accelerator.autocast():
+            yield
+
+    @contextlib.contextmanager
+    def evaluating(self, *, base: bool = False) -> Iterator[None]:
+        """[`sampling`] in evaluation mode, of the averaged weights, or with `base` of the model before training.
+        Without a reference that is the trained one, as long as it has not been trained."""
+        was_training = self.module.training
+        self.module.eval()
+        try:
+            with self.at("average" if not base or not self.has_reference else "reference"), self.sampling():
+                yield
+        finally:
+            self.module.train(was_training)
+
+    def encode_ahead(self, datasets: list[Dataset]) -> None:
+        """With `precompute_prompt_embeds`, writes the embeddings of all prompts that are not on disk yet."""
+        self.conditions.encode_ahead(self.args, datasets)
+
+    @contextlib.contextmanager
+    def at(self, name: str) -> Iterator[None]:
+        """
+        Another set of the weights in place of the trained ones.
+
+        Args:
+            name (`str`): `"reference"`, the model as it was before training, for forwards without gradients, or
+                `"average"`, the moving average; without `use_ema` that is the trained weights themselves.
+        """
+        if name == "reference":
+            with self.sampling(), self._without_adapter():
+                yield
+        elif name == "average":
+            if self.ema is None:
+                yield
+                return
+            parameters = self.trained_parameters
+            self.ema.store(parameters)
+            self.ema.copy_to(parameters)
+            try:
+                yield
+            finally:
+                self.ema.restore(parameters)
+        else:
+            raise ValueError(f"There are no weights called {name!r}, only 'reference' and 'average'.")
+
+    @contextlib.contextmanager
+    def _without_adapter(self) -> Iterator[None]:
+        if self._reference is not None:
+            self._forced = self._reference
+            try:
+                yield
+            finally:
+                self._forced = None
+        else:
+            with self.module.disable_adapter():
+                yield
+
+    # ---- Updates ----
+
+    @contextlib.contextmanager
+    def deferred_sync(self, *, defer: bool) -> Iterator[None]:
+        """Holds back the gradients' reduction over processes while `defer`. The forward belongs inside: DDP makes
+        ready for the reduction there."""
+        if not defer:
+            yield
+        elif self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            # DeepSpeed's engine steps after each backward pass that it takes for the last
+            state = self.accelerator.gradient_state
+            sync = state.sync_gradients
+            state._set_sync_gradients(False)
+            try:
+                yield
+            finally:
+                state._set_sync_gradients(sync)
+        else:
+            with self.accelerator.no_sync(self._wrapped()):
+                yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        self.accelerator.backward(loss, **({"scale_wrt_gas": False} if is_deepspeed else {}))
+
+    def gradient_norm(self, loss: torch.Tensor) -> float:
+        """Norm of the gradient of `loss` in this process. What has been accumulated is neither read nor changed."""
+        gradients = torch.autograd.grad(loss, self.trained_parameters, retain_graph=True, allow_unused=True)
+        return torch.stack([g.square().sum() for g in gradients if g is not None]).sum().sqrt().item()
+
+    def after_update(self) -> None:
+        if self.ema is not None:
+            self.ema.step(self.trained_parameters)
+
+    # ---- Saving ----
+
+    def save(self, folder: str | os.PathLike, *, base_model: str | None, state_dict: dict | None) -> None:
+        """
+        Writes the adapter in diffusers' format and in PEFT's, which resuming needs, or the full model.
+
+        Args:
+            folder (`str` or `os.PathLike`): where. What is shared is the average, where there is one. A folder called
+                `checkpoint-...` gets the trained weights themselves for resuming.
+            base_model (`str`, *optional*): hub id or folder of the pipeline, for the adapter's config.
+            state_dict (`dict`, *optional*): of sharded weights, gathered.
+        """
+        is_checkpoint = Path(folder).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+        common = {"state_dict": state_dict, "base_model": base_model}
+        if self.is_adapter:
+            pipeline_class, component = type(self.backbone.pipeline), self.backbone.component
+            with self.at("average"):
+                sharing.save_lora(pipeline_class, self.module, folder, component=component, **common)
+            if is_checkpoint and self.ema is not None:
+                sharing.save_adapter(self.module, folder, **common)
+        else:
+            with contextlib.nullcontext() if is_checkpoint else self.at("average"):
+                sharing.save_full(self.module, folder, state_dict=state_dict)
+
+    def load(self, checkpoint: str) -> None:
+        """
+        The trained weights of a checkpoint.
+
+        Raises:
+            ValueError: if it holds no adapter where one is trained, or another one.
+        """
+        if not self.is_adapter:
+            sharing.load_full(self.module, checkpoint)
+            return
+        # Into the adapter that is there: PEFT's load_adapter would add a second one with a config of its own
+        path = Path(checkpoint, "adapter_model.safetensors")
+        if not path.is_file():
+            raise ValueError(
+                f"{checkpoint!r} holds no adapter, but the trainer trains one. Resume without a peft_config, or from "
+                "a checkpoint of an adapter."
+            )
+        try:
+            set_peft_model_state_dict(self.module, load_file(path))
+        except RuntimeError as error:
+            raise ValueError(
+                f"The adapter in {checkpoint!r} does not fit the trainer's: another rank or other target modules. "
+                "Resume with the peft_config that it was trained with (adapter_config.json there)."
+            ) from error
+
+    # ---- State ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """The moving average; the trained weights themselves are the trainer's to save."""
+        if self.ema is None:
+            return {}
+        average = {f"average.{i}": parameter for i, parameter in enumerate(self.ema.shadow_params)}
+        return {"ema_step": self.ema.optimization_step, **average}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.ema is None or "ema_step" not in state:
+            return
+        self.ema.optimization_step = state["ema_step"]
+        device = self.accelerator.device
+        self.ema.shadow_params = [state[f"average.{i}"].to(device) for i in range(len(self.ema.shadow_params))]

@@ -1,0 +1,120 @@
+"""[`RolloutBuffer`]: what one sampling phase gives, in the micro-batches that train on it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from trl_flow.algorithms import MicroBatch
+from trl_flow.trainer.flow_rl_config import FlowRLConfig
+from trl_flow.trainer.prompt_cache import image_fingerprint
+
+
+def micro_batch_indices(number: int, num_micro_batches: int, num_updates: int) -> list[list[int]]:
+    """
+    Which of a process's samples go into each micro-batch.
+
+    Micro-batch `k` of `K` takes every `K`-th sample from the `k`-th on, and the `U` updates take turns in choosing
+    micro-batches: update `u` is made of the samples `u, u + U, u + 2 U ...` of the global batch, however that is cut
+    into micro-batches and processes, and has its share of every group.
+
+    Args:
+        number (`int`): samples of this process, a multiple of `num_micro_batches`.
+        num_micro_batches (`int`): `K`.
+        num_updates (`int`): `U`.
+
+    Returns:
+        `list[list[int]]`: for each micro-batch, in the order in which they are trained on, its samples' indices.
+    """
+    chosen = [k for update in range(num_updates) for k in range(update, num_micro_batches, num_updates)]
+    return [list(range(k, number, num_micro_batches)) for k in chosen]
+
+
+class RolloutBuffer:
+    """
+    What an algorithm keeps of a process's samples: they come in their own order and are kept in that of training, one
+    tensor for each name, allocated once, of which micro-batches are slices. No more than one part is held besides.
+
+    Args:
+        number (`int`): samples of this process.
+        args ([`FlowRLConfig`]): into how many micro-batches, and for how many updates.
+    """
+
+    def __init__(self, number: int, args: FlowRLConfig):
+        num_updates = max(1, args.steps_per_generation // args.gradient_accumulation_steps)
+        self._indices = micro_batch_indices(number, args.steps_per_generation, num_updates)
+        # Where each sample is kept
+        self._rows = torch.empty(number, dtype=torch.long)
+        self._rows[[index for batch in self._indices for index in batch]] = torch.arange(number)
+        self._tensors: dict[str, torch.Tensor] = {}
+
+    def add(self, first: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Keeps what belongs to the samples from index `first` on, each tensor `(B, ...)`."""
+        for name, part in tensors.items():
+            if name not in self._tensors:
+                self._tensors[name] = part.new_empty(len(self._rows), *part.shape[1:])
+            self._tensors[name][self._rows[first : first + len(part)].to(part.device)] = part
+
+    def finish(
+        self,
+        rows: list[dict[str, Any]],
+        steps: tuple[int, ...],
+        advantages: torch.Tensor,
+        images: list[Image.Image] | None,
+    ) -> list[MicroBatch]:
+        """
+        The micro-batches, in the order in which they are trained on.
+
+        Args:
+            rows (`list[dict[str, Any]]`): the samples' rows, in their own order as all that follows.
+            steps (`tuple[int, ...]`): the kept steps.
+            advantages (`torch.Tensor`): `(N, ...)`.
+            images (`list[PIL.Image.Image]` or `None`): the images that are edited.
+        """
+        size = len(self._indices[0])
+        return [
+            MicroBatch(
+                prompts=[rows[i]["prompt"] for i in indices],
+                steps=steps,
+                tensors={name: kept[k * size : (k + 1) * size] for name, kept in self._tensors.items()},
+                advantages=advantages[indices],
+                images=None if images is None else [images[i] for i in indices],
+            )
+            for k, indices in enumerate(self._indices)
+        ]
+
+
+def save_micro_batches(batches: list[MicroBatch], folder: Path, rank: int) -> None:
+    """Writes the micro-batches of process `rank`."""
+    tensors, lists = {}, []
+    for k, batch in enumerate(batches):
+        for name, tensor in {**batch.tensors, "advantages": batch.advantages}.items():
+            tensors[f"{k}.{name}"] = tensor.contiguous()
+        # An image is shared by a group, and often by several prompts
+        names = None if batch.images is None else [image_fingerprint(image) for image in batch.images]
+        for image, name in zip(batch.images or [], names or [], strict=True):
+            tensors[f"image.{name}"] = torch.from_numpy(np.array(image))
+        lists.append({"prompts": batch.prompts, "steps": batch.steps, "images": names, "tensors": list(batch.tensors)})
+    save_file(tensors, folder / f"rollouts-{rank}.safetensors")
+    (folder / f"rollouts-{rank}.json").write_text(json.dumps(lists))
+
+
+def load_micro_batches(folder: Path, rank: int, device: torch.device) -> list[MicroBatch]:
+    """Reads what [`save_micro_batches`] wrote."""
+    # safetensors does not know the names of all devices ("cpu:0" in a process group)
+    tensors = load_file(folder / f"rollouts-{rank}.safetensors")
+    images = {name: Image.fromarray(value.numpy()) for name, value in tensors.items() if name.startswith("image.")}
+    return [
+        MicroBatch(
+            prompts=entry["prompts"],
+            steps=tuple(entry["steps"]),
+            tensors={name: tensors[f"{k}.{name}"].to(device) for name in entry["tensors"]},
+            advantages=tensors[f"{k}.advantages"].to(device),
+            images=None if entry["images"] is None else [images[f"image.{name}"] for name in entry["images"]],
+        )
+        for k, entry in enumerate(json.loads((folder / f"rollouts-{rank}.json").read_text()))
+    ]

@@ -1,0 +1,254 @@
+"""[`RunState`]: where a run is, and one save, load and reset over all parts that have a state."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from trl_flow.algorithms import MicroBatch
+from trl_flow.trainer.flow_rl_config import FlowRLConfig
+from trl_flow.trainer.rollout_buffer import load_micro_batches, save_micro_batches
+
+
+logger = logging.get_logger(__name__)
+
+# What a checkpoint holds besides transformers' own files
+STATE_NAME = "run_state.json"
+TENSORS_NAME = "run_state.safetensors"
+
+
+class Stateful(Protocol):
+    """What has a state: JSON values and tensors by name. `load_state_dict({})` is a new start."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class RunState:
+    """
+    The place in a run, as (generation, update within it), and the samples of the phase that is being trained on.
+
+    Args:
+        args ([`FlowRLConfig`]): the batch arithmetic.
+        parts (`dict[str, Stateful]`): what else is saved, loaded and reset, by its name in the file.
+
+    Attributes:
+        generation (`int`): sampling phases that have been trained on to their end.
+        micro_batches (`list[MicroBatch]` or `None`): the samples of the phase at hand; `None` before it is sampled.
+    """
+
+    def __init__(self, args: FlowRLConfig, parts: dict[str, Stateful]):
+        self.args = args
+        self.parts = parts
+        self._start()
+
+    def _start(self) -> None:
+        self.generation = 0
+        self.micro_batches: list[MicroBatch] | None = None
+        self._position = 0  # micro-batches of the phase that have been trained on
+        self._last_update = (0, 0)
+
+    @property
+    def update(self) -> int:
+        """Updates that have been made with the samples at hand."""
+        return self._position // self.args.gradient_accumulation_steps
+
+    @property
+    def needs_samples(self) -> bool:
+        return self.micro_batches is None
+
+    @property
+    def micro_batch(self) -> MicroBatch:
+        """The next one to train on."""
+        return self.micro_batches[self._position % self.args.steps_per_generation]
+
+    def advance(self) -> None:
+        """After a micro-batch."""
+        self._position += 1
+        if self._position == self.args.steps_per_generation * self.args.num_iterations:
+            self._position, self.micro_batches = 0, None
+            self.generation += 1
+
+    def after_update(self) -> None:
+        """Notes the place, for [`rewind`]."""
+        self._last_update = (self.generation, self._position)
+
+    def rewind(self) -> None:
+        """To the end of the last update, where the weights are, when sampling or a reward has failed after it."""
+        self.generation, self._position = self._last_update
+        self.micro_batches = None
+
+    # ---- Saving ----
+
+    def reset(self) -> None:
+        """Everything as before training."""
+        self._start()
+        for part in self.parts.values():
+            part.load_state_dict({})
+
+    def save(self, folder: Path) -> None:
+        """Writes the state. To be called on all processes: in the middle of a phase each has samples of its own."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.args.process_index == 0:
+            state: dict[str, Any] = {
+                "generation": self.generation,
+                "update": self.update,
+                "settings": self._settings(),
+                "parts": {},
+            }
+            tensors: dict[str, torch.Tensor] = {}
+            for name, part in self.parts.items():
+                content = part.state_dict()
+                found = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
+                tensors |= {f"{name}.{key}": value.contiguous() for key, value in found.items()}
+                state["parts"][name] = {key: value for key, value in content.items() if key not in found}
+            if tensors:
+                save_file(tensors, folder / TENSORS_NAME)
+            (folder / STATE_NAME).write_text(json.dumps(state))
+        if self._position:
+            save_micro_batches(self.micro_batches, folder, self.args.process_index)
+
+    def load(self, folder: Path, device: torch.device) -> None:
+        """
+        Goes on from what [`save`] wrote.
+
+        Raises:
+            ValueError: if the batch arithmetic is another one, so that the run would not go on as it began.
+        """
+        self.check(folder)
+        for name in self.parts:
+            self.load_part(name, folder)
+        state = _read(folder)
+        self.generation = state["generation"]
+        self._position = state["update"] * self.args.gradient_accumulation_steps
+        self.micro_batches = None
+        if self._position:
+            self.micro_batches = load_micro_batches(folder, self.args.process_index, device)
+        self.after_update()
+
+    def load_part(self, name: str, folder: Path) -> None:
+        """Of what [`save`] wrote the state of one part."""
+        tensors = load_file(folder / TENSORS_NAME) if (folder / TENSORS_NAME).is_file() else {}
+        own = {key.removeprefix(f"{name}."): v for key, v in tensors.items() if key.startswith(f"{name}.")}
+        self.parts[name].load_state_dict(_read(folder)["parts"].get(name, {}) | own)
+
+    def _settings(self) -> dict[str, Any]:
+        args = self.args
+        return {
+            "generation_batch_size": args.generation_batch_size,
+            "updates_per_generation": str(args.updates_per_generation),
+            "num_processes": args.world_size,
+            "per_device_train_batch_size": args.per_device_train_batch_size,
+            "steps_per_generation": args.steps_per_generation,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "num_iterations": args.num_iterations,
+        }
+
+    def check(self, folder: Path) -> None:
+        """
+        Raises `ValueError` unless this run can go on from a checkpoint: at a phase's end with any split of the same
+        generation batch, in its middle with the same one only.
+        """
+        state = _read(folder)
+        own, saved = self._settings(), state["settings"]
+        in_the_middle = state["update"] > 0
+        names = list(own) if in_the_middle else ["generation_batch_size", "updates_per_generation"]
+        different = [name for name in names if own[name] != saved[name]]
+        if different:
+            raise ValueError(
+                f"{folder} was written with "
+                + ", ".join(f"{name}={saved[name]}" for name in different)
+                + ", but this run has "
+                + ", ".join(f"{name}={own[name]}" for name in different)
+                + (
+                    ". It stands in the middle of a generation batch, whose samples are split that way. Use these "
+                    "settings, or a checkpoint at the end of a generation batch."
+                    if in_the_middle
+                    else ". A run goes on with as many images a sampling phase and as many updates with them as it "
+                    "began with, however they are split over processes and micro-batches. Use these settings."
+                )
+            )
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / STATE_NAME).read_text())
+
+
+def is_complete(checkpoint: str) -> bool:
+    """Whether a checkpoint was written to its end."""
+    # The trainer's state is written last; a process that was killed meanwhile leaves it out, or half of it
+    try:
+        json.loads(Path(checkpoint, "trainer_state.json").read_text())
+        return Path(checkpoint, STATE_NAME).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def step_of(checkpoint: str) -> int:
+    """The number of updates after which a checkpoint was written."""
+    return json.loads(Path(checkpoint, "trainer_state.json").read_text())["global_step"]
+
+
+def checkpoint_to_resume(given: str | os.PathLike | bool | None, output_dir: str) -> str | None:
+    """
+    The checkpoint that `train(resume_from_checkpoint=given)` means.
+
+    Raises:
+        ValueError: if it is not complete, or there is none.
+    """
+    if given is True:
+        return last_complete_checkpoint(output_dir)
+    if not given:
+        return None
+    if not is_complete(os.fspath(given)):
+        raise ValueError(
+            f"{os.fspath(given)!r} is not a complete checkpoint of this trainer. Pass True to resume from the last "
+            "complete one in output_dir."
+        )
+    return os.fspath(given)
+
+
+def last_complete_checkpoint(output_dir: str) -> str:
+    """The checkpoint of the highest step that was written to its end; `ValueError` if there is none."""
+    found = sorted(
+        (path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()),
+        key=lambda path: int(path.name.rsplit("-", 1)[1]) if path.name.rsplit("-", 1)[1].isdigit() else -1,
+    )
+    for path in reversed(found):
+        if is_complete(str(path)):
+            return str(path)
+        logger.warning(f"{path} is not complete (its writing was interrupted) and is passed over.")
+    raise ValueError(
+        f"resume_from_checkpoint=True, but {output_dir!r} has no complete checkpoint. Train from the start "
+        "(resume_from_checkpoint=None)."
+    )
+
+
+@contextlib.contextmanager
+def writing_checkpoint(folder: Path, args: FlowRLConfig) -> Iterator[None]:
+    """Around the writing of a checkpoint, on all processes: what could not be written to its end is removed, and a
+    `RuntimeError` says what to do."""
+    is_main = args.process_index == 0
+    try:
+        # A folder left by a process that was killed while writing it would mix with this one
+        if is_main and folder.exists():
+            shutil.rmtree(folder)
+        args.distributed_state.wait_for_everyone()
+        yield
+    except Exception as error:
+        if is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+        free = shutil.disk_usage(Path(args.output_dir)).free / 2**20
+        raise RuntimeError(
+            f"The checkpoint {folder} could not be written ({type(error).__name__}: {error}); {free:.0f} MiB are free "
+            "there. What had been written of it is removed, and earlier checkpoints are untouched. Make room and "
+            "resume with train(resume_from_checkpoint=True)."
+        ) from error

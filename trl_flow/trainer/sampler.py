@@ -1,0 +1,154 @@
+"""[`Sampler`]: rows of the data set and a plan in, sampled parts out, reproducible sample by sample."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from trl_flow.dynamics import Dynamics
+from trl_flow.rollout import RandomStream, Rollout, StepPlan, decode, draw_noise, rollout, sample_generator
+from trl_flow.trainer.flow_rl_config import FlowRLConfig
+from trl_flow.trainer.policy import Policy
+
+
+@dataclass(frozen=True)
+class SampledPart:
+    """
+    Attributes:
+        first (`int`): index of its first sample among those of this process.
+        rollout ([`Rollout`]): `B` samples.
+        images (`list[PIL.Image.Image]`): the finished images.
+    """
+
+    first: int
+    rollout: Rollout
+    images: list[Image.Image]
+
+
+class Sampler:
+    """
+    Samples generation batches in parts of one forward's size.
+
+    Each sample's noise comes from generators of its own, made from its index in the global batch: what is drawn does
+    not depend on the size of a part or the number of processes.
+
+    Args:
+        policy ([`Policy`]): predicts.
+        dynamics ([`FlowDynamics`] or [`DDIMDynamics`]): the transitions.
+        args ([`FlowRLConfig`]): batch sizes, seed, shared noise.
+        show_stage (`Callable[[str], None]`): is told what is going on.
+    """
+
+    def __init__(self, policy: Policy, dynamics: Dynamics, args: FlowRLConfig, show_stage: Callable[[str], None]):
+        self.policy = policy
+        self.dynamics = dynamics
+        self.args = args
+        self.show_stage = show_stage
+
+    def sample(self, rows: list[dict[str, Any]], plan: StepPlan, generation: int) -> Iterator[SampledPart]:
+        """
+        The local part of a generation batch.
+
+        Args:
+            rows (`list[dict[str, Any]]`): of this process, one for each image.
+            plan ([`StepPlan`]): what happens in each step.
+            generation (`int`): number of the sampling phase.
+
+        Raises:
+            FloatingPointError: if the latents are not finite.
+        """
+        size, num_steps = self.args.per_device_train_batch_size, self.args.num_inference_steps
+        offset = self.args.process_index * len(rows)
+        total = len(rows) // size * num_steps
+        first_step, starts = self._starts(generation, rows, plan)
+        for first in range(0, len(rows), size):
+            done = first // size * num_steps
+            sampled = self._rollout(
+                rows[first : first + size],
+                starts[first : first + size],
+                plan,
+                generators=[
+                    sample_generator(self.args.seed, generation, RandomStream.TRANSITIONS, offset + first + i)
+                    for i in range(size)
+                ],
+                first_step=first_step,
+                on_step=lambda step, done=done: self.show_stage(f"sampling {done + step + 1}/{total}"),
+            )
+            if not sampled.final.isfinite().all():
+                raise FloatingPointError(
+                    "Sampling gave NaN or infinite latents for the prompts "
+                    f"{[row['prompt'] for row in rows[first : first + 3]]}. In the first phase, noise_level or the "
+                    "precision is at fault. Later, training has diverged: lower learning_rate and resume from an "
+                    "earlier checkpoint."
+                )
+            self.show_stage("decoding")
+            yield SampledPart(first, sampled, decode(self.policy.backbone, sampled.final))
+
+    def images_to_edit(self, rows: list[dict[str, Any]]) -> list[Image.Image] | None:
+        """The rows' images, RGB, where the backbone takes one."""
+        return [row["image"].convert("RGB") for row in rows] if self.policy.backbone.takes_image else None
+
+    def _rollout(self, rows: list[dict[str, Any]], latents: torch.Tensor, plan: StepPlan, **kwargs) -> Rollout:
+        condition = self.policy.condition([row["prompt"] for row in rows], self.images_to_edit(rows))
+        with self.policy.sampling():
+            return rollout(
+                lambda x, timestep: self.policy.predict(x, timestep, condition),
+                self.dynamics,
+                latents,
+                plan,
+                **kwargs,
+            )
+
+    def _starts(self, generation: int, rows: list[dict[str, Any]], plan: StepPlan) -> tuple[int, torch.Tensor]:
+        """
+        Where the local samples of a generation batch begin: a step, and the latents there, `(N, ...)`.
+
+        With `share_initial_noise` the images of a group are one and the same up to the first stochastic step: the ODE
+        steps before it are taken once for each group.
+        """
+        number, first_step = len(rows), min(plan.stochastic, default=0)
+        offset = self.args.process_index * number
+        indices = [offset + i for i in range(number)]
+        if not self.args.share_initial_noise:
+            return 0, self._initial_noise(generation, indices)
+        size = self.args.num_generations
+        groups = [index // size for index in indices]
+        distinct = sorted(set(groups))
+        latents = self._initial_noise(generation, distinct)
+        if first_step > 0:
+            # A process may have the end of one group and the beginning of another, and so one group more than others:
+            # all take as many forwards, so that sharded ones stay in step
+            ends = [(rank * number, (rank + 1) * number - 1) for rank in range(self.args.world_size)]
+            most = max(last // size - first // size for first, last in ends) + 1
+            firsts = [rows[groups.index(group)] for group in distinct]
+            firsts += firsts[-1:] * (most - len(firsts))
+            padded = latents[[min(i, len(distinct) - 1) for i in range(most)]]
+            latents = self._ode_prefix(firsts, padded, first_step)
+        return first_step, latents[[distinct.index(group) for group in groups]]
+
+    def _ode_prefix(self, rows: list[dict[str, Any]], noise: torch.Tensor, num_steps: int) -> torch.Tensor:
+        """The latents of `rows` after `num_steps` ODE steps from `noise`, both `(M, ...)`."""
+        size = self.args.per_device_train_batch_size
+
+        def show(step: int) -> None:
+            self.show_stage(f"sampling the groups' common steps {step + 1}/{num_steps}")
+
+        parts = [
+            self._rollout(
+                rows[first : first + size],
+                noise[first : first + size],
+                StepPlan(),
+                last_step=num_steps,
+                on_step=show,
+            )
+            for first in range(0, len(rows), size)
+        ]
+        return torch.cat([part.final for part in parts])
+
+    def _initial_noise(self, generation: int, indices: list[int]) -> torch.Tensor:
+        """`x_1` of samples by their global indices, or with `share_initial_noise` of groups by theirs."""
+        stream = RandomStream.INITIAL_NOISE
+        generators = [sample_generator(self.args.seed, generation, stream, index) for index in indices]
+        return draw_noise(self.policy.backbone.latent_shape(), generators, self.policy.accelerator.device)
