@@ -112,7 +112,7 @@ def load_geneval(
 def load_ocr(split: str = "train", *, path: str | os.PathLike | None = None, revision: str | None = None) -> "Dataset":
     """
     Flow-GRPO's prompts for text rendering (https://arxiv.org/abs/2505.05470), about 20,000 to train on and 1,000 to
-    test on. Each quotes the text that the picture must show.
+    test on. Each quotes the text that the image must show.
 
     Args:
         split (`str`, defaults to `"train"`): `"train"` or `"test"`.
@@ -158,7 +158,7 @@ def load_hpdv2(
     split: str = "train", *, path: str | os.PathLike | None = None, revision: str | None = None
 ) -> "Dataset":
     """
-    The prompts of HPDv2 (https://arxiv.org/abs/2306.09341), without its pictures.
+    The prompts of HPDv2 (https://arxiv.org/abs/2306.09341), without its images.
 
     Args:
         split (`str`, defaults to `"train"`): `"train"` (the different prompts of the training pairs, some 100,000),
@@ -172,7 +172,7 @@ def load_hpdv2(
     _check_split("hpdv2", split)
     if split != "benchmark":
         prompts = read_prompts(_hub_file("hpdv2", HPDV2, f"{split}.json", path, revision))["prompt"][:]
-        # One entry for each comparison of pictures
+        # One entry for each comparison of images
         return dataset_of({"prompt": list(dict.fromkeys(prompts))})
     if path is not None and Path(path).is_file():
         files = {Path(path).stem: Path(path)}
@@ -222,7 +222,7 @@ def load_unigenbench(
 ) -> "Dataset":
     """
     UniGenBench++ (https://arxiv.org/abs/2510.18701): 600 prompts in English and Chinese, each short and long, and what
-    a picture is tested for; and the English prompts that its authors trained on.
+    an image is tested for, and the English prompts that its authors trained on.
 
     Args:
         split (`str`, defaults to `"train"`): `"train"` (English only) or `"test"`.
@@ -327,7 +327,7 @@ def _hub_file(name: str, repo: str, file: str, path: str | os.PathLike | None, r
 
 
 def _local_file(name: str, file: str, path: str | os.PathLike) -> Path:
-    """`path` itself, or what lies in it as in the repository or beside each other."""
+    """`path` itself, or what lies in it as in the repository or next to each other."""
     path = Path(path)
     candidates = [path, path / file, path / Path(file).name]
     for candidate in candidates:
