@@ -164,7 +164,7 @@ def _evaluation(arguments: argparse.Namespace, folder: str):
     defaults = {"num_inference_steps": 40, "guidance_scale": 4.5}
     if model in BUNDLED:
         from trl_flow.shapes import IMAGE_SIZE, pipeline_path
-        from trl_flow.shapes.model import T5_TOKENS
+        from trl_flow.shapes.bundled import T5_TOKENS
 
         model = pipeline_path()
         defaults = {"num_inference_steps": 10, "guidance_scale": 2.0, "height": IMAGE_SIZE, "width": IMAGE_SIZE}
