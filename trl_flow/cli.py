@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="train the bundled model for about three minutes and show it before and after (no network needed)",
         description="Trains the bundled text-to-image model to follow its prompts better, on any machine and without "
-        "network. Prints a table of scores before and after on prompts never trained on, and writes pictures, curves, "
+        "network. Prints a table of scores before and after on prompts never trained on, and writes images, curves, "
         "results.json and the adapter.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--full", action="store_true", help="train 2.5 times as long, with a falling learning rate")
     demo.add_argument("--method", choices=("guard", "flow_grpo"), default="guard", help="the algorithm")
     demo.add_argument("--output-dir", "--output_dir", default="trl-flow-demo", metavar="DIR", help="where to write")
-    demo.add_argument("--seed", type=_seed, default=0, help="of the training; pictures are drawn from fixed seeds")
+    demo.add_argument("--seed", type=_seed, default=0, help="of the training; images are drawn from fixed seeds")
 
     commands.add_parser(
         "train",
@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate = commands.add_parser(
         "evaluate",
-        help="compare a base model and adapters: scores, pictures side by side, and a blind vote",
+        help="compare a base model and adapters: scores, images side by side, and a blind vote",
         description=evaluation.DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
