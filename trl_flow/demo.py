@@ -28,7 +28,7 @@ from trl_flow.evaluation.scoring import paired_difference, score_images
 from trl_flow.evaluation.tables import score_table
 from trl_flow.rewards import ShapesReward
 from trl_flow.shapes import IMAGE_SIZE, load_prompts, pipeline_path
-from trl_flow.shapes.model import T5_TOKENS
+from trl_flow.shapes.bundled import T5_TOKENS
 
 
 RESULTS = "results.json"

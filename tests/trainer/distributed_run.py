@@ -21,7 +21,7 @@ from tiny_training import assert_equal, brightness, darkness, prompts, tiny_trai
 from torch.nn.parallel import DistributedDataParallel
 
 from trl_flow import OverOptimizationCallback
-from trl_flow.rewards.calling import RewardError
+from trl_flow.rewards.checks import RewardError
 
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -20,7 +20,7 @@ from tiny_training import (
 )
 
 from trl_flow.evaluation.diversity import diversity
-from trl_flow.rewards.calling import RewardError
+from trl_flow.rewards.checks import RewardError
 
 
 def reds(prompts, images, **kwargs):

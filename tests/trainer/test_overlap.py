@@ -11,7 +11,7 @@ import torch
 from tiny_training import assert_equal, brightness, tiny_trainer, trained_weights
 from transformers import TrainerCallback
 
-from trl_flow.rewards.calling import RewardError
+from trl_flow.rewards.checks import RewardError
 
 
 # Two sampling phases of 16 pictures each: four groups, sampled in four parts

@@ -1,5 +1,7 @@
 """The trainer's publisher, by the real client, to a Hub on the loopback interface."""
 
+import os
+
 import pytest
 import torch
 from safetensors.torch import load, save_file
@@ -79,8 +81,9 @@ def test_a_failure_in_the_background_is_logged_and_stops_nothing(hub_server, tmp
 def test_the_card_shows_the_curve_the_latest_grid_and_the_rewards(tmp_path):
     own = publisher(tmp_path / "run", noise_level=0.6)
     (tmp_path / "run" / "images").mkdir(parents=True)
-    for name in ("step-1.png", "step-2.png"):
-        (tmp_path / "run" / "images" / name).write_bytes(b"")
+    for step in (2, 1):
+        (tmp_path / "run" / "images" / f"step-{step}.png").write_bytes(b"")
+        os.utime(tmp_path / "run" / "images" / f"step-{step}.png", (step, step))
     logs = [{"step": step, "reward": step / 10, "rewards/brightness/mean": step / 10} for step in (1, 2)]
     own.write_card(own.backbone.model, logs, None, model_name="The painter", tags="painting")
     card = (tmp_path / "run" / "README.md").read_text()

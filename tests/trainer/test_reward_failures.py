@@ -10,7 +10,7 @@ from tiny_training import assert_equal, brightness, darkness, prompts, tiny_trai
 from transformers import TrainerCallback
 
 from trl_flow.rewards import CheckpointError, CLIPScoreReward
-from trl_flow.rewards.calling import RewardError
+from trl_flow.rewards.checks import RewardError
 
 
 class Server:

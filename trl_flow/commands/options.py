@@ -20,7 +20,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser  #
 from trl_flow.prompts import PROMPT_SETS  # noqa: E402
 from trl_flow.rewards.named import NAMED_REWARDS  # noqa: E402
 from trl_flow.shapes import IMAGE_SIZE, pipeline_path  # noqa: E402
-from trl_flow.shapes.model import T5_TOKENS  # noqa: E402
+from trl_flow.shapes.bundled import T5_TOKENS  # noqa: E402
 from trl_flow.trainer import FlowGRPOConfig, GuardConfig, SLASConfig, VGPOConfig  # noqa: E402
 
 

@@ -177,7 +177,7 @@ class ModelEvaluation:
         check_images_to_edit(self.sets, self.backbone)
         self.models = {BASE: {"path": self.model_path, "fingerprint": base_fingerprint(pipeline)}}
         for adapter in self.adapters:
-            self.models[adapter.name] = {"path": adapter.path, "fingerprint": check_adapter(pipeline, adapter)}
+            self.models[adapter.name] = {"path": adapter.path, "fingerprint": check_adapter(self.backbone, adapter)}
         edits = self.backbone.takes_image
         self.prompt_lists = {name: prompt_list(dataset, with_images=edits) for name, dataset in self.sets.items()}
         self.columns = {name: columns_fingerprint(dataset) for name, dataset in self.sets.items()}
@@ -219,7 +219,7 @@ class ModelEvaluation:
                 for name, dataset in self.sets.items()
             }
             if any(missing.values()):
-                with loaded_adapter(self.backbone.pipeline, adapter):
+                with loaded_adapter(self.backbone, adapter):
                     for name, batches in missing.items():
                         if batches:
                             self._draw_set(name, model, batches)

@@ -30,6 +30,7 @@ Killed, the same command goes on where it stopped. Adapters, prompt sets and rew
 """
 
 BUNDLED = ("bundled", "shapes")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,67 +42,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         width=100,
         break_on_hyphens=False,
     )
-    what = parser.add_argument_group("what is compared")
-    what.add_argument("--model", help="base model: hub id, folder of a pipeline, or `bundled`")
-    what.add_argument(
-        "--adapters",
-        nargs="*",
-        default=[],
-        metavar="[NAME=]PATH",
-        help="output folders of runs, checkpoints, LoRA files, hub ids, or fully fine-tuned models",
-    )
-    what.add_argument(
-        "--prompts",
-        nargs="+",
-        metavar="[NAME=]SET",
-        help="prompt sets: files (.txt, .jsonl, .csv, ...), published sets (generated_geneval, geneval, ocr, "
-        "pickscore, hpdv2, drawbench, unigenbench, ...), hub ids, or `bundled`; their test split where they have "
-        "several",
-    )
-    what.add_argument("--limit", type=int, metavar="N", help="only the first N prompts of each set")
-    what.add_argument(
-        "--proxy", nargs="+", default=[], metavar="REWARD", help="rewards that were optimized, see below"
-    )
-    what.add_argument("--gold", nargs="+", default=[], metavar="REWARD", help="rewards that were not")
+    add = parser.add_argument_group("what is compared").add_argument
+    add("--model", help="base model: hub id, folder of a pipeline, or `bundled`")
+    adapters = "output folders of runs, checkpoints, LoRA files, hub ids, or fully fine-tuned models"
+    add("--adapters", nargs="*", default=[], metavar="[NAME=]PATH", help=adapters)
+    sets = "generated_geneval, geneval, ocr, pickscore, hpdv2, drawbench, unigenbench, ..."
+    prompts = f"files (.txt, .jsonl, .csv, ...), published sets ({sets}), hub ids, or `bundled`; their test split"
+    add("--prompts", nargs="+", metavar="[NAME=]SET", help=f"prompt sets: {prompts} where they have several")
+    add("--limit", type=int, metavar="N", help="only the first N prompts of each set")
+    add("--proxy", nargs="+", default=[], metavar="REWARD", help="rewards that were optimized, see below")
+    add("--gold", nargs="+", default=[], metavar="REWARD", help="rewards that were not")
 
-    how = parser.add_argument_group("how it is drawn (all models alike)")
-    how.add_argument("--seed", type=int, default=0, help="of the noise (0)")
-    how.add_argument("--num_images_per_prompt", type=int, default=1, metavar="K", help="images for each prompt (1)")
-    how.add_argument("--num_inference_steps", type=int, metavar="N", help="sampling steps (40; bundled: 10)")
-    how.add_argument("--guidance_scale", type=float, metavar="S", help="guidance (4.5; bundled: 2)")
-    how.add_argument("--negative_prompt", metavar="TEXT", help="what is to be avoided")
-    how.add_argument("--height", type=int, metavar="PIXELS", help="height (the pipeline's own)")
-    how.add_argument("--width", type=int, metavar="PIXELS", help="width (the pipeline's own)")
-    how.add_argument("--max_sequence_length", type=int, metavar="N", help="prompt tokens (the pipeline's own)")
-    how.add_argument("--batch_size", type=int, default=8, metavar="N", help="images at a time (8)")
-    how.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the model (float32 on CPUs, else bfloat16)"
-    )
-    how.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
+    add = parser.add_argument_group("how it is drawn (all models alike)").add_argument
+    add("--seed", type=int, default=0, help="of the noise (0)")
+    add("--num_images_per_prompt", type=int, default=1, metavar="K", help="images for each prompt (1)")
+    add("--num_inference_steps", type=int, metavar="N", help="sampling steps (40; bundled: 10)")
+    add("--guidance_scale", type=float, metavar="S", help="guidance (4.5; bundled: 2)")
+    add("--negative_prompt", metavar="TEXT", help="what is to be avoided")
+    add("--height", type=int, metavar="PIXELS", help="height (the pipeline's own)")
+    add("--width", type=int, metavar="PIXELS", help="width (the pipeline's own)")
+    add("--max_sequence_length", type=int, metavar="N", help="prompt tokens (the pipeline's own)")
+    add("--batch_size", type=int, default=8, metavar="N", help="images at a time (8)")
+    add("--dtype", choices=DTYPES, help="of the model (float32 on CPUs, else bfloat16)")
+    add("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
 
-    out = parser.add_argument_group("what is written")
-    out.add_argument("--output_dir", "--output-dir", metavar="DIR", help="folder to write to (trl-flow-evaluation)")
-    out.add_argument("--grid_prompts", type=int, default=16, metavar="N", help="rows of the image grid (16)")
-    out.add_argument("--page_megabytes", type=float, default=50, metavar="MB", help="largest size of the page (50)")
-    out.add_argument("--rescore", action="store_true", help="compute again the scores that an earlier run has kept")
+    add = parser.add_argument_group("what is written").add_argument
+    add("--output_dir", "--output-dir", metavar="DIR", help="folder to write to (trl-flow-evaluation)")
+    add("--grid_prompts", type=int, default=16, metavar="N", help="rows of the image grid (16)")
+    add("--page_megabytes", type=float, default=50, metavar="MB", help="largest size of the page (50)")
+    add("--rescore", action="store_true", help="compute again the scores that an earlier run has kept")
 
-    vote = parser.add_argument_group("blind vote by people")
-    vote.add_argument(
-        "--vote",
-        nargs="?",
-        const=True,
-        metavar="DIR",
-        help="serve a vote on this machine: on what has just been drawn, or on the folder DIR without drawing",
-    )
-    vote.add_argument(
-        "--vote_models",
-        nargs="+",
-        metavar="NAME",
-        help="the first is compared with each of the others (base and all adapters)",
-    )
-    vote.add_argument("--vote_pairs", type=int, default=100, metavar="N", help="prompts for each comparison (100)")
-    vote.add_argument("--vote_seed", type=int, default=0, metavar="SEED", help="of the choice, order and sides (0)")
-    vote.add_argument("--port", type=int, default=0, help="of the vote (any that is free)")
+    add = parser.add_argument_group("blind vote by people").add_argument
+    vote = "serve a vote on this machine: on what has just been drawn, or on the folder DIR without drawing"
+    add("--vote", nargs="?", const=True, metavar="DIR", help=vote)
+    models = "the first is compared with each of the others (base and all adapters)"
+    add("--vote_models", nargs="+", metavar="NAME", help=models)
+    add("--vote_pairs", type=int, default=100, metavar="N", help="prompts for each comparison (100)")
+    add("--vote_seed", type=int, default=0, metavar="SEED", help="of the choice, order and sides (0)")
+    add("--port", type=int, default=0, help="of the vote (any that is free)")
 
 
 def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
@@ -186,7 +164,7 @@ def _evaluation(arguments: argparse.Namespace, folder: str):
     defaults = {"num_inference_steps": 40, "guidance_scale": 4.5}
     if model in BUNDLED:
         from trl_flow.shapes import IMAGE_SIZE, pipeline_path
-        from trl_flow.shapes.model import T5_TOKENS
+        from trl_flow.shapes.bundled import T5_TOKENS
 
         model = pipeline_path()
         defaults = {"num_inference_steps": 10, "guidance_scale": 2.0, "height": IMAGE_SIZE, "width": IMAGE_SIZE}

@@ -78,16 +78,12 @@ class RemoteReward:
     The servers are asked when the object is made, so that what is wrong is found before training.
 
     Args:
-        url (`str` or `Sequence[str]`):
-            Address of the server, such as `http://localhost:8000`, or of several. They must offer the same function
-            with the same settings.
-        reward (`str`, *optional*):
-            Name of the function, if the server offers several.
-        columns (`Sequence[str]`, *optional*):
-            Columns of the data set that are sent; default: all. They must be such as JSON can hold: name the others'
-            if one cannot (images, say).
-        token (`str`, *optional*):
-            The servers' token; default: the environment variable `TRL_FLOW_REWARD_TOKEN`.
+        url (`str` or `Sequence[str]`): Address of the server, such as `http://localhost:8000`, or of several. They
+            must offer the same function with the same settings.
+        reward (`str`, *optional*): Name of the function, if the server offers several.
+        columns (`Sequence[str]`, *optional*): Columns of the data set that are sent; default: all. They must be such
+            as JSON can hold: name the others' if one cannot (images, say).
+        token (`str`, *optional*): The servers' token; default: the environment variable `TRL_FLOW_REWARD_TOKEN`.
         batch_size (`int`, *optional*):
             Largest number of images in a request; default: what the servers accept. A batch is spread over the
             servers in equal parts, between groups where the function compares the images of a group.

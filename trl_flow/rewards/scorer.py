@@ -80,15 +80,12 @@ class RewardScorer:
     another. Each receives lists and images of its own, so that what it sorts, empties or draws on reaches no other.
 
     Args:
-        reward_funcs (`Iterable[Callable]`):
-            Reward functions, sync or async.
-        timeout (`float`, *optional*):
-            Seconds to wait for each sync function and then, from the end of the last, for all async ones; `None` waits
-            for ever. With a limit a sync function runs in a thread of its own, without one in the caller's. A thread
-            cannot be stopped: a function that hangs is left behind, but keeps the process from ending for at most five
-            seconds.
-        names (`list[str]`, *optional*):
-            What they are called, all different; by default [`reward_names`].
+        reward_funcs (`Iterable[Callable]`): Reward functions, sync or async.
+        timeout (`float`, *optional*): Seconds to wait for each sync function and then, from the end of the last, for
+            all async ones; `None` waits for ever. With a limit a sync function runs in a thread of its own, without
+            one in the caller's. A thread cannot be stopped: a function that hangs is left behind, but keeps the
+            process from ending for at most five seconds.
+        names (`list[str]`, *optional*): What they are called, all different; by default [`reward_names`].
     """
 
     def __init__(

@@ -250,7 +250,7 @@ def decode_images(files: list[bytes], max_pixels: int) -> list[Image.Image]:
         except Image.DecompressionBombError as error:
             raise HTTPException(413, f"Image {index} has too many pixels. The limit is {max_pixels}.") from error
         except UnidentifiedImageError as error:
-            raise HTTPException(415, f"Image {index} is not a PNG file that can be read, whatever its type says.") from error
+            raise HTTPException(415, f"Image {index} is not a PNG file that can be read.") from error
         except Exception as error:  # there is no list of what a decoder raises on bytes that were made to break it
             raise HTTPException(400, f"Image {index} is not a sound PNG file: {error}") from error
         images.append(image)

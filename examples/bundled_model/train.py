@@ -1,5 +1,5 @@
 """
-Trains the bundled pipeline from nothing: `python -m trl_flow.shapes.train --output-dir pipeline`.
+Trains the bundled pipeline from nothing: `python examples/bundled_model/train.py --output-dir pipeline`.
 
 Five minutes for the VAE, then `--minutes` for the transformer and its text encoders, on one CPU core. The captions are
 noisy on purpose, as those of web images are: with probability `--caption-noise` an image's caption is another one,
@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from diffusers import StableDiffusion3Pipeline
 from diffusers.training_utils import EMAModel
+from model import new_pipeline
 from tqdm import tqdm
 
+from trl_flow.shapes.bundled import T5_TOKENS
 from trl_flow.shapes.checker import check
-from trl_flow.shapes.model import T5_TOKENS, new_pipeline
 from trl_flow.shapes.prompts import is_held_out, load_prompts, make_caption
 from trl_flow.shapes.world import COLORS, RELATIONS, SHAPES, place, random_ground, relation_holds, render
 

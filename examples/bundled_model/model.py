@@ -18,7 +18,6 @@ from trl_flow.shapes.world import IMAGE_SIZE
 
 
 CLIP_TOKENS = 10  # a relation's eight words and the two marks
-T5_TOKENS = 1  # see `_t5_tokenizer`; the pipeline's own default of 256 works too, but is slow
 _WIDTH = 64  # of each CLIP text encoder
 _JOINT = 2 * _WIDTH  # of the transformer's text input, and of T5
 
