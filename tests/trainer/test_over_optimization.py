@@ -71,7 +71,7 @@ def warned(run, evaluations) -> list[int]:
         (2, [(1, 0.9), (2, 0.8)], [2]),  # worse than the base model from the start
         (2, [(1, 1.1), (2, 1.0), (3, 1.2), (4, 1.1), (5, 1.1)], [5]),  # a new best between: the count begins anew
         (2, [(1, 1.1), (2, 1.0), (0.5, 1.0), (2, 1.0), (2, 1.0)], [5]),  # the reward was not higher in the third
-        (2, [(1, 1.1), (0.9, 0.5), (0.8, 0.3)], []),  # both fall: that is no over-optimisation
+        (2, [(1, 1.1), (0.9, 0.5), (0.8, 0.3)], []),  # both fall: that is no over-optimization
         (2, [(1, 1.1), (2, 1.2), (3, 1.3)], []),  # both rise
         (2, [(1, 1.1), (2, 1.1), (3, 1.1)], []),  # gold stays
         (2, [(1, 1.1), (2, 1.0), (3, 1.0), (4, 1.1), (5, 1.0), (6, 1.0)], [3, 6]),  # two episodes
@@ -213,16 +213,16 @@ def test_training_stops_and_the_best_adapter_is_kept(use_ema, tmp_path):
     two = watched_trainer(tmp_path / "two", use_ema=use_ema, max_steps=2)
     two.train()
     two.save_model(str(tmp_path / "saved"))
-    pictures = []
+    images = []
     for folder in (tmp_path / "out" / "best_gold", tmp_path / "saved", None):
         stock = tiny_sd3_pipeline()
         if folder is not None:
             stock.load_lora_weights(str(folder))
         settings = {"num_inference_steps": 2, "max_sequence_length": 16, "height": 16, "width": 16}
         generator = torch.Generator().manual_seed(0)
-        pictures.append(stock("a cat", generator=generator, output_type="np", **settings).images)
-    assert np.array_equal(pictures[0], pictures[1])
-    assert abs(pictures[0] - pictures[2]).max() > 1e-4
+        images.append(stock("a cat", generator=generator, output_type="np", **settings).images)
+    assert np.array_equal(images[0], images[1])
+    assert abs(images[0] - images[2]).max() > 1e-4
 
 
 def test_watching_changes_no_weight(tmp_path):

@@ -11,10 +11,10 @@ import torch
 from tiny_training import assert_equal, brightness, tiny_trainer, trained_weights
 from transformers import TrainerCallback
 
-from trl_flow.rewards.calling import RewardError
+from trl_flow.rewards.checks import RewardError
 
 
-# Two sampling phases of 16 pictures each: four groups, sampled in four parts
+# Two sampling phases of 16 images each: four groups, sampled in four parts
 FIELDS = {"per_device_train_batch_size": 4, "steps_per_generation": 4, "gradient_accumulation_steps": 4}
 
 

@@ -10,7 +10,7 @@ from tiny_training import assert_equal, brightness, darkness, prompts, tiny_trai
 from transformers import TrainerCallback
 
 from trl_flow.rewards import CheckpointError, CLIPScoreReward
-from trl_flow.rewards.calling import RewardError
+from trl_flow.rewards.checks import RewardError
 
 
 class Server:
@@ -149,7 +149,7 @@ def test_an_error_while_saving_does_not_hide_the_rewards(tmp_path):
 
 
 @pytest.mark.parametrize("option", ["reward_funcs", "eval_reward_funcs"])
-def test_a_model_that_can_not_be_loaded_is_found_out_before_anything_is_sampled(option, tmp_path):
+def test_a_model_that_cannot_be_loaded_is_found_out_before_anything_is_sampled(option, tmp_path):
     calls = []
 
     def counted(prompts, images, **kwargs):
