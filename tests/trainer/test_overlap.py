@@ -1,4 +1,4 @@
-"""Rewards that are computed while the rest is sampled are those of the serial order, to the last bit."""
+"""Rewards that are computed while the rest is sampled are those of the serial order."""
 
 import asyncio
 import random
@@ -60,7 +60,7 @@ def run(folder, overlap, **fields):
 
     class Captions(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            captions.append(list(trainer._logs["captions"]))
+            captions.append(list(trainer.sample_log._captions))
 
     trainer.add_callback(Captions())
     trainer.train()
@@ -81,7 +81,7 @@ def run(folder, overlap, **fields):
     ],
     ids=["accumulation", "half a group and time limit", "one and a half groups", "dense", "normalize then sum"],
 )
-def test_the_same_to_the_last_bit(fields, tmp_path):
+def test_the_same_calls_images_and_weights(fields, tmp_path):
     weights, logs, captions, calls = run(tmp_path / "overlapped", True, **fields)
     serial_weights, serial_logs, serial_captions, serial_calls = run(tmp_path / "serial", False, **fields)
     assert_equal(weights, serial_weights)
