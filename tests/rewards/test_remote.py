@@ -5,9 +5,7 @@ import http.server
 import json
 import logging
 import math
-import os
 import socket
-import subprocess
 import sys
 import threading
 import urllib.request
@@ -161,19 +159,6 @@ def test_calls_from_many_threads_and_event_loops(serve_rewards):
         both = RewardScorer([reward, brightness], timeout=30).score([""] * 8, images, {}).rewards
         assert torch.equal(both[:, 0], both[:, 1])
     assert len(ask(reward, [], [])) == 0
-
-
-def test_from_another_process(serve_rewards):
-    url = serve_rewards(rewards="served_rewards.brightness", token="secret").url
-    code = f"""
-import asyncio
-from PIL import Image
-from trl_flow.rewards import RemoteReward
-print(asyncio.run(RemoteReward({url!r})(prompts=["a"], images=[Image.new("RGB", (3, 3), (255, 0, 0))])))
-"""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRL_FLOW_REWARD_TOKEN": "secret"}
-    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
-    assert ended.stdout.strip() == str([float(np.float32(1 / 3))]), ended.stderr
 
 
 # ---- Parts of a batch, several servers ----
