@@ -93,15 +93,15 @@ def test_without_the_right_to_read_the_error_asks_for_a_token(name, folder, hub_
 
 
 def test_repository_that_does_not_exist_is_named(hub_server):
-    with pytest.raises(CheckpointError, match="imagereward: tester/nothing is no repository on the Hub"):
+    with pytest.raises(CheckpointError, match="imagereward: tester/nothing cannot .* Check the name"):
         ImageReward("tester/nothing", token=hub_server.token)(["a cat"], [picture(0)])
-    with pytest.raises(CheckpointError, match="pickscore: tester/nothing is no repository on the Hub"):
+    with pytest.raises(CheckpointError, match="pickscore: tester/nothing cannot .* Check the name"):
         PickScoreReward("tester/nothing", token=hub_server.token)(["a cat"], [picture(0)])
 
 
 def test_repository_without_the_file_is_named(folder, hub_server):
     upload(hub_server, "tester/hps", folder / "aesthetic")
-    with pytest.raises(CheckpointError, match="hpsv2: tester/hps has no file HPS_v2_compressed.pt"):
+    with pytest.raises(CheckpointError, match="hpsv2: tester/hps cannot .*file HPS_v2_compressed.pt.*EntryNotFound"):
         HPSv2Reward(model="tester/hps", token=hub_server.token)(["a cat"], [picture(0)])
 
 
@@ -109,7 +109,7 @@ def test_repository_without_the_file_is_named(folder, hub_server):
 def test_without_a_network_the_error_says_what_to_download_where(name):
     cls = {"pickscore": PickScoreReward, "hpsv2": HPSv2Reward, "imagereward": ImageReward}[name]
     reward = cls("tester/weights") if name != "hpsv2" else cls(model="tester/weights")
-    message = f"{name}: tester/weights .*cache.*Hub cannot be reached.*hf download tester/weights"
+    message = f"{name}: tester/weights .*Without a network .*hf download tester/weights"
     with pytest.raises(CheckpointError, match=message):
         reward(["a cat"], [picture(0)])
 

@@ -195,18 +195,9 @@ def test_a_model_that_gives_nan_stops_training(name, folder):
         RewardScorer([reward]).score(["a cat"], [picture(0)], {})
 
 
-@pytest.mark.parametrize(
-    "prompts, images, error, message",
-    [
-        (["a cat"], [], ValueError, "1 prompts for 0 images"),
-        (["a cat", None], [picture(0)] * 2, TypeError, "Sample 1 has a prompt of type NoneType"),
-        (["a cat"], [Image.new("RGB", (0, 5))], ValueError, "Image 0 has 0 x 5 pixels"),
-        (["a cat"], [np.zeros((8, 8, 3))], TypeError, "an image of type ndarray.*PIL"),
-    ],
-)
-def test_what_is_no_prompt_or_no_picture_is_refused(prompts, images, error, message, folder):
-    with pytest.raises(error, match=message):
-        make_reward("pickscore", folder)(prompts, images)
+def test_prompts_and_images_that_do_not_match_in_number_are_refused(folder):
+    with pytest.raises(ValueError, match="1 prompts for 0 images"):
+        make_reward("pickscore", folder)(["a cat"], [])
 
 
 @pytest.mark.parametrize("name", NAMES)

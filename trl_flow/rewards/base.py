@@ -120,13 +120,10 @@ class ModelReward(ABC):
             `list[float | None]`: `N` scores.
 
         Raises:
-            ValueError: if there are not as many prompts as images, or an image has no pixels.
-            TypeError: if a prompt is no text or an image no `PIL.Image.Image`.
+            ValueError: if there are not as many prompts as images.
         """
-        check_samples(prompts, images)
-        for index, image in enumerate(images):
-            if 0 in image.size:
-                raise ValueError(f"Image {index} has {image.width} x {image.height} pixels, and nothing to score.")
+        if len(prompts) != len(images):
+            raise ValueError(f"There are {len(prompts)} prompts for {len(images)} images. Give one for each image.")
         columns = {name: value for name, value in kwargs.items() if isinstance(value, list | tuple)}
         scores: list[float | None] = []
         with self._lock, torch.inference_mode():
@@ -182,24 +179,6 @@ class HubReward(ModelReward):
     _: KW_ONLY
     revision: str | None = None
     token: str | bool | None = field(default=None, repr=False)
-
-
-def check_samples(prompts: Sequence[str], images: Sequence[Image.Image]) -> None:
-    """
-    Checks that there is one text and one image for each sample.
-
-    Raises:
-        ValueError: if there are not as many prompts as images.
-        TypeError: if a prompt is no text or an image no `PIL.Image.Image`.
-    """
-    if len(prompts) != len(images):
-        raise ValueError(f"There are {len(prompts)} prompts for {len(images)} images. Give one for each image.")
-    for index, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
-        if not isinstance(prompt, str) or not isinstance(image, Image.Image):
-            raise TypeError(
-                f"Sample {index} has a prompt of type {type(prompt).__name__} and an image of type "
-                f"{type(image).__name__}. Give a str and a PIL.Image.Image."
-            )
 
 
 def check_whole_number(name: str, value: Any, least: int) -> None:

@@ -173,22 +173,22 @@ class ChatModel:
         try:
             return await request
         except openai.APITimeoutError as error:
-            raise JudgeError(
-                f"The server at {self.base_url} gave no answer within {self.timeout:g} seconds, in {tries}. Look "
-                "whether it is overloaded: lower max_concurrency, or raise timeout."
-            ) from error
+            reason = (
+                f"gave no answer within {self.timeout:g} seconds, in {tries}. Look whether it is overloaded: lower "
+                "max_concurrency, or raise timeout."
+            )
+            raise self._failed(reason) from error
         except openai.APIConnectionError as error:
-            raise JudgeError(
-                f"The server at {self.base_url} cannot be reached, in {tries}: {error.__cause__ or error}. Look "
-                "whether it runs, and whether base_url is right."
-            ) from error
+            reason = f"cannot be reached, in {tries}: {error.__cause__ or error}. Look whether it runs, and whether "
+            raise self._failed(reason + "base_url is right.") from error
         except openai.APIStatusError as error:
-            raise JudgeError(
-                f"The server at {self.base_url} answered with status {error.status_code}: {error.message[:1000]}"
-                + (" Check base_url and model; the former mostly ends in /v1." if error.status_code == 404 else "")
-            ) from error
+            hint = " Check base_url and model. The former mostly ends in /v1." if error.status_code == 404 else ""
+            raise self._failed(f"answered with status {error.status_code}: {error.message[:1000]}{hint}") from error
         except (openai.OpenAIError, json.JSONDecodeError) as error:
-            raise JudgeError(f"The server at {self.base_url} gave an answer that cannot be read: {error}") from error
+            raise self._failed(f"gave an answer that cannot be read: {error}") from error
+
+    def _failed(self, reason: str) -> JudgeError:
+        return JudgeError(f"The server at {self.base_url} {reason}")
 
 
 def _png_url(image: Image.Image) -> str:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from PIL import Image
 
-from trl_flow.rewards.base import RewardInfo, all_at_once, check_samples
+from trl_flow.rewards.base import RewardInfo, all_at_once
 from trl_flow.rewards.chat import ChatModel, JudgeError
 from trl_flow.rewards.judge_prompts import (
     DEQA_ANSWER_PREFIX,
@@ -107,21 +107,11 @@ class VLMJudgeReward:
         Returns:
             `list[float | None]`: `N` scores.
         """
-        check_samples(prompts, images)
         judged = await all_at_once(self._judge(prompt, image) for prompt, image in zip(prompts, images, strict=True))
         report_unreadable(
             self.__name__, [answer for score, answer in judged if score is None], len(judged), log_metric
         )
         return [score for score, _ in judged]
-
-    def close(self) -> None:
-        """Does nothing: connections are closed at the end of each call. Rewards with a model of their own need it."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.close()
 
     async def _judge(self, prompt: str, image: Image.Image) -> tuple[float | None, str]:
         """The score, or None, and the last answer."""
@@ -255,10 +245,7 @@ def answer_text(choice: Any) -> str:
 
 
 def check_question(prompt_template: str, parse: Callable) -> None:
-    """
-    Raises:
-        TypeError: if `prompt_template` is no text or `parse` no callable.
-    """
+    """Raises a `TypeError` if `prompt_template` is no text or `parse` no callable."""
     if not isinstance(prompt_template, str) or not callable(parse):
         raise TypeError(
             "A judge needs a text and a function that reads the answer, but was given "
