@@ -1,8 +1,7 @@
 """A pipeline without weights: its modules on the meta device, built from the configuration files."""
 
-import json
 import os
-from inspect import Parameter, signature
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from huggingface_hub import snapshot_download
 
 from trl_flow.backbones import BACKBONES
+from trl_flow.evaluation.outputs import read_json
 
 
 INDEX = "model_index.json"
@@ -36,8 +36,7 @@ def fetch_configs(model: str | os.PathLike, revision: str | None = None, token: 
         patterns = [INDEX, "*/config.json", "*/scheduler_config.json"]
         try:
             folder = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns))
-        # The client raises errors of several libraries when there is no connection
-        except Exception as error:
+        except Exception as error:  # without a connection the client raises errors of several libraries
             reason = " ".join(str(error).split())
             raise ValueError(
                 f"{name!r} is neither a folder nor a hub id, or its configuration files could not be fetched "
@@ -59,8 +58,7 @@ def empty_pipeline(folder: str | os.PathLike) -> DiffusionPipeline:
     Raises:
         ValueError: if a file is missing or unfit, or the pipeline is not a supported one of diffusers.
     """
-    folder = Path(folder)
-    index = _read(folder / INDEX)
+    index = read_json(Path(folder, INDEX))
     class_name = index.get("_class_name")
     if class_name not in BACKBONES:
         raise ValueError(
@@ -68,21 +66,18 @@ def empty_pipeline(folder: str | os.PathLike) -> DiffusionPipeline:
             "a backbone of your own, estimate from the backbone: trl_flow.memory.estimate(backbone, plan)."
         )
     pipeline_class = getattr(diffusers, class_name)
-    parts = {
-        name: _part(folder / name, *value) if isinstance(value, list) else value
-        for name, value in index.items()
-        if not name.startswith("_")
-    }
     arguments = {
-        name: parts.get(name, None if parameter.default is Parameter.empty else parameter.default)
+        name: None if parameter.default is parameter.empty else parameter.default
         for name, parameter in signature(pipeline_class).parameters.items()
     }
-    checker = arguments.get("safety_checker")
-    if checker is not None:  # which the pipeline takes only together with its feature extractor
-        arguments |= {"safety_checker": None, "requires_safety_checker": False}
-    pipeline = pipeline_class(**arguments)
-    if checker is not None:
-        pipeline.register_modules(safety_checker=checker)
+    for name, value in index.items():
+        if name in arguments:
+            arguments[name] = _part(Path(folder, name), *value) if isinstance(value, list) else value
+    if arguments.get("safety_checker") is None:
+        return pipeline_class(**arguments)
+    # Which the pipeline takes only together with its feature extractor
+    pipeline = pipeline_class(**arguments | {"safety_checker": None, "requires_safety_checker": False})
+    pipeline.register_modules(safety_checker=arguments["safety_checker"])
     return pipeline
 
 
@@ -90,11 +85,9 @@ def _part(folder: Path, library: str | None, class_name: str | None) -> Any:
     """A scheduler, or a module on the meta device; `None` for what has no weights (tokenizers, processors)."""
     if library is None:
         return None
+    libraries = {"diffusers": diffusers, "transformers": transformers}
     # Or one of the classes that live beside a pipeline
-    namespace = {"diffusers": diffusers, "transformers": transformers}.get(library) or getattr(
-        diffusers.pipelines, library, None
-    )
-    cls = getattr(namespace, class_name, None)
+    cls = getattr(libraries.get(library) or getattr(diffusers.pipelines, library, None), class_name, None)
     if cls is None and (folder / "config.json").is_file():
         raise ValueError(
             f"{folder} is a {class_name} of {library}, which the installed libraries do not have. Install a newer "
@@ -103,25 +96,12 @@ def _part(folder: Path, library: str | None, class_name: str | None) -> Any:
     if cls is None or not issubclass(cls, (SchedulerMixin, torch.nn.Module)):
         return None
     if issubclass(cls, SchedulerMixin):
-        return cls.from_config(_read(folder / "scheduler_config.json"))
-    config = _read(folder / "config.json")
+        return cls.from_config(read_json(folder / "scheduler_config.json"))
+    config = read_json(folder / "config.json")
     try:
         with torch.device("meta"):
             is_diffusers = issubclass(cls, ModelMixin)
             module = cls.from_config(config) if is_diffusers else cls(cls.config_class.from_dict(config))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{folder / 'config.json'} does not make a {class_name}: {error}.") from error
-    # What is computed with numpy comes into being on the CPU
-    return module.to("meta").eval()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, but holds a {type(content).__name__}.")
-    return content
+    return module.to("meta").eval()  # what is computed with numpy comes into being on the CPU

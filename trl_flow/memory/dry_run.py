@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 
@@ -26,24 +26,19 @@ class _LiveBytes(TorchDispatchMode):
     def __init__(self, existing: Iterable[torch.Tensor]):
         super().__init__()
         self.live = self.peak = 0
-        self._seen: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        for tensor in existing:
-            self._seen[tensor.untyped_storage()] = None
+        self._seen = WeakIdKeyDictionary({tensor.untyped_storage(): None for tensor in existing})
 
-    def _freed(self, size: int) -> None:
-        self.live -= size
+    def _add(self, size: int) -> None:
+        self.live += size
+        self.peak = max(self.peak, self.live)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for value in tree_flatten(result)[0]:
-            if isinstance(value, torch.Tensor):
-                storage = value.untyped_storage()
-                if storage not in self._seen:
-                    self._seen[storage] = None
-                    size = storage.nbytes()
-                    self.live += size
-                    weakref.finalize(storage, self._freed, size)
-        self.peak = max(self.peak, self.live)
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor) and (storage := value.untyped_storage()) not in self._seen:
+                self._seen[storage] = None
+                self._add(storage.nbytes())
+                weakref.finalize(storage, self._add, -storage.nbytes())
         return result
 
 
@@ -89,11 +84,11 @@ class GPUKernels(TorchFunctionMode):
     def _cast(self, value: Any, dtype: torch.dtype) -> Any:
         if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dtype == dtype:
             return value
-        if value.is_leaf and value.requires_grad:
-            if id(value) not in self._casts:
-                self._casts[id(value)] = value.to(dtype)
-            return self._casts[id(value)]
-        return value.to(dtype)
+        if not (value.is_leaf and value.requires_grad):
+            return value.to(dtype)
+        if id(value) not in self._casts:
+            self._casts[id(value)] = value.to(dtype)
+        return self._casts[id(value)]
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -102,9 +97,8 @@ class GPUKernels(TorchFunctionMode):
             dtype = torch.float32 if func in self.UPPER else self.half
             args, kwargs = tree_map(lambda value: self._cast(value, dtype), (args, kwargs))
         if attends:
-            names = ("query", "key", "value")
-            values = [args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names)]
-            return _FusedAttention.apply(*values)
+            inputs = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+            return _FusedAttention.apply(*(inputs[name] for name in ("query", "key", "value")))
         return func(*args, **kwargs)
 
 

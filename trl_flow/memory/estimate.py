@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -19,11 +18,9 @@ from trl_flow.trainer import FlowGRPOConfig
 from trl_flow.trainer.loading import component_dtypes
 
 
-# What the driver and torch take before the first tensor, and what the allocator cannot use of the rest
-CONTEXT = 2**29
-FRAGMENTATION = 0.05
-# Images that the trainer decodes at once
-DECODED_AT_ONCE = 16
+CONTEXT = 2**29  # what the driver and torch take before the first tensor
+FRAGMENTATION = 0.05  # what the allocator cannot use of the rest
+DECODED_AT_ONCE = 16  # images that the trainer decodes at once
 
 
 @dataclass(frozen=True)
@@ -36,27 +33,19 @@ class Plan:
         peft_config ([`~peft.PeftConfig`] or `None`): the adapter; `None` trains all weights.
         sharding (`str`): `"none"`, `"gradients"` (with the optimizer's state: ZeRO-2) or `"weights"` (all: FSDP,
             ZeRO-3), over the processes of `args`.
-        changes (`dict`): fields of `args` with another value, and `load_in_4bit` and `batch_divisor`; for what-if
-            questions.
         dry_runs (`dict`): peaks of activations that were found for this plan and those that were changed from it.
     """
 
     args: FlowGRPOConfig
     peft_config: PeftConfig | None
     sharding: str = "none"
-    changes: dict = field(default_factory=dict)
     dry_runs: dict = field(default_factory=dict, repr=False, compare=False)
 
-    def __getattr__(self, name: str):
-        # Of the configuration, unless it is changed
-        return self.changes[name] if name in self.changes else getattr(self.args, name)
-
-    def changed(self, **changes) -> "Plan":
-        return replace(self, changes=self.changes | changes)
-
-    @property
-    def batch_size(self) -> int:
-        return max(1, self.args.per_device_train_batch_size // self.changes.get("batch_divisor", 1))
+    def changed(self, **fields) -> "Plan":
+        """The same with other values of fields of `args`, for what-if questions."""
+        args = copy.copy(self.args)
+        vars(args).update(fields)
+        return replace(self, args=args)
 
     @property
     def half(self) -> torch.dtype | None:
@@ -65,18 +54,12 @@ class Plan:
 
     @property
     def quantization(self) -> dict | None:
-        if self.changes.get("load_in_4bit"):
-            return {"load_in_4bit": True}
         return (self.args.model_init_kwargs or {}).get("quantization_config")
 
     @property
     def trained_steps(self) -> int:
-        steps = self.sde_window_size or self.args.num_stochastic_steps
+        steps = self.args.sde_window_size or self.args.num_stochastic_steps
         return max(1, round(self.args.timestep_fraction * steps))
-
-    @property
-    def optimizer(self) -> str:
-        return str(getattr(self.args.optim, "value", self.args.optim))
 
 
 @dataclass(frozen=True)
@@ -128,8 +111,10 @@ def estimate(model: str | Path | Backbone, plan: Plan) -> Estimate:
         backbone.dtype = torch.float32
     # Before an adapter is added
     base = _quantized_bytes(base_model, plan.quantization) if plan.quantization else _bytes(base_model)
-    gathered = 2 * _largest_block(base_model) if plan.sharding == "weights" else 0
-    unpacked = 2 * max((w.numel() for w in _linear_weights(base_model)), default=0) if plan.quantization else 0
+    # What is put together or unpacked to be computed with
+    whole = 2 * _largest_block(base_model) if plan.sharding == "weights" else 0
+    if plan.quantization:
+        whole += 2 * max((w.numel() for w in _linear_weights(base_model)), default=0)
     policy = _policy(backbone, plan)
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
 
@@ -141,14 +126,15 @@ def estimate(model: str | Path | Backbone, plan: Plan) -> Estimate:
     resident["gradients"] = 4 * trained // shards
     if plan.args.world_size > 1 and plan.sharding == "none":
         resident["buckets of DDP"] = 4 * trained
-    resident[f"optimizer state ({plan.optimizer})"] = _optimizer_bytes(plan.optimizer, trained) // shards
-    if plan.use_ema:
+    optimizer = str(getattr(plan.args.optim, "value", plan.args.optim))
+    resident[f"optimizer state ({optimizer})"] = _optimizer_bytes(optimizer, trained) // shards
+    if plan.args.use_ema:
         resident["moving average"] = 4 * trained
-    if plan.beta > 0 and plan.peft_config is None:
+    if plan.args.beta > 0 and plan.peft_config is None:
         resident["reference model"] = base
     encoders = 0
     for name, module in modules.items():
-        if name.startswith("text_encoder") and plan.precompute_prompt_embeds:
+        if name.startswith("text_encoder") and plan.args.precompute_prompt_embeds:
             encoders += _bytes(module)
         elif name != backbone.component:
             resident[f"{name} weights"] = _bytes(module)
@@ -162,17 +148,11 @@ def estimate(model: str | Path | Backbone, plan: Plan) -> Estimate:
         others = sum(resident.values()) - resident.get("vae weights", 0) - (base if plan.quantization else 0)
         phases["encoding the prompts"] = max(0, encoders - others)
     sampling, updating = _dry_runs(model, backbone, policy, plan)
-    phases["sampling"] = sampling + gathered + unpacked
+    phases["sampling"] = sampling + whole
     phases["decoding"] = _decoding_bytes(backbone, plan)
-    phases["updating"] = updating + gathered + unpacked
+    phases["updating"] = updating + whole
     used = sum(resident.values()) + max(phases.values())
-    return Estimate(
-        parameters=numbers,
-        trained_parameters=trained,
-        resident=resident,
-        phases=phases,
-        allowance=CONTEXT + int(FRAGMENTATION * used),
-    )
+    return Estimate(numbers, trained, resident, phases, allowance=CONTEXT + int(FRAGMENTATION * used))
 
 
 # ---- The model ----
@@ -197,7 +177,9 @@ def _from_configs(folder: str, plan: Plan) -> Backbone:
             keeps = (is_diffusers or dtype == torch.float16) and any(part in kept for part in key.split("."))
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(torch.float32 if keeps else dtype)
-    return get_backbone(pipeline, height=plan.height, width=plan.width, max_sequence_length=plan.max_sequence_length)
+    return get_backbone(
+        pipeline, height=plan.args.height, width=plan.args.width, max_sequence_length=plan.args.max_sequence_length
+    )
 
 
 def _without_data(backbone: Backbone) -> Backbone:
@@ -215,7 +197,7 @@ def _without_data(backbone: Backbone) -> Backbone:
 def _policy(backbone: Backbone, plan: Plan) -> torch.nn.Module:
     """What is trained, as the trainer makes it."""
     policy = backbone.model
-    if plan.gradient_checkpointing:
+    if plan.args.gradient_checkpointing:
         policy.enable_gradient_checkpointing(partial(checkpoint, half=plan.half))
     if plan.peft_config is not None:
         peft_config = copy.deepcopy(plan.peft_config)
@@ -240,16 +222,15 @@ def _quantized_bytes(module: torch.nn.Module, settings: dict) -> int:
     Bytes with the weights of all `Linear` layers as bitsandbytes keeps them: 4 bits and a float32 scale for each block
     of 64 (nested: 8 bits, and a float32 for 256 of these), or 8 bits and a float32 for each row.
     """
-    total = _bytes(module)
-    for weight in _linear_weights(module):
-        total -= weight.nbytes
+
+    def quantized(weight: torch.Tensor) -> int:
         if settings.get("load_in_8bit"):
-            total += weight.numel() + 4 * weight.shape[0]
-        else:
-            blocks = math.ceil(weight.numel() / 64)
-            nested = settings.get("bnb_4bit_use_double_quant", False)
-            total += math.ceil(weight.numel() / 2) + (blocks + 4 * math.ceil(blocks / 256) if nested else 4 * blocks)
-    return total
+            return weight.numel() + 4 * weight.shape[0]
+        blocks = math.ceil(weight.numel() / 64)
+        nested = settings.get("bnb_4bit_use_double_quant", False)
+        return math.ceil(weight.numel() / 2) + (blocks + 4 * math.ceil(blocks / 256) if nested else 4 * blocks)
+
+    return _bytes(module) + sum(quantized(weight) - weight.nbytes for weight in _linear_weights(module))
 
 
 def _largest_block(module: torch.nn.Module) -> int:
@@ -274,58 +255,45 @@ def _dry_runs(
     model: str | Path | Backbone, backbone: Backbone, policy: torch.nn.Module, plan: Plan
 ) -> tuple[int, int]:
     """The peaks of a forward without gradients and of one with a backward pass."""
-    batch = plan.args.per_device_train_batch_size  # of other batch sizes the memory is in proportion
-    key = (model, plan.gradient_checkpointing, plan.guidance_scale, backbone.dtype, repr(plan.peft_config))
-    if key not in plan.dry_runs:
-        sampling = peak_bytes(_forward(backbone, policy, plan, backward=False), [policy], plan.half)
-        for parameter in policy.parameters():
-            if parameter.requires_grad:
-                parameter.grad = torch.empty_like(parameter)
-        plan.dry_runs[key] = (
-            sampling,
-            peak_bytes(_forward(backbone, policy, plan, backward=True), [policy], plan.half),
-        )
-    sampling, updating = plan.dry_runs[key]
-    return sampling * plan.batch_size // batch, updating * plan.batch_size // batch
+    batch = plan.args.per_device_train_batch_size
 
+    def condition() -> dict[str, torch.Tensor]:
+        shapes = backbone.condition_shapes().items()
+        return {name: torch.empty(batch, *shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes}
 
-def _forward(
-    backbone: Backbone, policy: torch.nn.Module, plan: Plan, *, backward: bool
-) -> Callable[[GPUKernels], None]:
-    batch, guided = plan.args.per_device_train_batch_size, backbone.uses_guidance(plan.guidance_scale)
-
-    def run(kernels: GPUKernels) -> None:
-        condition, negative = _condition(backbone, batch), _condition(backbone, batch) if guided else None
+    def run(kernels: GPUKernels, backward: bool) -> None:
+        negative = condition() if backbone.uses_guidance(plan.args.guidance_scale) else None
         latents = torch.empty(batch, *backbone.latent_shape(), device="meta")
         timestep = torch.empty((), device="meta")
         with torch.set_grad_enabled(backward):
-            prediction = backbone.guided_prediction(policy, latents, timestep, condition, negative, 2.0)
+            prediction = backbone.guided_prediction(policy, latents, timestep, condition(), negative, 2.0)
             kernels.forget()
             if backward:
                 prediction.square().mean().backward()
 
-    return run
-
-
-def _condition(backbone: Backbone, batch: int) -> dict[str, torch.Tensor]:
-    return {
-        name: torch.empty(batch, *shape, dtype=dtype, device="meta")
-        for name, (shape, dtype) in backbone.condition_shapes().items()
-    }
+    key = (model, plan.args.gradient_checkpointing, plan.args.guidance_scale, backbone.dtype, repr(plan.peft_config))
+    if key not in plan.dry_runs:
+        sampling = peak_bytes(partial(run, backward=False), [policy], plan.half)
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+        plan.dry_runs[key] = batch, sampling, peak_bytes(partial(run, backward=True), [policy], plan.half)
+    ran, sampling, updating = plan.dry_runs[key]
+    return sampling * batch // ran, updating * batch // ran  # of other batch sizes the memory is in proportion
 
 
 def _decoding_bytes(backbone: Backbone, plan: Plan) -> int:
     vae = getattr(backbone.pipeline, "vae", None)
-    if plan.enable_vae_slicing:
+    if plan.args.enable_vae_slicing:
         vae.enable_slicing()
-    if plan.enable_vae_tiling:
+    if plan.args.enable_vae_tiling:
         vae.enable_tiling()
-    batch = min(plan.batch_size, DECODED_AT_ONCE)
+    latents_shape = (min(plan.args.per_device_train_batch_size, DECODED_AT_ONCE), *backbone.latent_shape())
 
     @torch.no_grad()
     def run(kernels: GPUKernels) -> None:
         try:
-            backbone.decode(torch.empty(batch, *backbone.latent_shape(), device="meta"))
+            backbone.decode(torch.empty(latents_shape, device="meta"))
         except NotImplementedError as error:
             # Finished images leave the device, which those without data cannot
             if "Cannot copy out of meta tensor" not in str(error):
