@@ -8,20 +8,26 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
 
 
+Tensors = dict[str, Tensor]
 # Name of a condition's tensor -> its shape without the batch, and its dtype
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
+# Targets of a LoRA: the attention of both streams of a joint transformer
+JOINT_ATTENTION = [
+    *("attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out"),
+    *("attn.to_k", "attn.to_out.0", "attn.to_q", "attn.to_v"),
+]
+
 # Settings of the sampling that have these names in most pipelines' calls
 SAMPLING_SETTINGS = (
-    "num_inference_steps",
-    "guidance_scale",
-    "negative_prompt",
-    "height",
-    "width",
-    "max_sequence_length",
+    *("num_inference_steps", "guidance_scale", "negative_prompt"),
+    *("height", "width", "max_sequence_length"),
 )
 
 
@@ -35,8 +41,8 @@ class Schedule:
         timesteps (`torch.Tensor`): the model's input at each step, shape `(T,)`.
     """
 
-    sigmas: torch.Tensor
-    timesteps: torch.Tensor
+    sigmas: Tensor
+    timesteps: Tensor
 
     @property
     def num_steps(self) -> int:
@@ -77,9 +83,9 @@ class DDIMSchedule:
         prediction_type (`str`): `"epsilon"` or `"v_prediction"`, what the U-Net predicts.
     """
 
-    alphas_cumprod: torch.Tensor
-    alphas_cumprod_next: torch.Tensor
-    timesteps: torch.Tensor
+    alphas_cumprod: Tensor
+    alphas_cumprod_next: Tensor
+    timesteps: Tensor
     prediction_type: str = "epsilon"
 
     @property
@@ -87,22 +93,18 @@ class DDIMSchedule:
         return len(self.timesteps)
 
 
-def shift_limits(scheduler: SchedulerMixin, max_shift: float = 1.15) -> tuple[int, int, float, float]:
-    """
-    What the pipelines' `calculate_shift` takes after the number of tokens: the fewest and the most tokens, and the
-    shifts there, from the scheduler's config, with the pipelines' own defaults.
+def dynamic_shift(scheduler: SchedulerMixin, tokens: int, max_shift: float = 1.15) -> float:
+    """By how much the pipelines move the noise levels for images of so many tokens, by the scheduler's config and with
+    the pipelines' own defaults, of which `max_shift`, that at the most tokens, differs."""
+    names = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": max_shift}
+    return calculate_shift(tokens, *(scheduler.config.get(name, default) for name, default in names.items()))
 
-    Args:
-        scheduler ([`~diffusers.SchedulerMixin`]): the pipeline's.
-        max_shift (`float`): the pipeline's default for the shift at the most tokens.
-    """
-    config = scheduler.config
-    return (
-        config.get("base_image_seq_len", 256),
-        config.get("max_image_seq_len", 4096),
-        config.get("base_shift", 0.5),
-        config.get("max_shift", max_shift),
-    )
+
+def padded(embeds: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Embeddings `(1, L, D)` filled up to `length` tokens, as pipelines fill up those of a batch, and their mask."""
+    missing = length - embeds.shape[1]
+    mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+    return functional.pad(embeds, (0, 0, 0, missing)), functional.pad(mask, (0, missing))
 
 
 class Backbone(ABC):
@@ -150,23 +152,18 @@ class Backbone(ABC):
         if height is None or width is None:
             own_height, own_width = self.default_size(pipeline)
             height, width = height or own_height, width or own_width
-        if max_sequence_length is None:
-            max_sequence_length = self.default_sequence_length
-        if self.sequence_length_limit is not None and max_sequence_length > self.sequence_length_limit:
+        length = self.default_sequence_length if max_sequence_length is None else max_sequence_length
+        if self.sequence_length_limit is not None and length > self.sequence_length_limit:
             raise ValueError(
-                f"max_sequence_length is {max_sequence_length}, but {type(pipeline).__name__} takes "
-                f"{self.sequence_length_limit} at most. Lower it."
+                f"max_sequence_length is {length}, but {type(pipeline).__name__} takes {self.sequence_length_limit} "
+                "at most. Lower it."
             )
-        self.pipeline = pipeline
-        self.height = height
-        self.width = width
-        self.max_sequence_length = max_sequence_length
-        # Read before a LoRA is added, whose weights may have another dtype
-        self.dtype = self.model.dtype
+        self.pipeline, self.height, self.width, self.max_sequence_length = pipeline, height, width, length
+        self.dtype = self.model.dtype  # read before a LoRA is added, whose weights may have another one
         self.check_size(height, width)
 
     @property
-    def model(self) -> torch.nn.Module:
+    def model(self) -> nn.Module:
         """The module that is trained, unwrapped."""
         return getattr(self.pipeline, self.component)
 
@@ -199,7 +196,7 @@ class Backbone(ABC):
     # ---- Sampling ----
 
     @abstractmethod
-    def encode_prompt(self, prompt: str) -> dict[str, torch.Tensor]:
+    def encode_prompt(self, prompt: str) -> Tensors:
         """The condition of one prompt, batch size 1, on the pipeline's device. With `takes_image` it has a second
         argument, `image`: the image to be edited, RGB, of any size; the condition's shapes must not depend on it."""
 
@@ -214,18 +211,18 @@ class Backbone(ABC):
         of transitions the model is sampled with."""
 
     @abstractmethod
-    def predict(
-        self, model: torch.nn.Module, latents: torch.Tensor, timestep: torch.Tensor, condition: dict[str, torch.Tensor]
-    ) -> torch.Tensor:
+    def predict(self, model: nn.Module, latents: Tensor, timestep: Tensor, condition: Tensors) -> Tensor:
         """One forward of `model` (the trained module, possibly wrapped) without guidance, `(B, ...)`: the velocity
         `v = x_1 - x_0` of a flow model, or what a U-Net predicts, the noise or v, as the `prediction_type` of its
         [`DDIMSchedule`] says."""
 
-    @abstractmethod
-    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
-        """Images of final latents `(B, ...)`."""
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """Images of final latents `(B, ...)`; unless a family says otherwise, `(B, C, H, W)` scaled and shifted as the
+        VAE's config says."""
+        config = self.pipeline.vae.config
+        return self._decode(latents / config.scaling_factor + (config.get("shift_factor") or 0))
 
-    def _decode(self, latents: torch.Tensor) -> list[Image.Image]:
+    def _decode(self, latents: Tensor) -> list[Image.Image]:
         """Images of latents in the VAE's own scale."""
         vae = self.pipeline.vae
         pixels = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
@@ -233,13 +230,13 @@ class Backbone(ABC):
 
     def guided_prediction(
         self,
-        model: torch.nn.Module,
-        latents: torch.Tensor,
-        timestep: torch.Tensor,
-        condition: dict[str, torch.Tensor],
-        negative_condition: dict[str, torch.Tensor] | None = None,
+        model: nn.Module,
+        latents: Tensor,
+        timestep: Tensor,
+        condition: Tensors,
+        negative_condition: Tensors | None = None,
         guidance_scale: float = 1.0,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """
         What `predict` gives, after guidance: a velocity, or a U-Net's noise or v.
 
@@ -262,7 +259,7 @@ class Backbone(ABC):
         unconditional, conditional = prediction.float().chunk(2)
         return self.guide(conditional, unconditional, guidance_scale)
 
-    def guide(self, conditional: torch.Tensor, unconditional: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+    def guide(self, conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
         """The pipeline's guidance, from the predictions for the prompts and the negative prompts, both `(B, ...)`."""
         return unconditional + guidance_scale * (conditional - unconditional)
 

@@ -2,8 +2,9 @@
 
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
-from trl_flow.backbones.base import Shapes
+from trl_flow.backbones.base import JOINT_ATTENTION, Shapes, Tensors
 from trl_flow.backbones.packed import PackedBackbone
 
 
@@ -18,23 +19,13 @@ class FluxBackbone(PackedBackbone):
 
     # Flow-GRPO's choice: the attention of all blocks, and the feed-forward layers of those with two streams
     lora_target_modules = [
-        "attn.add_k_proj",
-        "attn.add_q_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-        "attn.to_k",
-        "attn.to_out.0",
-        "attn.to_q",
-        "attn.to_v",
-        "ff.net.0.proj",
-        "ff.net.2",
-        "ff_context.net.0.proj",
-        "ff_context.net.2",
+        *JOINT_ATTENTION,
+        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     ]
     sequence_length_limit = 512
     takes_negative_prompt = False
 
-    def encode_prompt(self, prompt: str) -> dict[str, torch.Tensor]:
+    def encode_prompt(self, prompt: str) -> Tensors:
         embeds, pooled, text_ids = self.pipeline.encode_prompt(
             prompt, prompt_2=None, device=self.device, max_sequence_length=self.max_sequence_length
         )
@@ -48,13 +39,11 @@ class FluxBackbone(PackedBackbone):
             "text_ids": ((length, 3), self.dtype),
         }
 
-    def _image_ids(self, device: torch.device) -> torch.Tensor:
+    def _image_ids(self, device: torch.device) -> Tensor:
         """Where the tokens of the latents stand, `(L, 3)`: the first number is 0, then come row and column."""
         return self.pipeline._prepare_latent_image_ids(1, *self._grid(), device, self.dtype)
 
-    def predict(
-        self, model: torch.nn.Module, latents: torch.Tensor, timestep: torch.Tensor, condition: dict[str, torch.Tensor]
-    ) -> torch.Tensor:
+    def predict(self, model: nn.Module, latents: Tensor, timestep: Tensor, condition: Tensors) -> Tensor:
         return model(
             hidden_states=latents.to(self.dtype),
             timestep=timestep.expand(len(latents)).to(self.dtype) / 1000,
@@ -66,15 +55,7 @@ class FluxBackbone(PackedBackbone):
             return_dict=False,
         )[0]
 
-    def guided_prediction(
-        self,
-        model: torch.nn.Module,
-        latents: torch.Tensor,
-        timestep: torch.Tensor,
-        condition: dict[str, torch.Tensor],
-        negative_condition: dict[str, torch.Tensor] | None = None,
-        guidance_scale: float = 1.0,
-    ) -> torch.Tensor:
+    def guided_prediction(self, model, latents, timestep, condition, negative_condition=None, guidance_scale=1.0):
         if self.model.config.guidance_embeds:
             condition = condition | {"guidance": torch.full((len(latents),), guidance_scale, device=latents.device)}
         return self.predict(model, latents, timestep, condition).float()
@@ -82,7 +63,6 @@ class FluxBackbone(PackedBackbone):
     def uses_guidance(self, guidance_scale: float) -> bool:
         return False  # not by a negative prompt
 
-    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
-        config = self.pipeline.vae.config
-        latents = self.pipeline._unpack_latents(latents, self.height, self.width, self.pipeline.vae_scale_factor)
-        return self._decode(latents / config.scaling_factor + config.shift_factor)
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        factor = self.pipeline.vae_scale_factor
+        return super().decode(self.pipeline._unpack_latents(latents, self.height, self.width, factor))

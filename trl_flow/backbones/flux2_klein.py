@@ -3,8 +3,9 @@
 import torch
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from PIL import Image
+from torch import Tensor, nn
 
-from trl_flow.backbones.base import Shapes
+from trl_flow.backbones.base import JOINT_ATTENTION, Shapes, Tensors
 from trl_flow.backbones.packed import PackedBackbone
 
 
@@ -18,20 +19,10 @@ class Flux2KleinBackbone(PackedBackbone):
     """
 
     # The attention of the blocks with two streams, and the layer of the others that attention and feed-forward share
-    lora_target_modules = [
-        "attn.add_k_proj",
-        "attn.add_q_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-        "attn.to_k",
-        "attn.to_out.0",
-        "attn.to_q",
-        "attn.to_qkv_mlp_proj",
-        "attn.to_v",
-    ]
+    lora_target_modules = [*JOINT_ATTENTION, "attn.to_qkv_mlp_proj"]
     takes_negative_prompt = False
 
-    def encode_prompt(self, prompt: str) -> dict[str, torch.Tensor]:
+    def encode_prompt(self, prompt: str) -> Tensors:
         embeds, text_ids = self.pipeline.encode_prompt(
             prompt, device=self.device, max_sequence_length=self.max_sequence_length
         )
@@ -47,14 +38,12 @@ class Flux2KleinBackbone(PackedBackbone):
     def _shift(self, num_inference_steps: int) -> float:
         return compute_empirical_mu(image_seq_len=self.latent_shape()[0], num_steps=num_inference_steps)
 
-    def _image_ids(self, latents: torch.Tensor) -> torch.Tensor:
+    def _image_ids(self, latents: Tensor) -> Tensor:
         """Where the tokens of the latents `(B, L, C)` stand, `(B, L, 4)`."""
         # Of the unpacked latents only the shape is read
         return self.pipeline._prepare_latent_ids(latents.new_empty(len(latents), 0, *self._grid())).to(latents.device)
 
-    def predict(
-        self, model: torch.nn.Module, latents: torch.Tensor, timestep: torch.Tensor, condition: dict[str, torch.Tensor]
-    ) -> torch.Tensor:
+    def predict(self, model: nn.Module, latents: Tensor, timestep: Tensor, condition: Tensors) -> Tensor:
         return model(
             hidden_states=latents.to(self.dtype),
             timestep=timestep.expand(len(latents)).to(self.dtype) / 1000,
@@ -68,10 +57,10 @@ class Flux2KleinBackbone(PackedBackbone):
     def uses_guidance(self, guidance_scale: float) -> bool:
         return guidance_scale > 1 and not self.pipeline.config.is_distilled
 
-    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
+    def decode(self, latents: Tensor) -> list[Image.Image]:
         vae = self.pipeline.vae
         latents = self.pipeline._unpack_latents_with_ids(latents, self._image_ids(latents), *self._grid())
         # In the VAE's own normalization, kept in its batch norm
-        mean = vae.bn.running_mean.view(1, -1, 1, 1).to(latents)
-        std = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).to(latents)
-        return self._decode(self.pipeline._unpatchify_latents(latents * std + mean))
+        mean, variance = (values.view(1, -1, 1, 1) for values in (vae.bn.running_mean, vae.bn.running_var))
+        std = torch.sqrt(variance + vae.config.batch_norm_eps).to(latents)
+        return self._decode(self.pipeline._unpatchify_latents(latents * std + mean.to(latents)))

@@ -1,18 +1,19 @@
 """FLUX.1 Kontext, which edits images."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 from PIL import Image
+from torch import Tensor
 
-from trl_flow.backbones.base import Shapes
+from trl_flow.backbones.base import Tensors
 from trl_flow.backbones.flux import FluxBackbone
+from trl_flow.backbones.packed import EditingBackbone
 
 
-class FluxKontextBackbone(FluxBackbone):
+class FluxKontextBackbone(EditingBackbone, FluxBackbone):
     """
     [`~diffusers.FluxKontextPipeline`]: [`FluxBackbone`] with an image to edit, whose latents stand beside those that
     are drawn.
@@ -23,10 +24,7 @@ class FluxKontextBackbone(FluxBackbone):
     `max_area=height * width`.
     """
 
-    takes_image = True
-
     def _input_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width at which the model sees an image of this size."""
         # Rounded down to whole tokens before and after, as in the pipeline
         processor = self.pipeline.image_processor
         height, width = processor.get_default_height_width(None, height, width)
@@ -46,7 +44,7 @@ class FluxKontextBackbone(FluxBackbone):
                 "holds one shape only. Crop the images, or set height and width to their aspect ratio."
             )
 
-    def encode_prompt(self, prompt: str, image: Image.Image) -> dict[str, torch.Tensor]:
+    def encode_prompt(self, prompt: str, image: Image.Image) -> Tensors:
         """
         The condition of one prompt and the image to edit, batch size 1, on the pipeline's device.
 
@@ -56,40 +54,17 @@ class FluxKontextBackbone(FluxBackbone):
         self.check_image_size(image.height, image.width)
         height, width = self._input_size(self.height, self.width)
         processor = self.pipeline.image_processor
-        _, image_latents, _, _ = self.pipeline.prepare_latents(
-            processor.preprocess(processor.resize(image, height, width), height, width),
-            batch_size=1,
-            num_channels_latents=self.model.config.in_channels // 4,
-            height=self.height,
-            width=self.width,
-            dtype=self.pipeline.vae.dtype,
-            device=self.device,
-            latents=torch.empty(0),  # else the pipeline would draw some
+        image_latents = self._image_latents(
+            processor.preprocess(processor.resize(image, height, width), height, width)
         )
         return super().encode_prompt(prompt) | {"image_latents": image_latents}
 
-    def condition_shapes(self) -> Shapes:
-        tokens = math.prod(self._input_grid())
-        return super().condition_shapes() | {"image_latents": ((tokens, self.model.config.in_channels), torch.float32)}
-
-    def _input_grid(self) -> tuple[int, int]:
-        """Height and width in tokens of the image to edit."""
-        multiple = self.pipeline.vae_scale_factor * 2
-        height, width = self._input_size(self.height, self.width)
-        return height // multiple, width // multiple
-
-    def _image_ids(self, device: torch.device) -> torch.Tensor:
+    def _image_ids(self, device: torch.device) -> Tensor:
         own = super()._image_ids(device)
         image_ids = self.pipeline._prepare_latent_image_ids(1, *self._input_grid(), device, self.dtype)
         # As in the pipeline's `prepare_latents`: the first number tells the image from the drawn latents
         image_ids[:, 0] = 1
         return torch.cat([own, image_ids])
-
-    def predict(
-        self, model: torch.nn.Module, latents: torch.Tensor, timestep: torch.Tensor, condition: dict[str, torch.Tensor]
-    ) -> torch.Tensor:
-        both = torch.cat([latents, condition["image_latents"].to(latents.dtype)], dim=1)
-        return super().predict(model, both, timestep, condition)[:, : latents.shape[1]]
 
     def call_arguments(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         arguments = super().call_arguments(settings)

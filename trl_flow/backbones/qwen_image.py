@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from torch import Tensor, nn
 
-from trl_flow.backbones.base import Shapes
+from trl_flow.backbones.base import JOINT_ATTENTION, Shapes, Tensors, padded
 from trl_flow.backbones.packed import PackedBackbone
 
 
@@ -26,15 +27,7 @@ class QwenImageBackbone(PackedBackbone):
 
     # The attention of both streams but for the text's way out (`attn.to_add_out`): that of the last block leads
     # nowhere, and processes that reduce their gradients would wait for one that never comes
-    lora_target_modules = [
-        "attn.add_k_proj",
-        "attn.add_q_proj",
-        "attn.add_v_proj",
-        "attn.to_k",
-        "attn.to_out.0",
-        "attn.to_q",
-        "attn.to_v",
-    ]
+    lora_target_modules = [name for name in JOINT_ATTENTION if name != "attn.to_add_out"]
     sequence_length_limit = 1024
 
     def __init__(self, pipeline: DiffusionPipeline, **settings: int | None):
@@ -45,22 +38,16 @@ class QwenImageBackbone(PackedBackbone):
                 "QwenImageTransformer2DModel has no weights to embed a guidance scale with. Use a model without it."
             )
 
-    def encode_prompt(self, prompt: str) -> dict[str, torch.Tensor]:
+    def encode_prompt(self, prompt: str) -> Tensors:
         embeds, _ = self.pipeline.encode_prompt(
             prompt, device=self.device, max_sequence_length=self.max_sequence_length
         )
-        return self._padded(embeds, self.max_sequence_length)
+        return self._condition(embeds, self.max_sequence_length)
 
     @staticmethod
-    def _padded(embeds: torch.Tensor, length: int) -> dict[str, torch.Tensor]:
-        """Embeddings `(1, L, D)` filled up to `length` tokens, as the pipeline fills up those of a batch, and their
-        mask."""
-        missing = length - embeds.shape[1]
-        mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-        return {
-            "encoder_hidden_states": torch.nn.functional.pad(embeds, (0, 0, 0, missing)),
-            "encoder_hidden_states_mask": torch.nn.functional.pad(mask, (0, missing)),
-        }
+    def _condition(embeds: Tensor, length: int) -> Tensors:
+        embeds, mask = padded(embeds, length)
+        return {"encoder_hidden_states": embeds, "encoder_hidden_states_mask": mask}
 
     def condition_shapes(self) -> Shapes:
         length = self.max_sequence_length
@@ -69,32 +56,22 @@ class QwenImageBackbone(PackedBackbone):
             "encoder_hidden_states_mask": ((length,), torch.bool),
         }
 
-    def predict(
-        self, model: torch.nn.Module, latents: torch.Tensor, timestep: torch.Tensor, condition: dict[str, torch.Tensor]
-    ) -> torch.Tensor:
-        return self._forward(model, latents, timestep, condition, [(1, *self._grid())])
+    def _image_shapes(self) -> list[tuple[int, int, int]]:
+        """Frames, height and width in tokens of the images that `predict` gets one after another."""
+        return [(1, *self._grid())]
 
-    def _forward(
-        self,
-        model: torch.nn.Module,
-        tokens: torch.Tensor,
-        timestep: torch.Tensor,
-        condition: dict[str, torch.Tensor],
-        shapes: list[tuple[int, int, int]],
-    ) -> torch.Tensor:
-        """The transformer's output for every one of `tokens`, those of the images of `shapes` (frames, height, width)
-        one after another."""
+    def predict(self, model: nn.Module, latents: Tensor, timestep: Tensor, condition: Tensors) -> Tensor:
         return model(
-            hidden_states=tokens.to(self.dtype),
+            hidden_states=latents.to(self.dtype),
             # Rounded before it is divided, as in the pipeline
-            timestep=timestep.expand(len(tokens)).to(self.dtype) / 1000,
+            timestep=timestep.expand(len(latents)).to(self.dtype) / 1000,
             encoder_hidden_states=condition["encoder_hidden_states"].to(self.dtype),
             encoder_hidden_states_mask=condition["encoder_hidden_states_mask"],
-            img_shapes=[shapes] * len(tokens),
+            img_shapes=[self._image_shapes()] * len(latents),
             return_dict=False,
         )[0]
 
-    def guide(self, conditional: torch.Tensor, unconditional: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+    def guide(self, conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
         guided = super().guide(conditional, unconditional, guidance_scale)
         # The guided prediction of each token keeps the length of the one without guidance
         return guided * (conditional.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
@@ -109,14 +86,12 @@ class QwenImageBackbone(PackedBackbone):
                 arguments.setdefault("negative_prompt", "")
         return arguments
 
-    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
+    def decode(self, latents: Tensor) -> list[Image.Image]:
         vae = self.pipeline.vae
         latents = self.pipeline._unpack_latents(latents, self.height, self.width, self.pipeline.vae_scale_factor)
         latents = latents.to(vae.dtype)
-        mean, std = (
-            torch.tensor(values).view(1, -1, 1, 1, 1).to(latents)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
+        statistics = (vae.config.latents_mean, vae.config.latents_std)
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1).to(latents) for values in statistics)
         # A video of one frame; divided by the inverse as in the pipeline
         pixels = vae.decode(latents / (1 / std) + mean, return_dict=False)[0][:, :, 0]
         return self.pipeline.image_processor.postprocess(pixels.float(), output_type="pil")

@@ -1,20 +1,18 @@
 """Qwen-Image-Edit, with one image to edit."""
 
-import math
-
-import torch
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from PIL import Image
 from transformers.utils import logging
 
-from trl_flow.backbones.base import Shapes
+from trl_flow.backbones.base import Tensors
+from trl_flow.backbones.packed import EditingBackbone
 from trl_flow.backbones.qwen_image import QwenImageBackbone
 
 
 logger = logging.get_logger(__name__)
 
 
-class QwenImageEditBackbone(QwenImageBackbone):
+class QwenImageEditBackbone(EditingBackbone, QwenImageBackbone):
     """
     [`~diffusers.QwenImageEditPipeline`]: [`QwenImageBackbone`] with an image to edit, which the text encoder sees and
     whose latents stand beside those that are drawn.
@@ -25,20 +23,30 @@ class QwenImageEditBackbone(QwenImageBackbone):
     `max_sequence_length` counts the tokens of the prompt alone; the pipeline takes prompts of any length.
     """
 
-    takes_image = True
+    # Pixels to which the pipeline scales the image for the VAE, and for the text encoder
+    input_area = seen_area = 1024 * 1024
+
+    @staticmethod
+    def _scaled(area: int, height: int, width: int) -> tuple[int, int]:
+        """Height and width to which the pipeline scales an image of this size."""
+        width, height = pipeline_qwenimage_edit_plus.calculate_dimensions(area, width / height)
+        return height, width
+
+    def _input_size(self, height: int, width: int) -> tuple[int, int]:
+        return self._scaled(self.input_area, height, width)
 
     def check_image_size(self, height: int, width: int) -> None:
-        own, expected = (
-            (self._input_size(ratio), self._seen_size(ratio)) for ratio in (width / height, self.width / self.height)
-        )
-        if own != expected:
+        if any(
+            self._scaled(area, height, width) != self._scaled(area, self.height, self.width)
+            for area in (self.input_area, self.seen_area)
+        ):
             raise ValueError(
                 f"It is {height} pixels high and {width} wide, but must have the aspect ratio of the drawn images, "
                 f"{self.height} x {self.width}: a batch holds one shape only. Crop the images, or set height and "
                 "width to their aspect ratio."
             )
 
-    def encode_prompt(self, prompt: str, image: Image.Image) -> dict[str, torch.Tensor]:
+    def encode_prompt(self, prompt: str, image: Image.Image) -> Tensors:
         """
         The condition of one prompt and the image to edit, batch size 1, on the pipeline's device.
 
@@ -46,22 +54,10 @@ class QwenImageEditBackbone(QwenImageBackbone):
             ValueError: if the image has another aspect ratio than the drawn images.
         """
         self.check_image_size(image.height, image.width)
-        processor, ratio = self.pipeline.image_processor, image.width / image.height
-        width, height = self._seen_size(ratio)
-        seen = processor.resize(image, height, width)
+        processor, size = self.pipeline.image_processor, (image.height, image.width)
+        seen = processor.resize(image, *self._scaled(self.seen_area, *size))
         embeds, _ = self.pipeline.encode_prompt(prompt, image=[seen], device=self.device)
-        width, height = self._input_size(ratio)
-        _, image_latents = self.pipeline.prepare_latents(
-            processor.preprocess(image, height, width).unsqueeze(2),
-            1,
-            self.model.config.in_channels // 4,
-            self.height,
-            self.width,
-            self.pipeline.vae.dtype,
-            self.device,
-            generator=None,
-            latents=torch.empty(0),  # else the pipeline would draw some
-        )
+        image_latents = self._image_latents(processor.preprocess(image, *self._input_size(*size)).unsqueeze(2))
         # Special tokens stand before and behind the prompt, so it has as many of its own within the template
         tokens = len(self.pipeline.tokenizer(prompt).input_ids)
         if tokens > self.max_sequence_length:
@@ -70,42 +66,14 @@ class QwenImageEditBackbone(QwenImageBackbone):
                 f"({self.max_sequence_length}) is cut off, which the pipeline does not do."
             )
         length = embeds.shape[1] - tokens + self.max_sequence_length
-        return self._padded(embeds[:, :length], length) | {"image_latents": image_latents}
+        return self._condition(embeds[:, :length], length) | {"image_latents": image_latents}
 
-    def _input_size(self, ratio: float) -> tuple[int, int]:
-        """Width and height to which the pipeline scales an image of this aspect ratio for the VAE."""
-        return pipeline_qwenimage_edit.calculate_dimensions(1024 * 1024, ratio)[:2]
-
-    def _seen_size(self, ratio: float) -> tuple[int, int]:
-        """The same for the text encoder."""
-        return self._input_size(ratio)
-
-    def condition_shapes(self) -> Shapes:
-        # The tokens of the template and the image, which the text encoder adds to the prompt's, are left out
-        tokens = math.prod(self._input_grid())
-        return super().condition_shapes() | {"image_latents": ((tokens, self.model.config.in_channels), torch.float32)}
-
-    def _input_grid(self) -> tuple[int, int]:
-        """Height and width in tokens of the image to edit."""
-        multiple = self.pipeline.vae_scale_factor * 2
-        width, height = self._input_size(self.width / self.height)
-        return height // multiple, width // multiple
-
-    def predict(
-        self, model: torch.nn.Module, latents: torch.Tensor, timestep: torch.Tensor, condition: dict[str, torch.Tensor]
-    ) -> torch.Tensor:
-        tokens = torch.cat([latents, condition["image_latents"].to(latents.dtype)], dim=1)
-        shapes = [(1, *self._grid()), (1, *self._input_grid())]
-        velocities = self._forward(model, tokens, timestep, condition, shapes)
-        return velocities[:, : latents.shape[1]]
+    def _image_shapes(self) -> list[tuple[int, int, int]]:
+        return [(1, *self._grid()), (1, *self._input_grid())]
 
 
 class QwenImageEditPlusBackbone(QwenImageEditBackbone):
     """[`~diffusers.QwenImageEditPlusPipeline`] (2509, 2511): the text encoder sees the image at a smaller size."""
 
-    def _input_size(self, ratio: float) -> tuple[int, int]:
-        return pipeline_qwenimage_edit_plus.calculate_dimensions(pipeline_qwenimage_edit_plus.VAE_IMAGE_SIZE, ratio)
-
-    def _seen_size(self, ratio: float) -> tuple[int, int]:
-        area = pipeline_qwenimage_edit_plus.CONDITION_IMAGE_SIZE
-        return pipeline_qwenimage_edit_plus.calculate_dimensions(area, ratio)
+    input_area = pipeline_qwenimage_edit_plus.VAE_IMAGE_SIZE
+    seen_area = pipeline_qwenimage_edit_plus.CONDITION_IMAGE_SIZE

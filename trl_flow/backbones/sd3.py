@@ -1,26 +1,15 @@
 """Stable Diffusion 3 and 3.5."""
 
-import torch
-from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift, retrieve_timesteps
-from PIL import Image
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import retrieve_timesteps
+from torch import Tensor, nn
 
-from trl_flow.backbones.base import Backbone, Schedule, Shapes, shift_limits
+from trl_flow.backbones.base import JOINT_ATTENTION, Backbone, Schedule, Shapes, Tensors, dynamic_shift
 
 
 class StableDiffusion3Backbone(Backbone):
     """[`~diffusers.StableDiffusion3Pipeline`]: three text encoders, a joint transformer, rectified flow."""
 
-    # Flow-GRPO's choice: the attention of both streams
-    lora_target_modules = [
-        "attn.add_k_proj",
-        "attn.add_q_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-        "attn.to_k",
-        "attn.to_out.0",
-        "attn.to_q",
-        "attn.to_v",
-    ]
+    lora_target_modules = JOINT_ATTENTION  # Flow-GRPO's choice
     default_sequence_length = 256
     sequence_length_limit = 512
 
@@ -35,16 +24,13 @@ class StableDiffusion3Backbone(Backbone):
                 f"width={own_width}."
             )
 
-    def encode_prompt(self, prompt: str) -> dict[str, torch.Tensor]:
-        prompt_embeds, _, pooled_prompt_embeds, _ = self.pipeline.encode_prompt(
-            prompt,
-            prompt_2=None,
-            prompt_3=None,
-            device=self.device,
+    def encode_prompt(self, prompt: str) -> Tensors:
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            *(prompt, None, None, self.device),
             do_classifier_free_guidance=False,
             max_sequence_length=self.max_sequence_length,
         )
-        return {"encoder_hidden_states": prompt_embeds, "pooled_projections": pooled_prompt_embeds}
+        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     def condition_shapes(self) -> Shapes:
         config = self.model.config
@@ -59,23 +45,15 @@ class StableDiffusion3Backbone(Backbone):
         kwargs = {}
         if scheduler.config.get("use_dynamic_shifting", None):
             _, height, width = self.latent_shape()
-            kwargs["mu"] = calculate_shift(
-                (height // self.pipeline.patch_size) * (width // self.pipeline.patch_size),
-                *shift_limits(scheduler, max_shift=1.16),
-            )
+            tokens = (height // self.pipeline.patch_size) * (width // self.pipeline.patch_size)
+            kwargs["mu"] = dynamic_shift(scheduler, tokens, max_shift=1.16)
         retrieve_timesteps(scheduler, num_inference_steps, self.device, **kwargs)
         return Schedule.of(scheduler, self.device)
 
-    def predict(
-        self, model: torch.nn.Module, latents: torch.Tensor, timestep: torch.Tensor, condition: dict[str, torch.Tensor]
-    ) -> torch.Tensor:
+    def predict(self, model: nn.Module, latents: Tensor, timestep: Tensor, condition: Tensors) -> Tensor:
         return model(
             hidden_states=latents.to(self.dtype),
             timestep=timestep.expand(len(latents)),
             return_dict=False,
             **{key: value.to(self.dtype) for key, value in condition.items()},
         )[0]
-
-    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
-        config = self.pipeline.vae.config
-        return self._decode(latents / config.scaling_factor + config.shift_factor)

@@ -2,10 +2,10 @@
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
-from PIL import Image
+from torch import Tensor, nn
 from transformers.utils import logging
 
-from trl_flow.backbones.base import Backbone, DDIMSchedule, Shapes
+from trl_flow.backbones.base import Backbone, DDIMSchedule, Shapes, Tensors
 
 
 logger = logging.get_logger(__name__)
@@ -90,7 +90,7 @@ class StableDiffusionBackbone(Backbone):
                 "and draws poor images when they are much smaller."
             )
 
-    def encode_prompt(self, prompt: str) -> dict[str, torch.Tensor]:
+    def encode_prompt(self, prompt: str) -> Tensors:
         prompt_embeds, _ = self.pipeline.encode_prompt(
             prompt, self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
@@ -122,15 +122,10 @@ class StableDiffusionBackbone(Backbone):
             prediction_type=scheduler.config.prediction_type,
         )
 
-    def predict(
-        self, model: torch.nn.Module, latents: torch.Tensor, timestep: torch.Tensor, condition: dict[str, torch.Tensor]
-    ) -> torch.Tensor:
+    def predict(self, model: nn.Module, latents: Tensor, timestep: Tensor, condition: Tensors) -> Tensor:
         return model(
             latents.to(self.dtype),
             timestep.expand(len(latents)),
             encoder_hidden_states=condition["encoder_hidden_states"].to(self.dtype),
             return_dict=False,
         )[0]
-
-    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
-        return self._decode(latents / self.pipeline.vae.config.scaling_factor)

@@ -3,8 +3,9 @@
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from torch import Tensor, nn
 
-from trl_flow.backbones.base import Shapes
+from trl_flow.backbones.base import Shapes, Tensors
 from trl_flow.backbones.stable_diffusion import StableDiffusionBackbone
 
 
@@ -24,32 +25,23 @@ class StableDiffusionXLBackbone(StableDiffusionBackbone):
             # It overflows in half precision; the pipeline, too, decodes with it in float32
             pipeline.vae.to(torch.float32)
 
-    def encode_prompt(self, prompt: str) -> dict[str, torch.Tensor]:
+    def encode_prompt(self, prompt: str) -> Tensors:
         prompt_embeds, _, pooled, _ = self.pipeline.encode_prompt(
             prompt, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         if prompt == "" and self.pipeline.config.force_zeros_for_empty_prompt:
             prompt_embeds, pooled = torch.zeros_like(prompt_embeds), torch.zeros_like(pooled)
         size = (self.height, self.width)
-        time_ids = self.pipeline._get_add_time_ids(
-            size, (0, 0), size, dtype=prompt_embeds.dtype, text_encoder_projection_dim=pooled.shape[-1]
-        )
-        return {
-            "encoder_hidden_states": prompt_embeds,
-            "text_embeds": pooled,
-            "time_ids": time_ids.to(prompt_embeds.device),
-        }
+        time_ids = self.pipeline._get_add_time_ids(size, (0, 0), size, prompt_embeds.dtype, pooled.shape[-1])
+        time_ids = time_ids.to(prompt_embeds.device)
+        return {"encoder_hidden_states": prompt_embeds, "text_embeds": pooled, "time_ids": time_ids}
 
     def condition_shapes(self) -> Shapes:
         pooled = self.pipeline.text_encoder_2.config.projection_dim
-        return super().condition_shapes() | {
-            "text_embeds": ((pooled,), self.dtype),
-            "time_ids": ((6,), self.dtype),
-        }
+        shapes = {"text_embeds": ((pooled,), self.dtype), "time_ids": ((6,), self.dtype)}
+        return super().condition_shapes() | shapes
 
-    def predict(
-        self, model: torch.nn.Module, latents: torch.Tensor, timestep: torch.Tensor, condition: dict[str, torch.Tensor]
-    ) -> torch.Tensor:
+    def predict(self, model: nn.Module, latents: Tensor, timestep: Tensor, condition: Tensors) -> Tensor:
         return model(
             latents.to(self.dtype),
             timestep.expand(len(latents)),
@@ -58,7 +50,7 @@ class StableDiffusionXLBackbone(StableDiffusionBackbone):
             return_dict=False,
         )[0]
 
-    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
+    def decode(self, latents: Tensor) -> list[Image.Image]:
         config = self.pipeline.vae.config
         latents_mean, latents_std = config.get("latents_mean"), config.get("latents_std")
         if latents_mean is not None and latents_std is not None:

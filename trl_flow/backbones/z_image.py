@@ -2,14 +2,10 @@
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.pipelines.z_image.pipeline_z_image import (
-    calculate_shift,
-    get_default_z_image_sigmas,
-    retrieve_timesteps,
-)
-from PIL import Image
+from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas, retrieve_timesteps
+from torch import Tensor, nn
 
-from trl_flow.backbones.base import Backbone, Schedule, Shapes, shift_limits
+from trl_flow.backbones.base import Backbone, Schedule, Shapes, Tensors, dynamic_shift, padded
 
 
 class ZImageBackbone(Backbone):
@@ -36,19 +32,12 @@ class ZImageBackbone(Backbone):
                 f"{largest[0]} x {largest[1]}. Set height and width to such."
             )
 
-    def encode_prompt(self, prompt: str) -> dict[str, torch.Tensor]:
+    def encode_prompt(self, prompt: str) -> Tensors:
         (embeds,), _ = self.pipeline.encode_prompt(
-            prompt,
-            device=self.device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.max_sequence_length,
+            prompt, self.device, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
         )
-        missing = self.max_sequence_length - len(embeds)
-        mask = torch.ones(len(embeds), dtype=torch.bool, device=embeds.device)
-        return {
-            "embeds": torch.nn.functional.pad(embeds, (0, 0, 0, missing))[None],
-            "mask": torch.nn.functional.pad(mask, (0, missing))[None],
-        }
+        embeds, mask = padded(embeds[None], self.max_sequence_length)
+        return {"embeds": embeds, "mask": mask}
 
     def condition_shapes(self) -> Shapes:
         length = self.max_sequence_length
@@ -57,14 +46,12 @@ class ZImageBackbone(Backbone):
     def schedule(self, num_inference_steps: int) -> Schedule:
         scheduler = self.pipeline.scheduler
         _, height, width = self.latent_shape()
-        mu = calculate_shift((height // 2) * (width // 2), *shift_limits(scheduler))
+        mu = dynamic_shift(scheduler, (height // 2) * (width // 2))
         sigmas = get_default_z_image_sigmas(num_inference_steps)
         retrieve_timesteps(scheduler, device=self.device, sigmas=sigmas, mu=mu)
         return Schedule.of(scheduler, self.device)
 
-    def predict(
-        self, model: torch.nn.Module, latents: torch.Tensor, timestep: torch.Tensor, condition: dict[str, torch.Tensor]
-    ) -> torch.Tensor:
+    def predict(self, model: nn.Module, latents: Tensor, timestep: Tensor, condition: Tensors) -> Tensor:
         mask = condition["mask"]
         # Without data, where memory is estimated, prompts are as long as they may be
         lengths = [mask.shape[1]] * len(mask) if mask.is_meta else mask.sum(dim=1).tolist()
@@ -79,12 +66,8 @@ class ZImageBackbone(Backbone):
         )[0]
         return -torch.stack(velocities).squeeze(2)
 
-    def guide(self, conditional: torch.Tensor, unconditional: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+    def guide(self, conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
         return conditional + guidance_scale * (conditional - unconditional)
 
     def uses_guidance(self, guidance_scale: float) -> bool:
         return guidance_scale > 0
-
-    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
-        config = self.pipeline.vae.config
-        return self._decode(latents / config.scaling_factor + config.shift_factor)
