@@ -8,17 +8,9 @@ from huggingface_hub import CommitInfo, HfApi
 # What a run's folder shares. A list of what may leave, not of what may not: the user may keep other files there, which
 # are private. A "*" matches "/" too, so images and curves in subfolders are included.
 PUBLISHED = [
-    "README.md",
-    "pytorch_lora_weights.safetensors",
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "diffusion_pytorch_model*.safetensors",
-    "diffusion_pytorch_model.safetensors.index.json",
-    "config.json",
-    "results.json",
-    "*.png",
-    "*.jpg",
-    "*events.out.tfevents.*",
+    *("README.md", "config.json", "results.json", "*.png", "*.jpg", "*events.out.tfevents.*"),
+    *("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"),
+    *("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model.safetensors.index.json"),
 ]
 
 # Checkpoints, which hold the optimizer's state, and files that are being written
@@ -58,19 +50,12 @@ def upload(
         PushError: if the Hub refuses or cannot be reached.
     """
     api = HfApi(token=token, library_name="trl_flow")
+    patterns = {} if everything else {"allow_patterns": PUBLISHED, "ignore_patterns": NOT_PUBLISHED}
+    where = {"folder_path": folder, "path_in_repo": path_in_repo, "revision": revision}
     try:
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
-        return api.upload_folder(
-            repo_id=repo.repo_id,
-            folder_path=folder,
-            path_in_repo=path_in_repo,
-            commit_message=commit_message,
-            revision=revision,
-            allow_patterns=None if everything else PUBLISHED,
-            ignore_patterns=None if everything else NOT_PUBLISHED,
-        )
-    # Whatever the reason (a refusal, no network, a bad card), the user has to know that the run is not lost
-    except Exception as error:
+        return api.upload_folder(repo_id=repo.repo_id, commit_message=commit_message, **where, **patterns)
+    except Exception as error:  # whatever the reason, the user has to know that the run is not lost
         raise PushError(
             f"{folder} could not be pushed to {api.endpoint}/{repo_id}: {error}\nNothing is lost: every file is still "
             f"in {folder}. Check the repository's name and that the token may write to it (`hf auth whoami`), then "

@@ -4,7 +4,6 @@ import html
 import json
 import os
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from urllib.parse import quote
 
@@ -12,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from trl_flow.backbones import Backbone
 from trl_flow.backbones.base import SAMPLING_SETTINGS
+from trl_flow.evaluation.outputs import versions
 from trl_flow.sharing.papers import papers_behind
 from trl_flow.sharing.weights import hub_model_id
 
@@ -29,10 +29,7 @@ _SETTINGS = (
     *("max_steps", "num_train_epochs", "bf16", "fp16", "seed"),
 )
 
-_PACKAGES = ("trl_flow", "trl", "diffusers", "transformers", "peft", "accelerate", "torch", "datasets")
-
-# The folder of the pipeline that this package ships
-_BUNDLED = Path(__file__).parent.parent / "shapes" / "pipeline"
+_BUNDLED = Path(__file__).parents[1] / "shapes" / "pipeline"  # the pipeline that this package ships
 
 
 def training_settings(args: object) -> dict[str, object]:
@@ -104,57 +101,43 @@ def create_model_card(
     rewards = f" on {_list([_code(reward) for reward in reward_names])}" if reward_names else ""
     methods = _list([f"[{paper.name}](https://arxiv.org/abs/{paper.arxiv})" for paper in papers])
     source = repo_id or f"path/to/{folder.resolve().name}"
+    code = _loading_code(backbone, base_model, source, is_lora=is_lora, settings=settings)
     parts = [
         f"# {_text(name)}",
         "<Gallery />" if gallery else "",
-        f"A {what} {_origin(base_model)}, trained by online reinforcement learning{rewards} with `trl_flow`, after "
+        f"A {what} {_origin(base_model)[0]}, trained by online reinforcement learning{rewards} with `trl_flow`, after "
         f"{methods}.",
         "## How to load",
-        f"```python\n{_loading_code(backbone, base_model, source, is_lora=is_lora, settings=settings)}\n```",
+        f"```python\n{code}\n```",
     ]
     if curves is not None and (folder / curves).is_file():
         parts += ["## Rewards", f"![Rewards while training]({_link(folder, curves)})"]
     if shown:
         parts += ["## Samples", *(f"![{_text(prompt or 'Samples')}]({link})" for link, prompt in shown)]
-    parts += [
-        "## Training settings",
-        "\n".join(
-            ["| setting | value |", "| --- | --- |", *(f"| {_text(k)} | {_value(v)} |" for k, v in settings.items())]
-        ),
-        "## Framework versions",
-        "\n".join(f"- {package}: {number}" for package, number in _versions().items()),
-        "## Citations",
-        "```bibtex\n" + "\n\n".join(paper.bibtex for paper in papers) + "\n```",
-    ]
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n")
+    rows = ["| setting | value |", "| --- | --- |", *(f"| {_text(k)} | {_value(v)} |" for k, v in settings.items())]
+    parts += ["## Training settings", "\n".join(rows)]
+    parts += ["## Framework versions", "\n".join(f"- {name}: {number}" for name, number in versions().items())]
+    parts += ["## Citations", "```bibtex\n" + "\n\n".join(paper.bibtex for paper in papers) + "\n```"]
     path = folder / "README.md"
-    card.save(path)
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n").save(path)
     return path
 
 
 def _loading_code(
-    backbone: Backbone,
-    base_model: str | os.PathLike | None,
-    source: str,
-    *,
-    is_lora: bool,
-    settings: Mapping[str, object],
+    backbone: Backbone, base_model: str | os.PathLike | None, source: str, *, is_lora: bool, settings: Mapping
 ) -> str:
     """Lines that load the trained model into a stock pipeline and draw an image as it was drawn in training."""
-    base_id, component = hub_model_id(base_model), backbone.component
+    component, (_, base) = backbone.component, _origin(base_model)
     pipeline = type(backbone.pipeline)
     # FSDP2 gives a sharded module a class of its own, derived from FSDPModule and the module's
     trained = next(cls for cls in type(backbone.model).__mro__ if not cls.__name__.startswith("FSDP"))
-    imports = [_import(pipeline)] + ([] if is_lora else [_import(trained)])
+    imports = [_import(pipeline)] if is_lora else [_import(pipeline), _import(trained)]
     on_gpu = dtype = ""
-    if base_id:
-        # Models of the Hub are large; the others are most likely small ones of one's own
+    if hub_model_id(base_model):  # models of the Hub are large; the others are most likely small ones of one's own
         imports = ["import torch", *imports]
         on_gpu, dtype = '.to("cuda")', ", dtype=torch.bfloat16"
-    base = _quoted(base_id or f"path/to/{_folder_name(base_model)}")
-    if _is_bundled(base_model):
+    if base == "pipeline_path()":
         imports.append("from trl_flow.shapes import pipeline_path")
-        base = "pipeline_path()"
     if is_lora:
         code = [
             f"pipeline = {pipeline.__name__}.from_pretrained({base}{dtype}){on_gpu}",
@@ -180,22 +163,16 @@ def _import(cls: type) -> str:
     return f"from {'diffusers' if module.startswith('diffusers.') else module} import {cls.__name__}"
 
 
-def _is_bundled(base_model: str | os.PathLike | None) -> bool:
-    return base_model is not None and Path(base_model).resolve() == _BUNDLED.resolve()
-
-
-def _folder_name(base_model: str | os.PathLike | None) -> str:
-    return "base_model" if base_model is None else Path(base_model).resolve().name
-
-
-def _origin(base_model: str | os.PathLike | None) -> str:
+def _origin(base_model: str | os.PathLike | None) -> tuple[str, str]:
+    """What was trained, in the card's prose and as the code's argument."""
     if base_id := hub_model_id(base_model):
-        return f"[{base_id}](https://huggingface.co/{base_id})"
-    if _is_bundled(base_model):
-        return "the shapes pipeline that comes with `trl_flow`"
+        return f"[{base_id}](https://huggingface.co/{base_id})", _quoted(base_id)
     if base_model is None:
-        return "a pipeline that was not loaded from the Hub"
-    return f"a local pipeline, {_code(_folder_name(base_model))}"
+        return "a pipeline that was not loaded from the Hub", _quoted("path/to/base_model")
+    folder = Path(base_model).resolve()
+    if folder == _BUNDLED.resolve():
+        return "the shapes pipeline that comes with `trl_flow`", "pipeline_path()"
+    return f"a local pipeline, {_code(folder.name)}", _quoted(f"path/to/{folder.name}")
 
 
 def _link(folder: Path, path: str | os.PathLike) -> str:
@@ -239,13 +216,3 @@ def _value(value: object) -> str:
         return ", ".join(_value(item) for item in value)
     # `getattr`: enumerations of transformers, such as the optimizer's name
     return "none" if value is None else _text(str(getattr(value, "value", value)))
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

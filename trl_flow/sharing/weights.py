@@ -3,8 +3,8 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -21,14 +21,9 @@ from safetensors.torch import load_file
 
 LORA_WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 
-# diffusers' name of a model's weights, without the suffix
-_FULL_STEM = SAFETENSORS_WEIGHTS_NAME.removesuffix(".safetensors")
-
-# The adapter's name in PEFT
-_ADAPTER = "default"
-
-# What PEFT needs to go on training, beside the file for diffusers
-PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
+_FULL_STEM = SAFETENSORS_WEIGHTS_NAME.removesuffix(".safetensors")  # diffusers' name of a model's weights
+_ADAPTER = "default"  # the adapter's name in PEFT
+PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")  # what PEFT needs to go on training
 
 # Fields of LoraConfig that the exported adapter reproduces exactly (the choice of modules is written out name by
 # name), or that have no use after training. Any other field, of this PEFT or a later one, must be at its default.
@@ -50,13 +45,10 @@ _INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 def hub_model_id(name_or_path: str | os.PathLike | None) -> str | None:
     """The id `owner/name` if `name_or_path` is one and no local file or folder, else `None`."""
     name = "" if name_or_path is None else os.fspath(name_or_path)
-    if name.count("/") != 1 or os.path.exists(name):
-        return None
-    try:
+    with suppress(HFValidationError):
         validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name
+        return name if "/" in name and not os.path.exists(name) else None
+    return None
 
 
 def check_lora_config(peft_config: PeftConfig) -> None:
@@ -73,13 +65,9 @@ def check_lora_config(peft_config: PeftConfig) -> None:
             f"peft_config is a {type(peft_config).__name__}. Adapters are saved in diffusers' LoRA format, which only "
             "holds a LoRA: pass a peft.LoraConfig, or none at all for full fine-tuning."
         )
-    defaults = LoraConfig()
-    lost = {
-        field.name: getattr(peft_config, field.name)
-        for field in fields(peft_config)
-        if field.name not in _HELD_FIELDS
-        and getattr(peft_config, field.name) != getattr(defaults, field.name, field.default)
-    }
+    defaults, names = LoraConfig(), (field.name for field in fields(peft_config) if field.name not in _HELD_FIELDS)
+    lost = {name: getattr(peft_config, name) for name in names}
+    lost = {name: value for name, value in lost.items() if value != getattr(defaults, name, None)}
     if peft_config.init_lora_weights not in _INITIALISATIONS:
         lost["init_lora_weights"] = peft_config.init_lora_weights
     if lost:
@@ -131,15 +119,12 @@ def save_lora(
     weights = {
         name.removeprefix("base_model.model."): tensor for name, tensor in _adapter_weights(model, state_dict).items()
     }
+    layers = {
+        f"{component}_lora_layers": weights,
+        f"{component}_lora_adapter_metadata": _adapter_metadata(config, weights),
+    }
     with _staged(Path(output_dir)) as staging:
-        pipeline_class.save_lora_weights(
-            staging,
-            weight_name=LORA_WEIGHT_NAME,
-            **{
-                f"{component}_lora_layers": weights,
-                f"{component}_lora_adapter_metadata": _adapter_metadata(config, weights),
-            },
-        )
+        pipeline_class.save_lora_weights(staging, weight_name=LORA_WEIGHT_NAME, **layers)
         _write_peft_files(model, staging, state_dict, base_model)
     return Path(output_dir) / LORA_WEIGHT_NAME
 
@@ -157,14 +142,7 @@ def save_adapter(
     `save_lora` writes them too; alone they are for weights that training goes on from but that are not shared, when
     an average of them is. Unlike `PeftModel.save_pretrained` this writes no model card (PEFT's tells how to load the
     adapter with PEFT), and replaces earlier files only when the new ones are complete. To be called on the main
-    process.
-
-    Args:
-        model ([`~peft.PeftModel`]): the trained module as `get_peft_model` wrapped it.
-        output_dir (`str` or `os.PathLike`): folder to write to; made if need be.
-        state_dict (`dict[str, torch.Tensor]`, *optional*): as in `save_lora`.
-        base_model (`str` or `os.PathLike`, *optional*): what the pipeline was loaded from. Noted in
-            `adapter_config.json` if it is a Hub id.
+    process. The arguments are those of `save_lora`.
 
     Raises:
         RuntimeError: if there are no weights, or only empty shards of them.
@@ -176,26 +154,20 @@ def save_adapter(
 
 
 def _write_peft_files(
-    model: PeftModel,
-    staging: Path,
-    state_dict: dict[str, torch.Tensor] | None,
-    base_model: str | os.PathLike | None,
+    model: PeftModel, staging: Path, state_dict: Mapping | None, base_model: str | os.PathLike | None
 ) -> None:
     model.peft_config[_ADAPTER].base_model_name_or_path = hub_model_id(base_model)
-    # `save_embedding_layers`: by default PEFT asks the Hub for the base model's vocabulary
-    model.save_pretrained(
-        staging / "peft", selected_adapters=[_ADAPTER], state_dict=state_dict, save_embedding_layers=False
-    )
+    # By default PEFT asks the Hub for the base model's vocabulary
+    options = {"selected_adapters": [_ADAPTER], "save_embedding_layers": False}
+    model.save_pretrained(staging / "peft", state_dict=state_dict, **options)
     # PEFT's model card stays behind, and goes with the staging folder
     for name in PEFT_FILES:
         os.replace(staging / "peft" / name, staging / name)
 
 
-def _adapter_weights(model: PeftModel, state_dict: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+def _adapter_weights(model: PeftModel, state_dict: Mapping | None) -> dict[str, torch.Tensor]:
     """The adapter's tensors under PEFT's names, on the CPU and contiguous, as safetensors wants them."""
-    weights = get_peft_model_state_dict(
-        model, state_dict=state_dict, adapter_name=_ADAPTER, save_embedding_layers=False
-    )
+    weights = get_peft_model_state_dict(model, state_dict, _ADAPTER, save_embedding_layers=False)
     empty = [name for name, tensor in weights.items() if tensor.numel() == 0]
     if empty or not weights:
         raise RuntimeError(
@@ -213,10 +185,8 @@ def _adapter_metadata(config: LoraConfig, weights: dict[str, torch.Tensor]) -> d
     """
     switches = ("use_rslora", "use_dora", "lora_bias")
     return {
-        "r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "rank_pattern": dict(config.rank_pattern),
-        "alpha_pattern": dict(config.alpha_pattern),
+        **{name: getattr(config, name) for name in ("r", "lora_alpha")},
+        **{name: dict(getattr(config, name)) for name in ("rank_pattern", "alpha_pattern")},
         # Sorted: a set comes in another order in each process
         "target_modules": sorted({name.partition(".lora_")[0] for name in weights}),
         **{name: True for name in switches if getattr(config, name)},
@@ -245,18 +215,13 @@ def save_full(
     state_dict = model.state_dict() if state_dict is None else state_dict
     if wrong := sorted(model.state_dict().keys() ^ state_dict.keys()):
         raise RuntimeError(
-            f"The state dict to be saved does not have the names of this {type(model).__name__}'s weights: "
-            f"{len(wrong)} are on one side only, such as {wrong[0]}. When the model is sharded, pass "
-            "state_dict=accelerator.get_state_dict(model)."
+            f"{len(wrong)} names are not in both the state dict and the {type(model).__name__}, such as {wrong[0]}. "
+            "When the model is sharded, pass state_dict=accelerator.get_state_dict(model)."
         )
     with _staged(Path(output_dir)) as staging:
         model.save_config(staging)
-        save_torch_state_dict(
-            state_dict,
-            staging,
-            filename_pattern=_FULL_STEM + "{suffix}.safetensors",
-            max_shard_size="10GB",
-        )
+        pattern = _FULL_STEM + "{suffix}.safetensors"
+        save_torch_state_dict(state_dict, staging, filename_pattern=pattern, max_shard_size="10GB")
 
 
 def load_full(model: ModelMixin, folder: str | os.PathLike) -> None:
@@ -271,8 +236,7 @@ def load_full(model: ModelMixin, folder: str | os.PathLike) -> None:
     files = [single] if single.is_file() else sorted(Path(folder).glob(f"{_FULL_STEM}-*-of-*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}, nor shards of one.")
-    state_dict = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    model.load_state_dict(state_dict)
+    model.load_state_dict({name: tensor for file in files for name, tensor in load_file(file).items()})
 
 
 def copy_weights(source: str | os.PathLike, target: str | os.PathLike) -> None:
@@ -287,9 +251,7 @@ def copy_weights(source: str | os.PathLike, target: str | os.PathLike) -> None:
     names = (LORA_WEIGHT_NAME, *PEFT_FILES, "config.json", f"{_FULL_STEM}*.safetensors", f"{_FULL_STEM}*.index.json")
     files = [file for name in names for file in sorted(Path(source).glob(name))]
     if not any(file.suffix == ".safetensors" for file in files):
-        raise FileNotFoundError(
-            f"{source} holds no weights: neither {LORA_WEIGHT_NAME} nor {SAFETENSORS_WEIGHTS_NAME}."
-        )
+        raise FileNotFoundError(f"{source} holds no weights: no {LORA_WEIGHT_NAME}, nor {SAFETENSORS_WEIGHTS_NAME}.")
     with _staged(Path(target)) as staging:
         for file in files:
             shutil.copy(file, staging / file.name)
@@ -298,10 +260,8 @@ def copy_weights(source: str | os.PathLike, target: str | os.PathLike) -> None:
 @contextmanager
 def _staged(output_dir: Path) -> Iterator[Path]:
     """
-    A folder to write to, whose files are moved to `output_dir` once the block is through.
-
-    It lies inside `output_dir`, as moving a file is atomic on one file system only, and its name begins with an
-    underscore, which uploads to the Hub leave out.
+    A folder to write to, whose files are moved to `output_dir` once the block is through. It lies inside `output_dir`,
+    as moving is atomic on one file system only, and its name begins with an underscore: uploads leave it out.
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
