@@ -17,26 +17,20 @@ class UsageError(Exception):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """
-    Runs the command line.
-
-    Args:
-        argv (`Sequence[str]`, *optional*): arguments after the command's name; default: those of this process.
-
-    Returns:
-        `int`: exit code; 0 for success, 2 for a mistake in what was asked for, 130 for Ctrl-C.
-    """
+    """Runs the command line `argv`, by default that of this process. Returns its exit code: 0 for success, 2 for a
+    mistake in what was asked for, 130 for Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         if argv[:1] in (["train"], ["memory"]):  # whose options are known when the recipe has been read
-            return {"train": _train, "memory": _memory}[argv[0]](argv[1:])
+            (_train if argv[0] == "train" else _memory)(argv[1:])
+            return 0
         parser = _parser()
         arguments = parser.parse_args(argv)
         if arguments.command is None:
             parser.print_help()
             return 0
         run = {"demo": _demo, "env": _env, "evaluate": _evaluate, "serve-rewards": _serve_rewards}[arguments.command]
-        return run(arguments)
+        return run(arguments) or 0
     except UsageError as error:
         if os.environ.get(_TRACEBACK):
             raise
@@ -55,11 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     from trl_flow.evaluation import evaluate_command as evaluation
     from trl_flow.serving import command as serving
 
-    parser = argparse.ArgumentParser(
-        prog="trl-flow",
-        description="Online reinforcement learning for text-to-image flow and diffusion models.",
-        allow_abbrev=False,
-    )
+    what = "Online reinforcement learning for text-to-image flow and diffusion models."
+    parser = argparse.ArgumentParser(prog="trl-flow", description=what, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"trl_flow {__version__}")
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND", parser_class=_Parser)
 
@@ -76,29 +67,20 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--output-dir", "--output_dir", default="trl-flow-demo", metavar="DIR", help="where to write")
     demo.add_argument("--seed", type=_seed, default=0, help="of the training; images are drawn from fixed seeds")
 
-    commands.add_parser(
-        "train",
-        help="train a model by a recipe: trl-flow train --config recipe.yaml (train --help lists all options)",
-        add_help=False,
-    )
-    commands.add_parser(
-        "memory",
-        help="estimate the device memory that a recipe needs: trl-flow memory --config recipe.yaml",
-        add_help=False,
-    )
+    by_recipe = {
+        "train": "train a model by a recipe: trl-flow train --config recipe.yaml (train --help lists all options)",
+        "memory": "estimate the device memory that a recipe needs: trl-flow memory --config recipe.yaml",
+    }
+    for name, help in by_recipe.items():
+        commands.add_parser(name, help=help, add_help=False)
     for name, command, help in (
         ("evaluate", evaluation, "compare a base model and adapters: scores, images side by side, and a blind vote"),
         ("serve-rewards", serving, "serve reward functions over HTTP: --rewards pickscore,hpsv2 --port 8000"),
     ):
-        layout = argparse.RawDescriptionHelpFormatter
-        command.add_arguments(
-            commands.add_parser(name, help=help, description=command.DESCRIPTION, formatter_class=layout)
-        )
-    commands.add_parser(
-        "env",
-        help="print the versions and devices that a bug report should name",
-        description="Prints the versions and devices that a bug report should name.",
-    )
+        layout = {"description": command.DESCRIPTION, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        command.add_arguments(commands.add_parser(name, help=help, **layout))
+    what = "print the versions and devices that a bug report should name"
+    commands.add_parser("env", help=what, description=f"{what.capitalize()}.")
     return parser
 
 
@@ -110,9 +92,8 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         namespace, unknown = super().parse_known_args(args, namespace)
-        for token in unknown:
-            if token.startswith("--"):
-                self.error(unknown_option(token, self._option_string_actions))
+        if wrong := [token for token in unknown if token.startswith("--")]:
+            self.error(unknown_option(wrong[0], self._option_string_actions))
         return namespace, unknown
 
 
@@ -123,33 +104,31 @@ def _seed(text: str) -> int:
 
 
 @contextlib.contextmanager
-def _mistakes() -> Iterator[None]:
+def _mistakes(errors: tuple = (ValueError, TypeError, OSError, ImportError)) -> Iterator[None]:
     """What is wrong with options, data or model is told without a traceback. Not for training itself: a failure there
     may be a fault of the program, whose place one has to see."""
     try:
         yield
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except errors as error:
         raise UsageError(str(error) or type(error).__name__) from error
 
 
-def _train(argv: list[str]) -> int:
+def _train(argv: list[str]) -> None:
     from trl_flow.commands.train import prepare
 
     with _mistakes():
         run = prepare(argv)
     run()
-    return 0
 
 
-def _memory(argv: list[str]) -> int:
+def _memory(argv: list[str]) -> None:
     from trl_flow.commands.memory import run
 
     with _mistakes():
         run(argv)
-    return 0
 
 
-def _demo(arguments: argparse.Namespace) -> int:
+def _demo(arguments: argparse.Namespace) -> None:
     import diffusers
     import transformers
 
@@ -159,19 +138,12 @@ def _demo(arguments: argparse.Namespace) -> int:
         library.set_verbosity_error()
     from trl_flow.demo import FULL, QUICK, DemoError, run_demo
 
-    try:
-        run_demo(
-            FULL if arguments.full else QUICK,
-            method=arguments.method,
-            output_dir=arguments.output_dir,
-            seed=arguments.seed,
-        )
-    except DemoError as error:
-        raise UsageError(str(error)) from error
-    return 0
+    settings = FULL if arguments.full else QUICK
+    with _mistakes((DemoError,)):
+        run_demo(settings, method=arguments.method, output_dir=arguments.output_dir, seed=arguments.seed)
 
 
-def _env(arguments: argparse.Namespace) -> int:
+def _env(arguments: argparse.Namespace) -> None:
     import platform
 
     import torch
@@ -181,24 +153,19 @@ def _env(arguments: argparse.Namespace) -> int:
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     if not devices and torch.accelerator.is_available():
         devices = [str(torch.accelerator.current_accelerator())]
-    lines = {"platform": platform.platform(), **versions()}
-    lines["devices"] = ", ".join(devices) or "CPU"
+    lines = {"platform": platform.platform(), **versions(), "devices": ", ".join(devices) or "CPU"}
     lines["CPU threads of torch"] = str(torch.get_num_threads())
     print("\n".join(f"- {name}: {value}" for name, value in lines.items()))
-    return 0
 
 
-def _evaluate(arguments: argparse.Namespace) -> int:
+def _evaluate(arguments: argparse.Namespace) -> None:
     from trl_flow.evaluation.evaluate_command import prepare
 
     with _mistakes():
         run = prepare(arguments)
-    try:
-        run()
     # What the pipeline refuses to draw, damaged images, a full disk, a reward function that fails
-    except (ValueError, OSError) as error:
-        raise UsageError(str(error)) from error
-    return 0
+    with _mistakes((ValueError, OSError)):
+        run()
 
 
 def _serve_rewards(arguments: argparse.Namespace) -> int:

@@ -32,9 +32,8 @@ from trl_flow.shapes.bundled import T5_TOKENS
 
 
 RESULTS = "results.json"
-
-# The images that are compared come from this seed, whatever the seed of the training
-EVAL_SEED = 1234
+EVAL_SEED = 1234  # of the images that are compared, whatever the seed of the training
+_IMAGE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE, "max_sequence_length": T5_TOKENS}
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,6 @@ class DemoSettings:
 
 
 QUICK = DemoSettings()
-
 # Longer still raises the scores further, but the images become alike: one layout for all prompts (150 rollouts are a
 # compromise; `images/` in the output folder shows it happen)
 FULL = DemoSettings(rollouts=150, lr_scheduler_type="cosine")
@@ -147,17 +145,26 @@ def run_demo(
     pipeline.load_lora_weights(str(folder))
     after = _draw(pipeline, prompts, settings, "Held-out prompts after training")
     scores_after = _score(after, prompts, settings)
+    per_prompt = settings.eval_images_per_prompt
     differences = {
-        name: paired_difference(
-            scores_before[name], scores_after[name], num_images_per_prompt=settings.eval_images_per_prompt
-        )
-        for name in scores_before
+        name: paired_difference(of_name, scores_after[name], num_images_per_prompt=per_prompt)
+        for name, of_name in scores_before.items()
     }
-    scores = list(zip(scores_before["shapes_soft"], scores_after["shapes_soft"], strict=True))
-    _write_images(folder, prompts["prompt"], before, after, scores, settings)
+    # The first image of every prompt that is shown: chosen by index, never by score
+    shown = evenly(len(prompts), settings.grid_prompts)
+    captions = prompts.select(shown)["prompt"]
+    before, after, *soft = (
+        [of[i * per_prompt] for i in shown]
+        for of in (before, after, scores_before["shapes_soft"], scores_after["shapes_soft"])
+    )
+    image_grid(before, captions, path=folder / "before.png")
+    image_grid(after, captions, path=folder / "after.png")
+    scores = list(zip(*soft, strict=True))
+    before_after_grid(before, after, captions, scores, path=folder / "before_after.png", columns=4)
     trainer.create_model_card(model_name="trl_flow demo")
 
     end = time.perf_counter()
+    seconds = {"total": end - start, "before": drawn - start, "training": trained - drawn, "after": end - trained}
     results = {
         "method": method,
         "reward": _formula(settings),
@@ -170,12 +177,7 @@ def run_demo(
         "versions": versions(),
         "cpu_threads": torch.get_num_threads(),
         "device": str(trainer.accelerator.device),
-        "seconds": {
-            "total": round(end - start, 1),
-            "before": round(drawn - start, 1),
-            "training": round(trained - drawn, 1),
-            "after": round(end - trained, 1),
-        },
+        "seconds": {phase: round(value, 1) for phase, value in seconds.items()},
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
     write_json(folder / RESULTS, results)
@@ -192,16 +194,17 @@ def _claim(output_dir: str | os.PathLike) -> Path:
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise DemoError(f"{folder} is a file, and the demo writes a folder. Choose another with --output-dir.")
-    try:
-        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-        is_demo = results == {} or "eval_seed" in results  # empty as long as the first demo in it is not over
-    except (OSError, ValueError, TypeError):
-        is_demo = False
-    if folder.is_dir() and any(folder.iterdir()) and not is_demo:
-        raise DemoError(
-            f"{folder} is not empty and holds no {RESULTS} of an earlier demo, so its files are left alone. Choose "
-            "another folder with --output-dir, or empty this one."
-        )
+    if folder.is_dir() and any(folder.iterdir()):
+        try:
+            results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+            is_demo = results == {} or "eval_seed" in results  # empty as long as the first demo in it is not over
+        except (OSError, ValueError, TypeError):
+            is_demo = False
+        if not is_demo:
+            raise DemoError(
+                f"{folder} is not empty and holds no {RESULTS} of an earlier demo, so its files are left alone. "
+                "Choose another folder with --output-dir, or empty this one."
+            )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # From now on the folder is a demo's, even if this one is interrupted
@@ -216,19 +219,9 @@ def _claim(output_dir: str | os.PathLike) -> Path:
 
 
 def _draw(pipeline: Any, prompts: Dataset, settings: DemoSettings, progress: str) -> list[Image.Image]:
-    return draw(
-        pipeline,
-        prompts["prompt"],
-        seed=EVAL_SEED,
-        num_images_per_prompt=settings.eval_images_per_prompt,
-        num_inference_steps=settings.num_inference_steps,
-        guidance_scale=settings.guidance_scale,
-        height=IMAGE_SIZE,
-        width=IMAGE_SIZE,
-        max_sequence_length=T5_TOKENS,
-        batch_size=64,
-        progress=progress,
-    )
+    sampling = {name: getattr(settings, name) for name in ("num_inference_steps", "guidance_scale")}
+    sampling |= {"seed": EVAL_SEED, "num_images_per_prompt": settings.eval_images_per_prompt}
+    return draw(pipeline, prompts["prompt"], **sampling, **_IMAGE, batch_size=64, progress=progress)
 
 
 def _score(images: list[Image.Image], prompts: Dataset, settings: DemoSettings) -> dict[str, np.ndarray]:
@@ -243,61 +236,28 @@ def _formula(settings: DemoSettings) -> str:
 
 
 def _config(settings: DemoSettings, method: str, folder: Path, seed: int) -> FlowGRPOConfig:
+    same = ("num_generations", "num_inference_steps", "guidance_scale", "learning_rate", "lr_scheduler_type")
+    updates, (first, end) = settings.updates_per_rollout, settings.sde_window
     return {"guard": GuardConfig, "flow_grpo": FlowGRPOConfig}[method](
         output_dir=str(folder),
-        num_generations=settings.num_generations,
-        per_device_train_batch_size=(
-            settings.prompts_per_rollout * settings.num_generations // settings.updates_per_rollout
-        ),
-        steps_per_generation=settings.updates_per_rollout,
-        max_steps=settings.rollouts * settings.updates_per_rollout,
-        num_inference_steps=settings.num_inference_steps,
-        guidance_scale=settings.guidance_scale,
-        sde_window_size=settings.sde_window[1] - settings.sde_window[0],
-        sde_window_range=list(settings.sde_window),
+        per_device_train_batch_size=settings.prompts_per_rollout * settings.num_generations // updates,
+        steps_per_generation=updates,
+        max_steps=settings.rollouts * updates,
+        sde_window_size=end - first,
+        sde_window_range=[first, end],
         reward_weights=list(settings.rewards.values()),
-        lr_scheduler_type=settings.lr_scheduler_type,
-        height=IMAGE_SIZE,
-        width=IMAGE_SIZE,
-        max_sequence_length=T5_TOKENS,
-        learning_rate=settings.learning_rate,
         epsilon=settings.epsilon[method],
         scale_epsilon=False,
+        **{name: getattr(settings, name) for name in same},
+        **_IMAGE,
         # A model this small is trained in memory and in float32 everywhere, so that it does the same everywhere
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        seed=seed,
-        logging_steps=settings.updates_per_rollout,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=False,
+        **{"gradient_checkpointing": False, "bf16": False, "use_cpu": True, "seed": seed},
+        **{"logging_steps": updates, "save_strategy": "no", "report_to": "none", "disable_tqdm": False},
     )
-
-
-def _write_images(
-    folder: Path,
-    captions: list[str],
-    before: list[Image.Image],
-    after: list[Image.Image],
-    scores: list[tuple[float, float]],
-    settings: DemoSettings,
-) -> None:
-    # The first image of every prompt that is shown: chosen by index, never by score
-    shown = evenly(len(captions), settings.grid_prompts)
-    indices = [i * settings.eval_images_per_prompt for i in shown]
-    captions = [captions[i] for i in shown]
-    before, after, scores = ([of[i] for i in indices] for of in (before, after, scores))
-    image_grid(before, captions, path=folder / "before.png")
-    image_grid(after, captions, path=folder / "after.png")
-    before_after_grid(before, after, captions, scores, path=folder / "before_after.png", columns=4)
 
 
 def _closing(folder: Path, settings: DemoSettings, seconds: float) -> str:
-    sampling = (
-        f"num_inference_steps={settings.num_inference_steps}, guidance_scale={settings.guidance_scale:g}, "
-        f"max_sequence_length={T5_TOKENS}"
-    )
+    sampling = f"num_inference_steps={settings.num_inference_steps}, guidance_scale={settings.guidance_scale:g}"
     return (
         f"{seconds / 60:.1f} minutes. In {folder}: before_after.png, rewards.png, {RESULTS}, and the adapter, which "
         "stock diffusers loads:\n\n"
@@ -305,5 +265,5 @@ def _closing(folder: Path, settings: DemoSettings, seconds: float) -> str:
         "    from trl_flow.shapes import pipeline_path\n"
         "    pipe = StableDiffusion3Pipeline.from_pretrained(pipeline_path())\n"
         f"    pipe.load_lora_weights({str(folder)!r})\n"
-        f'    pipe("two red circles", {sampling}).images[0].save("circles.png")'
+        f'    pipe("two red circles", {sampling}, max_sequence_length={T5_TOKENS}).images[0].save("circles.png")'
     )

@@ -279,6 +279,5 @@ class Backbone(ABC):
                 left out.
         """
         accepted = signature(type(self.pipeline).__call__).parameters
-        return {
-            name: settings[name] for name in SAMPLING_SETTINGS if settings.get(name) is not None and name in accepted
-        }
+        given = {name: settings[name] for name in SAMPLING_SETTINGS if settings.get(name) is not None}
+        return {name: value for name, value in given.items() if name in accepted}

@@ -45,12 +45,7 @@ class FluxKontextBackbone(EditingBackbone, FluxBackbone):
             )
 
     def encode_prompt(self, prompt: str, image: Image.Image) -> Tensors:
-        """
-        The condition of one prompt and the image to edit, batch size 1, on the pipeline's device.
-
-        Raises:
-            ValueError: if the image has an aspect ratio too far from the drawn images'.
-        """
+        """As [`Backbone.encode_prompt`]; raises `ValueError` if the image has too different an aspect ratio."""
         self.check_image_size(image.height, image.width)
         height, width = self._input_size(self.height, self.width)
         processor = self.pipeline.image_processor

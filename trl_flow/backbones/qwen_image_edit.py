@@ -47,12 +47,7 @@ class QwenImageEditBackbone(EditingBackbone, QwenImageBackbone):
             )
 
     def encode_prompt(self, prompt: str, image: Image.Image) -> Tensors:
-        """
-        The condition of one prompt and the image to edit, batch size 1, on the pipeline's device.
-
-        Raises:
-            ValueError: if the image has another aspect ratio than the drawn images.
-        """
+        """As [`Backbone.encode_prompt`]; raises `ValueError` if the image has too different an aspect ratio."""
         self.check_image_size(image.height, image.width)
         processor, size = self.pipeline.image_processor, (image.height, image.width)
         seen = processor.resize(image, *self._scaled(self.seen_area, *size))

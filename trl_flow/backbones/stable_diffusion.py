@@ -123,9 +123,11 @@ class StableDiffusionBackbone(Backbone):
         )
 
     def predict(self, model: nn.Module, latents: Tensor, timestep: Tensor, condition: Tensors) -> Tensor:
+        added = {name: value.to(self.dtype) for name, value in condition.items()}  # besides the prompt: XL's
         return model(
             latents.to(self.dtype),
             timestep.expand(len(latents)),
-            encoder_hidden_states=condition["encoder_hidden_states"].to(self.dtype),
+            encoder_hidden_states=added.pop("encoder_hidden_states"),
+            added_cond_kwargs=added,
             return_dict=False,
         )[0]

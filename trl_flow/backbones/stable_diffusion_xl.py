@@ -3,7 +3,7 @@
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from trl_flow.backbones.base import Shapes, Tensors
 from trl_flow.backbones.stable_diffusion import StableDiffusionBackbone
@@ -40,15 +40,6 @@ class StableDiffusionXLBackbone(StableDiffusionBackbone):
         pooled = self.pipeline.text_encoder_2.config.projection_dim
         shapes = {"text_embeds": ((pooled,), self.dtype), "time_ids": ((6,), self.dtype)}
         return super().condition_shapes() | shapes
-
-    def predict(self, model: nn.Module, latents: Tensor, timestep: Tensor, condition: Tensors) -> Tensor:
-        return model(
-            latents.to(self.dtype),
-            timestep.expand(len(latents)),
-            encoder_hidden_states=condition["encoder_hidden_states"].to(self.dtype),
-            added_cond_kwargs={name: condition[name].to(self.dtype) for name in ("text_embeds", "time_ids")},
-            return_dict=False,
-        )[0]
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
         config = self.pipeline.vae.config

@@ -19,12 +19,7 @@ All options of `trl-flow train` count as they do there, and the accelerate confi
 
 
 def run(argv: list[str]) -> None:
-    """
-    Prints the estimate.
-
-    Raises:
-        ValueError, OSError, ImportError: if something is wrong with what was asked for.
-    """
+    """Prints the estimate; raises an error if something is wrong with what was asked for."""
     if not argv:
         raise ValueError("nothing to estimate. Give a recipe, --config recipe.yaml, or a model, --model.")
     argv, recipe = read_recipe(argv)
@@ -37,14 +32,9 @@ def run(argv: list[str]) -> None:
     processes = str(option(argv, recipe, "num_processes") or processes)
     if not processes.isdecimal() or processes == "0":
         raise ValueError(f"num_processes is {processes}, but must be a whole number of at least 1.")
-    parser = training_parser(
-        argv,
-        recipe,
-        num_processes=int(processes),
-        prog="trl-flow memory",
-        usage="trl-flow memory [--config recipe.yaml] [--model MODEL] [--json] [--option value ...]",
-        description=DESCRIPTION,
-    )
+    usage = "trl-flow memory [--config recipe.yaml] [--model MODEL] [--json] [--option value ...]"
+    texts = {"prog": "trl-flow memory", "usage": usage, "description": DESCRIPTION}
+    parser = training_parser(argv, recipe, num_processes=int(processes), **texts)
     parser.add_argument("--model", dest="model_name_or_path", default=argparse.SUPPRESS, help="hub id or folder")
     parser.add_argument("--json", action="store_true", help="print the numbers, in bytes, as one line of JSON")
     parser.add_argument("--num_processes", help="devices; default: the accelerate config's, or 1")
@@ -56,9 +46,8 @@ def run(argv: list[str]) -> None:
     folder = memory.fetch_configs(model, revision=loading.get("revision"), token=loading.get("token"))
     plan = memory.Plan(args, get_peft_config(model_args), sharding)
     result = memory.estimate(folder, plan)
-    found = []
-    if result.total > min(memory.CARDS) * memory.GIB:
-        found = memory.savings(plan, result, lambda other: memory.estimate(folder, other))
+    fits = result.total <= min(memory.CARDS) * memory.GIB
+    found = [] if fits else memory.savings(plan, result, lambda other: memory.estimate(folder, other))
     print(json.dumps(memory.as_json(result, found)) if own.json else memory.as_text(result, plan, found))
 
 

@@ -62,30 +62,18 @@ def training_parser(
     argv: Sequence[str], recipe: dict[str, Any], *, num_processes: int | None = None, **kwargs: Any
 ) -> TrlParser:
     """
-    The parser of all options of a training.
-
-    Args:
-        argv, recipe: what will be parsed. Defaults depend on `method` and on the model.
-        num_processes (`int`, *optional*): for a plan: the processes that there will be, each on a GPU with bfloat16.
-        **kwargs: for the parser.
-
-    Raises:
-        ValueError: if the method is unknown.
+    The parser of all options of a training, with `kwargs` of its own. Defaults depend on the method and the model that
+    `argv` and `recipe` name. With `num_processes` it is for a plan: of so many processes, each on a GPU with bfloat16.
     """
     method = option(argv, recipe, "method") or "flow_grpo"
     if method not in METHODS:
-        raise ValueError(
-            f"method is {method!r}, but must be one of {', '.join(METHODS)}.{did_you_mean(str(method), METHODS)}"
-        )
+        near = did_you_mean(str(method), METHODS)
+        raise ValueError(f"method is {method!r}, but must be one of {', '.join(METHODS)}.{near}")
     config = METHODS[method]
     if num_processes is not None:
         config = type(config.__name__, (_Planned, config), {"world_size": num_processes})
-    parser = TrlParser(
-        (FlowScriptArguments, config, ModelConfig, DatasetMixtureConfig),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        **kwargs,
-    )
+    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = TrlParser((FlowScriptArguments, config, ModelConfig, DatasetMixtureConfig), **layout, **kwargs)
     # The trainer chooses dtypes and turns dropout off; TRL's defaults are for language models
     parser.set_defaults(dtype=None, lora_dropout=0.0, lora_task_type=None)
     if (option(argv, {}, "model") or option(argv, recipe, "model_name_or_path")) in BUNDLED_MODELS:
@@ -103,12 +91,7 @@ class _Planned:
 
 
 def resolve_model(model: Any, args: FlowGRPOConfig, model_args: ModelConfig) -> str:
-    """
-    The hub id or the folder of the model; how it is loaded is written into `args.model_init_kwargs`.
-
-    Raises:
-        ValueError: if it is no name, or an option for it is not supported.
-    """
+    """The hub id or the folder of the model; how it is loaded is written into `args.model_init_kwargs`."""
     if model is None:
         raise ValueError("model_name_or_path is missing: a hub id, a folder, or `bundled` for the model shipped.")
     if not isinstance(model, str):
@@ -129,8 +112,11 @@ def resolve_model(model: Any, args: FlowGRPOConfig, model_args: ModelConfig) -> 
     if model_args.load_in_8bit:
         kwargs.setdefault("quantization_config", {"load_in_8bit": True})
     elif model_args.load_in_4bit:
-        quantization = {"load_in_4bit": True, "bnb_4bit_quant_type": model_args.bnb_4bit_quant_type}
-        quantization["bnb_4bit_use_double_quant"] = model_args.use_bnb_nested_quant
+        quantization = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": model_args.bnb_4bit_quant_type,
+            "bnb_4bit_use_double_quant": model_args.use_bnb_nested_quant,
+        }
         if model_args.bnb_4bit_quant_storage is not None:
             quantization["bnb_4bit_quant_storage"] = model_args.bnb_4bit_quant_storage
         kwargs.setdefault("quantization_config", quantization)

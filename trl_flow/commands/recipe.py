@@ -11,12 +11,7 @@ ACCELERATE_CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
 
 
 def read_recipe(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """
-    The arguments, with `--config=PATH` as two of them, and the options in the recipe (none without `--config`).
-
-    Raises:
-        ValueError: if the recipe cannot be read.
-    """
+    """The arguments, with `--config=PATH` as two of them, and the options in the recipe (none without `--config`)."""
     argv = [part for token in argv for part in (token.split("=", 1) if token.startswith("--config=") else [token])]
     if "--config" not in argv:
         return argv, {}
@@ -27,12 +22,7 @@ def read_recipe(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
 
 
 def read_accelerate_config(name: str) -> tuple[Path, dict[str, Any]]:
-    """
-    The path and the content of an accelerate config: a file, or one that is shipped.
-
-    Raises:
-        ValueError: if there is none of that name, or it cannot be read.
-    """
+    """The path and the content of an accelerate config: a file, or one that is shipped."""
     path = Path(name) if Path(name).is_file() else ACCELERATE_CONFIGS / f"{name}.yaml"
     if not path.is_file():
         names = sorted(path.stem for path in ACCELERATE_CONFIGS.glob("*.yaml"))

@@ -32,26 +32,16 @@ _LAUNCHED = "TRL_FLOW_LAUNCHED"
 
 def prepare(argv: list[str]) -> Callable[[], None]:
     """
-    Checks what was asked for, loading the model, the data and the rewards.
-
-    Returns:
-        `Callable[[], None]`: trains, or starts the processes that will.
-
-    Raises:
-        ValueError, TypeError, OSError, ImportError: if something is wrong; nothing has been trained.
+    Checks what was asked for, loading the model, the data and the rewards; raises an error if something is wrong.
+    Returns what trains, or starts the processes that will.
     """
     if not argv:
         raise ValueError("nothing to train. Give a recipe, --config recipe.yaml, or options; --help lists them.")
     argv, recipe = read_recipe(argv)
     from trl_flow.commands.options import training_parser
 
-    parser = training_parser(
-        argv,
-        recipe,
-        prog="trl-flow train",
-        usage="trl-flow train --config recipe.yaml [--option value ...]",
-        description=DESCRIPTION,
-    )
+    usage = "trl-flow train --config recipe.yaml [--option value ...]"
+    parser = training_parser(argv, recipe, prog="trl-flow train", usage=usage, description=DESCRIPTION)
     # Exits here on -h and on values that do not fit
     script_args, *others, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
     if script_args.accelerate_config is None and unknown:
@@ -69,13 +59,11 @@ def _prepare_launch(name: str, options: list[str], argv: list[str], parser: "Trl
     path, config = read_accelerate_config(name)
     launch_parser = launch_command_parser()
     known = launch_parser._option_string_actions
-    for token in options:
-        if token.startswith("--") and token.split("=")[0] not in known:
-            raise ValueError(unknown_option(token, [*parser._option_string_actions, *known]))
+    if wrong := [token for token in options if token.startswith("--") and token.split("=")[0] not in known]:
+        raise ValueError(unknown_option(wrong[0], [*parser._option_string_actions, *known]))
     # The options of the launcher are met again in its processes, and left alone there
-    arguments = launch_parser.parse_args(
-        ["--config_file", str(path), *options, "--module", "trl_flow", "train", *argv]
-    )
+    command = ["--module", "trl_flow", "train", *argv]
+    arguments = launch_parser.parse_args(["--config_file", str(path), *options, *command])
     on_cpu = arguments.cpu or config.get("use_cpu", False)
     if arguments.num_processes is None:
         arguments.num_processes = config.get("num_processes") or torch.accelerator.device_count()
@@ -86,10 +74,8 @@ def _prepare_launch(name: str, options: list[str], argv: list[str], parser: "Trl
         )
     if on_cpu and arguments.num_processes > 1:
         # accelerate would start one process and not say so
-        raise ValueError(
-            f"accelerate does not start {arguments.num_processes} processes on CPUs. Use {torchrun} without "
-            "--accelerate_config."
-        )
+        started = f"{arguments.num_processes} processes on CPUs"
+        raise ValueError(f"accelerate does not start {started}. Use {torchrun} without --accelerate_config.")
 
     def launch() -> None:
         os.environ[_LAUNCHED] = "1"
@@ -111,15 +97,13 @@ def _prepare_run(
     if script_args.ignore_bias_buffers:
         raise ValueError("ignore_bias_buffers is TRL's option for old language models. Remove it.")
     model = resolve_model(model_args.model_name_or_path, args, model_args)
-    reward_funcs = named_rewards(script_args.reward_funcs)
     gold = script_args.eval_reward_funcs
-    eval_reward_funcs = named_rewards(gold, "eval_reward_funcs") if gold else None
-    train_dataset, eval_dataset = load_datasets(
-        script_args,
-        mixture_args,
-        bundled=model_args.model_name_or_path in BUNDLED_MODELS,
-        evaluate=args.eval_strategy != "no",
-    )
+    rewards = {
+        "reward_funcs": named_rewards(script_args.reward_funcs),
+        "eval_reward_funcs": named_rewards(gold, "eval_reward_funcs") if gold else None,
+    }
+    bundled, evaluate = model_args.model_name_or_path in BUNDLED_MODELS, args.eval_strategy != "no"
+    train_dataset, eval_dataset = load_datasets(script_args, mixture_args, bundled=bundled, evaluate=evaluate)
     resume = args.resume_from_checkpoint
     if str(resume).lower() in ("true", "last"):
         resume = last_complete_checkpoint(args.output_dir)
@@ -128,54 +112,38 @@ def _prepare_run(
             f"resume_from_checkpoint is {resume!r}, which is no complete checkpoint. Give one, or `true` for the last "
             "complete one in output_dir."
         )
-    trainer = FlowGRPOTrainer(
-        model=model,
-        reward_funcs=reward_funcs,
-        args=args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        peft_config=get_peft_config(model_args),
-        eval_reward_funcs=eval_reward_funcs,
-    )
+    datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+    trainer = FlowGRPOTrainer(model, args=args, **rewards, **datasets, peft_config=get_peft_config(model_args))
     return lambda: _run(trainer, resume, script_args.dataset_name)
 
 
 def _run(trainer: "FlowGRPOTrainer", resume: str | None, dataset_name: str | None) -> None:
-    args = trainer.args
+    from trl_flow.trainer.run_state import last_complete_checkpoint
+
+    folder = trainer.args.output_dir
     try:
         trainer.train(resume_from_checkpoint=resume)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(_where_to_go_on(args.output_dir)) from None
-    trainer.save_model(args.output_dir, _internal_call=True)  # the push below is the only one
-    trainer.accelerator.print(f"Saved to {args.output_dir}.")
-    if args.push_to_hub:
+        try:
+            last = last_complete_checkpoint(folder)
+            go_on = "Go on from it with the same command and --resume_from_checkpoint true."
+            where = f"The last checkpoint is {last}. {go_on}"
+        except ValueError:
+            where = f"No checkpoint had been written to {folder} (save_steps says how often that happens)."
+        raise KeyboardInterrupt(where) from None
+    trainer.save_model(folder, _internal_call=True)  # the push below is the only one
+    trainer.accelerator.print(f"Saved to {folder}.")
+    if trainer.args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
         trainer.accelerator.print(f"Pushed to {trainer.hub_model_id}.")
-
-
-def _where_to_go_on(output_dir: str) -> str:
-    from trl_flow.trainer.run_state import last_complete_checkpoint
-
-    try:
-        last = last_complete_checkpoint(output_dir)
-    except ValueError:
-        return f"No checkpoint had been written to {output_dir} (save_steps says how often that happens)."
-    return f"The last checkpoint is {last}. Go on from it with the same command and --resume_from_checkpoint true."
 
 
 def load_datasets(
     script_args: "FlowScriptArguments", mixture_args: "DatasetMixtureConfig", *, bundled: bool, evaluate: bool
 ) -> tuple["Dataset", "Dataset | None"]:
     """
-    The prompts to train on and, when they are asked for, those to evaluate on.
-
-    Args:
-        script_args, mixture_args: which data, and which splits of it.
-        bundled (`bool`): whether the bundled world's prompts are meant where no data are named.
-        evaluate (`bool`): whether prompts to evaluate on are needed.
-
-    Raises:
-        ValueError: if data or a split are missing, or cannot be read.
+    The prompts to train on and, with `evaluate`, those to evaluate on; those of the bundled world where no data are
+    named and the model is the bundled one.
     """
     from trl import get_dataset
 
@@ -184,8 +152,7 @@ def load_datasets(
 
     if script_args.dataset_streaming or mixture_args.streaming:
         raise ValueError("streaming data sets are not supported: groups are built by row numbers. Remove the option.")
-    name = script_args.dataset_name
-    splits = None
+    name, splits = script_args.dataset_name, None
     if mixture_args.datasets:
         splits = get_dataset(mixture_args)
     elif name is None and bundled:
@@ -198,18 +165,16 @@ def load_datasets(
 
     def load(split: str, wanted: str, remedy: str) -> "Dataset":
         try:
-            if splits is None:
-                column = script_args.prompt_column
-                return load_prompts(name, split, config=script_args.dataset_config, prompt_column=column)
-            if split not in splits:
-                raise UnknownSplitError("dataset", split, tuple(splits))
-            return splits[split]
+            if splits is not None:
+                if split not in splits:
+                    raise UnknownSplitError("dataset", split, tuple(splits))
+                return splits[split]
+            options = {"config": script_args.dataset_config, "prompt_column": script_args.prompt_column}
+            return load_prompts(name, split, **options)
         except UnknownSplitError as error:
             only = ", ".join(error.splits)
             raise ValueError(f"{wanted} has no split {split!r}, only {only}: set {remedy}.") from error
 
     train = load(script_args.dataset_train_split, "the data set", "dataset_train_split")
-    if not evaluate:
-        return train, None
-    wanted = "eval_strategy asks for evaluations, but the data set"
-    return train, load(script_args.dataset_test_split, wanted, "dataset_test_split, or eval_strategy no")
+    wanted, remedy = "eval_strategy asks for evaluations, but the data set", "dataset_test_split, or eval_strategy no"
+    return train, (load(script_args.dataset_test_split, wanted, remedy) if evaluate else None)

@@ -59,12 +59,8 @@ class _FusedAttention(torch.autograd.Function):
 
 
 class GPUKernels(TorchFunctionMode):
-    """
-    Autocast to `half` as on a GPU (`None`: no autocast), and fused attention.
-
-    Matrix products run in `half`, norms and softmax in float32. Casts of trained weights are kept, as autocast does,
-    until `forget` is called.
-    """
+    """Autocast to `half` as on a GPU (`None`: no autocast), and fused attention. Matrix products run in `half`, norms
+    and softmax in float32. Casts of trained weights are kept, as autocast does, until `forget` is called."""
 
     LOWER = frozenset(
         {F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d, torch.matmul, torch.Tensor.matmul}
@@ -110,14 +106,8 @@ def checkpoint(module: torch.nn.Module, *args: Any, half: torch.dtype | None) ->
 
 
 def peak_bytes(run: Callable[[GPUKernels], None], modules: Iterable[torch.nn.Module], half: torch.dtype | None) -> int:
-    """
-    The most that `run` has in memory at once beside the weights, in bytes.
-
-    Args:
-        run (`Callable`): forward and backward passes of meta modules; gets the mode that it runs under.
-        modules (`Iterable[torch.nn.Module]`): whose parameters, buffers and gradients are there already.
-        half (`torch.dtype`, *optional*): dtype of autocast.
-    """
+    """The most that `run`, forward and backward passes of `modules`, has in memory at once besides their parameters,
+    buffers and gradients, in bytes. It gets the mode that it runs under, with autocast to `half`."""
     existing = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     existing += [tensor.grad for tensor in existing if tensor.grad is not None]
     kernels = GPUKernels(half)
