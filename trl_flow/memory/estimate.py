@@ -255,18 +255,18 @@ def _dry_runs(
     model: str | Path | Backbone, backbone: Backbone, policy: torch.nn.Module, plan: Plan
 ) -> tuple[int, int]:
     """The peaks of a forward without gradients and of one with a backward pass."""
-    batch = plan.args.per_device_train_batch_size
+    batch, guided = plan.args.per_device_train_batch_size, backbone.uses_guidance(plan.args.guidance_scale)
 
     def condition() -> dict[str, torch.Tensor]:
         shapes = backbone.condition_shapes().items()
         return {name: torch.empty(batch, *shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes}
 
     def run(kernels: GPUKernels, backward: bool) -> None:
-        negative = condition() if backbone.uses_guidance(plan.args.guidance_scale) else None
+        positive, negative = condition(), condition() if guided else None
         latents = torch.empty(batch, *backbone.latent_shape(), device="meta")
         timestep = torch.empty((), device="meta")
         with torch.set_grad_enabled(backward):
-            prediction = backbone.guided_prediction(policy, latents, timestep, condition(), negative, 2.0)
+            prediction = backbone.guided_prediction(policy, latents, timestep, positive, negative, 2.0)
             kernels.forget()
             if backward:
                 prediction.square().mean().backward()
