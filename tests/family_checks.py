@@ -14,7 +14,8 @@ from tiny_training import PROMPTS, distance, prompts, tiny_trainer, trained_weig
 
 from trl_flow import FlowGRPOConfig, FlowGRPOTrainer
 from trl_flow.backbones import Backbone, get_backbone
-from trl_flow.rollout import Dynamics, draw_noise, rollout, sample_generator
+from trl_flow.dynamics import make_dynamics
+from trl_flow.rollout import StepPlan, draw_noise, rollout, sample_generator
 from trl_flow.sharing import create_model_card, save_lora
 
 
@@ -97,18 +98,14 @@ def ode_latents(
 ) -> torch.Tensor:
     """Final latents of the rollout without noise, as evaluation runs it."""
     guided = backbone.uses_guidance(guidance_scale)
-    return rollout(
-        backbone,
-        backbone.model,
-        Dynamics(backbone.schedule(STEPS), sde_type="flow", noise_level=0.7),
-        conditions(backbone, texts, images),
-        conditions(backbone, [negative_prompt] * len(texts), images) if guided else None,
-        guidance_scale=guidance_scale,
-        initial_noise=initial_noise(backbone, len(texts)),
-        generators=[],
-        stochastic_steps=[],
-        trained_steps=[],
-    ).final
+    condition = conditions(backbone, texts, images)
+    negative = conditions(backbone, [negative_prompt] * len(texts), images) if guided else None
+
+    def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return backbone.guided_prediction(backbone.model, latents, timestep, condition, negative, guidance_scale)
+
+    dynamics = make_dynamics(backbone.schedule(STEPS), sde_type="flow", noise_level=0.7)
+    return rollout(predict, dynamics, initial_noise(backbone, len(texts)), StepPlan()).final
 
 
 @torch.no_grad()

@@ -14,7 +14,6 @@ from tiny_qwen import tiny_qwen_edit_pipeline
 from tiny_training import warnings_of
 
 from trl_flow.backbones import QwenImageEditBackbone, QwenImageEditPlusBackbone, get_backbone
-from trl_flow.rollout import Dynamics, rollout
 
 
 PROMPTS = ["a red circle", "two"]
@@ -31,14 +30,16 @@ def no_grad():
         yield
 
 
-def picture(index: int, width: int, height: int) -> Image.Image:
+def random_image(index: int, width: int, height: int) -> Image.Image:
     pixels = np.random.default_rng(index).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
-def pictures(backbone) -> list[Image.Image]:
+def images_of(backbone) -> list[Image.Image]:
     """One for each prompt, of other sizes than what is drawn and of its aspect ratio."""
-    return [picture(i, backbone.width * factor // 4, backbone.height * factor // 4) for i, factor in enumerate((3, 5))]
+    return [
+        random_image(i, backbone.width * factor // 4, backbone.height * factor // 4) for i, factor in enumerate((3, 5))
+    ]
 
 
 def make_backbone(cls, max_sequence_length=TOKENS, size=SIZE, **transformer_config) -> QwenImageEditBackbone:
@@ -47,12 +48,12 @@ def make_backbone(cls, max_sequence_length=TOKENS, size=SIZE, **transformer_conf
 
 
 def evaluated(backbone, guidance_scale: float, negative_prompt: str = "") -> torch.Tensor:
-    return ode_latents(backbone, guidance_scale, PROMPTS, negative_prompt, pictures(backbone))
+    return ode_latents(backbone, guidance_scale, PROMPTS, negative_prompt, images_of(backbone))
 
 
 def drawn_by_the_pipeline(backbone, guidance_scale: float, output_type: str, negative_prompt: str = ""):
     # One after another: Plus takes no more at once, and its elder's batches show the text encoder other sizes
-    rows = zip(PROMPTS, pictures(backbone), initial_noise(backbone, len(PROMPTS)).split(1), strict=True)
+    rows = zip(PROMPTS, images_of(backbone), initial_noise(backbone, len(PROMPTS)).split(1), strict=True)
     return (
         backbone.pipeline(
             image,
@@ -81,14 +82,9 @@ def test_images_of_several_sizes_are_edited_as_in_the_pipeline(cls, small_input_
 
 def test_an_input_image_of_a_megapixel():
     backbone = make_backbone(QwenImageEditPipeline)
-    condition = backbone.encode_prompt(PROMPTS[0], pictures(backbone)[0])
+    condition = backbone.encode_prompt(PROMPTS[0], images_of(backbone)[0])
     assert condition["image_latents"].shape == (1, (1024 // 32) ** 2, 16)
-    steps = Dynamics(backbone.schedule(STEPS), sde_type="flow", noise_level=0.7)
-    steps_of = {"generators": [], "stochastic_steps": [], "trained_steps": []}
-    x = initial_noise(backbone, len(PROMPTS))[:1]
-    final = rollout(
-        backbone, backbone.model, steps, condition, None, guidance_scale=1.0, initial_noise=x, **steps_of
-    ).final
+    final = ode_latents(backbone, 1.0, PROMPTS[:1], images=images_of(backbone)[:1])
     expected = next(iter(drawn_by_the_pipeline(backbone, 1.0, "latent")))
     torch.testing.assert_close(final[0], expected, rtol=0, atol=1e-5)
 
@@ -105,7 +101,7 @@ def test_a_transformer_that_takes_the_input_image_for_finished(small_input_image
 @each_pipeline
 def test_the_image_matters_to_the_text_encoder_and_beside_the_latents(cls, small_input_images):
     backbone = make_backbone(cls)
-    one, other = (backbone.encode_prompt("two", picture(i, 64, 64)) for i in range(2))
+    one, other = (backbone.encode_prompt("two", random_image(i, 64, 64)) for i in range(2))
     assert (one["encoder_hidden_states"] - other["encoder_hidden_states"]).abs().max() > 1e-3
     x, timestep = initial_noise(backbone, len(PROMPTS))[:1], torch.tensor(500.0)
     velocity = backbone.guided_prediction(backbone.model, x, timestep, one)
@@ -116,8 +112,8 @@ def test_the_image_matters_to_the_text_encoder_and_beside_the_latents(cls, small
 @each_pipeline
 def test_conditions_do_not_depend_on_the_prompts_length_nor_the_images_size(cls, small_input_images):
     backbone = make_backbone(cls)
-    one = backbone.encode_prompt("", picture(0, 64, 64))
-    other = backbone.encode_prompt("x" * TOKENS, picture(0, 200, 200))
+    one = backbone.encode_prompt("", random_image(0, 64, 64))
+    other = backbone.encode_prompt("x" * TOKENS, random_image(0, 200, 200))
     assert {key: value.shape for key, value in one.items()} == {key: value.shape for key, value in other.items()}
     # The longest prompt fills its place, the empty one leaves as much as it is long
     assert other["encoder_hidden_states_mask"].all()
@@ -125,7 +121,7 @@ def test_conditions_do_not_depend_on_the_prompts_length_nor_the_images_size(cls,
 
 
 def test_a_prompt_that_is_too_long_is_cut_with_a_warning(small_input_images):
-    backbone, image = make_backbone(QwenImageEditPipeline), picture(0, 64, 64)
+    backbone, image = make_backbone(QwenImageEditPipeline), random_image(0, 64, 64)
     long = "x" * (TOKENS + 3)
     with warnings_of("trl_flow") as messages:
         condition = backbone.encode_prompt(long, image)
@@ -144,7 +140,7 @@ def test_an_image_of_another_shape_is_refused(cls):
     ):
         backbone.check_image_size(64, 96)
     with pytest.raises(ValueError, match="64 pixels high"):
-        backbone.encode_prompt("two", picture(0, 96, 64))
+        backbone.encode_prompt("two", random_image(0, 96, 64))
 
 
 def test_an_image_that_only_the_text_encoder_would_see_at_another_size_is_refused():
@@ -162,7 +158,7 @@ def test_an_image_that_only_the_text_encoder_would_see_at_another_size_is_refuse
 
 def test_a_vae_of_another_dtype_than_the_text_encoders(small_input_images):
     # As the trainer loads them for half precision; the pipeline's own call would fail
-    backbone, image = make_backbone(QwenImageEditPipeline), picture(0, 64, 64)
+    backbone, image = make_backbone(QwenImageEditPipeline), random_image(0, 64, 64)
     whole = backbone.encode_prompt("two", image)
     backbone.pipeline.text_encoder.to(torch.bfloat16)
     half = backbone.encode_prompt("two", image)

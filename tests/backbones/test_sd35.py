@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_sd35 import MODELS, tiny_sd35_pipeline
 
 from trl_flow.backbones import StableDiffusion3Backbone, get_backbone
-from trl_flow.rollout import Dynamics
+from trl_flow.dynamics import make_dynamics
 
 
 each_model = pytest.mark.parametrize("name", MODELS)
@@ -47,8 +47,9 @@ def test_the_full_size_draws_what_the_papers_draw(name):
     expected = torch.cat([3 * spaced / (1 + 2 * spaced), torch.zeros(1)]).float()
     torch.testing.assert_close(schedule.sigmas, expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(schedule.timesteps, 1000 * expected[:-1], rtol=0, atol=1e-3)
-    assert Dynamics(schedule, "flow", 0.7).stochastic_steps == list(range(10))
-    assert Dynamics(schedule, "cps", 0.7).stochastic_steps == list(range(9))
+    for sde_type, steps in (("flow", 10), ("cps", 9)):
+        dynamics = make_dynamics(schedule, sde_type=sde_type, noise_level=0.7)
+        assert dynamics.stochastic_steps == list(range(steps))
 
 
 @pytest.mark.parametrize(("name", "largest"), [("medium", 6144), ("large", 3072)])

@@ -311,7 +311,7 @@ def test_a_window_keeps_clear_of_a_last_step_without_noise(tmp_path):
     pipeline = tiny_sd_pipeline()
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, set_alpha_to_one=True)
     trainer = tiny_trainer(tmp_path, pipeline=pipeline, sde_window_size=1, **SIZE)
-    windows = {tuple(trainer._choose_steps(generation)[0]) for generation in range(40)}
+    windows = {trainer.algorithm.plan(generation).stochastic for generation in range(40)}
     assert windows == {(0,), (1,)}
 
 

@@ -10,7 +10,7 @@ from trl_flow.prompts import PROMPT_SETS, load_prompts, read_prompts
 
 
 def collect(rows: list[dict]):
-    """A reward function that notes what it is given for each picture."""
+    """A reward function that notes what it is given for each image."""
 
     def note(prompts, images, tag, include, exclude, **kwargs):
         for prompt, *columns in zip(prompts, tag, include, exclude, strict=True):

@@ -58,7 +58,7 @@ SCENARIOS = {
     "several rewards": {"reward_funcs": [redness], "multi_objective_aggregation": "normalize_then_sum"},
     "adapted power": {"advantage_power": "auto", "target_kl": 1e-3, "max_steps": 3},
     "all weights": {"lora": None, "learning_rate": 0.01},
-    # each prompt's three pictures are split over the processes
+    # each prompt's three images are split over the processes
     "gold": {"eval_reward_funcs": [darkness], "num_generations_eval": 3},
 }
 
@@ -84,7 +84,7 @@ def run(folder: str, name: str) -> tuple[dict[str, torch.Tensor], dict]:
         os.path.join(folder, name),
         per_device_train_batch_size=batch // WORLD_SIZE,
         reward_funcs=[reward, *others],
-        eval_dataset=prompts(3),  # which two processes can not share evenly
+        eval_dataset=prompts(3),  # which two processes cannot share evenly
         eval_strategy="steps",
         eval_steps=1,
         **SGD | fields,

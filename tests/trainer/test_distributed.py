@@ -50,7 +50,7 @@ def test_two_processes_draw_and_score_what_one_does(name, two, one):
     ranks = records(two, name)
     for call, (expected_prompts, expected_rewards, _) in enumerate(expected["drawn"]):
         drawn_prompts, rewards = (sum((rank["drawn"][call][i] for rank in ranks), []) for i in (0, 1))
-        # In an evaluation of an odd number of pictures the second process draws one of them twice
+        # In an evaluation of an odd number of images the second process draws one of them twice
         assert drawn_prompts[: len(expected_prompts)] == expected_prompts
         assert len(drawn_prompts) == len(expected_prompts) + len(expected_prompts) % 2
         torch.testing.assert_close(rewards[: len(expected_rewards)], expected_rewards, rtol=0, atol=2e-5)
@@ -128,7 +128,7 @@ def test_the_middle_of_a_generation_batch_is_resumed_by_as_many_processes_only(t
         "rollouts-1.safetensors",
     }
     trainer = tiny_trainer(two / "resume", per_device_train_batch_size=4, steps_per_generation=2, max_steps=3)
-    with pytest.raises(ValueError, match="by 2 processes, and can not be resumed by 1"):
+    with pytest.raises(ValueError, match="by 2 processes, and cannot be resumed by 1"):
         trainer.train(resume_from_checkpoint=str(checkpoint))
 
 

@@ -92,7 +92,7 @@ def test_the_base_is_the_model_that_the_trainer_was_given(lora, tmp_path):
     assert trained["eval_gold/average"] == pytest.approx((1 - trained["eval_reward"]) / (1 - expected), abs=1e-4)
 
 
-def test_training_is_the_same_to_the_last_bit(tmp_path):
+def test_training_is_the_same_with_and_without_them(tmp_path):
     def noisy(prompts, images, **kwargs):
         random.random(), np.random.rand(), torch.rand(1)
         return darkness(prompts, images)
@@ -171,11 +171,11 @@ def test_the_average_of_the_weights_is_evaluated(tmp_path):
     trainer = gold_trainer(tmp_path, **fields)
     trainer.train()
     last = golds(trainer)[-1]["eval_gold/average"]
-    averages = trainer.ema.shadow_params
-    trainer.ema = None
+    averages = trainer.policy.ema.shadow_params
+    trainer.policy.ema = None
     assert trainer.evaluate()["eval_gold/average"] != last
     with torch.no_grad():
-        for parameter, average in zip(trainer._trained_parameters(), averages, strict=True):
+        for parameter, average in zip(trainer.policy.trained_parameters, averages, strict=True):
             parameter.copy_(average)
     assert trainer.evaluate()["eval_gold/average"] == last
 
@@ -205,7 +205,7 @@ def test_a_function_that_applies_to_nothing_is_named(tmp_path):
     with warnings_of("trl_flow") as warnings:
         trainer.train()
     (warning,) = [message for message in warnings if "gold function" in message]
-    assert "'absent' returned None for every picture" in warning
+    assert "'absent' returned None for every image" in warning
 
 
 def test_several_evaluation_sets(tmp_path):
@@ -230,12 +230,12 @@ def test_the_base_is_logged_once(tmp_path):
     assert golds(trainer)[0]["eval_gold/average"] == 1.0
 
 
-def test_the_pictures_of_the_base_are_shown(tmp_path):
+def test_the_images_of_the_base_are_shown(tmp_path):
     gold_trainer(tmp_path, log_images=True, max_steps=1).train()
     assert {path.name for path in (tmp_path / "images").glob("eval*")} == {"eval-000000.png", "eval-000001.png"}
 
 
-def test_a_function_that_is_optimised_may_be_watched_as_well(tmp_path):
+def test_a_function_that_is_optimized_may_be_watched_as_well(tmp_path):
     trainer = gold_trainer(tmp_path, eval_reward_funcs=brightness, max_steps=1)
     trainer.train()
     last = golds(trainer)[-1]
@@ -291,7 +291,7 @@ def test_columns_of_the_evaluation_set_are_enough(tmp_path):
     assert golds(trainer)[-1]["eval_gold/offset"] == 2.5
 
 
-def test_a_base_that_can_not_be_divided_by_ends_the_run_before_its_first_update(tmp_path):
+def test_a_base_that_cannot_be_divided_by_ends_the_run_before_its_first_update(tmp_path):
     def negative(prompts, images, **kwargs):
         return [-value for value in brightness(prompts, images)]
 
@@ -324,6 +324,6 @@ def test_the_state_is_json_without_nan(tmp_path):
     def refuse(name):
         raise AssertionError(name)
 
-    state = json.loads((tmp_path / "checkpoint-1" / "flow_grpo_state.json").read_text(), parse_constant=refuse)
-    ((key, base),) = state["base_scores"].items()
+    state = json.loads((tmp_path / "checkpoint-1" / "run_state.json").read_text(), parse_constant=refuse)
+    ((key, base),) = state["parts"]["evaluator"]["base_scores"].items()
     assert base["gold"] == {"cats_only": [1.0, None, None]}

@@ -81,13 +81,15 @@ def test_a_failure_in_the_background_is_logged_and_stops_nothing(hub_server, tmp
 def test_the_card_shows_the_curve_the_latest_grid_and_the_rewards(tmp_path):
     own = publisher(tmp_path / "run", noise_level=0.6)
     (tmp_path / "run" / "images").mkdir(parents=True)
-    for step in (2, 1):
-        (tmp_path / "run" / "images" / f"step-{step}.png").write_bytes(b"")
-        os.utime(tmp_path / "run" / "images" / f"step-{step}.png", (step, step))
+    # The name that comes last is not the latest
+    for age, name in enumerate(("step-2.png", "step-3.png", "step-1.png")):
+        path = tmp_path / "run" / "images" / name
+        path.write_bytes(b"")
+        os.utime(path, (1000 - age, 1000 - age))
     logs = [{"step": step, "reward": step / 10, "rewards/brightness/mean": step / 10} for step in (1, 2)]
     own.write_card(own.backbone.model, logs, None, model_name="The painter", tags="painting")
     card = (tmp_path / "run" / "README.md").read_text()
     assert "# The painter" in card and "- painting" in card and "`brightness`" in card
     assert "A fine-tuned painter" in card and "| noise\\_level | 0.6 |" in card
     assert "(rewards.png)" in card and (tmp_path / "run" / "rewards.png").is_file()
-    assert "(images/step-2.png)" in card and "step-1.png" not in card
+    assert "(images/step-2.png)" in card and "step-1.png" not in card and "step-3.png" not in card

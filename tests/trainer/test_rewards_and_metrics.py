@@ -296,7 +296,7 @@ def test_the_prompt_caches_memory_is_bounded():
 # ---- Pictures ----
 
 
-def test_a_grid_of_pictures_at_each_log(tmp_path):
+def test_a_grid_of_images_at_each_log(tmp_path):
     trainer = trained(tmp_path, log_images=True, max_steps=4, logging_steps=2, eval_dataset=prompts(2))
     trainer.evaluate()
     names = sorted(path.name for path in (tmp_path / "images").iterdir())
@@ -364,7 +364,7 @@ def test_evaluation_by_hand(tmp_path):
     assert metrics["eval_rewards/brightness/mean"] == metrics["eval_reward"]
 
 
-def test_several_pictures_and_several_data_sets(tmp_path):
+def test_several_images_and_several_data_sets(tmp_path):
     seen = []
 
     def reward(prompts, images, **kwargs):
@@ -376,7 +376,7 @@ def test_several_pictures_and_several_data_sets(tmp_path):
     metrics = trainer.evaluate()
     assert seen == [["a cat", "a cat", "two dogs", "two dogs"], ["a moth", "a moth"]]
     assert {"eval_seen_reward", "eval_held_out_reward"} <= metrics.keys()
-    # two pictures of one prompt are two pictures
+    # two images of one prompt are two images
     assert metrics["eval_held_out_reward_std"] > 0
 
 

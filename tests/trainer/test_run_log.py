@@ -59,13 +59,13 @@ def test_what_is_not_finite_is_null(tmp_path):
     assert (entry["odd"], entry["endless"]) == (None, None)
 
 
-def test_a_log_that_can_not_be_written_stops_nothing(tmp_path):
+def test_a_log_that_cannot_be_written_stops_nothing(tmp_path):
     (tmp_path / "log_history.jsonl").mkdir()
     trainer = tiny_trainer(tmp_path, max_steps=2)
     with warnings_of("trl_flow.trainer.callbacks") as messages:
         trainer.train()
     assert trainer.state.global_step == 2
-    assert len(messages) == 1 and "log_history.jsonl can not be written" in messages[0]
+    assert len(messages) == 1 and "log_history.jsonl cannot be written" in messages[0]
 
 
 @pytest.mark.parametrize("fields, ratios", [({"num_iterations": 2}, True), ({"num_iterations": 1}, False)])

@@ -206,10 +206,10 @@ def _load_lora(pipeline: DiffusionPipeline, adapter: Adapter) -> None:
     state = state[0] if isinstance(state, tuple) else state
     expected = sum(key.endswith(_DOWN_PROJECTION) for key in state)
     pipeline.load_lora_weights(adapter.path, **options)
-    # diffusers leaves out what has no place in the model, and only logs it
+    # diffusers leaves out what does not belong to the model, and only logs it
     found = len(list(_lora_layers(pipeline)))
     if found == 0 or found < expected:
-        raise ValueError(f"{found} of its {expected} layers have a place in the model")
+        raise ValueError(f"{found} of its {expected} layers belong to the model")
 
 
 def _lora_layers(pipeline: DiffusionPipeline) -> Iterator[tuple[str, LoraLayer]]:

@@ -66,7 +66,7 @@ def read_log_history(run: Run) -> LogHistory:
 def _newest_log(folder: Path) -> Path:
     checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.rsplit("-", 1)[1].isdigit()]
     checkpoints.sort(key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
-    for path in [folder / LOG_NAME, *(place / _STATE_NAME for place in [folder, *checkpoints])]:
+    for path in [folder / LOG_NAME, *(parent / _STATE_NAME for parent in [folder, *checkpoints])]:
         if path.is_file():
             return path
     raise ValueError(

@@ -7,7 +7,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -68,10 +68,12 @@ class Scores:
         rewards (`torch.Tensor`): `(N, K)` for `N` samples and `K` reward functions, float32 on the CPU, NaN where a
             function does not apply or was not asked.
         logs ([`RewardLogs`]): what the functions logged.
+        values (`dict[int, list[float]]`): what each function that was asked returned, by its index, to the last digit.
     """
 
     rewards: torch.Tensor
     logs: RewardLogs
+    values: dict[int, list[float]] = field(default_factory=dict)
 
 
 class RewardScorer:
@@ -135,30 +137,8 @@ class RewardScorer:
             RewardError: if a function raises, does not answer in time, or returns anything but one finite number or
                 None per sample. Async functions that have not ended by then are cancelled.
         """
-        collected, logs = RewardLogs(), RewardLogs()
-        rewards = torch.full((len(prompts), len(self.reward_funcs)), torch.nan)
-        returned = self.call(prompts, images, columns, trainer_state=trainer_state, only=only, logs=collected)
-        for i, values in returned.items():
-            rewards[:, i] = torch.tensor(values, dtype=torch.float32)
-        logs.add(collected, 0, len(prompts))
-        return Scores(rewards, logs)
-
-    def call(
-        self,
-        prompts: list[str],
-        images: list[Image.Image],
-        columns: dict[str, list],
-        *,
-        trainer_state: Any = None,
-        only: Sequence[int] | None = None,
-        logs: RewardLogs | None = None,
-    ) -> dict[int, list[float]]:
-        """
-        What each function that was asked returned, by its index: one float per sample, NaN where it does not apply, to
-        the last digit. Arguments and errors as for [`score`].
-        """
         chosen = range(len(self.reward_funcs)) if only is None else only
-        logs = logs or RewardLogs()
+        collected, logs = RewardLogs(), RewardLogs()
 
         def arguments() -> dict[str, Any]:
             return {
@@ -166,12 +146,12 @@ class RewardScorer:
                 "images": [image.copy() for image in images],
                 **{name: list(values) for name, values in columns.items()},
                 "trainer_state": trainer_state,
-                "log_metric": logs.log_metric,
-                "log_extra": logs.log_extra,
+                "log_metric": collected.log_metric,
+                "log_extra": collected.log_extra,
             }
 
         started: dict[int, Future] = {}
-        returned: dict[int, list[float]] = {}
+        values: dict[int, list[float]] = {}
         try:
             for i in chosen:
                 if is_async(self.reward_funcs[i]):
@@ -179,23 +159,27 @@ class RewardScorer:
             for i in chosen:
                 if i not in started:
                     result = _run_sync(self.reward_funcs[i], self.names[i], arguments(), self.timeout)
-                    returned[i] = check_rewards(result, self.names[i], prompts)
-            self._finish_async(started, returned, prompts)
+                    values[i] = check_rewards(result, self.names[i], prompts)
+            self._finish_async(started, values, prompts)
         finally:
             for future in started.values():
                 future.cancel()
-        return returned
+        rewards = torch.full((len(prompts), len(self.reward_funcs)), torch.nan)
+        for i, by_sample in values.items():
+            rewards[:, i] = torch.tensor(by_sample, dtype=torch.float32)
+        logs.add(collected, 0, len(prompts))
+        return Scores(rewards, logs, values)
 
     def session(self, *, background: bool, trainer_state: Any = None) -> "ScoringSession":
         """Scores samples part by part: see [`ScoringSession`]."""
         return ScoringSession(self, background=background, trainer_state=trainer_state)
 
-    def _finish_async(self, started: dict[int, Future], returned: dict[int, list[float]], prompts: list[str]) -> None:
+    def _finish_async(self, started: dict[int, Future], values: dict[int, list[float]], prompts: list[str]) -> None:
         ended, running = wait(started.values(), self.timeout, return_when=FIRST_EXCEPTION)
         # What failed is reported before what is late, for it may be the reason
         for i, future in started.items():
             if future in ended:
-                returned[i] = check_rewards(future.result(), self.names[i], prompts)
+                values[i] = check_rewards(future.result(), self.names[i], prompts)
         if running:
             # One of them may be blocking the loop for good, so the next call is given another
             _event_loop.cache_clear()

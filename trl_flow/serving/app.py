@@ -256,7 +256,7 @@ class _Service:
             index, started = self.scorer.names.index(name), time.perf_counter()
             try:
                 with torch.no_grad():
-                    values = self.scorer.call(prompts, images, columns, only=[index])[index]
+                    values = self.scorer.score(prompts, images, columns, only=[index]).values[index]
             except BaseException as error:
                 self.metrics.errors.labels(name).inc()
                 if isinstance(error, RewardError):

@@ -84,7 +84,8 @@ class RunState:
     def rewind(self) -> None:
         """To the end of the last update, where the weights are, when sampling or a reward has failed after it."""
         self.generation, self._position = self._last_update
-        self.micro_batches = None
+        if self._position == 0:  # in the middle of a phase, an evaluation has failed: its samples are at hand
+            self.micro_batches = None
 
     # ---- Saving ----
 

@@ -1,4 +1,4 @@
-"""Embeddings kept on disk: training is the same to the last bit, and the text encoders are off the device."""
+"""Embeddings kept on disk: training is the same, and the text encoders are off the device."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from tiny_training import PROMPTS, assert_equal, prompts, tiny_config, tiny_trai
 
 from trl_flow.backbones import StableDiffusion3Backbone
 from trl_flow.trainer.prompt_cache import PromptCache
-from trl_flow.trainer.prompt_files import PromptFiles, default_folder, encoding_fingerprint
+from trl_flow.trainer.prompt_embed_store import PromptEmbedStore, default_folder, encoding_fingerprint
 
 
 def backbone(pipeline=None, **settings) -> StableDiffusion3Backbone:
@@ -44,7 +44,7 @@ def encoded(monkeypatch) -> list[str]:
 # ---- Training ----
 
 
-def test_training_is_the_same_to_the_last_bit(tmp_path, encoded):
+def test_training_is_the_same(tmp_path, encoded):
     expected = train(tmp_path / "a")
     fields = {"precompute_prompt_embeds": True, "prompt_embeds_dir": str(tmp_path / "embeds")}
     encoded.clear()
@@ -94,10 +94,10 @@ def test_a_folder_without_a_use_is_refused(tmp_path):
         tiny_config(tmp_path, prompt_embeds_dir="x")
 
 
-def test_a_folder_that_can_not_be_made(tmp_path):
+def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     fields = {"precompute_prompt_embeds": True, "prompt_embeds_dir": str(tmp_path / "file")}
-    with pytest.raises(ValueError, match="prompt_embeds_dir '.*file' can not be written to"):
+    with pytest.raises(ValueError, match="prompt_embeds_dir '.*file' cannot be written to"):
         tiny_trainer(tmp_path / "run", **fields)
 
 
@@ -116,7 +116,7 @@ def test_a_disk_on_which_they_do_not_fit(tmp_path, monkeypatch):
 def test_encoders_are_on_the_device_only_while_they_are_needed(tmp_path, monkeypatch):
     places = []
     monkeypatch.setattr(PromptCache, "_move_encoders", lambda self, device: places.append(device.type))
-    cache = PromptCache(backbone(), files=PromptFiles(tmp_path, "a"))
+    cache = PromptCache(backbone(), store=PromptEmbedStore(tmp_path, "a"))
     # The "device" is the CPU here: what is seen is that they are called for once, and sent away again
     assert places == ["cpu"]
     cache.write(lambda: [("x", None), ("y", None), ("x", None)])
@@ -136,7 +136,7 @@ def test_they_are_moved_there_and_back():
     assert pipeline.vae.device.type == pipeline.transformer.device.type == "cpu"
 
 
-def test_quantised_encoders_stay_where_they_are():
+def test_quantized_encoders_stay_where_they_are():
     pipeline = tiny_sd3_pipeline()
     pipeline.text_encoder_3.is_quantized = True  # as loading does
     PromptCache(backbone(pipeline))._move_encoders(torch.device("meta"))
@@ -145,7 +145,7 @@ def test_quantised_encoders_stay_where_they_are():
 
 def test_each_process_writes_its_share(tmp_path, encoded):
     pairs = [(text, None) for text in "abcade"]
-    caches = [PromptCache(backbone(), files=PromptFiles(tmp_path, "a")) for _ in range(2)]
+    caches = [PromptCache(backbone(), store=PromptEmbedStore(tmp_path, "a")) for _ in range(2)]
     caches[0].write(lambda: pairs, rank=0, num_processes=2)
     assert encoded == ["a", "c", "e"]
     caches[1].write(lambda: pairs, rank=1, num_processes=2)
@@ -153,22 +153,22 @@ def test_each_process_writes_its_share(tmp_path, encoded):
 
 
 def test_conditions_come_back_as_they_were(tmp_path):
-    files = PromptFiles(tmp_path, "a")
+    store = PromptEmbedStore(tmp_path, "a")
     condition = {
         "a": torch.randn(1, 3, 5, dtype=torch.bfloat16),
         "mask": torch.tensor([[True, False]]),
         "transposed": torch.randn(4, 3).T,
     }
-    files.save("a “prompt”\n", None, condition)
-    loaded = files.load("a “prompt”\n", None)
+    store.save("a “prompt”\n", None, condition)
+    loaded = store.load("a “prompt”\n", None)
     assert loaded.keys() == condition.keys()
     assert all(torch.equal(loaded[name], condition[name]) for name in condition)
     assert all(loaded[name].dtype == condition[name].dtype for name in condition)
-    assert files.load("another", None) is None
-    assert files.load("a “prompt”\n", "of a picture") is None
+    assert store.load("another", None) is None
+    assert store.load("a “prompt”\n", "of an image") is None
 
 
-def test_pictures_are_part_of_the_key(tmp_path):
+def test_images_are_part_of_the_key(tmp_path):
     class Editing(StableDiffusion3Backbone):
         takes_image = True
 
@@ -177,7 +177,7 @@ def test_pictures_are_part_of_the_key(tmp_path):
             return super().encode_prompt(prompt) | {"brightness": brightness}
 
     cache = PromptCache(
-        Editing(tiny_sd3_pipeline(), height=16, width=16, max_sequence_length=16), files=PromptFiles(tmp_path, "a")
+        Editing(tiny_sd3_pipeline(), height=16, width=16, max_sequence_length=16), store=PromptEmbedStore(tmp_path, "a")
     )
     images = [Image.new("RGB", (4, 4), (value, 0, 0)) for value in (7, 9, 7)]
     cache.write(lambda: [("same", image) for image in images])
@@ -187,8 +187,8 @@ def test_pictures_are_part_of_the_key(tmp_path):
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text"])
 def test_damaged_files_are_encoded_anew(tmp_path, encoded, damage):
-    files = PromptFiles(tmp_path, "a")
-    expected = PromptCache(backbone(), files=files)(["x"])
+    store = PromptEmbedStore(tmp_path, "a")
+    expected = PromptCache(backbone(), store=store)(["x"])
     (path,) = files_in(tmp_path)
     content = path.read_bytes()
     path.write_bytes(
@@ -201,31 +201,31 @@ def test_damaged_files_are_encoded_anew(tmp_path, encoded, damage):
     )
     encoded.clear()
     with warnings_of("trl_flow") as messages:
-        found = PromptCache(backbone(), files=files)(["x"])
+        found = PromptCache(backbone(), store=store)(["x"])
     assert encoded == ["x"] and "is damaged" in messages[0]
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert files.load("x", None) is not None  # mended
+    assert store.load("x", None) is not None  # written again
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    files = PromptFiles(tmp_path, "a")
+    store = PromptEmbedStore(tmp_path, "a")
 
     def full(*args):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="could not be written to .*No space left on device.*prompt_embeds_dir"):
-        files.save("x", None, {"a": torch.zeros(1)})
+        store.save("x", None, {"a": torch.zeros(1)})
     assert files_in(tmp_path) == []
 
 
 WRITER = """
 import sys, torch
-from trl_flow.trainer.prompt_files import PromptFiles
-files = PromptFiles(sys.argv[1], "a")
+from trl_flow.trainer.prompt_embed_store import PromptEmbedStore
+store = PromptEmbedStore(sys.argv[1], "a")
 for turn in range(60):
     for i in range(4):
-        files.save(str(i), None, {"a": torch.full((2000,), float(i))})
+        store.save(str(i), None, {"a": torch.full((2000,), float(i))})
 """
 
 
@@ -233,12 +233,12 @@ def test_readers_see_whole_files_while_others_write_them(tmp_path):
     """Two processes write the same files again and again; every read in between finds a whole one."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, tmp_path], env=environment) for _ in range(2)]
-    files = PromptFiles(tmp_path, "a")
+    store = PromptEmbedStore(tmp_path, "a")
     reads = 0
     with warnings_of("trl_flow") as messages:
         while any(writer.poll() is None for writer in writers):
             for i in range(4):
-                if (condition := files.load(str(i), None)) is not None:
+                if (condition := store.load(str(i), None)) is not None:
                     reads += 1
                     assert condition["a"].eq(i).all()
     assert [writer.returncode for writer in writers] == [0, 0]
