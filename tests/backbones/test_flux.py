@@ -56,7 +56,7 @@ def test_the_guidance_scale_changes_the_images_of_the_models_that_take_it(make, 
     ids=["dev", "schnell"],
 )
 def test_the_full_size(guidance_embeds, parameters):
-    # FLUX.1's transformer has diffusers' default config; on the meta device, beside a VAE that makes pictures 8 times
+    # FLUX.1's transformer has diffusers' default config; on the meta device, beside a VAE that makes images 8 times
     # smaller as the released one does
     components = tiny_flux_components(seed=0, guidance_embeds=guidance_embeds, vae_levels=4)
     with torch.device("meta"):

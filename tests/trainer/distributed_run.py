@@ -140,37 +140,47 @@ def reductions(folder: str) -> list[bool]:
     return ready
 
 
-def resume_in_the_middle(folder: str) -> None:
-    """Resuming in the middle of a generation batch equals going on, in every process."""
-    fields = {
-        "per_device_train_batch_size": 2,
-        "steps_per_generation": 2,
-        "max_steps": 3,
-        "save_strategy": "steps",
-        "save_steps": 1,
-        "use_ema": True,
-        "advantage_power": "auto",
-        "target_kl": 1e-4,
-    }
-    whole = tiny_trainer(folder, **fields)
+# Two updates a phase, of 8 images in all; a power that is adapted to what all processes have seen
+RESUMED = {
+    "steps_per_generation": 2,
+    "max_steps": 6,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "use_ema": True,
+    "advantage_power": "auto",
+    "target_kl": 3e-5,
+    **SGD,
+}
+
+
+def resume(folder: str) -> list[float]:
+    """Resuming in the middle of a generation batch and at its end equals going on, in every process. The average and
+    the weights are kept for one process, which goes on at the end, too; the power is returned."""
+    whole = tiny_trainer(folder, per_device_train_batch_size=2, **RESUMED)
     whole.train()
-    rest = tiny_trainer(folder, **fields)
-    rest.train(resume_from_checkpoint=os.path.join(folder, "checkpoint-1"))
-    assert_equal(trained_weights(rest), trained_weights(whole))
+    expected = trained_weights(whole)
+    for step in (1, 4):
+        rest = tiny_trainer(os.path.join(folder, "rest"), per_device_train_batch_size=2, **RESUMED)
+        rest.train(resume_from_checkpoint=os.path.join(folder, f"checkpoint-{step}"))
+        assert_equal(trained_weights(rest), expected)
+    average = {f"average.{i}": p.contiguous() for i, p in enumerate(whole.policy.ema.shadow_params)}
+    save_file(expected | average, Path(folder, f"resumed-{RANK}.safetensors"))
+    return [log["advantage_power"] for log in whole.state.log_history if "advantage_power" in log]
 
 
 class Failing:
-    """Random rewards in the last process, by which call number `gone_at` fails there."""
+    """Rewards, random ones if asked for; in the last process call number `gone_at` fails."""
 
-    def __init__(self, gone_at: int | None = None):
+    def __init__(self, gone_at: int | None = None, noise: float = 0.0):
         self.gone_at = gone_at
+        self.noise = noise
         self.calls = 0
         self.in_main = []
 
     def __call__(self, prompts, images, **kwargs):
         self.calls += 1
         self.in_main.append(threading.current_thread() is threading.main_thread())
-        values = [value + torch.rand(()).item() for value in brightness(prompts, images)]
+        values = [value + self.noise * torch.rand(()).item() for value in brightness(prompts, images)]
         if RANK == WORLD_SIZE - 1 and self.calls == self.gone_at:
             raise ConnectionError("the server is gone")
         return values
@@ -184,7 +194,7 @@ def overlapped(folder: str) -> list[bool]:
     """The overlapped order equals the serial one; whether each call of the former was made in the main thread."""
     weights, functions = [], []
     for overlap in (True, False):
-        functions.append(Failing())
+        functions.append(Failing(noise=1.0))
         trainer = tiny_trainer(folder, reward_funcs=functions[-1], overlap_rewards=overlap, **PARTS)
         trainer.train()
         weights.append(trained_weights(trainer))
@@ -254,9 +264,9 @@ def main(folder: str) -> None:
         "reductions": reductions(os.path.join(folder, "reductions")),
         "overlapped": overlapped(os.path.join(folder, "overlapped")),
         "failure": failure_on_the_last_process(os.path.join(folder, "failure")),
+        "power": resume(os.path.join(folder, "resume")),
         "stop": stop_of_over_optimization(os.path.join(folder, "stop")),
     }
-    resume_in_the_middle(os.path.join(folder, "resume"))
     Path(folder, f"report-{RANK}.json").write_text(json.dumps(report))
 
 

@@ -120,16 +120,26 @@ def test_gradients_are_reduced_with_the_last_step_of_an_update_only(two):
     assert json.loads((two / "report-0.json").read_text())["reductions"] == [False] * 5 + [True]
 
 
-def test_the_middle_of_a_generation_batch_is_resumed_by_as_many_processes_only(two):
-    # that two can do it, they have checked themselves
-    checkpoint = two / "resume" / "checkpoint-1"
-    assert {path.name for path in checkpoint.glob("rollouts-*.safetensors")} == {
-        "rollouts-0.safetensors",
-        "rollouts-1.safetensors",
-    }
-    trainer = tiny_trainer(two / "resume", per_device_train_batch_size=4, steps_per_generation=2, max_steps=3)
-    with pytest.raises(ValueError, match="by 2 processes, and cannot be resumed by 1"):
-        trainer.train(resume_from_checkpoint=str(checkpoint))
+def test_the_middle_of_a_phase_is_resumed_by_as_many_processes_only_its_end_by_any_number(two, tmp_path):
+    # that two can do both, they have checked themselves
+    folder = two / "resume"
+    assert len(list((folder / "checkpoint-1").glob("rollouts-*.safetensors"))) == 2
+    trainer = tiny_trainer(tmp_path, per_device_train_batch_size=4, **distributed_run.RESUMED)
+    start = trained_weights(trainer)
+    with pytest.raises(ValueError, match="num_processes=2.*num_processes=1.*in the middle of a generation batch"):
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    expected = load_file(folder / "resumed-0.safetensors")
+    average = {name: expected.pop(name) for name in list(expected) if name.startswith("average.")}
+    moved = distance(expected, start)
+    assert moved > 1e-3
+    assert distance(trained_weights(trainer), expected) < 5e-3 * moved
+    for i, value in enumerate(trainer.policy.ema.shadow_params):
+        torch.testing.assert_close(value, average[f"average.{i}"], rtol=0, atol=5e-3 * moved)
+    # and with the same power, which has moved
+    power = json.loads((two / "report-0.json").read_text())["power"]
+    own = [log["advantage_power"] for log in trainer.state.log_history if "advantage_power" in log]
+    assert own == pytest.approx(power, abs=1e-3) and max(power) > 0
 
 
 def test_both_processes_stop_and_save_at_once_when_one_sees_the_gold_score_fall(two):

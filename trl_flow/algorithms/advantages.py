@@ -3,6 +3,7 @@
 from typing import Any, Protocol
 
 import torch
+from accelerate.utils import gather_object
 
 from trl_flow.algorithms.base import PhaseScores
 from trl_flow.functional import (
@@ -127,17 +128,20 @@ class AdaptivePower:
     def observe(self, kl: torch.Tensor, num_updates: int) -> None:
         """Notes the KL `(B,)` of a micro-batch to the sampling policy, `num_updates` updates after sampling."""
         if num_updates == 1:
-            self._sum += kl.detach().double().sum().item()
-            self._count += len(kl)
+            self._own_sum += kl.detach().double().sum().item()
+            self._own_count += len(kl)
+
+    def gather(self) -> None:
+        """After an update: adds what all processes have observed since the last call, so that all know the same."""
+        for own_sum, own_count in gather_object([(self._own_sum, self._own_count)]):
+            self._sum += own_sum
+            self._count += own_count
+        self._own_sum, self._own_count = 0.0, 0
 
     def choose(self) -> float:
         """The power of the phase that begins. Equal on all processes."""
-        total = torch.tensor([self._sum, self._count], dtype=torch.float64)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            everyone = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(everyone, total)
-            total = torch.stack(everyone).sum(dim=0)
-        kl = (total[0] / total[1]).item() if total[1] > 0 else 0.0
+        self.gather()
+        kl = self._sum / self._count if self._count > 0 else 0.0
         if kl > 0:
             self.target_kl = kl if self.target_kl is None else self.target_kl
             self.power = adapt_power(self.power, kl, self.target_kl, gain=self.GAIN, max_power=self.MAX_POWER)
@@ -151,3 +155,4 @@ class AdaptivePower:
         self.power = state.get("power", 0.0)
         self.target_kl = state.get("target_kl", self._given_target)
         self._sum, self._count = state.get("sum", 0.0), state.get("count", 0)
+        self._own_sum, self._own_count = 0.0, 0

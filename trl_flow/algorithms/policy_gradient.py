@@ -148,6 +148,8 @@ class ClippedPolicyGradient(Algorithm):
 
     def after_update(self, policy: "Policy") -> dict[str, float]:
         """Before the first update the policy is the one that sampled: every ratio must have been 1."""
+        if self.estimator.power is not None:
+            self.estimator.power.gather()
         if self._ratio_checked or self._first_deviation is None:
             return {}
         self._ratio_checked = True

@@ -208,7 +208,7 @@ class WinRateReward:
 
 
 def _groups(rows: list[dict[str, Any]]) -> list[list[int]]:
-    """The places of equal rows next to each other."""
+    """The indices of equal rows next to each other."""
     groups: list[list[int]] = []
     for index, row in enumerate(rows):
         if groups and all(_equal(value, rows[groups[-1][-1]][name]) for name, value in row.items()):

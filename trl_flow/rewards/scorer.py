@@ -250,13 +250,14 @@ class ScoringSession:
         try:
             self._parts.append(self._scorer.score(prompts, images, columns, trainer_state=self._trainer_state))
         except RewardError as error:
-            self._error = error
+            failure = error
             if self.background and isinstance(error.__cause__, torch.OutOfMemoryError):
-                self._error = RewardError(
+                failure = RewardError(
                     f"{error} It was called while images were sampled, so that both needed memory: set "
                     "overlap_rewards=False, or lower per_device_train_batch_size or the function's own batch size."
                 )
-                self._error.__cause__ = error
+                failure.__cause__ = error
+            self._error = failure
         except BaseException as error:
             self._error = error
             if not self.background:

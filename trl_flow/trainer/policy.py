@@ -374,7 +374,11 @@ class Policy:
         return {"ema_step": self.ema.optimization_step, **average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if self.ema is None or "ema_step" not in state:
+        """Takes what [`state_dict`] gave; of `{}` the average begins at the weights as they are."""
+        if self.ema is None:
+            return
+        if "ema_step" not in state:
+            self.ema = EMAModel(self.trained_parameters, decay=self.args.ema_decay)
             return
         self.ema.optimization_step = state["ema_step"]
         device = self.accelerator.device
