@@ -24,8 +24,8 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 from trl_flow.rewards import RemoteReward
-from trl_flow.rewards.calling import call_reward_func, reward_name
 from trl_flow.rewards.named import named_reward
+from trl_flow.rewards.scorer import RewardScorer
 
 
 DISTINCT = 32  # pictures that are drawn, and then used in turn
@@ -84,7 +84,7 @@ def measure_size(
     client_seconds, server_seconds = computing(client) - before[0], computing(server) - before[1]
 
     started = time.perf_counter()
-    call_reward_func(local, reward_name(local), ["a picture"] * len(images), images, {}, timeout=None)
+    RewardScorer([local]).score(["a picture"] * len(images), images, {})
     local_seconds = time.perf_counter() - started
     return {
         "size": size,

@@ -126,6 +126,8 @@ def fork_servers() -> None:
             print(pid, flush=True)
             continue
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        # Which a parent in the background may have had ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)

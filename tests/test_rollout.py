@@ -9,7 +9,8 @@ from tiny_models import CLIP_TOKENS, tiny_sd3_pipeline
 
 from trl_flow.backbones import get_backbone
 from trl_flow.functional import cps_transition, dance_sde_transition, flow_sde_transition
-from trl_flow.rollout import Dynamics, draw_noise, rollout, sample_generator
+from trl_flow.dynamics import FlowDynamics
+from trl_flow.rollout import StepPlan, draw_noise, rollout, sample_generator
 
 
 STEPS = 4
@@ -28,21 +29,27 @@ def condition(backbone):
     return {key: torch.cat([one[key] for one in encoded]) for key in encoded[0]}
 
 
-def sample(backbone, condition, places=(0, 1, 2, 3), *, dynamics=None, sde_type="flow", level=0.7, **kwargs):
-    """Draws the prompts at `places`, each with generators of its place."""
-    kwargs = {"stochastic_steps": ALL, "trained_steps": kwargs.get("stochastic_steps", ALL)} | kwargs
-    generators = [sample_generator(1, place) for place in places]
+def sample(
+    backbone,
+    condition,
+    indices=(0, 1, 2, 3),
+    *,
+    sde_type="flow",
+    level=0.7,
+    stochastic=ALL,
+    kept=None,
+    project_from=None,
+    **kwargs,
+):
+    """Draws the prompts at `indices`, each with generators of its index."""
+    own = {key: value[list(indices)] for key, value in condition.items()}
+    noise = [sample_generator(0, index) for index in indices]
     return rollout(
-        backbone,
-        backbone.model,
-        dynamics or Dynamics(backbone.schedule(STEPS), sde_type=sde_type, noise_level=level),
-        {key: value[list(places)] for key, value in condition.items()},
-        None,
-        guidance_scale=1.0,
-        initial_noise=draw_noise(
-            backbone.latent_shape(), [sample_generator(0, place) for place in places], torch.device("cpu")
-        ),
-        generators=generators,
+        lambda x, timestep: backbone.guided_prediction(backbone.model, x, timestep, own),
+        FlowDynamics(backbone.schedule(STEPS), sde_type, level),
+        draw_noise(backbone.latent_shape(), noise, torch.device("cpu")),
+        StepPlan(tuple(stochastic), tuple(stochastic if kept is None else kept), project_from),
+        generators=[sample_generator(1, index) for index in indices],
         **kwargs,
     )
 
@@ -87,11 +94,11 @@ def test_the_global_random_state_neither_matters_nor_changes(backbone, condition
 
 def test_a_sample_is_the_same_in_every_batch(backbone, condition):
     together = sample(backbone, condition)
-    for places in [(0,), (2, 1), (3, 0, 2)]:
-        some = sample(backbone, condition, places)
-        # Not to the last bit: matrix products of other shapes add up in another order
-        torch.testing.assert_close(some.final, together.final[list(places)], rtol=0, atol=1e-5)
-        torch.testing.assert_close(some.latents, together.latents[list(places)], rtol=0, atol=1e-5)
+    for indices in [(0,), (2, 1), (3, 0, 2)]:
+        some = sample(backbone, condition, indices)
+        # To rounding: matrix products of other shapes add up in another order
+        torch.testing.assert_close(some.final, together.final[list(indices)], rtol=0, atol=1e-5)
+        torch.testing.assert_close(some.latents, together.latents[list(indices)], rtol=0, atol=1e-5)
     assert (together.final[0] - together.final[3]).abs().max() > 0.1  # one prompt, two samples
 
 
@@ -102,9 +109,9 @@ def test_a_sample_is_the_same_in_every_batch(backbone, condition):
     ("sde_type", "steps"), [("flow", ALL), ("dance", ALL), ("cps", ALL[:-1])], ids=["flow", "dance", "cps"]
 )
 def test_the_stored_numbers_are_those_of_the_equations(sde_type, steps, backbone, condition):
-    t = sample(backbone, condition, sde_type=sde_type, stochastic_steps=steps)
+    t = sample(backbone, condition, sde_type=sde_type, stochastic=steps)
     sigmas = backbone.schedule(STEPS).sigmas
-    generators = [sample_generator(1, place) for place in range(len(PROMPTS))]
+    generators = [sample_generator(1, index) for index in range(len(PROMPTS))]
     for index, step in enumerate(steps):
         x, sigma, sigma_next = t.latents[:, index], sigmas[step], sigmas[step + 1]
         with torch.no_grad():
@@ -118,10 +125,6 @@ def test_the_stored_numbers_are_those_of_the_equations(sde_type, steps, backbone
         noise = draw_noise(x.shape[1:], generators, torch.device("cpu"))
         std = expected.std.reshape(-1, 1, 1, 1)
         torch.testing.assert_close(t.next_latents[:, index], expected.mean + std * noise)
-        # log N(x'; mean, std^2), a mean over the dimensions
-        normal = torch.distributions.Normal(t.means[:, index], std)
-        by_torch = normal.log_prob(t.next_latents[:, index]).flatten(1).mean(1)
-        torch.testing.assert_close(t.log_probs[:, index], by_torch, rtol=1e-4, atol=1e-5)
         following = t.latents[:, index + 1] if index + 1 < len(steps) else None
         if following is not None:
             assert torch.equal(t.next_latents[:, index], following)
@@ -129,20 +132,13 @@ def test_the_stored_numbers_are_those_of_the_equations(sde_type, steps, backbone
         assert torch.equal(t.next_latents[:, -1], t.final)
 
 
-def test_log_probabilities_without_variance_are_flow_cps_own(backbone, condition):
-    dynamics = Dynamics(backbone.schedule(STEPS), sde_type="cps", noise_level=0.7, variance_free=True)
-    t = sample(backbone, condition, dynamics=dynamics, stochastic_steps=ALL[:-1])
-    by_hand = -((t.next_latents - t.means) ** 2).flatten(2).mean(2)
-    torch.testing.assert_close(t.log_probs, by_hand)
-
-
 def test_steps_outside_the_window_follow_the_ode(backbone, condition):
-    t = sample(backbone, condition, stochastic_steps=[1, 2])
+    t = sample(backbone, condition, stochastic=[1, 2])
     assert t.steps == (1, 2)
     assert t.latents.shape == (4, 2, 4, 8, 8)
-    ode = sample(backbone, condition, stochastic_steps=[])
+    ode = sample(backbone, condition, stochastic=[])
     sigmas = backbone.schedule(STEPS).sigmas
-    x = draw_noise((4, 8, 8), [sample_generator(0, place) for place in range(4)], torch.device("cpu"))
+    x = draw_noise((4, 8, 8), [sample_generator(0, index) for index in range(4)], torch.device("cpu"))
     with torch.no_grad():
         x1 = x - backbone.guided_prediction(backbone.model, x, sigmas[0] * 1000, condition) * (sigmas[0] - sigmas[1])
         x3 = t.next_latents[:, 1]
@@ -156,29 +152,48 @@ def test_steps_outside_the_window_follow_the_ode(backbone, condition):
 
 def test_steps_that_are_not_trained_are_sampled_but_not_stored(backbone, condition):
     everything = sample(backbone, condition)
-    some = sample(backbone, condition, trained_steps=[0, 2])
+    some = sample(backbone, condition, kept=[0, 2])
     assert some.steps == (0, 2)
     assert torch.equal(some.final, everything.final)
-    for name in ("latents", "next_latents", "means", "log_probs"):
+    for name in ("latents", "next_latents", "means"):
         assert torch.equal(getattr(some, name), getattr(everything, name)[:, [0, 2]])
 
 
-def test_a_trained_step_must_be_stochastic(backbone, condition):
-    with pytest.raises(ValueError, match=r"trained_steps \[0, 3\] must all be in stochastic_steps \[0, 1\]"):
-        sample(backbone, condition, stochastic_steps=[0, 1], trained_steps=[0, 3])
+def test_a_kept_step_must_be_stochastic():
+    with pytest.raises(ValueError, match=r"kept steps \(0, 3\) must all be among the stochastic ones \(0, 1\)"):
+        StepPlan(stochastic=(0, 1), kept=(0, 3))
+
+
+def test_steps_may_be_taken_in_two_parts(backbone, condition):
+    whole = sample(backbone, condition, stochastic=[2, 3])
+    own = {key: value[:2] for key, value in condition.items()}
+    x = draw_noise(backbone.latent_shape(), [sample_generator(0, i) for i in range(2)], torch.device("cpu"))
+    dynamics = FlowDynamics(backbone.schedule(STEPS), "flow", 0.7)
+    for plan, steps in ((StepPlan(), {"last_step": 2}), (StepPlan((2, 3), (2, 3)), {"first_step": 2})):
+        part = rollout(
+            lambda x, timestep: backbone.guided_prediction(backbone.model, x, timestep, own),
+            dynamics,
+            x,
+            plan,
+            generators=[sample_generator(1, i) for i in range(2)],
+            **steps,
+        )
+        x = part.final
+    torch.testing.assert_close(part.means, whole.means[:2], rtol=0, atol=1e-5)
+    torch.testing.assert_close(part.final, whole.final[:2], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("sde_type", ["flow", "dance", "cps"])
 def test_without_noise_every_dynamics_is_the_ode(sde_type, backbone, condition):
-    ode = sample(backbone, condition, stochastic_steps=[])
-    # so little noise that log-probabilities still exist
-    quiet = sample(backbone, condition, sde_type=sde_type, level=1e-6, stochastic_steps=ALL[:-1])
+    ode = sample(backbone, condition, stochastic=[])
+    # so little noise that the transitions still have a density
+    quiet = sample(backbone, condition, sde_type=sde_type, level=1e-6, stochastic=ALL[:-1])
     torch.testing.assert_close(quiet.final, ode.final, rtol=0, atol=1e-4)
 
 
 def test_nothing_keeps_a_graph(backbone, condition):
-    t = sample(backbone, condition, keep_projections=True)
-    for name in ("latents", "next_latents", "means", "log_probs", "final", "projections"):
+    t = sample(backbone, condition, project_from=0)
+    for name in ("latents", "next_latents", "means", "final", "pred_original_samples"):
         assert not getattr(t, name).requires_grad
         assert getattr(t, name).dtype == torch.float32
 
@@ -187,30 +202,30 @@ def test_nothing_keeps_a_graph(backbone, condition):
 
 
 def test_projections_by_hand(backbone, condition):
-    t = sample(backbone, condition, keep_projections=True)
-    assert t.projections.shape == (4, STEPS, 4, 8, 8)
+    t = sample(backbone, condition, project_from=0)
+    assert t.pred_original_samples.shape == (4, STEPS, 4, 8, 8)
     sigmas = backbone.schedule(STEPS).sigmas
     for step in ALL[:-1]:
         x, sigma = t.next_latents[:, step], sigmas[step + 1]
         with torch.no_grad():
             expected = x - sigma * backbone.guided_prediction(backbone.model, x, sigma * 1000, condition)
-        torch.testing.assert_close(t.projections[:, step], expected)
-    assert torch.equal(t.projections[:, -1], t.final)
+        torch.testing.assert_close(t.pred_original_samples[:, step], expected)
+    assert torch.equal(t.pred_original_samples[:, -1], t.final)
 
 
-def test_projections_begin_with_the_first_trained_step(backbone, condition):
-    everything = sample(backbone, condition, keep_projections=True)
-    some = sample(backbone, condition, trained_steps=[1, 3], keep_projections=True)
-    assert torch.equal(some.projections, everything.projections[:, 1:])
+def test_projections_begin_where_the_plan_says(backbone, condition):
+    everything = sample(backbone, condition, project_from=0)
+    some = sample(backbone, condition, kept=[1, 3], project_from=1)
+    assert torch.equal(some.pred_original_samples, everything.pred_original_samples[:, 1:])
 
 
 def test_projections_cost_no_forward(backbone, condition):
     calls = []
     handle = backbone.model.register_forward_hook(lambda *_: calls.append(1))
     try:
-        sample(backbone, condition, keep_projections=False)
+        sample(backbone, condition, project_from=None)
         without = len(calls)
-        sample(backbone, condition, keep_projections=True)
+        sample(backbone, condition, project_from=0)
     finally:
         handle.remove()
     assert without == STEPS
@@ -228,7 +243,7 @@ def test_each_step_is_announced_once(backbone, condition):
 
 def test_beta_and_dt_by_hand(backbone):
     schedule = replace(backbone.schedule(2), sigmas=torch.tensor([1.0, 0.4, 0.0]))
-    dynamics = Dynamics(schedule, sde_type="dance", noise_level=0.3)
+    dynamics = FlowDynamics(schedule, sde_type="dance", noise_level=0.3)
     assert dynamics.dt(0).item() == pytest.approx(0.6)
     assert dynamics.dt(1).item() == pytest.approx(0.4)
     assert dynamics.beta(0).item() == 1

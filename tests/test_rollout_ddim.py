@@ -8,8 +8,9 @@ from diffusers import DDIMScheduler
 from tiny_unets import tiny_sd_pipeline
 
 from trl_flow.backbones import DDIMSchedule, Schedule, get_backbone
-from trl_flow.functional import clipped_loss, gaussian_kl, gaussian_log_prob, log_ratio, timestep_weight
-from trl_flow.rollout import Dynamics, draw_noise, rollout, sample_generator
+from trl_flow.dynamics import DDIMDynamics, FlowDynamics, make_dynamics
+from trl_flow.functional import clipped_loss, gaussian_kl, log_ratio, timestep_weight
+from trl_flow.rollout import StepPlan, draw_noise, rollout, sample_generator
 
 
 STEPS = 4
@@ -23,18 +24,21 @@ def make_backbone(prediction_type="epsilon", **config):
     return get_backbone(pipeline, height=32, width=32, max_sequence_length=16)
 
 
-def dynamics_of(backbone, noise_level=0.7, steps=STEPS, **kwargs) -> Dynamics:
-    return Dynamics(backbone.schedule(steps), sde_type="flow", noise_level=noise_level, **kwargs)
+def dynamics_of(backbone, noise_level=0.7, steps=STEPS) -> DDIMDynamics:
+    return DDIMDynamics(backbone.schedule(steps), noise_level)
 
 
-def one_step(a, a_next, prediction_type="epsilon", **kwargs) -> Dynamics:
-    schedule = DDIMSchedule(
+def one_step_schedule(a, a_next, prediction_type="epsilon") -> DDIMSchedule:
+    return DDIMSchedule(
         alphas_cumprod=torch.tensor([a]),
         alphas_cumprod_next=torch.tensor([a_next]),
         timesteps=torch.tensor([500]),
         prediction_type=prediction_type,
     )
-    return Dynamics(schedule, **{"sde_type": "flow", "noise_level": 1.0} | kwargs)
+
+
+def one_step(a, a_next, prediction_type="epsilon", noise_level=1.0) -> DDIMDynamics:
+    return DDIMDynamics(one_step_schedule(a, a_next, prediction_type), noise_level)
 
 
 # ---- Sampling ----
@@ -46,22 +50,16 @@ def one_step(a, a_next, prediction_type="epsilon", **kwargs) -> Dynamics:
     ids=str,
 )
 def test_a_rollout_is_a_walk_of_diffusers_scheduler(prediction_type, config):
-    backbone, eta, window = make_backbone(prediction_type, **config), 0.6, [0, 2]
+    backbone, eta, window = make_backbone(prediction_type, **config), 0.6, (0, 2)
     dynamics = dynamics_of(backbone, eta)
     condition = backbone.encode_prompt("a cat")
     x = draw_noise(backbone.latent_shape(), [sample_generator(0)], torch.device("cpu"))
     t = rollout(
-        backbone,
-        backbone.model,
+        lambda latents, timestep: backbone.guided_prediction(backbone.model, latents, timestep, condition),
         dynamics,
-        condition,
-        None,
-        guidance_scale=1.0,
-        initial_noise=x,
+        x,
+        StepPlan(window, window, project_from=0),
         generators=[sample_generator(1)],
-        stochastic_steps=window,
-        trained_steps=window,
-        keep_projections=True,
     )
     scheduler, generator = backbone.pipeline.scheduler, sample_generator(1)
     scheduler.set_timesteps(STEPS)
@@ -73,7 +71,9 @@ def test_a_rollout_is_a_walk_of_diffusers_scheduler(prediction_type, config):
         output = scheduler.step(prediction, timestep, x, eta=eta if stochastic else 0.0, variance_noise=noise)
         if step > 0:
             # what was predicted of the result of the step before
-            torch.testing.assert_close(t.projections[:, step - 1], output.pred_original_sample, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                t.pred_original_samples[:, step - 1], output.pred_original_sample, rtol=1e-5, atol=1e-5
+            )
         if stochastic:
             index = window.index(step)
             torch.testing.assert_close(t.latents[:, index], x, rtol=1e-5, atol=1e-5)
@@ -81,24 +81,25 @@ def test_a_rollout_is_a_walk_of_diffusers_scheduler(prediction_type, config):
             mean = scheduler.step(prediction, timestep, x, eta=eta, variance_noise=torch.zeros_like(x)).prev_sample
             torch.testing.assert_close(t.means[:, index], mean, rtol=1e-5, atol=1e-5)
             std = eta * scheduler._get_variance(timestep, timestep - 1000 // STEPS).sqrt()
-            expected = torch.distributions.Normal(mean, std).log_prob(output.prev_sample).mean()
-            torch.testing.assert_close(t.log_probs[0, index], expected, rtol=1e-4, atol=1e-4)
+            own = dynamics.transition(prediction, x, step).std
+            torch.testing.assert_close(own, std.expand(1), rtol=1e-4, atol=1e-6)
         x = output.prev_sample
     torch.testing.assert_close(t.final, x, rtol=1e-5, atol=1e-5)
-    assert torch.equal(t.projections[:, -1], t.final)
+    assert torch.equal(t.pred_original_samples[:, -1], t.final)
 
 
-@pytest.mark.parametrize("sde_type", ["flow", "dance", "cps"])
-@pytest.mark.parametrize("variance_free", [True, False])
-def test_the_schedule_decides_and_not_the_sde_type(sde_type, variance_free):
-    generator = torch.Generator().manual_seed(0)
-    prediction, x, sample = torch.randn(3, 2, 4, 8, 8, generator=generator)
-    dynamics = one_step(0.36, 0.64, sde_type=sde_type, variance_free=variance_free)
-    transition = dynamics.transition(prediction, x, 0)
+def test_a_transition_by_hand():
+    prediction, x = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    transition = one_step(0.36, 0.64).transition(prediction, x, 0)
     # a = 0.36, a' = 0.64: as the functional test by hand has it
     torch.testing.assert_close(transition.std, torch.full((2,), math.sqrt(0.24609375)))
     torch.testing.assert_close(transition.mean, 0.8 * (x - 0.8 * prediction) / 0.6 + 0.3375 * prediction)
-    assert torch.equal(dynamics.log_prob(sample, transition), gaussian_log_prob(sample, transition))
+
+
+@pytest.mark.parametrize("sde_type", ["flow", "dance", "cps"])
+def test_the_schedule_decides_and_not_the_sde_type(sde_type):
+    schedule = one_step_schedule(0.36, 0.64)
+    assert make_dynamics(schedule, sde_type=sde_type, noise_level=1.0) == DDIMDynamics(schedule, 1.0)
 
 
 def test_more_noise_than_ddim_has_is_refused():
@@ -132,7 +133,7 @@ def test_steps_that_add_noise(config, stochastic):
 @pytest.mark.parametrize(("sde_type", "stochastic"), [("flow", [0, 1, 2]), ("dance", [0, 1, 2]), ("cps", [0, 1])])
 def test_steps_of_flow_models_that_add_noise(sde_type, stochastic):
     schedule = Schedule(sigmas=torch.tensor([1.0, 0.7, 0.3, 0.0]), timesteps=torch.tensor([1000.0, 700.0, 300.0]))
-    assert Dynamics(schedule, sde_type, 0.7).stochastic_steps == stochastic
+    assert FlowDynamics(schedule, sde_type, 0.7).stochastic_steps == stochastic
 
 
 # ---- Training ----
@@ -201,7 +202,7 @@ def test_kl_is_that_of_the_gaussians():
 def test_kl_of_flow_models_is_measured_in_the_diffusion_coefficient():
     # sigma_t = 0.3 for Dance-SDE at any t
     schedule = Schedule(sigmas=torch.tensor([1.0, 0.4, 0.0]), timesteps=torch.tensor([1000.0, 400.0]))
-    dynamics = Dynamics(schedule, "dance", 0.3)
+    dynamics = FlowDynamics(schedule, "dance", 0.3)
     for step in (0, 1):
         transition = dynamics.transition(torch.zeros(2, 3), torch.zeros(2, 3), step)
         torch.testing.assert_close(dynamics.diffusion(transition, step), torch.full((2,), 0.3))

@@ -55,7 +55,7 @@ def tiny_flux_transformer(*, guidance_embeds: bool) -> FluxTransformer2DModel:
 
 
 def tiny_flux_components(*, seed: int, guidance_embeds: bool, vae_levels: int) -> dict:
-    """The parts of a FLUX.1 pipeline; the VAE makes pictures `2 ** (vae_levels - 1)` times smaller."""
+    """The parts of a FLUX.1 pipeline; the VAE makes images `2 ** (vae_levels - 1)` times smaller."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer = tiny_flux_transformer(guidance_embeds=guidance_embeds)
@@ -79,7 +79,7 @@ def tiny_flux_pipeline(seed: int = 0, *, guidance_embeds: bool = True) -> FluxPi
     A complete FLUX.1 pipeline with random float32 weights, in evaluation mode: dev, or schnell without
     `guidance_embeds`.
 
-    It draws 16 x 16 pictures from packed latents of shape `(16, 16)`. The global random state is left as it was.
+    It draws 16 x 16 images from packed latents of shape `(16, 16)`. The global random state is left as it was.
     """
     components = tiny_flux_components(seed=seed, guidance_embeds=guidance_embeds, vae_levels=2)
     if not guidance_embeds:
@@ -91,7 +91,7 @@ def tiny_flux_pipeline(seed: int = 0, *, guidance_embeds: bool = True) -> FluxPi
 
 @contextlib.contextmanager
 def tiny_kontext_sizes() -> Iterator[None]:
-    """In place of the sizes of a megapixel at which Kontext sees pictures, three of some 200 pixels."""
+    """In place of the sizes of a megapixel at which Kontext sees images, three of some 200 pixels."""
     released = PREFERRED_KONTEXT_RESOLUTIONS[:]
     PREFERRED_KONTEXT_RESOLUTIONS[:] = [(8, 24), (16, 16), (24, 8)]
     try:
@@ -104,7 +104,7 @@ def tiny_kontext_pipeline(seed: int = 0, *, vae_levels: int = 2) -> FluxKontextP
     """
     A complete FLUX.1 Kontext pipeline with random float32 weights, in evaluation mode.
 
-    It sees pictures at a megapixel, as the real one does: either within `tiny_kontext_sizes`, or with 6 `vae_levels`,
+    It sees images at a megapixel, as the real one does: either within `tiny_kontext_sizes`, or with 6 `vae_levels`,
     of which a token is 64 x 64 pixels. The global random state is left as it was.
     """
     pipeline = FluxKontextPipeline(**tiny_flux_components(seed=seed, guidance_embeds=True, vae_levels=vae_levels))
@@ -116,7 +116,7 @@ def tiny_klein_pipeline(seed: int = 0, *, is_distilled: bool = False) -> Flux2Kl
     """
     A complete FLUX.2 klein pipeline with random float32 weights, in evaluation mode.
 
-    It draws 16 x 16 pictures from packed latents of shape `(16, 16)`. The global random state is left as it was.
+    It draws 16 x 16 images from packed latents of shape `(16, 16)`. The global random state is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -64,7 +64,7 @@ def tiny_t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
 
 
 def tiny_vae_config(levels: int = 2) -> dict:
-    """Four latent channels, of pictures `2 ** (levels - 1)` times smaller."""
+    """Four latent channels, of images `2 ** (levels - 1)` times smaller."""
     return {
         "block_out_channels": (8,) * levels,
         "down_block_types": ("DownEncoderBlock2D",) * levels,
@@ -111,7 +111,7 @@ def tiny_sd3_pipeline(seed: int = 0) -> StableDiffusion3Pipeline:
     """
     A complete Stable Diffusion 3 pipeline with three text encoders and random float32 weights, in evaluation mode.
 
-    It draws 16 x 16 pictures from latents of shape `(4, 8, 8)`. The global random state is left as it was.
+    It draws 16 x 16 images from latents of shape `(4, 8, 8)`. The global random state is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         transformer = tiny_sd3_transformer(seed)

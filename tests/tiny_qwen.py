@@ -153,7 +153,7 @@ def tiny_qwen_image_pipeline(seed: int = 0, **transformer_config) -> QwenImagePi
     """
     A complete Qwen-Image pipeline with random float32 weights, in evaluation mode.
 
-    It draws 16 x 16 pictures from packed latents of shape `(16, 16)`. The global random state is left as it was.
+    It draws 16 x 16 images from packed latents of shape `(16, 16)`. The global random state is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -195,7 +195,7 @@ def tiny_qwen_edit_pipeline(
     """
     A complete Qwen-Image-Edit pipeline with random float32 weights, in evaluation mode.
 
-    Its VAE halves the megapixel of the input image four times; pictures of 64 x 64 are drawn from packed latents of
+    Its VAE halves the megapixel of the input image four times; images of 64 x 64 are drawn from packed latents of
     shape `(4, 16)`. The text encoder sees at most 56 x 56 pixels. The global random state is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
@@ -222,7 +222,7 @@ def tiny_z_image_pipeline(seed: int = 0) -> ZImagePipeline:
     """
     A complete Z-Image pipeline with random float32 weights, in evaluation mode.
 
-    It draws 16 x 16 pictures from latents of shape `(4, 8, 8)`. The global random state is left as it was.
+    It draws 16 x 16 images from latents of shape `(4, 8, 8)`. The global random state is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,16 +1,25 @@
-"""Whole training runs of a second or two on the tiny pipeline, and how two of them are compared."""
+"""Whole training runs of a second on the tiny pipeline, their stages one by one, and how two runs are compared."""
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from peft import LoraConfig
 from tiny_models import tiny_sd3_pipeline
+from transformers import set_seed
 
 from trl_flow import FlowGRPOConfig, FlowGRPOTrainer
+from trl_flow.algorithms import ClippedPolicyGradient, LossOutput, MicroBatch, PhaseScores
+from trl_flow.backbones import Backbone, get_backbone
+from trl_flow.trainer.policy import Policy, prepare_module
+from trl_flow.trainer.prompt_cache import PromptCache
+from trl_flow.trainer.rollout_buffer import RolloutBuffer
+from trl_flow.trainer.sampler import Sampler
 
 
 PROMPTS = ["a cat", "two dogs", "a bird", "three red fish"]
@@ -33,7 +42,7 @@ def prompts(number: int = len(PROMPTS), **columns) -> Dataset:
 
 
 def tiny_config(output_dir, cls: type[FlowGRPOConfig] = FlowGRPOConfig, **fields) -> FlowGRPOConfig:
-    """Two groups of four pictures, three sampling steps, two updates; `fields` change whatever a test is about."""
+    """Two groups of four images, three sampling steps, two updates; `fields` change whatever a test is about."""
     defaults = {
         "output_dir": str(output_dir),
         "per_device_train_batch_size": 8,
@@ -87,6 +96,83 @@ def tiny_trainer(
     )
 
 
+@dataclass
+class Stages:
+    """What a trainer is made of, up to the loss, without the trainer."""
+
+    args: FlowGRPOConfig
+    backbone: Backbone
+    module: torch.nn.Module
+    policy: Policy
+    algorithm: ClippedPolicyGradient
+    sampler: Sampler
+
+    @property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def rows(self) -> list[dict[str, str]]:
+        """A generation batch: the images of a group next to each other."""
+        size = self.args.num_generations
+        return [{"prompt": PROMPTS[i // size]} for i in range(self.args.generation_batch_size)]
+
+    def micro_batches(
+        self, rewards: Sequence[float], *, instant: torch.Tensor | None = None, generation: int = 0
+    ) -> list[MicroBatch]:
+        """A sampling phase whose images get `rewards`, and with `instant` `(N, T)` those of each step."""
+        plan, rows = self.algorithm.plan(generation), self.rows()
+        buffer = RolloutBuffer(len(rows), self.args)
+        for part in self.sampler.sample(rows, plan, generation):
+            buffer.add(part.first, self.algorithm.keep(part.rollout))
+        instant = None if instant is None else instant[:, plan.project_from :, None]
+        scores = PhaseScores(torch.tensor(rewards)[:, None], ["reward"], plan, instant)
+        advantages, _ = self.algorithm.advantages(scores)
+        return buffer.finish(rows, plan.kept, advantages, None)
+
+    def losses(self, batch: MicroBatch) -> dict[int, LossOutput]:
+        """Of each unit."""
+        condition = self.policy.condition(batch.prompts)
+        units = self.algorithm.units(batch)
+        return {unit: self.algorithm.loss(self.policy, batch, unit, condition) for unit in units}
+
+    def gradients(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Of a scalar loss, by the weights' names."""
+        named = self.parameters
+        found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        return {
+            name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(named.items(), found, strict=True)
+        }
+
+    def descend(self, batch: MicroBatch, learning_rate: float) -> None:
+        """One step of plain gradient descent."""
+        gradients = self.gradients(torch.stack([out.loss.mean() for out in self.losses(batch).values()]).mean())
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter -= learning_rate * gradients[name]
+        self.policy.updates_since_sampling += 1
+
+
+def tiny_stages(output_dir, *, pipeline=None, lora: LoraConfig | None | str = "default", **fields) -> Stages:
+    """The stages of [`tiny_trainer`] with the same arguments, and with one reward."""
+    args = tiny_config(output_dir, **fields)
+    set_seed(args.seed)
+    pipeline = tiny_sd3_pipeline() if pipeline is None else pipeline
+    sizes = {"height": args.height, "width": args.width, "max_sequence_length": args.max_sequence_length}
+    backbone = get_backbone(pipeline, **sizes)
+    module = prepare_module(backbone, args, tiny_lora() if lora == "default" else lora).train()
+    algorithm = ClippedPolicyGradient(args, backbone, torch.ones(1))
+    policy = Policy(
+        backbone,
+        args,
+        Accelerator(cpu=True),
+        lambda: module,
+        PromptCache.of(backbone, args),
+        keep_reference=algorithm.needs_reference,
+    )
+    sampler = Sampler(policy, algorithm.dynamics, args, lambda stage: None)
+    return Stages(args, backbone, module, policy, algorithm, sampler)
+
+
 def trained_weights(trainer: FlowGRPOTrainer) -> dict[str, torch.Tensor]:
     """Copies of the weights that are trained, by name."""
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -109,10 +195,11 @@ def train(output_dir, *, resume_from_checkpoint=None, **kwargs) -> dict[str, tor
 
 
 def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """The same weights, to the last bit."""
+    """The same weights, to rounding. One in a hundred may be another: an update moves weights by about the learning
+    rate, 1e-2, and Adam makes such a step of a gradient that is 0 but for rounding, too."""
     assert actual.keys() == expected.keys()
-    different = [name for name in expected if not torch.equal(actual[name], expected[name])]
-    assert not different, f"{len(different)} of {len(expected)} differ, e.g. {different[0]}"
+    different = torch.cat([((actual[name] - expected[name]).abs() > 1e-4).flatten() for name in expected])
+    assert different.float().mean() < 0.01, f"{different.sum()} of {len(different)} weights differ"
 
 
 def distance(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:

@@ -73,7 +73,7 @@ def tiny_sd_pipeline(seed: int = 0, prediction_type: str = "epsilon") -> StableD
     """
     A complete Stable Diffusion pipeline with the scheduler that 1.4 and 1.5 are released with, without safety checker.
 
-    It draws 32 x 32 pictures from latents of shape `(4, 8, 8)`. The global random state is left as it was.
+    It draws 32 x 32 images from latents of shape `(4, 8, 8)`. The global random state is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

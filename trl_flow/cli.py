@@ -67,15 +67,14 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="train the bundled model for about three minutes and show it before and after (no network needed)",
         description="Trains the bundled text-to-image model to follow its prompts better, on any machine and without "
-        "network. Prints a table of scores before and after on prompts never trained on, and writes pictures, curves, "
+        "network. Prints a table of scores before and after on prompts never trained on, and writes images, curves, "
         "results.json and the adapter.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     demo.add_argument("--full", action="store_true", help="train 2.5 times as long, with a falling learning rate")
     demo.add_argument("--method", choices=("guard", "flow_grpo"), default="guard", help="the algorithm")
     demo.add_argument("--output-dir", "--output_dir", default="trl-flow-demo", metavar="DIR", help="where to write")
-    demo.add_argument("--seed", type=_seed, default=0, help="of the training; pictures are drawn from fixed seeds")
+    demo.add_argument("--seed", type=_seed, default=0, help="of the training; images are drawn from fixed seeds")
 
     commands.add_parser(
         "train",
@@ -87,33 +86,27 @@ def _parser() -> argparse.ArgumentParser:
         help="estimate the device memory that a recipe needs: trl-flow memory --config recipe.yaml",
         add_help=False,
     )
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="compare a base model and adapters: scores, pictures side by side, and a blind vote",
-        description=evaluation.DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    evaluation.add_arguments(evaluate)
-    serve = commands.add_parser(
-        "serve-rewards",
-        help="serve reward functions over HTTP: trl-flow serve-rewards --rewards pickscore,hpsv2 --port 8000",
-        description=serving.DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    serving.add_arguments(serve)
+    for name, command, help in (
+        ("evaluate", evaluation, "compare a base model and adapters: scores, images side by side, and a blind vote"),
+        ("serve-rewards", serving, "serve reward functions over HTTP: --rewards pickscore,hpsv2 --port 8000"),
+    ):
+        layout = argparse.RawDescriptionHelpFormatter
+        command.add_arguments(
+            commands.add_parser(name, help=help, description=command.DESCRIPTION, formatter_class=layout)
+        )
     commands.add_parser(
         "env",
         help="print the versions and devices that a bug report should name",
         description="Prints the versions and devices that a bug report should name.",
-        allow_abbrev=False,
     )
     return parser
 
 
 class _Parser(argparse.ArgumentParser):
-    """Names the option that was probably meant."""
+    """Takes no abbreviations, and names the option that was probably meant."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
         namespace, unknown = super().parse_known_args(args, namespace)

@@ -27,8 +27,8 @@ from trl_flow.evaluation.outputs import versions, write_json
 from trl_flow.evaluation.scoring import paired_difference, score_images
 from trl_flow.evaluation.tables import score_table
 from trl_flow.rewards import ShapesReward
-from trl_flow.shapes import PICTURE_SIZE, load_prompts, pipeline_path
-from trl_flow.shapes.model import T5_TOKENS
+from trl_flow.shapes import IMAGE_SIZE, load_prompts, pipeline_path
+from trl_flow.shapes.bundled import T5_TOKENS
 
 
 RESULTS = "results.json"
@@ -122,7 +122,7 @@ def run_demo(
     prompts = load_prompts("test")
     # So that every kind of prompt is among them
     prompts = prompts.select(evenly(len(prompts), settings.eval_prompts))
-    pipeline = _load(model)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(model).to(torch.float32)
     before = _draw(pipeline, prompts, settings, "Held-out prompts before training")
     scores_before = _score(before, prompts, settings)
     drawn = time.perf_counter()
@@ -143,7 +143,7 @@ def run_demo(
     trained = time.perf_counter()
 
     # The adapter as anyone would load it, not the model in memory: what is shown is what was saved
-    pipeline = _load(model)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(model).to(torch.float32)
     pipeline.load_lora_weights(str(folder))
     after = _draw(pipeline, prompts, settings, "Held-out prompts after training")
     scores_after = _score(after, prompts, settings)
@@ -192,7 +192,12 @@ def _claim(output_dir: str | os.PathLike) -> Path:
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise DemoError(f"{folder} is a file, and the demo writes a folder. Choose another with --output-dir.")
-    if folder.is_dir() and any(folder.iterdir()) and not _is_demo(folder):
+    try:
+        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        is_demo = results == {} or "eval_seed" in results  # empty as long as the first demo in it is not over
+    except (OSError, ValueError, TypeError):
+        is_demo = False
+    if folder.is_dir() and any(folder.iterdir()) and not is_demo:
         raise DemoError(
             f"{folder} is not empty and holds no {RESULTS} of an earlier demo, so its files are left alone. Choose "
             "another folder with --output-dir, or empty this one."
@@ -200,11 +205,7 @@ def _claim(output_dir: str | os.PathLike) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # From now on the folder is a demo's, even if this one is interrupted
-        probe = folder / f".{RESULTS}.probe"
-        probe.write_text("")
-        probe.unlink()
-        if not (folder / RESULTS).is_file():
-            (folder / RESULTS).write_text("{}\n")
+        (folder / RESULTS).write_text("{}\n")
         for grid in folder.glob("images/step-*.png"):
             grid.unlink()
     except OSError as error:
@@ -212,19 +213,6 @@ def _claim(output_dir: str | os.PathLike) -> Path:
             f"{folder} cannot be written to ({error.strerror or error}). Choose another folder with --output-dir."
         ) from error
     return folder
-
-
-def _is_demo(folder: Path) -> bool:
-    try:
-        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    # Empty as long as the first demo in this folder is not over
-    return isinstance(results, dict) and (not results or "eval_seed" in results)
-
-
-def _load(model: str | os.PathLike) -> StableDiffusion3Pipeline:
-    return StableDiffusion3Pipeline.from_pretrained(model).to(torch.float32)
 
 
 def _draw(pipeline: Any, prompts: Dataset, settings: DemoSettings, progress: str) -> list[Image.Image]:
@@ -235,8 +223,8 @@ def _draw(pipeline: Any, prompts: Dataset, settings: DemoSettings, progress: str
         num_images_per_prompt=settings.eval_images_per_prompt,
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
-        height=PICTURE_SIZE,
-        width=PICTURE_SIZE,
+        height=IMAGE_SIZE,
+        width=IMAGE_SIZE,
         max_sequence_length=T5_TOKENS,
         batch_size=64,
         progress=progress,
@@ -269,8 +257,8 @@ def _config(settings: DemoSettings, method: str, folder: Path, seed: int) -> Flo
         sde_window_range=list(settings.sde_window),
         reward_weights=list(settings.rewards.values()),
         lr_scheduler_type=settings.lr_scheduler_type,
-        height=PICTURE_SIZE,
-        width=PICTURE_SIZE,
+        height=IMAGE_SIZE,
+        width=IMAGE_SIZE,
         max_sequence_length=T5_TOKENS,
         learning_rate=settings.learning_rate,
         epsilon=settings.epsilon[method],

@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
 
 from trl_flow.rewards import JPEGCompressibilityReward
-from trl_flow.shapes import COLORS, PICTURE_SIZE, SHAPES, PlacedShape, check, load_prompts, render
+from trl_flow.shapes import COLORS, IMAGE_SIZE, SHAPES, PlacedShape, check, load_prompts, render
 
 
 # Share of the image that a color's paint must cover for the full reward: about twice the area of a drawn shape
@@ -84,7 +84,7 @@ class Scorer(torch.nn.Module):
 
 def picture_tensor(image: Image.Image) -> torch.Tensor:
     """`(3, 32, 32)`, float32 in [0, 1]."""
-    image = image.convert("RGB").resize((PICTURE_SIZE, PICTURE_SIZE))
+    image = image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE))
     return torch.from_numpy(np.asarray(image, dtype=np.float32).transpose(2, 0, 1).copy()) / 255
 
 
@@ -114,7 +114,7 @@ def training_picture(objects: list[dict], rng: np.random.Generator) -> Image.Ima
     placed = [PlacedShape(color, shape, *rng.uniform(6, 26, size=2), rng.uniform(7, 12)) for color, shape in shapes]
     image = render(placed, ground=float(rng.choice([0.05, 0.95])))
     image = image.filter(ImageFilter.GaussianBlur(float(rng.choice([0.0, 0.5, 1.0, 2.0]))))
-    noise = rng.choice([0.0, 8.0, 24.0]) * rng.standard_normal((PICTURE_SIZE, PICTURE_SIZE, 3))
+    noise = rng.choice([0.0, 8.0, 24.0]) * rng.standard_normal((IMAGE_SIZE, IMAGE_SIZE, 3))
     return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
 
 

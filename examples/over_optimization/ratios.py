@@ -13,8 +13,9 @@ from peft import LoraConfig, get_peft_model
 from proxies import ColorsOnlyReward
 
 from trl_flow.backbones import get_backbone
-from trl_flow.functional import clipped_loss, group_advantages, log_ratio, timestep_weight
-from trl_flow.rollout import Dynamics, Trajectory, draw_noise, rollout, sample_generator
+from trl_flow.dynamics import FlowDynamics
+from trl_flow.functional import Transition, clipped_loss, group_advantages, log_ratio, timestep_weight
+from trl_flow.rollout import Rollout, StepPlan, draw_noise, rollout, sample_generator
 from trl_flow.shapes import load_pipeline, load_prompts
 
 
@@ -91,7 +92,7 @@ def measure(
         LoraConfig(r=32, lora_alpha=64, init_lora_weights="gaussian", target_modules=backbone.lora_target_modules),
     )
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    dynamics = Dynamics(schedule=backbone.schedule(num_steps), sde_type=sde_type, noise_level=noise_level)
+    dynamics = FlowDynamics(backbone.schedule(num_steps), sde_type, noise_level)
     steps = list(range(num_steps))
 
     rows = load_prompts("train").shuffle(seed=seed).select(range(prompts))
@@ -102,19 +103,18 @@ def measure(
     def generators(key: int) -> list[torch.Generator]:
         return [sample_generator(seed, key, i) for i in range(len(rows))]
 
-    def sample(key: int) -> Trajectory:
-        return rollout(
-            backbone,
-            policy,
-            dynamics,
-            condition,
-            None,
-            guidance_scale=1.0,
-            initial_noise=draw_noise(backbone.latent_shape(), generators(key), torch.device("cpu")),
-            generators=generators(key + 1),
-            stochastic_steps=steps,
-            trained_steps=steps,
-        )
+    def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return backbone.guided_prediction(policy, latents, timestep, condition)
+
+    def sample(key: int) -> Rollout:
+        noise = draw_noise(backbone.latent_shape(), generators(key), torch.device("cpu"))
+        plan = StepPlan(stochastic=tuple(steps), kept=tuple(steps))
+        return rollout(predict, dynamics, noise, plan, generators=generators(key + 1))
+
+    def transition(samples: Rollout, step: int) -> Transition:
+        """A step's transition under the current policy."""
+        latents = samples.latents[:, step]
+        return dynamics.transition(predict(latents, dynamics.schedule.timesteps[step]), latents, step)
 
     trajectory, fresh = sample(0), sample(2)
     with torch.no_grad():
@@ -122,21 +122,16 @@ def measure(
     rewards = ColorsOnlyReward()([], images, objects=[row["objects"] for row in rows])
     advantages = group_advantages(torch.tensor(rewards), num_generations, scale_rewards="group")
 
-    def move(samples: Trajectory, step: int) -> torch.Tensor:
+    def move(samples: Rollout, step: int) -> torch.Tensor:
         """`-Delta * eps` of a step under the current policy, whose mean over a latent is RatioNorm's log-ratio."""
-        latents = samples.latents[:, step]
-        velocity = backbone.guided_prediction(policy, latents, dynamics.schedule.timesteps[step], condition, None, 1.0)
-        transition = dynamics.transition(velocity, latents, step)
+        mean, std = transition(samples, step)
         noise = samples.next_latents[:, step] - samples.means[:, step]
-        return ((transition.mean - samples.means[:, step]) * noise).flatten(1) / transition.std[:, None]
+        return ((mean - samples.means[:, step]) * noise).flatten(1) / std[:, None]
 
     def log_ratios(step: int, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-ratios and standard deviations of a step under the current policy, both `(B,)`."""
-        latents = trajectory.latents[:, step]
-        velocity = backbone.guided_prediction(policy, latents, dynamics.schedule.timesteps[step], condition, None, 1.0)
-        transition = dynamics.transition(velocity, latents, step)
-        sample, old_mean = trajectory.next_latents[:, step], trajectory.means[:, step]
-        return log_ratio(sample, transition.mean, old_mean, transition.std, kind=kind), transition.std
+        mean, std = transition(trajectory, step)
+        return log_ratio(trajectory.next_latents[:, step], mean, trajectory.means[:, step], std, kind=kind), std
 
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-4)
     for _ in range(updates):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, QwenImageEditPipeline, QwenImageEditPlusPipeline
 from PIL import Image
+from tiny_comparisons import assert_same_images
 from tiny_flux import tiny_flux_pipeline, tiny_klein_pipeline, tiny_kontext_pipeline, tiny_kontext_sizes
 from tiny_models import tiny_sd3_pipeline
 from tiny_qwen import (
@@ -18,8 +19,8 @@ from tiny_qwen import (
 from tiny_unets import tiny_sd_pipeline, tiny_sdxl_pipeline
 
 from trl_flow.backbones import get_backbone
-from trl_flow.evaluation.drawing import EVALUATION_STREAM, draw, draw_batch
-from trl_flow.rollout import sample_generator
+from trl_flow.evaluation.drawing import draw, draw_batch
+from trl_flow.rollout import RandomStream, sample_generator
 
 
 PROMPTS = ["a cat", "two dogs", "a bird"]
@@ -72,7 +73,7 @@ def expected_image(backbone, prompt: str, image, negative_prompt: str, index: in
     condition = backbone.encode_prompt(prompt, *edited)
     negative = backbone.encode_prompt(negative_prompt, *edited) if backbone.uses_guidance(2.0) else None
     schedule = backbone.schedule(2)
-    latents = torch.randn(backbone.latent_shape(), generator=sample_generator(7, EVALUATION_STREAM, index))[None]
+    latents = torch.randn(backbone.latent_shape(), generator=sample_generator(7, RandomStream.EVALUATION, index))[None]
     for step in range(2):
         prediction = backbone.guided_prediction(
             backbone.model, latents, schedule.timesteps[step], condition, negative, 2.0
@@ -100,16 +101,14 @@ def test_every_family_draws_what_its_parts_compute(name):
     }
     found = pixels(draw(pipeline, PROMPTS[:2], negative_prompt="a bird", batch_size=3, **options, **sizes))
     again = pixels(draw(backbone, PROMPTS[:2], negative_prompt="a bird", batch_size=3, **options))
-    np.testing.assert_array_equal(found, again)
+    assert_same_images(found, again)
     expected = pixels(
         [
             expected_image(backbone, PROMPTS[i // 2], None if images is None else images[i // 2], "a bird", i)
             for i in range(4)
         ]
     )
-    # Rounding, which differs between batch shapes
-    assert abs(found - expected).max() <= 2
-    assert abs(found - expected).mean() < 0.02
+    assert_same_images(found, expected)
     # The noise of a neighbor changes far more
     assert min(abs(found[i] - expected[i - 1]).mean() for i in range(4)) > 0.3
 
@@ -122,13 +121,13 @@ def test_a_batch_says_which_step_it_takes(tiny_sd3):
     settings = {"seed": 0, "num_inference_steps": 3, "guidance_scale": 1.0}
     (image,) = draw_batch(backbone, backbone.model, condition, None, indices=[5], on_step=steps.append, **settings)
     assert steps == [0, 1, 2]
-    np.testing.assert_array_equal(pixels([image]), pixels(draw(backbone, ["a cat"], first_index=5, **settings)))
+    assert_same_images([image], draw(backbone, ["a cat"], first_index=5, **settings))
 
 
 def test_the_batch_size_changes_no_image(tiny_sd3):
     one, many = drawn(tiny_sd3, batch_size=1, num_images_per_prompt=2), drawn(tiny_sd3, num_images_per_prompt=2)
     assert len(one) == 6
-    assert abs(one - many).max() <= 1  # rounding, by one of 255 levels
+    assert_same_images(one, many)
 
 
 def test_every_image_is_another_and_depends_on_the_seed(tiny_sd3):
@@ -150,7 +149,7 @@ def test_images_of_one_prompt_are_next_to_each_other(tiny_sd3):
 def test_a_set_that_is_drawn_piece_by_piece_is_the_same(tiny_sd3):
     whole = drawn(tiny_sd3, batch_size=1)
     pieces = [drawn(tiny_sd3, PROMPTS[i : i + 1], first_index=i, batch_size=1) for i in range(3)]
-    np.testing.assert_array_equal(whole, np.concatenate(pieces))
+    assert_same_images(whole, np.concatenate(pieces))
 
 
 def test_each_setting_changes_the_images(tiny_sd3):
@@ -182,9 +181,7 @@ def test_images_are_edited_each_with_its_prompt():
     )  # rounding moves less than 1 value in 100
     gray = [image.convert("L") for image in inputs]
     colored = [image.convert("RGB") for image in gray]
-    np.testing.assert_array_equal(
-        drawn(pipeline, PROMPTS[:2], images=gray), drawn(pipeline, PROMPTS[:2], images=colored)
-    )
+    assert_same_images(drawn(pipeline, PROMPTS[:2], images=gray), drawn(pipeline, PROMPTS[:2], images=colored))
     with pytest.raises(ValueError, match="2 images for 3 prompts"):
         draw(pipeline, PROMPTS, seed=0, images=inputs, **SD3)
     with pytest.raises(ValueError, match="edits images"):

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from PIL import Image
-from tiny_comparisons import random_lora
+from tiny_comparisons import assert_same_images, random_lora
 
 from trl_flow.evaluation import DrawingOptions, evaluate_models
 from trl_flow.evaluation.drawing import draw
 from trl_flow.evaluation.evaluate import ModelEvaluation
-from trl_flow.rewards.calling import RewardError
+from trl_flow.rewards.checks import RewardError
 
 
 PROMPTS = ["a red circle", "two blue squares", "three green triangles"]
@@ -40,10 +40,6 @@ def compared(tiny_sd3_path, lora, tmp_path_factory):
     return evaluate_models(tiny_sd3_path, [lora], output_dir=folder, progress=False, **arguments)
 
 
-def pixels(folder) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.png"))}
-
-
 def test_images_are_those_that_draw_gives(compared, tiny_sd3, lora):
     folder = compared.folder / "images" / "shapes"
     for model in ("base", "ours"):
@@ -52,8 +48,7 @@ def test_images_are_those_that_draw_gives(compared, tiny_sd3, lora):
         drawn = draw(tiny_sd3, PROMPTS, seed=0, num_images_per_prompt=2, batch_size=4, guidance_scale=4.5, **SAMPLING)
         saved = [Image.open(path) for path in sorted((folder / model).iterdir())]
         assert len(saved) == len(drawn) == 6
-        for one, other in zip(saved, drawn, strict=True):
-            assert abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max() <= 1
+        assert_same_images(saved, drawn)
     assert (folder / "base" / "000000.png").read_bytes() != (folder / "ours" / "000000.png").read_bytes()
 
 
@@ -102,13 +97,14 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_images(compared, tiny_sd3_p
         with pytest.raises(KeyboardInterrupt):
             evaluate_models(tiny_sd3_path, [lora], output_dir=tmp_path, **arguments)
         # The base's two batches and the adapter's first are there; one image gets lost
-        assert len(pixels(tmp_path)) == 10
+        assert len(list(tmp_path.rglob("*.png"))) == 10
         (tmp_path / "images" / "shapes" / "base" / "000001.png").unlink()
         calls = [0] * 10
         evaluate_models(tiny_sd3_path, [lora], output_dir=tmp_path, **arguments)
     assert calls[10:] == [0, 4]  # the batch of the lost one, and the adapter's second
-    drawn, whole = pixels(tmp_path / "images"), pixels(compared.folder / "images")
-    assert drawn == whole
+    drawn, whole = (sorted((folder / "images").rglob("*.png")) for folder in (tmp_path, compared.folder))
+    assert [path.parts[-3:] for path in drawn] == [path.parts[-3:] for path in whole]
+    assert_same_images(map(Image.open, drawn), map(Image.open, whole))
 
 
 def test_kept_scores_are_used_until_images_change(tiny_sd3_path, lora, tmp_path):
@@ -186,7 +182,7 @@ def test_rewards_are_closed_and_failures_keep_the_images(tiny_sd3_path, tmp_path
     with pytest.raises(RewardError, match="broken"):
         evaluate_models(tiny_sd3_path, proxy=reward, gold=broken, **arguments)
     assert reward.closed == 1
-    assert len(pixels(tmp_path)) == 6
+    assert len(list(tmp_path.rglob("*.png"))) == 6
     assert json.loads((tmp_path / "scores.json").read_text())["scores"]["prompts"]["base"]["Closing"] == [0.5] * 6
 
 

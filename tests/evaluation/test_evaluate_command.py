@@ -126,11 +126,11 @@ def test_what_fails_later_is_told_without_a_traceback_of_the_program(
     )
     command = ["--model", tiny_sd3_path, "--prompts", prompts, "--output_dir", "out", *SAMPLING]
     # What the pipeline refuses leaves a folder that can be used
-    assert "divisible by" in refused(capsys, *command, "--height", "17")
+    assert "multiples of 4 pixels" in refused(capsys, *command, "--height", "17")
     assert "'empty' returned nan for image 0" in refused(capsys, *command, "--proxy", "my_failing_rewards.empty")
     assert main(["evaluate", *command, "--proxy", "my_failing_rewards.broken"]) == 2
     error = capsys.readouterr().err
-    assert "1 / 0" in error and "calling.py" not in error and "cli.py" not in error
+    assert "1 / 0" in error and "scorer.py" not in error and "cli.py" not in error
     assert "'broken' raised ZeroDivisionError" in error and "The same command goes on from there" in error
     # A folder that another user owns, here one that cannot be made
     assert "cannot be written" in refused(capsys, *command[:5], "/proc/nowhere", *SAMPLING)
@@ -150,8 +150,11 @@ def vote_over_http(url: str) -> None:
 
 def test_a_vote_is_served_and_ends_with_a_report(tmp_path):
     painted_folder(tmp_path, ["a", "b"])
+    # A parent in the background may have had SIGINT ignored, which its children inherit
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "from trl_flow.cli import main; sys.exit(main(sys.argv[1:]))"
     with subprocess.Popen(
-        [sys.executable, "-m", "trl_flow", "evaluate", "--vote", str(tmp_path)],
+        [sys.executable, "-c", code, "evaluate", "--vote", str(tmp_path)],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},

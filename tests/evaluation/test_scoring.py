@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from trl_flow.evaluation.scoring import PairedDifference, paired_difference, score_images
-from trl_flow.rewards.calling import RewardError
+from trl_flow.rewards.checks import RewardError
 
 
 # ---- paired_difference ----

@@ -67,7 +67,7 @@ def until(browser, condition: str) -> None:
 
 
 def requested(browser) -> list[str]:
-    """Addresses of everything that was asked for since the last call, beside what stands in the page itself."""
+    """Addresses of everything that was asked for since the last call, besides what stands in the page itself."""
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
     return [url for url in urls if not url.startswith("data:")]

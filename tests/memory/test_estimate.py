@@ -20,6 +20,7 @@ from trl_flow.backbones import BACKBONES, get_backbone
 from trl_flow.memory import Estimate, Plan, empty_pipeline, estimate, fetch_configs, savings
 from trl_flow.memory.dry_run import peak_bytes
 from trl_flow.memory.estimate import _quantized_bytes
+from trl_flow.rollout import Rollout
 
 
 # One of each family that has a backbone
@@ -152,17 +153,14 @@ def test_weights_gradients_and_optimizer_state_are_those_of_a_run(tmp_path, tiny
 
 
 def test_stored_samples_are_those_of_a_run(tmp_path, tiny_sd3_path):
-    fields = {"steps_per_generation": 2, "max_steps": 1}
+    fields = {"steps_per_generation": 2, "height": 16, "width": 16}
     trainer = tiny_trainer(tmp_path, pipeline=tiny_sd3_path, **fields)
-    trainer.train()
-    stored = sum(
-        getattr(batch, name).nbytes
-        for batch in trainer._buffered_inputs
-        for name in ("latents", "next_latents", "means")
-    )
-    noise = 16 * 4 * 8 * 8 * 4
-    found = estimate(tiny_sd3_path, Plan(tiny_config(tmp_path, **fields), tiny_lora()))
-    assert found.resident["stored samples"] == stored + noise
+    noise = torch.zeros(16, 4, 8, 8)
+    steps = trainer.algorithm.plan(0).kept
+    sampled = dict.fromkeys(("latents", "next_latents", "means"), noise[:, None].expand(-1, len(steps), -1, -1, -1))
+    kept = trainer.algorithm.keep(Rollout(steps=steps, final=noise, **sampled))
+    found = estimate(tiny_sd3_path, plan(**fields))
+    assert found.resident["stored samples"] == sum(tensor.nbytes for tensor in kept.values()) + noise.nbytes
 
 
 def test_a_family_of_ones_own_is_estimated_from_its_backbone():
@@ -275,7 +273,9 @@ def test_reference_average_and_dtypes(tiny_sd3_path):
     assert full.resident["moving average"] == full.resident["gradients"] == 4 * full.trained_parameters
     half = estimate(tiny_sd3_path, plan(height=16, width=16))
     assert half.resident["text_encoder weights"] * 2 == pytest.approx(
-        estimate(tiny_sd3_path, plan(height=16, width=16, model_dtype="float32")).resident["text_encoder weights"],
+        estimate(tiny_sd3_path, plan(height=16, width=16, model_init_kwargs={"dtype": "float32"})).resident[
+            "text_encoder weights"
+        ],
         rel=0.01,
     )
 

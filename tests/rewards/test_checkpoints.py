@@ -52,7 +52,7 @@ def test_rewards_load_from_private_repositories_at_a_revision(name, folder, hub_
     # `make_reward` puts ids together as it does paths
     reward = make_reward(name, Path("tester"), revision="v1", token=hub_server.token)
     expected = make_reward(name, folder)(["a cat"], [picture(0)])
-    assert reward(["a cat"], [picture(0)]) == expected
+    assert reward(["a cat"], [picture(0)]) == pytest.approx(expected, rel=1e-4, abs=1e-5)
     downloads = [path for _, path in hub_server.requests if "/resolve/" in path and f"/{kind}/" in path]
     assert any(path.endswith((".pt", ".pth", ".safetensors")) for path in downloads)
     # A revision is asked for by its name, or first looked up
@@ -61,7 +61,7 @@ def test_rewards_load_from_private_repositories_at_a_revision(name, folder, hub_
     # The second time nothing is downloaded
     before = sum(method == "GET" and "/resolve/" in path for method, path in hub_server.requests)
     reward.close()
-    assert reward(["a cat"], [picture(0)]) == expected
+    assert reward(["a cat"], [picture(0)]) == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert sum(method == "GET" and "/resolve/" in path for method, path in hub_server.requests) == before
 
 
@@ -74,7 +74,7 @@ def test_geneval_loads_its_two_models_from_private_repositories_at_their_revisio
     with GenEvalReward(**models, revision="v1", clip_revision="v2", token=hub_server.token) as reward:
         score = reward(["a photo of a dog"], [picture(0)], **columns)
     local = {"model": str(tmp_path / "detector"), "clip_model": str(tmp_path / "colors")}
-    assert score == GenEvalReward(**local)(["a photo of a dog"], [picture(0)], **columns)
+    assert score == pytest.approx(GenEvalReward(**local)(["a photo of a dog"], [picture(0)], **columns))
     paths = [path for _, path in hub_server.requests]
     assert any("/tester/detector/" in path and "v1" in path for path in paths)
     assert any("/tester/colors/" in path and "v2" in path for path in paths)
@@ -93,15 +93,15 @@ def test_without_the_right_to_read_the_error_asks_for_a_token(name, folder, hub_
 
 
 def test_repository_that_does_not_exist_is_named(hub_server):
-    with pytest.raises(CheckpointError, match="imagereward: tester/nothing is no repository on the Hub"):
+    with pytest.raises(CheckpointError, match="imagereward: tester/nothing cannot .* Check the name"):
         ImageReward("tester/nothing", token=hub_server.token)(["a cat"], [picture(0)])
-    with pytest.raises(CheckpointError, match="pickscore: tester/nothing is no repository on the Hub"):
+    with pytest.raises(CheckpointError, match="pickscore: tester/nothing cannot .* Check the name"):
         PickScoreReward("tester/nothing", token=hub_server.token)(["a cat"], [picture(0)])
 
 
 def test_repository_without_the_file_is_named(folder, hub_server):
     upload(hub_server, "tester/hps", folder / "aesthetic")
-    with pytest.raises(CheckpointError, match="hpsv2: tester/hps has no file HPS_v2_compressed.pt"):
+    with pytest.raises(CheckpointError, match="hpsv2: tester/hps cannot .*file HPS_v2_compressed.pt.*EntryNotFound"):
         HPSv2Reward(model="tester/hps", token=hub_server.token)(["a cat"], [picture(0)])
 
 
@@ -109,7 +109,7 @@ def test_repository_without_the_file_is_named(folder, hub_server):
 def test_without_a_network_the_error_says_what_to_download_where(name):
     cls = {"pickscore": PickScoreReward, "hpsv2": HPSv2Reward, "imagereward": ImageReward}[name]
     reward = cls("tester/weights") if name != "hpsv2" else cls(model="tester/weights")
-    message = f"{name}: tester/weights .*cache.*Hub cannot be reached.*hf download tester/weights"
+    message = f"{name}: tester/weights .*Without a network .*hf download tester/weights"
     with pytest.raises(CheckpointError, match=message):
         reward(["a cat"], [picture(0)])
 
@@ -195,7 +195,7 @@ def test_old_configurations_with_the_wrong_end_of_text_are_read_right(tmp_path):
     expected = CLIPScoreReward(save_clip(tmp_path / "new", model), device="cpu")(["a cat"], [picture(0)])
     model.config.text_config.eos_token_id = 2
     old = CLIPScoreReward(save_clip(tmp_path / "old", model), device="cpu")
-    assert old(["a cat"], [picture(0)]) == expected
+    assert old(["a cat"], [picture(0)]) == pytest.approx(expected, rel=1e-4)
 
 
 def test_transformers_reports_nothing_and_keeps_its_verbosity(folder, caplog):

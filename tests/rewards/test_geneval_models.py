@@ -47,7 +47,8 @@ def test_detections_equal_those_of_transformers(mask2former):
         for one, (segment, mask) in zip(found, segments, strict=True):
             assert one.label == CLASSES[segment["label_id"]]
             assert one.score == pytest.approx(segment["score"], abs=1e-5)
-            assert (one.mask == mask.bool().numpy()).all()
+            # At its edge a pixel may fall on either side
+            assert (one.mask != mask.bool().numpy()).mean() < 1e-3
     masks = [one.mask for one in found]
     assert not all((mask == masks[0]).all() for mask in masks)
 
@@ -65,9 +66,9 @@ def test_only_what_exceeds_the_score_is_found(mask2former):
     folder = str(mask2former[0])
     scores = [one.score for one in Mask2FormerDetector(folder, shortest_edge=64, min_score=0.0)([picture()])[0]]
     assert scores == sorted(scores, reverse=True)
-    threshold = scores[1]
+    threshold = (scores[0] + scores[1]) / 2
     found = Mask2FormerDetector(folder, shortest_edge=64, min_score=threshold)([picture()])[0]
-    assert [one.score for one in found] == scores[:1]
+    assert [one.score for one in found] == pytest.approx(scores[:1], abs=1e-5)
     assert Mask2FormerDetector(folder, shortest_edge=64, min_score=1.0)([picture()]) == [[]]
 
 

@@ -198,16 +198,9 @@ def test_nothing_is_asked_for_no_pictures():
     assert server.paths == [] and logged == []
 
 
-def test_prompts_and_pictures_that_do_not_match_in_number_are_refused():
-    with JudgeServer(red) as server, pytest.raises(ValueError, match="There are 2 prompts for 1 images"):
+def test_prompts_and_images_that_do_not_match_in_number_are_refused():
+    with JudgeServer(red) as server, pytest.raises(ValueError):
         score(judge(server), ["p", "q"], [flat(1)])
-
-
-@pytest.mark.parametrize(("prompt", "image"), [(None, flat(1)), ("p", None), (3, flat(1)), ("p", np.zeros((4, 4, 3)))])
-def test_other_things_than_texts_and_pictures_are_refused(prompt, image):
-    with JudgeServer(red) as server, pytest.raises(TypeError, match="Sample 1 has a prompt of type"):
-        score(judge(server), ["p", prompt], [flat(1), image])
-    assert server.paths == []
 
 
 def test_an_error_in_parse_is_not_hidden():
@@ -357,14 +350,6 @@ def test_several_threads_can_ask_at_the_same_time():
         for thread in threads:
             thread.join(30)
     assert results == {i: [float(i)] * 5 for i in range(6)}
-
-
-def test_a_closed_judge_can_be_called_again():
-    with JudgeServer(red) as server:
-        with judge(server) as reward:
-            assert RewardScorer([reward]).score(["p"], [flat(1)], {}).rewards.tolist() == [[1.0]]
-        reward.close()
-        assert RewardScorer([reward]).score(["p"], [flat(2)], {}).rewards.tolist() == [[2.0]]
 
 
 def test_the_pictures_of_a_call_share_few_connections_and_none_is_left_open():

@@ -173,14 +173,10 @@ def test_a_picture_without_others_gets_none_and_no_pictures_get_nothing():
     assert reward.comparer.asked == [] and logged == []
 
 
-def test_prompts_and_pictures_that_do_not_match_in_number_are_refused():
-    with pytest.raises(ValueError, match="There are 2 prompts for 1 images"):
-        win_rates(WinRateReward(brighter), ["p", "p"], [picture(1)])
-
-
-def test_other_things_than_texts_and_pictures_are_refused():
-    with pytest.raises(TypeError, match="Sample 1 has a prompt of type str and an image of type ndarray"):
-        win_rates(WinRateReward(brighter), ["p", "p"], [picture(1), np.zeros((2, 2, 3))])
+def test_prompts_and_images_that_do_not_match_in_number_are_refused():
+    for number in (1, 3):
+        with pytest.raises(ValueError):
+            win_rates(WinRateReward(brighter), ["p", "p"], [picture(1)] * number)
 
 
 # --- comparers ---
@@ -264,20 +260,6 @@ def test_what_the_trainer_needs_to_know_of_it():
     assert reward.needs_group is True
 
 
-def test_closing_closes_the_comparer():
-    class Comparer(Counting):
-        closed = 0
-
-        def close(self):
-            self.closed += 1
-
-    with WinRateReward(Comparer()) as reward:
-        pass
-    assert reward.comparer.closed == 1
-    with WinRateReward(brighter) as reward:  # a function has nothing to close
-        pass
-
-
 @pytest.mark.parametrize("comparer", ["judge", 1, Counting])
 def test_a_comparer_that_cannot_be_called_is_refused(comparer):
     with pytest.raises(TypeError, match="must be a function"):
@@ -305,7 +287,8 @@ def judged(request):
 
 @pytest.mark.usefixtures("no_certificates")
 def test_pref_grpo_from_end_to_end():
-    with JudgeServer(judged) as server, WinRateReward(base_url=server.base_url, max_concurrency=4) as reward:
+    with JudgeServer(judged) as server:
+        reward = WinRateReward(base_url=server.base_url, max_concurrency=4)
         rates = RewardScorer([reward]).score(["a {cat}"] * 4, [picture(v) for v in (3, 0, 200, 7)], {}).rewards
     assert rates[:, 0].tolist() == pytest.approx([1 / 3, 0, 1, 2 / 3])
     assert len(server.requests) == 6

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from trl_flow.shapes import PlacedShape, check, load_pipeline, load_prompts, pipeline_path, render
-from trl_flow.shapes.model import T5_TOKENS
+from trl_flow.shapes.bundled import T5_TOKENS
 from trl_flow.shapes.prompts import all_targets, make_caption
 
 

@@ -13,7 +13,12 @@ from PIL import Image
 
 from trl_flow.shapes import check, parse_caption
 from trl_flow.shapes.prompts import is_held_out, load_prompts
-from trl_flow.shapes.train import noisy_caption, random_scene, render_images
+
+
+FOLDER = Path(__file__).parents[2] / "examples" / "bundled_model"
+sys.path.insert(0, str(FOLDER))
+
+from train import noisy_caption, random_scene, render_images  # noqa: E402
 
 
 def test_no_scene_and_no_caption_is_held_out():
@@ -60,7 +65,7 @@ def test_every_held_out_part_is_met_in_training():
 def test_the_training_script_writes_a_pipeline_and_its_scores(tmp_path):
     # Long enough for a few steps of everything, not for an image
     options = "--images 1200 --vae-minutes 0.05 --minutes 0.05".split()
-    command = [sys.executable, "-m", "trl_flow.shapes.train", "--output-dir", str(tmp_path), *options]
+    command = [sys.executable, str(FOLDER / "train.py"), "--output-dir", str(tmp_path), *options]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     scores = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))

@@ -15,7 +15,7 @@ from tiny_models import tiny_sd3_pipeline
 from tiny_training import assert_equal, brightness, prompts, tiny_config, tiny_lora, tiny_trainer, train, warnings_of
 
 from trl_flow import FlowGRPOConfig, FlowGRPOTrainer, GuardConfig
-from trl_flow.rewards.calling import RewardError
+from trl_flow.rewards.checks import RewardError
 
 
 def contents(folder: Path) -> dict[str, str]:

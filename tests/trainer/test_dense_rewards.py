@@ -8,7 +8,7 @@ import torch
 from tiny_training import brightness, prompts, tiny_trainer, warnings_of
 
 from trl_flow import VGPOConfig
-from trl_flow.rewards.calling import RewardError
+from trl_flow.rewards.checks import RewardError
 
 
 def sampled(trainer):

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from trl_flow.rewards.calling import RewardError
+from trl_flow.rewards.checks import RewardError
 from trl_flow.trainer.ordered_calls import OrderedCalls
 
 

@@ -191,9 +191,10 @@ class Backbone(ABC):
         """With `takes_image`: raises `ValueError` if an image of this size cannot be edited."""
         return  # any size, unless a family says otherwise
 
-    @abstractmethod
     def latent_shape(self) -> tuple[int, ...]:
-        """Shape of one image's latents, without the batch."""
+        """Shape of one image's latents, without the batch; unless a family says otherwise, `(C, H, W)` of the VAE."""
+        factor = self.pipeline.vae_scale_factor
+        return (self.model.config.in_channels, self.height // factor, self.width // factor)
 
     # ---- Sampling ----
 
@@ -223,6 +224,12 @@ class Backbone(ABC):
     @abstractmethod
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
         """Images of final latents `(B, ...)`."""
+
+    def _decode(self, latents: torch.Tensor) -> list[Image.Image]:
+        """Images of latents in the VAE's own scale."""
+        vae = self.pipeline.vae
+        pixels = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+        return self.pipeline.image_processor.postprocess(pixels.float(), output_type="pil")
 
     def guided_prediction(
         self,

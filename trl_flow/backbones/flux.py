@@ -1,11 +1,9 @@
 """FLUX.1, dev and schnell."""
 
-import numpy as np
 import torch
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from PIL import Image
 
-from trl_flow.backbones.base import Schedule, Shapes, shift_limits
+from trl_flow.backbones.base import Shapes
 from trl_flow.backbones.packed import PackedBackbone
 
 
@@ -50,13 +48,6 @@ class FluxBackbone(PackedBackbone):
             "text_ids": ((length, 3), self.dtype),
         }
 
-    def schedule(self, num_inference_steps: int) -> Schedule:
-        scheduler = self.pipeline.scheduler
-        mu = calculate_shift(self.latent_shape()[0], *shift_limits(scheduler))
-        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-        retrieve_timesteps(scheduler, device=self.device, sigmas=sigmas, mu=mu)
-        return Schedule.of(scheduler, self.device)
-
     def _image_ids(self, device: torch.device) -> torch.Tensor:
         """Where the tokens of the latents stand, `(L, 3)`: the first number is 0, then come row and column."""
         return self.pipeline._prepare_latent_image_ids(1, *self._grid(), device, self.dtype)
@@ -92,8 +83,6 @@ class FluxBackbone(PackedBackbone):
         return False  # not by a negative prompt
 
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
-        vae = self.pipeline.vae
+        config = self.pipeline.vae.config
         latents = self.pipeline._unpack_latents(latents, self.height, self.width, self.pipeline.vae_scale_factor)
-        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-        pixels = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-        return self.pipeline.image_processor.postprocess(pixels.float(), output_type="pil")
+        return self._decode(latents / config.scaling_factor + config.shift_factor)

@@ -1,11 +1,10 @@
 """FLUX.2 klein, the base models and the distilled ones."""
 
-import numpy as np
 import torch
-from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu, retrieve_timesteps
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from PIL import Image
 
-from trl_flow.backbones.base import Schedule, Shapes
+from trl_flow.backbones.base import Shapes
 from trl_flow.backbones.packed import PackedBackbone
 
 
@@ -45,12 +44,8 @@ class Flux2KleinBackbone(PackedBackbone):
             "text_ids": ((length, 4), torch.int64),
         }
 
-    def schedule(self, num_inference_steps: int) -> Schedule:
-        scheduler = self.pipeline.scheduler
-        mu = compute_empirical_mu(image_seq_len=self.latent_shape()[0], num_steps=num_inference_steps)
-        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-        retrieve_timesteps(scheduler, device=self.device, sigmas=sigmas, mu=mu)
-        return Schedule.of(scheduler, self.device)
+    def _shift(self, num_inference_steps: int) -> float:
+        return compute_empirical_mu(image_seq_len=self.latent_shape()[0], num_steps=num_inference_steps)
 
     def _image_ids(self, latents: torch.Tensor) -> torch.Tensor:
         """Where the tokens of the latents `(B, L, C)` stand, `(B, L, 4)`."""
@@ -79,6 +74,4 @@ class Flux2KleinBackbone(PackedBackbone):
         # In the VAE's own normalization, kept in its batch norm
         mean = vae.bn.running_mean.view(1, -1, 1, 1).to(latents)
         std = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).to(latents)
-        latents = self.pipeline._unpatchify_latents(latents * std + mean)
-        pixels = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-        return self.pipeline.image_processor.postprocess(pixels.float(), output_type="pil")
+        return self._decode(self.pipeline._unpatchify_latents(latents * std + mean))

@@ -1,6 +1,9 @@
 """What the families have in common whose transformer reads an image's latents packed, 2 x 2 of them in each token."""
 
-from trl_flow.backbones.base import Backbone
+import numpy as np
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+
+from trl_flow.backbones.base import Backbone, Schedule, shift_limits
 
 
 class PackedBackbone(Backbone):
@@ -23,3 +26,13 @@ class PackedBackbone(Backbone):
     def latent_shape(self) -> tuple[int, ...]:
         height, width = self._grid()
         return (height * width, self.model.config.in_channels)
+
+    def schedule(self, num_inference_steps: int) -> Schedule:
+        scheduler = self.pipeline.scheduler
+        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+        retrieve_timesteps(scheduler, device=self.device, sigmas=sigmas, mu=self._shift(num_inference_steps))
+        return Schedule.of(scheduler, self.device)
+
+    def _shift(self, num_inference_steps: int) -> float:
+        """By how much the noise levels are moved for images of this size."""
+        return calculate_shift(self.latent_shape()[0], *shift_limits(self.pipeline.scheduler))

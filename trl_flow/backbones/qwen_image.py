@@ -3,13 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift, retrieve_timesteps
 from PIL import Image
 
-from trl_flow.backbones.base import Schedule, Shapes, shift_limits
+from trl_flow.backbones.base import Shapes
 from trl_flow.backbones.packed import PackedBackbone
 
 
@@ -70,13 +68,6 @@ class QwenImageBackbone(PackedBackbone):
             "encoder_hidden_states": ((length, self.model.config.joint_attention_dim), self.dtype),
             "encoder_hidden_states_mask": ((length,), torch.bool),
         }
-
-    def schedule(self, num_inference_steps: int) -> Schedule:
-        scheduler = self.pipeline.scheduler
-        mu = calculate_shift(self.latent_shape()[0], *shift_limits(scheduler))
-        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-        retrieve_timesteps(scheduler, device=self.device, sigmas=sigmas, mu=mu)
-        return Schedule.of(scheduler, self.device)
 
     def predict(
         self, model: torch.nn.Module, latents: torch.Tensor, timestep: torch.Tensor, condition: dict[str, torch.Tensor]

@@ -35,10 +35,6 @@ class StableDiffusion3Backbone(Backbone):
                 f"width={own_width}."
             )
 
-    def latent_shape(self) -> tuple[int, ...]:
-        factor = self.pipeline.vae_scale_factor
-        return (self.model.config.in_channels, self.height // factor, self.width // factor)
-
     def encode_prompt(self, prompt: str) -> dict[str, torch.Tensor]:
         prompt_embeds, _, pooled_prompt_embeds, _ = self.pipeline.encode_prompt(
             prompt,
@@ -81,7 +77,5 @@ class StableDiffusion3Backbone(Backbone):
         )[0]
 
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
-        vae = self.pipeline.vae
-        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-        pixels = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-        return self.pipeline.image_processor.postprocess(pixels.float(), output_type="pil")
+        config = self.pipeline.vae.config
+        return self._decode(latents / config.scaling_factor + config.shift_factor)

@@ -90,10 +90,6 @@ class StableDiffusionBackbone(Backbone):
                 "and draws poor images when they are much smaller."
             )
 
-    def latent_shape(self) -> tuple[int, ...]:
-        factor = self.pipeline.vae_scale_factor
-        return (self.model.config.in_channels, self.height // factor, self.width // factor)
-
     def encode_prompt(self, prompt: str) -> dict[str, torch.Tensor]:
         prompt_embeds, _ = self.pipeline.encode_prompt(
             prompt, self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
@@ -137,6 +133,4 @@ class StableDiffusionBackbone(Backbone):
         )[0]
 
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
-        vae = self.pipeline.vae
-        pixels = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
-        return self.pipeline.image_processor.postprocess(pixels.float(), output_type="pil")
+        return self._decode(latents / self.pipeline.vae.config.scaling_factor)

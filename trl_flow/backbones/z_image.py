@@ -36,10 +36,6 @@ class ZImageBackbone(Backbone):
                 f"{largest[0]} x {largest[1]}. Set height and width to such."
             )
 
-    def latent_shape(self) -> tuple[int, ...]:
-        factor = self.pipeline.vae_scale_factor
-        return (self.model.config.in_channels, self.height // factor, self.width // factor)
-
     def encode_prompt(self, prompt: str) -> dict[str, torch.Tensor]:
         (embeds,), _ = self.pipeline.encode_prompt(
             prompt,
@@ -90,7 +86,5 @@ class ZImageBackbone(Backbone):
         return guidance_scale > 0
 
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
-        vae = self.pipeline.vae
-        latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        pixels = vae.decode(latents, return_dict=False)[0]
-        return self.pipeline.image_processor.postprocess(pixels.float(), output_type="pil")
+        config = self.pipeline.vae.config
+        return self._decode(latents / config.scaling_factor + config.shift_factor)

@@ -19,8 +19,8 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser  #
 
 from trl_flow.prompts import PROMPT_SETS  # noqa: E402
 from trl_flow.rewards.named import NAMED_REWARDS  # noqa: E402
-from trl_flow.shapes import PICTURE_SIZE, pipeline_path  # noqa: E402
-from trl_flow.shapes.model import T5_TOKENS  # noqa: E402
+from trl_flow.shapes import IMAGE_SIZE, pipeline_path  # noqa: E402
+from trl_flow.shapes.bundled import T5_TOKENS  # noqa: E402
 from trl_flow.trainer import FlowGRPOConfig, GuardConfig, SLASConfig, VGPOConfig  # noqa: E402
 
 
@@ -30,44 +30,31 @@ METHODS = {"flow_grpo": FlowGRPOConfig, "guard": GuardConfig, "slas": SLASConfig
 BUNDLED_MODELS = ("bundled", "shapes")
 
 
+def _field(help: str, default: Any = None, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": help, **metadata})
+
+
 @dataclass
 class FlowScriptArguments(ScriptArguments):
     """What a training is of, and how its processes are started."""
 
-    method: str = field(
-        default="flow_grpo",
-        metadata={"help": "Published recipe whose defaults are used.", "choices": tuple(METHODS)},
+    method: str = _field("Published recipe whose defaults are used.", "flow_grpo", choices=tuple(METHODS))
+    dataset_name: str | None = _field(
+        f"The prompts: a set ({', '.join(f'`{name}`' for name in PROMPT_SETS)}; `name:path` reads a copy of it), a "
+        "file .jsonl, .json, .csv, .tsv, .parquet or .txt, a folder, or the id of a data set on the Hub. The name of "
+        "a set comes before a file or folder of that name, which is `./name`."
     )
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": f"The prompts: a set ({', '.join(f'`{name}`' for name in PROMPT_SETS)}; `name:path` reads a copy "
-            "of it instead of downloading it), a file .jsonl, .json, .csv, .tsv, .parquet or .txt, a folder, or the "
-            "id of a data set on the Hub. The name of a set comes before a file or folder of that name, which is "
-            "`./name`."
-        },
+    prompt_column: str = _field("Column with the prompts, in a file or a data set on the Hub.", "prompt")
+    reward_funcs: list[str] | None = _field(
+        f"Reward functions: {', '.join(f'`{name}`' for name in NAMED_REWARDS)}, or any dotted import path, such as "
+        "`my_rewards.brightness`, looked for in the current folder too; a class is called without arguments."
     )
-    prompt_column: str = field(
-        default="prompt", metadata={"help": "Column with the prompts, in a file or a data set on the Hub."}
+    eval_reward_funcs: list[str] | None = _field(
+        "Functions that only score evaluations (gold scores), named as `reward_funcs` are."
     )
-    reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": f"Reward functions: {', '.join(f'`{name}`' for name in NAMED_REWARDS)}, or any dotted import "
-            "path, such as `my_rewards.brightness`, looked for in the current folder too; a class is called without "
-            "arguments."
-        },
-    )
-    eval_reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={"help": "Functions that only score evaluations (gold scores), named as `reward_funcs` are."},
-    )
-    accelerate_config: str | None = field(
-        default=None,
-        metadata={
-            "help": "Start one process for each GPU: single_gpu, multi_gpu, fsdp2, zero2, zero3 or the path of an "
-            "accelerate config. Options of `accelerate launch`, such as --num_processes, go with it."
-        },
+    accelerate_config: str | None = _field(
+        "Start one process for each GPU: single_gpu, multi_gpu, fsdp2, zero2, zero3 or the path of an accelerate "
+        "config. Options of `accelerate launch`, such as --num_processes, go with it."
     )
 
 
@@ -102,7 +89,7 @@ def training_parser(
     # The trainer chooses dtypes and turns dropout off; TRL's defaults are for language models
     parser.set_defaults(dtype=None, lora_dropout=0.0, lora_task_type=None)
     if (option(argv, {}, "model") or option(argv, recipe, "model_name_or_path")) in BUNDLED_MODELS:
-        parser.set_defaults(height=PICTURE_SIZE, width=PICTURE_SIZE, max_sequence_length=T5_TOKENS)
+        parser.set_defaults(height=IMAGE_SIZE, width=IMAGE_SIZE, max_sequence_length=T5_TOKENS)
     return parser
 
 
@@ -139,15 +126,13 @@ def resolve_model(model: Any, args: FlowGRPOConfig, model_args: ModelConfig) -> 
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype is {model_args.dtype!r}, but must be float32, bfloat16 or float16.")
         kwargs.setdefault("dtype", dtype)
-    if model_args.load_in_4bit:
-        quantization = {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": model_args.bnb_4bit_quant_type,
-            "bnb_4bit_use_double_quant": model_args.use_bnb_nested_quant,
-            "bnb_4bit_quant_storage": model_args.bnb_4bit_quant_storage,
-        }
-        kwargs.setdefault("quantization_config", {k: v for k, v in quantization.items() if v is not None})
-    elif model_args.load_in_8bit:
+    if model_args.load_in_8bit:
         kwargs.setdefault("quantization_config", {"load_in_8bit": True})
+    elif model_args.load_in_4bit:
+        quantization = {"load_in_4bit": True, "bnb_4bit_quant_type": model_args.bnb_4bit_quant_type}
+        quantization["bnb_4bit_use_double_quant"] = model_args.use_bnb_nested_quant
+        if model_args.bnb_4bit_quant_storage is not None:
+            quantization["bnb_4bit_quant_storage"] = model_args.bnb_4bit_quant_storage
+        kwargs.setdefault("quantization_config", quantization)
     args.model_init_kwargs = kwargs
     return model

@@ -145,7 +145,7 @@ def _run(trainer: "FlowGRPOTrainer", resume: str | None, dataset_name: str | Non
     try:
         trainer.train(resume_from_checkpoint=resume)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(_last_checkpoint(args.output_dir)) from None
+        raise KeyboardInterrupt(_where_to_go_on(args.output_dir)) from None
     trainer.save_model(args.output_dir, _internal_call=True)  # the push below is the only one
     trainer.accelerator.print(f"Saved to {args.output_dir}.")
     if args.push_to_hub:
@@ -153,7 +153,7 @@ def _run(trainer: "FlowGRPOTrainer", resume: str | None, dataset_name: str | Non
         trainer.accelerator.print(f"Pushed to {trainer.hub_model_id}.")
 
 
-def _last_checkpoint(output_dir: str) -> str:
+def _where_to_go_on(output_dir: str) -> str:
     from trl_flow.trainer.run_state import last_complete_checkpoint
 
     try:

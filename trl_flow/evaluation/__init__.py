@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trl_flow.evaluation.comparison import compare_scores
-    from trl_flow.evaluation.evaluate import Comparison, DrawingOptions, evaluate_models
+    from trl_flow.evaluation.evaluate import Comparison, evaluate_models
+    from trl_flow.evaluation.inputs import DrawingOptions
     from trl_flow.evaluation.vote import VoteServer
 
 _MODULES = {
     "Comparison": "evaluate",
-    "DrawingOptions": "evaluate",
+    "DrawingOptions": "inputs",
     "VoteServer": "vote",
     "compare_scores": "comparison",
     "evaluate_models": "evaluate",

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,8 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import constants
 from peft.tuners.lora import LoraLayer
+
+from trl_flow.backbones import Backbone
 
 
 BASE = "base"
@@ -48,14 +50,20 @@ class Adapter:
         return not (folder / _LORA).is_file() and any((folder / name).is_file() for name in _FULL)
 
 
-def parse_adapters(specifications: Sequence[str | os.PathLike]) -> list[Adapter]:
+def parse_adapters(
+    specifications: str | os.PathLike | Sequence[str | os.PathLike] | Mapping[str, str | os.PathLike],
+) -> list[Adapter]:
     """
-    Adapters from `path` or `name=path`. Without a name it is the last part of the path, with the part before it for
-    checkpoints (`run/checkpoint-100`) and where two would be called the same.
+    Adapters from `path`, `name=path` or paths by name. Without a name it is the last part of the path, with the part
+    before it for checkpoints (`run/checkpoint-100`) and where two would be called the same.
 
     Raises:
         ValueError: if two have the same name or the same path, one is called `base`, or a local path is wrong.
     """
+    if isinstance(specifications, str | os.PathLike):
+        specifications = [specifications]
+    if isinstance(specifications, Mapping):
+        specifications = [f"{name}={os.fspath(path)}" for name, path in specifications.items()]
     named = [_split(os.fspath(specification)) for specification in specifications]
     short = [_short_name(path) if name is None else name for name, path in named]
     names = [
@@ -106,7 +114,7 @@ def _check_path(path: str) -> None:
         raise ValueError(f"the adapter {path!r} is neither a file, nor a folder, nor a hub id (owner/name).")
 
 
-def check_adapter(pipeline: DiffusionPipeline, adapter: Adapter) -> str:
+def check_adapter(backbone: Backbone, adapter: Adapter) -> str:
     """
     Loads an adapter and takes it out again.
 
@@ -116,18 +124,15 @@ def check_adapter(pipeline: DiffusionPipeline, adapter: Adapter) -> str:
     Raises:
         ValueError: if it cannot be loaded, or does not fit the pipeline.
     """
-    with loaded_adapter(pipeline, adapter):
-        digest = hashlib.sha256()
-        for name, component in sorted(pipeline.components.items()):
-            if not isinstance(component, torch.nn.Module):
-                continue
-            if adapter.is_full and name == _trained_component(pipeline):
-                _add_tensors(digest, name, component.state_dict())
-            for layer, module in _lora_layers(component):
-                tensors = {key: value for key, value in module.state_dict().items() if "base_layer" not in key}
-                _add_tensors(digest, f"{name}.{layer}", tensors)
-                digest.update(json.dumps(module.scaling, sort_keys=True).encode())
-        return digest.hexdigest()[:16]
+    digest = hashlib.sha256()
+    with loaded_adapter(backbone, adapter):
+        if adapter.is_full:
+            _add_tensors(digest, backbone.component, backbone.model.state_dict())
+        for layer, module in _lora_layers(backbone.pipeline):
+            tensors = {key: value for key, value in module.state_dict().items() if "base_layer" not in key}
+            _add_tensors(digest, layer, tensors)
+            digest.update(json.dumps(module.scaling, sort_keys=True).encode())
+    return digest.hexdigest()[:16]
 
 
 def base_fingerprint(pipeline: DiffusionPipeline) -> str:
@@ -138,13 +143,11 @@ def base_fingerprint(pipeline: DiffusionPipeline) -> str:
     read all of a large model would take long.
     """
     digest = hashlib.sha256()
-    for name, component in sorted(pipeline.components.items()):
-        if isinstance(component, torch.nn.Module):
-            # A module that is kept elsewhere between calls has tensors without values
-            tensors = {key: tensor for key, tensor in component.state_dict().items() if torch.is_tensor(tensor)}
-            tensors = {key: tensor.flatten() for key, tensor in tensors.items() if not tensor.is_meta}
-            sampled = {key: tensor[:: max(1, len(tensor) // _SAMPLED)] for key, tensor in tensors.items()}
-            _add_tensors(digest, name, sampled)
+    for name, component in sorted(_modules(pipeline).items()):
+        # A module that is kept elsewhere between calls has tensors without values
+        tensors = {key: tensor for key, tensor in component.state_dict().items() if torch.is_tensor(tensor)}
+        tensors = {key: tensor.flatten() for key, tensor in tensors.items() if not tensor.is_meta}
+        _add_tensors(digest, name, {key: t[:: max(1, len(t) // _SAMPLED)] for key, t in tensors.items()})
     return digest.hexdigest()[:16]
 
 
@@ -156,42 +159,42 @@ def _add_tensors(digest, prefix: str, tensors: dict[str, torch.Tensor]) -> None:
 
 
 @contextmanager
-def loaded_adapter(pipeline: DiffusionPipeline, adapter: Adapter | None) -> Iterator[None]:
+def loaded_adapter(backbone: Backbone, adapter: Adapter | None) -> Iterator[None]:
     """
-    The pipeline with an adapter in it, as anyone would load it, and without one again afterwards. `None` is the base
-    model.
+    The backbone's pipeline with an adapter in it, as anyone would load it, and without one again afterwards. `None` is
+    the base model.
 
     Raises:
         ValueError: if it cannot be loaded, or does not fit the pipeline.
     """
     if adapter is None:
         yield
-    elif adapter.is_full:
-        name = _trained_component(pipeline)
-        original = getattr(pipeline, name)
-        try:
+        return
+    pipeline, original = backbone.pipeline, backbone.model
+
+    def take_out() -> None:
+        if adapter.is_full:
+            setattr(pipeline, backbone.component, original)
+        else:
+            pipeline.unload_lora_weights()
+
+    try:
+        if adapter.is_full:
             trained = type(original).from_pretrained(adapter.path, dtype=original.dtype)
             different = {k for k, v in original.config.items() if not k.startswith("_") and v != trained.config.get(k)}
             if different:
                 raise ValueError(f"its configuration differs from the model's in {', '.join(sorted(different))}")
-        except (OSError, ValueError, RuntimeError) as error:
-            raise _does_not_fit(adapter, pipeline, error) from error
-        setattr(pipeline, name, trained.to(original.device))
-        try:
-            yield
-        finally:
-            setattr(pipeline, name, original)
-    else:
-        try:
+            setattr(pipeline, backbone.component, trained.to(original.device))
+        else:
             _load_lora(pipeline, adapter)
-        # Files and the Hub fail in many ways: errors of the file's format, of its keys, of the network
-        except Exception as error:
-            pipeline.unload_lora_weights()
-            raise _does_not_fit(adapter, pipeline, error) from error
-        try:
-            yield
-        finally:
-            pipeline.unload_lora_weights()
+    # Files and the Hub fail in many ways: errors of the file's format, of its keys, of the network
+    except Exception as error:
+        take_out()
+        raise _does_not_fit(adapter, pipeline, error) from error
+    try:
+        yield
+    finally:
+        take_out()
 
 
 def _load_lora(pipeline: DiffusionPipeline, adapter: Adapter) -> None:
@@ -203,30 +206,32 @@ def _load_lora(pipeline: DiffusionPipeline, adapter: Adapter) -> None:
     state = state[0] if isinstance(state, tuple) else state
     expected = sum(key.endswith(_DOWN_PROJECTION) for key in state)
     pipeline.load_lora_weights(adapter.path, **options)
-    # diffusers leaves out what has no place in the model, and only logs it
-    found = sum(1 for c in pipeline.components.values() if isinstance(c, torch.nn.Module) for _ in _lora_layers(c))
+    # diffusers leaves out what does not belong to the model, and only logs it
+    found = len(list(_lora_layers(pipeline)))
     if found == 0 or found < expected:
-        raise ValueError(f"{found} of its {expected} layers have a place in the model")
+        raise ValueError(f"{found} of its {expected} layers belong to the model")
 
 
-def _lora_layers(component: torch.nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    return ((name, module) for name, module in component.named_modules() if isinstance(module, LoraLayer))
+def _lora_layers(pipeline: DiffusionPipeline) -> Iterator[tuple[str, LoraLayer]]:
+    for name, component in sorted(_modules(pipeline).items()):
+        for layer, module in component.named_modules(prefix=name):
+            if isinstance(module, LoraLayer):
+                yield layer, module
 
 
-def _trained_component(pipeline: DiffusionPipeline) -> str:
-    return "unet" if getattr(pipeline, "unet", None) is not None else "transformer"
+def _modules(pipeline: DiffusionPipeline) -> dict[str, torch.nn.Module]:
+    return {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
 
 
 def _does_not_fit(adapter: Adapter, pipeline: DiffusionPipeline, error: Exception) -> ValueError:
     cause = str(error).strip(" .\n") or type(error).__name__
     if not os.path.exists(adapter.path):
         folder = Path(adapter.path).parent
-        inside = (
-            f" The folder {folder} holds {sorted(p.name for p in folder.iterdir())[:10]}." if folder.is_dir() else ""
-        )
+        inside = sorted(path.name for path in folder.iterdir())[:10] if folder.is_dir() else []
+        hint = f" The folder {folder} holds {inside}." if inside else ""
         return ValueError(
             f"the adapter {adapter.name!r}: there is no file or folder {adapter.path!r}, and it could not be had from "
-            f"the Hub either: {cause}.{inside}"
+            f"the Hub either: {cause}.{hint}"
         )
     return ValueError(
         f"the adapter {adapter.name!r} ({adapter.path}) could not be loaded into this {type(pipeline).__name__}: "

@@ -21,7 +21,7 @@ def compare_scores(
     The comparison of several models on one prompt set.
 
     Args:
-        scores (`Mapping`): by model and reward, `(N,)` each, NaN where the reward does not apply. Place `i` is the
+        scores (`Mapping`): by model and reward, `(N,)` each, NaN where the reward does not apply. Entry `i` is the
             same prompt and the same noise for all models; the images of one prompt are next to each other. The first
             model is the base.
         proxy, gold (`Sequence[str]`): the rewards that were optimized, and those that were not.

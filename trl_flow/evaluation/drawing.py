@@ -29,8 +29,7 @@ def draw_batch(
     on_step: Callable[[int], None] | None = None,
 ) -> list[Image.Image]:
     """
-    Draws one batch along the ODE (for U-Nets deterministic DDIM). The trainer's evaluation and `trl-flow evaluate`
-    both draw by this function.
+    Draws one batch along the ODE (for U-Nets by deterministic DDIM): the one way in which evaluations draw.
 
     Args:
         backbone ([`Backbone`]): the pipeline.
@@ -44,8 +43,6 @@ def draw_batch(
         guidance_scale (`float`): strength of the guidance.
         on_step (`Callable[[int], None]`, *optional*): called with the index of each step before it is taken.
 
-    Returns:
-        `list[PIL.Image.Image]`: `B` images.
     """
     generators = [sample_generator(seed, RandomStream.EVALUATION, index) for index in indices]
     # No step is stochastic, so the kind and the level of the noise have no effect

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from trl_flow.evaluation.evaluate import Comparison
 
 DESCRIPTION = """\
-Compare a base model and adapters: draw prompt sets with all of them from the same noise, along the pipeline's own
-sampler, score the images, and write tables, an image grid and a page to look at pairs side by side.
+Compare a base model and adapters: draw prompt sets with all of them from the same noise, as the trainer
+evaluates, score the images, and write tables, an image grid and a page to look at pairs side by side.
 
   trl-flow evaluate --model stabilityai/stable-diffusion-3.5-medium --adapters runs/flow runs/guard \\
       --prompts pickscore --proxy pickscore --gold hpsv2 imagereward --output_dir comparison
@@ -30,6 +30,7 @@ Killed, the same command goes on where it stopped. Adapters, prompt sets and rew
 """
 
 BUNDLED = ("bundled", "shapes")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,67 +42,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         width=100,
         break_on_hyphens=False,
     )
-    what = parser.add_argument_group("what is compared")
-    what.add_argument("--model", help="base model: hub id, folder of a pipeline, or `bundled`")
-    what.add_argument(
-        "--adapters",
-        nargs="*",
-        default=[],
-        metavar="[NAME=]PATH",
-        help="output folders of runs, checkpoints, LoRA files, hub ids, or fully fine-tuned models",
-    )
-    what.add_argument(
-        "--prompts",
-        nargs="+",
-        metavar="[NAME=]SET",
-        help="prompt sets: files (.txt, .jsonl, .csv, ...), published sets (generated_geneval, geneval, ocr, "
-        "pickscore, hpdv2, drawbench, unigenbench, ...), hub ids, or `bundled`; their test split where they have "
-        "several",
-    )
-    what.add_argument("--limit", type=int, metavar="N", help="only the first N prompts of each set")
-    what.add_argument(
-        "--proxy", nargs="+", default=[], metavar="REWARD", help="rewards that were optimized, see below"
-    )
-    what.add_argument("--gold", nargs="+", default=[], metavar="REWARD", help="rewards that were not")
+    add = parser.add_argument_group("what is compared").add_argument
+    add("--model", help="base model: hub id, folder of a pipeline, or `bundled`")
+    adapters = "output folders of runs, checkpoints, LoRA files, hub ids, or fully fine-tuned models"
+    add("--adapters", nargs="*", default=[], metavar="[NAME=]PATH", help=adapters)
+    sets = "generated_geneval, geneval, ocr, pickscore, hpdv2, drawbench, unigenbench, ..."
+    prompts = f"files (.txt, .jsonl, .csv, ...), published sets ({sets}), hub ids, or `bundled`; their test split"
+    add("--prompts", nargs="+", metavar="[NAME=]SET", help=f"prompt sets: {prompts} where they have several")
+    add("--limit", type=int, metavar="N", help="only the first N prompts of each set")
+    add("--proxy", nargs="+", default=[], metavar="REWARD", help="rewards that were optimized, see below")
+    add("--gold", nargs="+", default=[], metavar="REWARD", help="rewards that were not")
 
-    how = parser.add_argument_group("how it is drawn (all models alike)")
-    how.add_argument("--seed", type=int, default=0, help="of the noise (0)")
-    how.add_argument("--num_images_per_prompt", type=int, default=1, metavar="K", help="images for each prompt (1)")
-    how.add_argument("--num_inference_steps", type=int, metavar="N", help="sampling steps (40; bundled: 10)")
-    how.add_argument("--guidance_scale", type=float, metavar="S", help="guidance (4.5; bundled: 2)")
-    how.add_argument("--negative_prompt", metavar="TEXT", help="what is to be avoided")
-    how.add_argument("--height", type=int, metavar="PIXELS", help="height (the pipeline's own)")
-    how.add_argument("--width", type=int, metavar="PIXELS", help="width (the pipeline's own)")
-    how.add_argument("--max_sequence_length", type=int, metavar="N", help="prompt tokens (the pipeline's own)")
-    how.add_argument("--batch_size", type=int, default=8, metavar="N", help="images at a time (8)")
-    how.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the model (float32 on CPUs, else bfloat16)"
-    )
-    how.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
+    add = parser.add_argument_group("how it is drawn (all models alike)").add_argument
+    add("--seed", type=int, default=0, help="of the noise (0)")
+    add("--num_images_per_prompt", type=int, default=1, metavar="K", help="images for each prompt (1)")
+    add("--num_inference_steps", type=int, metavar="N", help="sampling steps (40; bundled: 10)")
+    add("--guidance_scale", type=float, metavar="S", help="guidance (4.5; bundled: 2)")
+    add("--negative_prompt", metavar="TEXT", help="what is to be avoided")
+    add("--height", type=int, metavar="PIXELS", help="height (the pipeline's own)")
+    add("--width", type=int, metavar="PIXELS", help="width (the pipeline's own)")
+    add("--max_sequence_length", type=int, metavar="N", help="prompt tokens (the pipeline's own)")
+    add("--batch_size", type=int, default=8, metavar="N", help="images at a time (8)")
+    add("--dtype", choices=DTYPES, help="of the model (float32 on CPUs, else bfloat16)")
+    add("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
 
-    out = parser.add_argument_group("what is written")
-    out.add_argument("--output_dir", "--output-dir", metavar="DIR", help="folder to write to (trl-flow-evaluation)")
-    out.add_argument("--grid_prompts", type=int, default=16, metavar="N", help="rows of the image grid (16)")
-    out.add_argument("--page_megabytes", type=float, default=50, metavar="MB", help="largest size of the page (50)")
-    out.add_argument("--rescore", action="store_true", help="compute again the scores that an earlier run has kept")
+    add = parser.add_argument_group("what is written").add_argument
+    add("--output_dir", "--output-dir", metavar="DIR", help="folder to write to (trl-flow-evaluation)")
+    add("--grid_prompts", type=int, default=16, metavar="N", help="rows of the image grid (16)")
+    add("--page_megabytes", type=float, default=50, metavar="MB", help="largest size of the page (50)")
+    add("--rescore", action="store_true", help="compute again the scores that an earlier run has kept")
 
-    vote = parser.add_argument_group("blind vote by people")
-    vote.add_argument(
-        "--vote",
-        nargs="?",
-        const=True,
-        metavar="DIR",
-        help="serve a vote on this machine: on what has just been drawn, or on the folder DIR without drawing",
-    )
-    vote.add_argument(
-        "--vote_models",
-        nargs="+",
-        metavar="NAME",
-        help="the first is compared with each of the others (base and all adapters)",
-    )
-    vote.add_argument("--vote_pairs", type=int, default=100, metavar="N", help="prompts for each comparison (100)")
-    vote.add_argument("--vote_seed", type=int, default=0, metavar="SEED", help="of the choice, order and sides (0)")
-    vote.add_argument("--port", type=int, default=0, help="of the vote (any that is free)")
+    add = parser.add_argument_group("blind vote by people").add_argument
+    vote = "serve a vote on this machine: on what has just been drawn, or on the folder DIR without drawing"
+    add("--vote", nargs="?", const=True, metavar="DIR", help=vote)
+    models = "the first is compared with each of the others (base and all adapters)"
+    add("--vote_models", nargs="+", metavar="NAME", help=models)
+    add("--vote_pairs", type=int, default=100, metavar="N", help="prompts for each comparison (100)")
+    add("--vote_seed", type=int, default=0, metavar="SEED", help="of the choice, order and sides (0)")
+    add("--port", type=int, default=0, help="of the vote (any that is free)")
 
 
 def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
@@ -150,14 +128,14 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
 
 def _show_failure(error: Exception) -> None:
     """Where a reward function has failed, without what called it."""
-    from trl_flow.rewards import calling
+    from trl_flow.rewards import scorer
 
     cause = error.__cause__
     if cause is not None:
-        place = cause.__traceback__
-        while place is not None and place.tb_frame.f_code.co_filename == calling.__file__:
-            place = place.tb_next
-        traceback.print_exception(type(cause), cause, place)
+        step = cause.__traceback__
+        while step is not None and step.tb_frame.f_code.co_filename == scorer.__file__:
+            step = step.tb_next
+        traceback.print_exception(type(cause), cause, step)
 
 
 def _evaluation(arguments: argparse.Namespace, folder: str):
@@ -176,7 +154,8 @@ def _evaluation(arguments: argparse.Namespace, folder: str):
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.disable_progress_bar()
         library.set_verbosity_error()
-    from trl_flow.evaluation.evaluate import DrawingOptions, ModelEvaluation
+    from trl_flow.evaluation.evaluate import ModelEvaluation
+    from trl_flow.evaluation.inputs import DrawingOptions
     from trl_flow.rewards.named import named_rewards
 
     model = arguments.model
@@ -184,11 +163,11 @@ def _evaluation(arguments: argparse.Namespace, folder: str):
     options = {name: getattr(arguments, name) for name in names}
     defaults = {"num_inference_steps": 40, "guidance_scale": 4.5}
     if model in BUNDLED:
-        from trl_flow.shapes import PICTURE_SIZE, pipeline_path
-        from trl_flow.shapes.model import T5_TOKENS
+        from trl_flow.shapes import IMAGE_SIZE, pipeline_path
+        from trl_flow.shapes.bundled import T5_TOKENS
 
         model = pipeline_path()
-        defaults = {"num_inference_steps": 10, "guidance_scale": 2.0, "height": PICTURE_SIZE, "width": PICTURE_SIZE}
+        defaults = {"num_inference_steps": 10, "guidance_scale": 2.0, "height": IMAGE_SIZE, "width": IMAGE_SIZE}
         defaults["max_sequence_length"] = T5_TOKENS
     for name in ("num_inference_steps", "guidance_scale", "height", "width", "max_sequence_length"):
         given = getattr(arguments, name)
@@ -250,8 +229,7 @@ def _check_vote(arguments: argparse.Namespace) -> None:
 
         names = [BASE, *(adapter.name for adapter in parse_adapters(arguments.adapters))]
         wanted = names if arguments.vote_models is None else arguments.vote_models
-        unknown = [name for name in wanted if name not in names]
-        if unknown or len(set(wanted)) < 2:
+        if not set(wanted) <= set(names) or len(set(wanted)) < 2:
             raise ValueError(f"a vote compares two models or more of {', '.join(names)}, but is asked for {wanted}.")
 
 
@@ -268,31 +246,24 @@ def _vote_server(arguments: argparse.Namespace, folder: str):
 
 
 def _serve(server) -> None:
-    count = len(server.pairs)
+    from trl_flow.evaluation.tables import vote_markdown
+    from trl_flow.evaluation.vote_results import BARS, vote_results
+
     print(
-        f"\n{count} pairs to vote on: open {server.url} in a browser on this machine. Ctrl-C ends the vote.",
+        f"\n{len(server.pairs)} pairs to vote on: open {server.url} in a browser on this machine. Ctrl-C ends the "
+        "vote.",
         flush=True,
     )
     try:
         server.serve_forever()
     except KeyboardInterrupt:
-        print("\nThe vote has ended; what was voted is saved, and the same command goes on with it.")
+        print("\nThe vote has ended. What was voted is saved, and the same command goes on with it.")
     finally:
         server.close()
-    _vote_summary(Path(server.folder.path))
-
-
-def _vote_summary(folder: Path) -> None:
-    from trl_flow.evaluation.vote_plan import Ballots
-    from trl_flow.evaluation.vote_results import BARS, vote_markdown, vote_results
-
-    results = vote_results(Ballots(folder).voters())
-    if results is None:
-        print("Nobody has voted.")
-    else:
-        print(f"\n{vote_markdown(results)}")
-        if (folder / BARS).is_file():
-            print(f"\nIn {folder}: results.md, results.json and {BARS}.")
+    results = vote_results(server.ballots.voters())
+    print("Nobody has voted." if results is None else f"\n{vote_markdown(results)}")
+    if results is not None and (server.folder.path / BARS).is_file():
+        print(f"\nIn {server.folder.path}: results.md, results.json and {BARS}.")
 
 
 def _report(comparison: "Comparison") -> None:

@@ -22,8 +22,8 @@ class BaseMeanError(ValueError):
         super().__init__(
             f"The base model's mean by the gold function {name!r} is {mean:g}. Gold scores are divided by it, so that "
             "it must be positive. Add an offset that makes it so, such as `lambda prompts, images, **kwargs: [value + "
-            "5 for value in func(prompts=prompts, images=images, **kwargs)]`; a function that gives 0 for every "
-            "image of the base model cannot be normalized at all: leave it out, or choose easier prompts."
+            "5 for value in func(prompts=prompts, images=images, **kwargs)]`. A function that gives 0 for every "
+            "image of the base model cannot be normalized at all. Leave it out, or choose easier prompts."
         )
         self.name, self.mean = name, mean
 
@@ -31,7 +31,7 @@ class BaseMeanError(ValueError):
 @dataclass(frozen=True)
 class GoldScore:
     """
-    A model's gold score beside the base model's, on the same prompts from the same seeds.
+    A model's gold score compared with the base model's, on the same prompts from the same seeds.
 
     Attributes:
         scores (`dict[str, float]`): mean score of each function, NaN where it applies to no prompt.

@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 # Images below this many pixels a side are enlarged: in a 32-pixel cell nobody sees anything, or reads a caption
 _SMALLEST_SIDE = 128
-_FONT_SIZE = 12
+_FONT_SIZE = 11
 _LINE_HEIGHT = 15
 _MARGIN = 6
 _MOST_LINES = 8
@@ -21,44 +22,29 @@ _PAPER, _INK = "white", "black"
 
 @functools.cache
 def _font() -> ImageFont.FreeTypeFont:
-    # DejaVu, which matplotlib brings along, has Greek, Cyrillic and many symbols; Pillow's own font has few of them
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), _FONT_SIZE)
+    # DejaVu, which matplotlib brings along, has Greek, Cyrillic and many symbols; Pillow's own font has few of them.
+    # All letters of this one have the same width
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSansMono.ttf"), _FONT_SIZE)
 
 
 def _wrap(text: str, width: int, most_lines: int = _MOST_LINES) -> list[str]:
     """`text` in lines of at most `width` pixels; what is beyond `most_lines` is replaced by an ellipsis."""
-    font = _font()
-    lines: list[str] = []
-    for paragraph in text.splitlines():
-        line = ""
-        for word in paragraph.split():
-            if font.getlength(f"{line} {word}".strip()) <= width:
-                line = f"{line} {word}".strip()
-                continue
-            if line:
-                lines.append(line)
-            # A word that is wider than the cell is broken where it must be
-            line = ""
-            for letter in word:
-                if line and font.getlength(line + letter) > width:
-                    lines.append(line)
-                    line = ""
-                line += letter
-            if len(lines) > most_lines:
-                break
-        lines.append(line)
-        if len(lines) > most_lines:
-            break
+    columns = max(1, int(width / _font().getlength("x")))
+    # As much as can be shown, before the words of what is far longer are looked at
+    paragraphs = text[: (columns + 1) * (most_lines + 1)].splitlines()
+    lines = [line for paragraph in paragraphs for line in textwrap.wrap(paragraph, columns) or [""]]
     if len(lines) > most_lines:
-        last = lines[most_lines - 1]
-        while last and font.getlength(last + "…") > width:
-            last = last[:-1]
-        lines = [*lines[: most_lines - 1], last + "…"]
+        lines = [*lines[: most_lines - 1], lines[most_lines - 1][: columns - 1] + "…"]
     return lines
 
 
+def _write_lines(draw: ImageDraw.ImageDraw, lines: Sequence[str], left: int, top: int) -> None:
+    for number, line in enumerate(lines):
+        draw.text((left, top + number * _LINE_HEIGHT), line, fill=_INK, font=_font())
+
+
 def evenly(total: int, number: int) -> list[int]:
-    """At most `number` places from 0 to `total - 1`, at equal distances: what is shown is chosen by place alone."""
+    """At most `number` indices from 0 to `total - 1`, at equal distances: what is shown is chosen by index alone."""
     number = min(number, total)
     return [i * total // number for i in range(number)]
 
@@ -105,9 +91,6 @@ def image_grid(
         upscale (`int`, *optional*): factor by which all images are enlarged, by nearest neighbor. By default the
             smallest with which the largest image has a side of 128 pixels or more.
 
-    Returns:
-        `PIL.Image.Image`: the grid, RGB.
-
     Raises:
         ValueError: if there is no image, or not one caption for each, or `columns` or `upscale` is below 1.
     """
@@ -120,29 +103,20 @@ def image_grid(
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
     factor = _factor(images, upscale)
     images = [_enlarged(image, factor) for image in images]
-    width = max(image.width for image in images)
-    height = max(image.height for image in images)
+    width, height = max(image.width for image in images), max(image.height for image in images)
     texts = [_wrap(str(caption), width) for caption in captions] if captions is not None else [[]] * len(images)
 
     rows = [range(first, min(first + columns, len(images))) for first in range(0, len(images), columns)]
-    text_heights = [max(len(texts[i]) for i in row) * _LINE_HEIGHT for row in rows]
-    grid = Image.new(
-        "RGB",
-        (
-            columns * (width + _MARGIN) + _MARGIN,
-            sum(height + text_height + _MARGIN for text_height in text_heights) + _MARGIN,
-        ),
-        _PAPER,
-    )
+    heights = [height + max(len(texts[i]) for i in row) * _LINE_HEIGHT + _MARGIN for row in rows]
+    grid = Image.new("RGB", (columns * (width + _MARGIN) + _MARGIN, sum(heights) + _MARGIN), _PAPER)
     draw = ImageDraw.Draw(grid)
     top = _MARGIN
-    for row, text_height in zip(rows, text_heights, strict=True):
+    for row, row_height in zip(rows, heights, strict=True):
         for column, i in enumerate(row):
             left = _MARGIN + column * (width + _MARGIN)
             grid.paste(images[i], (left, top))
-            for number, line in enumerate(texts[i]):
-                draw.text((left, top + height + number * _LINE_HEIGHT), line, fill=_INK, font=_font())
-        top += height + text_height + _MARGIN
+            _write_lines(draw, texts[i], left, top + height)
+        top += row_height
     return _write(grid, path)
 
 
@@ -165,9 +139,6 @@ def before_after_grid(
         path (`str` or `os.PathLike`, *optional*): file to write as well; its folder is made if need be.
         upscale (`int`, *optional*): as for `image_grid`.
         columns (`int`): pairs in a row.
-
-    Returns:
-        `PIL.Image.Image`: the grid, RGB.
 
     Raises:
         ValueError: if there is no pair, the numbers of images, captions and scores differ, or `columns` or `upscale`
@@ -215,9 +186,6 @@ def comparison_grid(
         cell (`int`): longest side of an image in the grid, in pixels. Larger ones are reduced to it, and smaller ones
             enlarged by a whole factor, by nearest neighbor.
 
-    Returns:
-        `PIL.Image.Image`: the grid, RGB.
-
     Raises:
         ValueError: if there is no image, or the numbers of rows, columns and captions do not fit, or `cell` is
             below 1.
@@ -238,16 +206,11 @@ def comparison_grid(
     heights = [max(p.height for p in row) + len(t) * _LINE_HEIGHT for row, t in zip(cells, texts, strict=True)]
     grid = Image.new("RGB", (total, header + _MARGIN + sum(heights) + len(rows) * 2 * _MARGIN), _PAPER)
     draw = ImageDraw.Draw(grid)
-
-    def write(lines: Sequence[str], left: int, top: int) -> None:
-        for number, line in enumerate(lines):
-            draw.text((left, top + number * _LINE_HEIGHT), line, fill=_INK, font=_font())
-
     for column, lines in enumerate(names):
-        write(lines, _MARGIN + column * (width + _MARGIN), _MARGIN)
+        _write_lines(draw, lines, _MARGIN + column * (width + _MARGIN), _MARGIN)
     top = header + 2 * _MARGIN
     for row, lines, height in zip(cells, texts, heights, strict=True):
-        write(lines, _MARGIN, top)
+        _write_lines(draw, lines, _MARGIN, top)
         for column, image in enumerate(row):
             grid.paste(image, (_MARGIN + column * (width + _MARGIN), top + len(lines) * _LINE_HEIGHT))
         top += height + 2 * _MARGIN

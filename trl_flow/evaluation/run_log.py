@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def read_log_history(run: Run) -> LogHistory:
 def _newest_log(folder: Path) -> Path:
     checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.rsplit("-", 1)[1].isdigit()]
     checkpoints.sort(key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
-    for path in [folder / LOG_NAME, *(place / _STATE_NAME for place in [folder, *checkpoints])]:
+    for path in [folder / LOG_NAME, *(parent / _STATE_NAME for parent in [folder, *checkpoints])]:
         if path.is_file():
             return path
     raise ValueError(
@@ -121,20 +122,16 @@ def step_statistics(log_history: LogHistory, *, last: int | None = None) -> list
     def spread(means: Sequence[float], stds: Sequence[float]) -> float | None:
         if not stds or len(stds) != len(means):
             return None
-        # Of all samples: the logs' own spreads, and that of their means. Deviations from 1 are tiny: 1 is taken off
-        # before they are squared
-        deviations = [value - 1 for value in means]
-        center = sum(deviations) / len(deviations)
-        return math.sqrt(mean([s**2 + (d - center) ** 2 for s, d in zip(stds, deviations, strict=True)]))
+        # Of all samples: the logs' own spreads, and that of their means
+        return math.sqrt(mean([std**2 for std in stds]) + statistics.pvariance(means))
 
+    names = ("clip_ratio/low", "clip_ratio/high", "grad_norm")
     return [
         StepStatistics(
-            step=step,
-            ratio_mean=mean(found["ratio/mean"]),
-            ratio_std=spread(found["ratio/mean"], found["ratio/std"]),
-            clip_low=mean(found["clip_ratio/low"]),
-            clip_high=mean(found["clip_ratio/high"]),
-            grad_norm=mean(found["grad_norm"]),
+            step,
+            mean(found["ratio/mean"]),
+            spread(found["ratio/mean"], found["ratio/std"]),
+            *(mean(found[name]) for name in names),
         )
         for step, found in sorted(values.items())
     ]
@@ -153,28 +150,20 @@ def diagnostics_table(log_history: LogHistory) -> str | None:
     logs = [entry for entry in log_history[-4 * _TABLE_LOGS :] if _step_values(entry)][-_TABLE_LOGS:]
     if not logs:
         return None
-
-    def cell(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
+    rows = step_statistics(logs)
     lines = [
         f"Means over the {len(logs)} latest logs, of updates up to {logs[-1]['step']}. Step 0 is the noisiest.",
         "",
         "| step | ratio mean - 1 | ratio std | below 1 - epsilon | above 1 + epsilon | gradient norm |",
         "| ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for row in step_statistics(logs):
+    forms = ("+.2e", ".2e", ".1%", ".1%", ".3g")
+    for row in rows:
         shift = None if row.ratio_mean is None else row.ratio_mean - 1
-        cells = [
-            str(row.step),
-            cell(shift, "+.2e"),
-            cell(row.ratio_std, ".2e"),
-            cell(row.clip_low, ".1%"),
-            cell(row.clip_high, ".1%"),
-            cell(row.grad_norm, ".3g"),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    if all(row.grad_norm is None for row in step_statistics(logs)):
+        values = (shift, row.ratio_std, row.clip_low, row.clip_high, row.grad_norm)
+        cells = ["-" if value is None else format(value, form) for value, form in zip(values, forms, strict=True)]
+        lines.append(f"| {row.step} | {' | '.join(cells)} |")
+    if all(row.grad_norm is None for row in rows):
         lines += ["", "Gradient norms are measured with `diagnostics_steps=1` (or more, to do it less often)."]
     return "\n".join(lines) + "\n"
 

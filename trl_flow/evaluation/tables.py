@@ -109,7 +109,7 @@ def _settings_line(results: Mapping[str, Any]) -> str:
     models = "\n".join(
         f"* {markdown_text(name)}: {markdown_text(model['path'])}" for name, model in results["models"].items()
     )
-    return f"{models}\n\nDrawn along the pipeline's own sampler (ODE), all models from the same noise: {given}."
+    return f"{models}\n\nDrawn along the ODE, all models from the same noise: {given}."
 
 
 def title(results: Mapping[str, Any]) -> str:

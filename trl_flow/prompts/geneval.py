@@ -125,15 +125,13 @@ def _numbers_of_prompts(num_prompts: int, tasks: Mapping[str, float] | Sequence[
 
 def _all_rows(task: str, rng: np.random.Generator, number: int) -> list[Row]:
     """The first `number` of all prompts of a task, without two of the same meaning, in random order."""
+    build, sizes = _BUILDERS[task]
     rows: dict[Any, Row] = {}
-    for index in rng.permutation(math.prod(_PLACES[task])).tolist():
+    for index in rng.permutation(math.prod(sizes)).tolist():
         if len(rows) == number:
             break
-        arguments = []
-        for place in _PLACES[task]:
-            index, argument = divmod(index, place)
-            arguments.append(argument)
-        row = _BUILDERS[task](*arguments)
+        # Fortran's order: the first argument changes first
+        row = build(*map(int, np.unravel_index(index, sizes, order="F")))
         if row is not None:
             rows.setdefault(_meaning(row), row)
     return list(rows.values())
@@ -158,81 +156,57 @@ def _article(words: str) -> str:
     return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 
+def _row(tag: str, include: list[Row], words: str, **exclude: Any) -> Row:
+    return {"tag": tag, "include": include, "prompt": f"a photo of {words}", **exclude}
+
+
+def _clause(name: str, count: int = 1, **further: Any) -> Row:
+    return {"class": name, "count": count, **further}
+
+
 def _single_object(a: int) -> Row:
-    include = [{"class": CLASSES[a], "count": 1}]
-    return {"tag": "single_object", "include": include, "prompt": f"a photo of {_article(CLASSES[a])}"}
+    return _row("single_object", [_clause(CLASSES[a])], _article(CLASSES[a]))
 
 
 def _two_object(a: int, b: int) -> Row | None:
-    if a == b:
-        return None
-    return {
-        "tag": "two_object",
-        "include": [{"class": CLASSES[a], "count": 1}, {"class": CLASSES[b], "count": 1}],
-        "prompt": f"a photo of {_article(CLASSES[a])} and {_article(CLASSES[b])}",
-    }
+    words = f"{_article(CLASSES[a])} and {_article(CLASSES[b])}"
+    return None if a == b else _row("two_object", [_clause(CLASSES[a]), _clause(CLASSES[b])], words)
 
 
 def _counting(a: int, number: int) -> Row:
     """`number` from 0 for the smallest count."""
     name, count = CLASSES[a], list(_COUNTS)[number]
-    plural = f"{name}es" if name.endswith("s") else f"{name}s"
-    return {
-        "tag": "counting",
-        "include": [{"class": name, "count": count}],
-        "exclude": [{"class": name, "count": count + 1}],
-        "prompt": f"a photo of {_COUNTS[count]} {plural}",
-    }
+    words = f"{_COUNTS[count]} {name}{'es' if name.endswith('s') else 's'}"
+    return _row("counting", [_clause(name, count)], words, exclude=[_clause(name, count + 1)])
 
 
 def _colors(a: int, color: int) -> Row:
-    name = _COLORABLE[a]
-    return {
-        "tag": "colors",
-        "include": [{"class": name, "count": 1, "color": COLORS[color]}],
-        "prompt": f"a photo of {_article(COLORS[color])} {name}",
-    }
+    name, color = _COLORABLE[a], COLORS[color]
+    return _row("colors", [_clause(name, color=color)], f"{_article(color)} {name}")
 
 
 def _position(a: int, b: int, position: int) -> Row | None:
-    if a == b:
-        return None
     relation = POSITIONS[position]
-    return {
-        "tag": "position",
-        "include": [{"class": CLASSES[b], "count": 1}, {"class": CLASSES[a], "count": 1, "position": [relation, 0]}],
-        "prompt": f"a photo of {_article(CLASSES[a])} {relation} {_article(CLASSES[b])}",
-    }
+    include = [_clause(CLASSES[b]), _clause(CLASSES[a], position=[relation, 0])]
+    words = f"{_article(CLASSES[a])} {relation} {_article(CLASSES[b])}"
+    return None if a == b else _row("position", include, words)
 
 
 def _color_attr(a: int, b: int, color_a: int, color_b: int) -> Row | None:
-    if a == b or color_a == color_b:
-        return None
     pairs = [(_COLORABLE[a], COLORS[color_a]), (_COLORABLE[b], COLORS[color_b])]
-    named = " and ".join(f"{_article(color)} {name}" for name, color in pairs)
-    return {
-        "tag": "color_attr",
-        "include": [{"class": name, "count": 1, "color": color} for name, color in pairs],
-        "prompt": f"a photo of {named}",
-    }
+    words = " and ".join(f"{_article(color)} {name}" for name, color in pairs)
+    include = [_clause(name, color=color) for name, color in pairs]
+    return None if a == b or color_a == color_b else _row("color_attr", include, words)
 
 
+# The builder of each task, and how many values each of its arguments has
 _BUILDERS = {
-    "single_object": _single_object,
-    "two_object": _two_object,
-    "counting": _counting,
-    "colors": _colors,
-    "position": _position,
-    "color_attr": _color_attr,
-}
-# How many values each argument of a builder has
-_PLACES = {
-    "single_object": (len(CLASSES),),
-    "two_object": (len(CLASSES), len(CLASSES)),
-    "counting": (len(CLASSES), len(_COUNTS)),
-    "colors": (len(_COLORABLE), len(COLORS)),
-    "position": (len(CLASSES), len(CLASSES), len(POSITIONS)),
-    "color_attr": (len(_COLORABLE), len(_COLORABLE), len(COLORS), len(COLORS)),
+    "single_object": (_single_object, (len(CLASSES),)),
+    "two_object": (_two_object, (len(CLASSES), len(CLASSES))),
+    "counting": (_counting, (len(CLASSES), len(_COUNTS))),
+    "colors": (_colors, (len(_COLORABLE), len(COLORS))),
+    "position": (_position, (len(CLASSES), len(CLASSES), len(POSITIONS))),
+    "color_attr": (_color_attr, (len(_COLORABLE), len(_COLORABLE), len(COLORS), len(COLORS))),
 }
 
 
@@ -243,15 +217,9 @@ def _benchmark_rows() -> list[Row]:
     rows += [_two_object(*rng.choice(len(CLASSES), size=2, replace=False)) for _ in range(100)]
     rows += [_counting(rng.choice(len(CLASSES)), rng.integers(0, len(_COUNTS))) for _ in range(100)]
     rows += [_colors(rng.choice(len(_COLORABLE)), rng.choice(len(COLORS))) for _ in range(100)]
-    rows += [
-        _position(*rng.choice(len(CLASSES), size=2, replace=False), rng.choice(len(POSITIONS))) for _ in range(100)
-    ]
-    rows += [
-        _color_attr(
-            *rng.choice(len(_COLORABLE), size=2, replace=False), *rng.choice(len(COLORS), size=2, replace=False)
-        )
-        for _ in range(100)
-    ]
+    pair = lambda total: rng.choice(total, size=2, replace=False)  # noqa: E731
+    rows += [_position(*pair(len(CLASSES)), rng.choice(len(POSITIONS))) for _ in range(100)]
+    rows += [_color_attr(*pair(len(_COLORABLE)), *pair(len(COLORS))) for _ in range(100)]
     return list({row["prompt"]: row for row in rows}.values())
 
 

@@ -35,6 +35,9 @@ HPDV2_STYLES = ("anime", "concept-art", "paintings", "photo")
 DRAWBENCH = "sayakpaul/drawbench"
 UNIGENBENCH = "CodeGoat24/UniGenBench"
 
+# A copy to read instead of downloading
+Source = str | os.PathLike | None
+
 # As many as Flow-GRPO trains on
 GENERATED = 50_000
 
@@ -82,9 +85,7 @@ class PromptSet:
     load: Callable[..., "Dataset"]
 
 
-def load_geneval(
-    split: str = "train", *, path: str | os.PathLike | None = None, revision: str | None = None
-) -> "Dataset":
+def load_geneval(split: str = "train", *, path: Source = None, revision: str | None = None) -> "Dataset":
     """
     Flow-GRPO's GenEval prompts: 50,000 to train on (33,199 different ones) and 2,212 to test on (the 553 of GenEval,
     four times each). The rules that score them are GenEval's (https://arxiv.org/abs/2310.11513).
@@ -109,10 +110,10 @@ def load_geneval(
     return dataset_of({name: dataset[name][:] if name in dataset.column_names else missing for name in names})
 
 
-def load_ocr(split: str = "train", *, path: str | os.PathLike | None = None, revision: str | None = None) -> "Dataset":
+def load_ocr(split: str = "train", *, path: Source = None, revision: str | None = None) -> "Dataset":
     """
     Flow-GRPO's prompts for text rendering (https://arxiv.org/abs/2505.05470), about 20,000 to train on and 1,000 to
-    test on. Each quotes the text that the picture must show.
+    test on. Each quotes the text that the image must show.
 
     Args:
         split (`str`, defaults to `"train"`): `"train"` or `"test"`.
@@ -133,7 +134,7 @@ def load_ocr(split: str = "train", *, path: str | os.PathLike | None = None, rev
 
 
 def load_pickscore(
-    split: str = "train", *, sfw: bool = False, path: str | os.PathLike | None = None, revision: str | None = None
+    split: str = "train", *, sfw: bool = False, path: Source = None, revision: str | None = None
 ) -> "Dataset":
     """
     Flow-GRPO's prompts for preference scores: what users of Pick-a-Pic typed (https://arxiv.org/abs/2305.01569), about
@@ -154,11 +155,9 @@ def load_pickscore(
     return dataset_of({"prompt": [prompt.strip() for prompt in prompts]})
 
 
-def load_hpdv2(
-    split: str = "train", *, path: str | os.PathLike | None = None, revision: str | None = None
-) -> "Dataset":
+def load_hpdv2(split: str = "train", *, path: Source = None, revision: str | None = None) -> "Dataset":
     """
-    The prompts of HPDv2 (https://arxiv.org/abs/2306.09341), without its pictures.
+    The prompts of HPDv2 (https://arxiv.org/abs/2306.09341), without its images.
 
     Args:
         split (`str`, defaults to `"train"`): `"train"` (the different prompts of the training pairs, some 100,000),
@@ -172,7 +171,7 @@ def load_hpdv2(
     _check_split("hpdv2", split)
     if split != "benchmark":
         prompts = read_prompts(_hub_file("hpdv2", HPDV2, f"{split}.json", path, revision))["prompt"][:]
-        # One entry for each comparison of pictures
+        # One entry for each comparison of images
         return dataset_of({"prompt": list(dict.fromkeys(prompts))})
     if path is not None and Path(path).is_file():
         files = {Path(path).stem: Path(path)}
@@ -182,9 +181,7 @@ def load_hpdv2(
     return dataset_of({"prompt": [prompt for prompt, _ in rows], "style": [style for _, style in rows]})
 
 
-def load_drawbench(
-    split: str = "test", *, path: str | os.PathLike | None = None, revision: str | None = None
-) -> "Dataset":
+def load_drawbench(split: str = "test", *, path: Source = None, revision: str | None = None) -> "Dataset":
     """
     DrawBench, the 200 prompts of Imagen's paper (https://arxiv.org/abs/2205.11487).
 
@@ -217,12 +214,12 @@ def load_unigenbench(
     *,
     language: str = "en",
     long: bool = False,
-    path: str | os.PathLike | None = None,
+    path: Source = None,
     revision: str | None = None,
 ) -> "Dataset":
     """
     UniGenBench++ (https://arxiv.org/abs/2510.18701): 600 prompts in English and Chinese, each short and long, and what
-    a picture is tested for; and the English prompts that its authors trained on.
+    an image is tested for, and the English prompts that its authors trained on.
 
     Args:
         split (`str`, defaults to `"train"`): `"train"` (English only) or `"test"`.
@@ -277,9 +274,7 @@ def _unigenbench_row(text: str, row: int, keys: tuple[str, ...]) -> dict[str, An
     }
 
 
-def _load_generated_geneval(
-    split: str = "train", *, path: str | os.PathLike | None = None, revision: str | None = None
-) -> "Dataset":
+def _load_generated_geneval(split: str = "train", *, path: Source = None, revision: str | None = None) -> "Dataset":
     _check_split("generated_geneval", split)
     if path is not None or revision is not None:
         raise ValueError("the data set 'generated_geneval' is made here: it has neither a path nor a revision.")
@@ -295,7 +290,7 @@ def _check_split(name: str, split: str) -> None:
         raise UnknownSplitError(name, split, splits)
 
 
-def _flow_grpo_prompts(name: str, file: str, path: str | os.PathLike | None, revision: str | None) -> "Dataset":
+def _flow_grpo_prompts(name: str, file: str, path: Source, revision: str | None) -> "Dataset":
     if path is not None:
         return read_prompts(_local_file(name, f"dataset/{file}", path))
     revision = revision or FLOW_GRPO_REVISION
@@ -319,7 +314,7 @@ def _download(url: str, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def _hub_file(name: str, repo: str, file: str, path: str | os.PathLike | None, revision: str | None) -> Path:
+def _hub_file(name: str, repo: str, file: str, path: Source, revision: str | None) -> Path:
     if path is not None:
         return _local_file(name, file, path)
     get = partial(hf_hub_download, repo, file, repo_type="dataset", revision=revision)
@@ -327,12 +322,10 @@ def _hub_file(name: str, repo: str, file: str, path: str | os.PathLike | None, r
 
 
 def _local_file(name: str, file: str, path: str | os.PathLike) -> Path:
-    """`path` itself, or what lies in it as in the repository or beside each other."""
-    path = Path(path)
-    candidates = [path, path / file, path / Path(file).name]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
+    """`path` itself, or what lies in it as in the repository or next to each other."""
+    candidates = [Path(path), Path(path, file), Path(path, Path(file).name)]
+    if found := next(filter(Path.is_file, candidates), None):
+        return found
     raise ValueError(
         f"the data set {name!r} cannot be read: {os.fspath(path)!r} is neither a file nor a folder with {file} or "
         f"{Path(file).name}."
@@ -381,24 +374,21 @@ PROMPT_SETS: dict[str, PromptSet] = {
         rewards="OCR",
         load=load_ocr,
     ),
-    "pickscore": PromptSet(
-        source="github.com/yifan123/flow_grpo, dataset/pickscore",
-        license="MIT (Flow-GRPO's repository and Pick-a-Pic)",
-        paper="https://arxiv.org/abs/2305.01569",
-        splits={"train": "about 25,000", "test": "about 2,000"},
-        columns=("prompt",),
-        rewards="PickScore and others of preference or quality",
-        load=load_pickscore,
-    ),
-    "pickscore_sfw": PromptSet(
-        source="github.com/yifan123/flow_grpo, dataset/pickscore_sfw",
-        license="MIT (Flow-GRPO's repository and Pick-a-Pic)",
-        paper="https://arxiv.org/abs/2305.01569",
-        splits={"train": "those of pickscore that are safe for work", "test": "the same"},
-        columns=("prompt",),
-        rewards="PickScore and others of preference or quality",
-        load=partial(load_pickscore, sfw=True),
-    ),
+    **{
+        name: PromptSet(
+            source=f"github.com/yifan123/flow_grpo, dataset/{name}",
+            license="MIT (Flow-GRPO's repository and Pick-a-Pic)",
+            paper="https://arxiv.org/abs/2305.01569",
+            splits=splits,
+            columns=("prompt",),
+            rewards="PickScore and others of preference or quality",
+            load=partial(load_pickscore, sfw=name == "pickscore_sfw"),
+        )
+        for name, splits in {
+            "pickscore": {"train": "about 25,000", "test": "about 2,000"},
+            "pickscore_sfw": {"train": "those of pickscore that are safe for work", "test": "the same"},
+        }.items()
+    },
     "hpdv2": PromptSet(
         source="huggingface.co/datasets/ymhao/HPDv2",
         license="Apache-2.0",

@@ -30,15 +30,11 @@ class AestheticReward(HubReward):
     features of CLIP ViT-L/14, fitted to people's ratings from 1 to 10. Prompts are not looked at.
 
     Args:
-        model (`str`, defaults to `"trl-lib/ddpo-aesthetic-predictor"`):
-            Hub id or folder with `aesthetic-model.pth`, or the file: the layers' state dict, which the author calls
-            `sac+logos+ava1-l14-linearMSE.pth`.
-        clip (`str`, defaults to `"openai/clip-vit-large-patch14"`):
-            Hub id or folder of the CLIP model.
-        clip_revision (`str`, *optional*):
-            Branch, tag or commit of CLIP on the Hub.
-        revision, token, device, dtype, batch_size:
-            As in [`HubReward`].
+        model (`str`, defaults to `"trl-lib/ddpo-aesthetic-predictor"`): Hub id or folder with `aesthetic-model.pth`,
+            or the file: the layers' state dict, which the author calls `sac+logos+ava1-l14-linearMSE.pth`.
+        clip (`str`, defaults to `"openai/clip-vit-large-patch14"`): Hub id or folder of the CLIP model.
+        clip_revision (`str`, *optional*): Branch, tag or commit of CLIP on the Hub.
+        revision, token, device, dtype, batch_size: As in [`HubReward`].
     """
 
     info = RewardInfo(

@@ -1,8 +1,9 @@
 """What the reward functions of this package have in common: a card, and for those with a model its loading."""
 
+import asyncio
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -12,7 +13,7 @@ from PIL import Image
 from trl_flow.rewards.checks import reward_name
 
 
-Loaded = TypeVar("Loaded")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,7 @@ class ModelReward(ABC):
     batch_size: int = 16
 
     def __post_init__(self):
-        if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size!r}, but must be a whole number of at least 1.")
+        check_whole_number("batch_size", self.batch_size, 1)
         if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
             raise TypeError(
                 f"dtype is {self.dtype!r}, but must be a floating-point torch.dtype, such as torch.bfloat16."
@@ -120,13 +120,10 @@ class ModelReward(ABC):
             `list[float | None]`: `N` scores.
 
         Raises:
-            ValueError: if there are not as many prompts as images, or an image has no pixels.
-            TypeError: if a prompt is no text or an image no `PIL.Image.Image`.
+            ValueError: if there are not as many prompts as images.
         """
-        check_samples(prompts, images)
-        for index, image in enumerate(images):
-            if 0 in image.size:
-                raise ValueError(f"Image {index} has {image.width} x {image.height} pixels, and nothing to score.")
+        if len(prompts) != len(images):
+            raise ValueError(f"There are {len(prompts)} prompts for {len(images)} images. Give one for each image.")
         columns = {name: value for name, value in kwargs.items() if isinstance(value, list | tuple)}
         scores: list[float | None] = []
         with self._lock, torch.inference_mode():
@@ -184,25 +181,26 @@ class HubReward(ModelReward):
     token: str | bool | None = field(default=None, repr=False)
 
 
-def check_samples(prompts: Sequence[str], images: Sequence[Image.Image]) -> None:
+def check_whole_number(name: str, value: Any, least: int) -> None:
     """
-    Checks that there is one text and one image for each sample.
-
     Raises:
-        ValueError: if there are not as many prompts as images.
-        TypeError: if a prompt is no text or an image no `PIL.Image.Image`.
+        ValueError: if `value` is not a whole number of at least `least`. `name` is for the error.
     """
-    if len(prompts) != len(images):
-        raise ValueError(f"There are {len(prompts)} prompts for {len(images)} images. Give one for each image.")
-    for index, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
-        if not isinstance(prompt, str) or not isinstance(image, Image.Image):
-            raise TypeError(
-                f"Sample {index} has a prompt of type {type(prompt).__name__} and an image of type "
-                f"{type(image).__name__}. Give a str and a PIL.Image.Image."
-            )
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is {value!r}, but must be a whole number of at least {least}.")
 
 
-def require(load: Callable[[], Loaded], *, reward: str, extra: str) -> Loaded:
+async def all_at_once(requests: Iterable[Awaitable[Result]]) -> list[Result]:
+    """Awaits all, in their order. The first that fails ends the others: most would fail in the same way."""
+    tasks = [asyncio.ensure_future(request) for request in requests]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def require(load: Callable[[], Result], *, reward: str, extra: str) -> Result:
     """
     What an optional package is imported by, in a constructor: `require(lambda: import_module("rapidocr"), ...)`.
 

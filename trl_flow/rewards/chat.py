@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from trl_flow.rewards.base import require
+from trl_flow.rewards.base import check_whole_number, require
 
 
 class JudgeError(RuntimeError):
@@ -70,9 +70,8 @@ class ChatModel:
                 "base_url is missing: where the server of the judge is. Start one (vllm serve MODEL) and give "
                 'base_url="http://localhost:8000/v1", or set the environment variable OPENAI_BASE_URL.'
             )
-        for name, value, least in (("max_concurrency", max_concurrency, 1), ("max_retries", max_retries, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} is {value!r}, but must be a whole number of at least {least}.")
+        check_whole_number("max_concurrency", max_concurrency, 1)
+        check_whole_number("max_retries", max_retries, 0)
         if not isinstance(timeout, numbers.Real) or not timeout > 0:
             raise ValueError(f"timeout is {timeout!r}, but must be a number of seconds above 0.")
         self.model = model
@@ -174,22 +173,22 @@ class ChatModel:
         try:
             return await request
         except openai.APITimeoutError as error:
-            raise JudgeError(
-                f"The server at {self.base_url} gave no answer within {self.timeout:g} seconds, in {tries}. Look "
-                "whether it is overloaded: lower max_concurrency, or raise timeout."
-            ) from error
+            reason = (
+                f"gave no answer within {self.timeout:g} seconds, in {tries}. Look whether it is overloaded: lower "
+                "max_concurrency, or raise timeout."
+            )
+            raise self._failed(reason) from error
         except openai.APIConnectionError as error:
-            raise JudgeError(
-                f"The server at {self.base_url} cannot be reached, in {tries}: {error.__cause__ or error}. Look "
-                "whether it runs, and whether base_url is right."
-            ) from error
+            reason = f"cannot be reached, in {tries}: {error.__cause__ or error}. Look whether it runs, and whether "
+            raise self._failed(reason + "base_url is right.") from error
         except openai.APIStatusError as error:
-            raise JudgeError(
-                f"The server at {self.base_url} answered with status {error.status_code}: {error.message[:1000]}"
-                + (" Check base_url and model; the former mostly ends in /v1." if error.status_code == 404 else "")
-            ) from error
+            hint = " Check base_url and model. The former mostly ends in /v1." if error.status_code == 404 else ""
+            raise self._failed(f"answered with status {error.status_code}: {error.message[:1000]}{hint}") from error
         except (openai.OpenAIError, json.JSONDecodeError) as error:
-            raise JudgeError(f"The server at {self.base_url} gave an answer that cannot be read: {error}") from error
+            raise self._failed(f"gave an answer that cannot be read: {error}") from error
+
+    def _failed(self, reason: str) -> JudgeError:
+        return JudgeError(f"The server at {self.base_url} {reason}")
 
 
 def _png_url(image: Image.Image) -> str:

@@ -13,15 +13,6 @@ from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -214,36 +205,23 @@ def _check_fit(
         )
 
 
-def _explained(
-    error: Exception, source: str, revision: str | None, filename: str = "that is needed"
-) -> CheckpointError:
+def _explained(error: Exception, source: str, revision: str | None, filename: str = "") -> CheckpointError:
     """What went wrong with a repository, in terms of what the user can do."""
-    causes, seen = [], error
-    while seen is not None:
-        causes.append(seen)
-        seen = seen.__cause__ or seen.__context__
-
-    def caused_by(*kinds: type[Exception]) -> bool:
-        return any(isinstance(cause, kinds) for cause in causes)
-
-    refused = any(isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403) for cause in causes)
-    reasons = {
-        "lacks a file that is needed, or has a damaged one. Compare it with what the reward's authors published, and "
-        "copy all of it": Path(source).expanduser().exists(),
-        "is neither an existing file or folder nor the id of a repository on the Hub. Check the path": (
-            caused_by(HFValidationError) or source.startswith((".", "/", "~")) or source.count("/") > 1
-        ),
-        "is gated. Accept its terms on the Hub, then log in (hf auth login) or give token=": caused_by(GatedRepoError),
-        f"has no revision {revision!r} on the Hub. Leave it out for the newest": caused_by(RevisionNotFoundError),
-        "is no repository on the Hub that you may read. Check its name; for a private one give token=": (
-            caused_by(RepositoryNotFoundError) or refused
-        ),
-        "is not in the cache of this machine, and the Hub cannot be reached. Download it where there is one (hf "
-        f"download {source}), or give the path of a local copy": caused_by(LocalEntryNotFoundError, ConnectionError),
-        f"has no file {filename}. Check that it is the right repository": caused_by(EntryNotFoundError),
-        "cannot be loaded": True,
-    }
-    reason = next(reason for reason, holds in reasons.items() if holds)
+    path = Path(source).expanduser()
+    if path.exists():
+        reason = (
+            "lacks a file that is needed, or has a damaged one. Compare it with what the reward's authors published, "
+            "and copy all of it"
+        )
+    elif source.startswith((".", "/", "~")) or source.count("/") != 1:
+        reason = "is neither an existing file or folder nor the id of a repository on the Hub. Check the path"
+    else:
+        at = "" if revision is None else f" at the revision {revision!r}"
+        reason = (
+            f"cannot be loaded{f' (its file {filename})' if filename else ''} from the Hub{at}. Check the name. For a "
+            "private or gated repository accept its terms and log in (hf auth login) or give token=. Without a "
+            f"network download it where there is one (hf download {source}), or give the path of a local copy"
+        )
     return CheckpointError(f"{source} {reason}. ({_short(error)})")
 
 

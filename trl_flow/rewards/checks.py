@@ -88,8 +88,7 @@ def check_reward_func(func: RewardFunc, columns: Iterable[str]) -> None:
     A callable without a readable signature (some built in C) is let through.
 
     Args:
-        func (`Callable`):
-            Reward function.
+        func (`Callable`): Reward function.
         columns (`Iterable[str]`):
             Names of the data set's columns. `prompt` is passed as `prompts`, all others under their own names.
 

@@ -21,12 +21,10 @@ class CLIPScoreReward(CLIPReward):
     Args:
         model (`str`, defaults to `"openai/clip-vit-large-patch14"`):
             Hub id or folder of a `CLIPModel`, with its image processor and tokenizer.
-        processor (`str`, *optional*):
-            Hub id or folder of the image processor and tokenizer; by default `model`.
+        processor (`str`, *optional*): Hub id or folder of the image processor and tokenizer; by default `model`.
         processor_revision (`str`, *optional*):
             Branch, tag or commit of `processor` on the Hub; without `processor`, `revision` is that of both.
-        revision, token, device, dtype, batch_size:
-            As in [`HubReward`].
+        revision, token, device, dtype, batch_size: As in [`HubReward`].
     """
 
     info = RewardInfo(

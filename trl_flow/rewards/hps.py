@@ -34,18 +34,13 @@ class HPSv2Reward(HubReward):
     letters, wrongly decoded text) is left out.
 
     Args:
-        version (`str`, defaults to `"v2.0"`):
-            `"v2.0"`, or `"v2.1"`, which was trained on better data. They are two models: their values cannot be
-            compared.
-        model (`str`, defaults to `"xswu/HPSv2"`):
-            Hub id or folder with `HPS_v2_compressed.pt` or `HPS_v2.1_compressed.pt`, or the file: a state dict in
-            open_clip's layout.
-        tokenizer (`str`, defaults to `"laion/CLIP-ViT-H-14-laion2B-s32B-b79K"`):
-            Hub id or folder of the tokenizer.
-        tokenizer_revision (`str`, *optional*):
-            Branch, tag or commit of the tokenizer on the Hub.
-        revision, token, device, dtype, batch_size:
-            As in [`HubReward`].
+        version (`str`, defaults to `"v2.0"`): `"v2.0"`, or `"v2.1"`, which was trained on better data. They are two
+            models: their values cannot be compared.
+        model (`str`, defaults to `"xswu/HPSv2"`): Hub id or folder with `HPS_v2_compressed.pt` or
+            `HPS_v2.1_compressed.pt`, or the file: a state dict in open_clip's layout.
+        tokenizer (`str`, defaults to `"laion/CLIP-ViT-H-14-laion2B-s32B-b79K"`): Hub id or folder of the tokenizer.
+        tokenizer_revision (`str`, *optional*): Branch, tag or commit of the tokenizer on the Hub.
+        revision, token, device, dtype, batch_size: As in [`HubReward`].
 
     Raises:
         ValueError: if `version` is neither of the two.

@@ -34,12 +34,9 @@ class ImageReward(HubReward):
     Args:
         model (`str`, defaults to `"zai-org/ImageReward"`):
             Hub id or folder with `ImageReward.pt`, or the file: a state dict in BLIP's layout.
-        tokenizer (`str`, defaults to `"google-bert/bert-base-uncased"`):
-            Hub id or folder of the tokenizer.
-        tokenizer_revision (`str`, *optional*):
-            Branch, tag or commit of the tokenizer on the Hub.
-        revision, token, device, dtype, batch_size:
-            As in [`HubReward`].
+        tokenizer (`str`, defaults to `"google-bert/bert-base-uncased"`): Hub id or folder of the tokenizer.
+        tokenizer_revision (`str`, *optional*): Branch, tag or commit of the tokenizer on the Hub.
+        revision, token, device, dtype, batch_size: As in [`HubReward`].
     """
 
     info = RewardInfo(

@@ -25,8 +25,7 @@ class JPEGIncompressibilityReward:
     with its area, and reach about 1.2 kB per 1000 pixels for noise at quality 95.
 
     Args:
-        quality (`int`, defaults to 95):
-            JPEG quality from 1 to 100. 95 is DDPO's.
+        quality (`int`, defaults to 95): JPEG quality from 1 to 100. 95 is DDPO's.
     """
 
     info = RewardInfo(
@@ -56,10 +55,8 @@ class JPEGCompressibilityReward:
     largest size there ([`JPEGIncompressibilityReward`] measures it).
 
     Args:
-        quality (`int`, defaults to 95):
-            JPEG quality from 1 to 100. 95 is DDPO's.
-        offset (`float`, defaults to 0.0):
-            Added to every reward, in kilobytes.
+        quality (`int`, defaults to 95): JPEG quality from 1 to 100. 95 is DDPO's.
+        offset (`float`, defaults to 0.0): Added to every reward, in kilobytes.
     """
 
     info = RewardInfo(

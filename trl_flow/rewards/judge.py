@@ -1,16 +1,15 @@
 """Images scored by a vision-language model behind an OpenAI-compatible server (vLLM, SGLang, ...)."""
 
-import asyncio
 import dataclasses
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from PIL import Image
 
-from trl_flow.rewards.base import RewardInfo, check_samples
+from trl_flow.rewards.base import RewardInfo, all_at_once
 from trl_flow.rewards.chat import ChatModel, JudgeError
 from trl_flow.rewards.judge_prompts import (
     DEQA_ANSWER_PREFIX,
@@ -25,8 +24,6 @@ from trl_flow.rewards.judge_prompts import (
 
 
 logger = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
 
 UnifiedRewardScore = Literal["overall", "overall_with_elements", "alignment", "coherence", "style"]
 
@@ -110,21 +107,11 @@ class VLMJudgeReward:
         Returns:
             `list[float | None]`: `N` scores.
         """
-        check_samples(prompts, images)
         judged = await all_at_once(self._judge(prompt, image) for prompt, image in zip(prompts, images, strict=True))
         report_unreadable(
             self.__name__, [answer for score, answer in judged if score is None], len(judged), log_metric
         )
         return [score for score, _ in judged]
-
-    def close(self) -> None:
-        """Does nothing: connections are closed at the end of each call. Rewards with a model of their own need it."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.close()
 
     async def _judge(self, prompt: str, image: Image.Image) -> tuple[float | None, str]:
         """The score, or None, and the last answer."""
@@ -258,25 +245,12 @@ def answer_text(choice: Any) -> str:
 
 
 def check_question(prompt_template: str, parse: Callable) -> None:
-    """
-    Raises:
-        TypeError: if `prompt_template` is no text or `parse` no callable.
-    """
+    """Raises a `TypeError` if `prompt_template` is no text or `parse` no callable."""
     if not isinstance(prompt_template, str) or not callable(parse):
         raise TypeError(
             "A judge needs a text and a function that reads the answer, but was given "
             f"{prompt_template!r} and {parse!r}."
         )
-
-
-async def all_at_once(requests: Iterable[Awaitable[Result]]) -> list[Result]:
-    """Awaits all, in their order. The first that fails ends the others: most would fail in the same way."""
-    tasks = [asyncio.ensure_future(request) for request in requests]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
 
 
 class UnreadableAnswer(ValueError):

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from trl_flow.prompt_words import quoted_text
-from trl_flow.rewards.base import ModelReward, RewardInfo, require
+from trl_flow.rewards.base import ModelReward, RewardInfo, check_whole_number, require
 
 
 def text_score(recognized: str, target: str) -> float:
@@ -70,10 +70,8 @@ class OCRReward(ModelReward):
     dense = True
 
     def __init__(self, num_threads: int | None = None):
-        if num_threads is not None and (
-            isinstance(num_threads, bool) or not isinstance(num_threads, int) or num_threads < 1
-        ):
-            raise ValueError(f"num_threads is {num_threads!r}, but must be a whole number of at least 1, or None.")
+        if num_threads is not None:
+            check_whole_number("num_threads", num_threads, 1)
         for package in ("onnxruntime", "rapidfuzz", "rapidocr"):
             require(lambda package=package: import_module(package), reward="OCRReward", extra="ocr")
         super().__init__(device="cpu")

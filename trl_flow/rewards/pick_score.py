@@ -17,14 +17,11 @@ class PickScoreReward(CLIPReward):
     the published ones; some programs divide them by 26 or 100.
 
     Args:
-        model (`str`, defaults to `"yuvalkirstain/PickScore_v1"`):
-            Hub id or folder of a `CLIPModel`.
+        model (`str`, defaults to `"yuvalkirstain/PickScore_v1"`): Hub id or folder of a `CLIPModel`.
         processor (`str`, defaults to `"laion/CLIP-ViT-H-14-laion2B-s32B-b79K"`):
             Hub id or folder of its image processor and tokenizer.
-        processor_revision (`str`, *optional*):
-            Branch, tag or commit of `processor` on the Hub.
-        revision, token, device, dtype, batch_size:
-            As in [`HubReward`].
+        processor_revision (`str`, *optional*): Branch, tag or commit of `processor` on the Hub.
+        revision, token, device, dtype, batch_size: As in [`HubReward`].
     """
 
     info = RewardInfo(

@@ -1,4 +1,4 @@
-"""From images to the pixels that reward models were trained on, to the last bit as their authors' programs do it."""
+"""From images to the pixels that reward models were trained on, as their authors' programs do it."""
 
 import numpy as np
 import torch

@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from trl_flow.rewards.base import RewardInfo, check_samples
+from trl_flow.rewards.base import RewardInfo, all_at_once
 from trl_flow.rewards.chat import ChatModel
 from trl_flow.rewards.judge import (
     UnreadableAnswer,
-    all_at_once,
     answer_text,
     check_question,
     report_unreadable,
@@ -175,8 +174,7 @@ class WinRateReward:
         Returns:
             `list[float | None]`: `N` shares.
         """
-        check_samples(prompts, images)
-        rows = [{"prompt": prompt} for prompt in prompts]
+        rows = [{"prompt": prompt} for prompt, _ in zip(prompts, images, strict=True)]
         for name, column in columns.items():
             if isinstance(column, list | tuple) and len(column) == len(rows):
                 for row, entry in zip(rows, column, strict=True):
@@ -208,20 +206,9 @@ class WinRateReward:
         report_unreadable(self.__name__, unreadable, len(pairs), log_metric)
         return [won / count if count else None for won, count in zip(wins, comparisons, strict=True)]
 
-    def close(self) -> None:
-        """Closes the comparer, if it has a `close` method."""
-        if hasattr(self.comparer, "close"):
-            self.comparer.close()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.close()
-
 
 def _groups(rows: list[dict[str, Any]]) -> list[list[int]]:
-    """The places of equal rows next to each other."""
+    """The indices of equal rows next to each other."""
     groups: list[list[int]] = []
     for index, row in enumerate(rows):
         if groups and all(_equal(value, rows[groups[-1][-1]][name]) for name, value in row.items()):

@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import threading
 import time
 import zlib
 from collections.abc import Sequence
@@ -17,7 +16,8 @@ from typing import Any
 
 from PIL import Image
 
-from trl_flow.rewards.base import RewardInfo, require
+from trl_flow.rewards.base import RewardInfo, all_at_once, check_whole_number, require
+from trl_flow.rewards.checks import RewardError, check_rewards
 
 
 # Counted up when what servers and clients say to each other changes
@@ -40,21 +40,23 @@ class RewardServerError(ConnectionError, RuntimeError):
 
 
 class _Failed(Exception):
-    """An attempt failed in a way that may pass, or that another server may not share."""
+    """
+    An attempt failed in a way that may pass, or that another server may not share.
 
+    Args:
+        reason (`str`): why.
+        busy (`float`, *optional*): seconds after which a server that is only busy asks to be asked again.
+    """
 
-class _Busy(Exception):
-    def __init__(self, seconds: float, reason: str):
+    def __init__(self, reason: str, busy: float | None = None):
         super().__init__(reason)
-        self.seconds = seconds
+        self.busy = busy
 
 
-@dataclass
+@dataclass(eq=False)
 class _Server:
     url: str
     last_used: int
-    card: dict | None = None  # None until it has been asked, and again when it may have been replaced by another
-    max_images: int | None = None
     running: int = 0
     failures: int = 0  # since it last answered
     rest_until: float = 0.0
@@ -76,16 +78,12 @@ class RemoteReward:
     The servers are asked when the object is made, so that what is wrong is found before training.
 
     Args:
-        url (`str` or `Sequence[str]`):
-            Address of the server, such as `http://localhost:8000`, or of several. They must offer the same function
-            with the same settings.
-        reward (`str`, *optional*):
-            Name of the function, if the server offers several.
-        columns (`Sequence[str]`, *optional*):
-            Columns of the data set that are sent; default: all. They must be such as JSON can hold: name the others'
-            if one cannot (images, say).
-        token (`str`, *optional*):
-            The servers' token; default: the environment variable `TRL_FLOW_REWARD_TOKEN`.
+        url (`str` or `Sequence[str]`): Address of the server, such as `http://localhost:8000`, or of several. They
+            must offer the same function with the same settings.
+        reward (`str`, *optional*): Name of the function, if the server offers several.
+        columns (`Sequence[str]`, *optional*): Columns of the data set that are sent; default: all. They must be such
+            as JSON can hold: name the others' if one cannot (images, say).
+        token (`str`, *optional*): The servers' token; default: the environment variable `TRL_FLOW_REWARD_TOKEN`.
         batch_size (`int`, *optional*):
             Largest number of images in a request; default: what the servers accept. A batch is spread over the
             servers in equal parts, between groups where the function compares the images of a group.
@@ -120,10 +118,11 @@ class RemoteReward:
         if isinstance(columns, str):
             raise ValueError(f"columns is {columns!r}, but must be a list of names: [{columns!r}].")
         if batch_size is not None:
-            _check_whole("batch_size", batch_size, 1)
-        _check_whole("retries", retries, 0)
-        _check_seconds("timeout", timeout)
-        _check_seconds("backoff", backoff)
+            check_whole_number("batch_size", batch_size, 1)
+        check_whole_number("retries", retries, 0)
+        for name, value in (("timeout", timeout), ("backoff", backoff)):
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value!r}, but must be a number of seconds above 0.")
         urls = [_checked_url(one, httpx2) for one in ([url] if isinstance(url, str) else url)]
         if not urls or len(set(urls)) < len(urls):
             raise ValueError(f"url is {url!r}, but must be one or more addresses, all different.")
@@ -131,22 +130,21 @@ class RemoteReward:
         first = int(os.environ.get("RANK", 0))
         self._servers = [_Server(one, (index - first) % len(urls)) for index, one in enumerate(urls)]
         self._turns = itertools.count(len(urls))
-        self._token = _checked_token(token or os.environ.get(TOKEN_VARIABLE))
+        token = checked_token(token or os.environ.get(TOKEN_VARIABLE) or None, "The token")
+        self._options = {
+            "headers": {} if token is None else {"Authorization": f"Bearer {token}"},
+            "verify": httpx2.create_ssl_context(),  # which takes longer than a request
+        }
         self.columns = None if columns is None else list(columns)
         self.timeout = timeout
         self.retries = retries
         self.backoff = backoff
-        # A client's connections belong to the event loop that opened them
-        self._clients: dict[asyncio.AbstractEventLoop, Any] = {}
-        self._lock = threading.Lock()
-
         self._reward, self._card = reward, None
-        self.check()
+        accepted = self._introduce()
         self.__name__ = self._reward
         self.dense: bool = self._card["dense"]
         self.needs_group: bool = self._card["needs_group"]
         self.info: RewardInfo | None = _read_info(self._card["info"])
-        accepted = min(server.max_images for server in self._servers if server.max_images is not None)
         if batch_size is not None and batch_size > accepted:
             raise ValueError(
                 f"batch_size is {batch_size}, but a server accepts {accepted} images in a request (its --max-images)."
@@ -155,33 +153,6 @@ class RemoteReward:
         # models round differently in batches of another size
         self.batch_size = batch_size or accepted
 
-    def check(self) -> None:
-        """
-        Asks every server what it offers. That some do not answer is a warning.
-
-        Raises:
-            ValueError: if a server does not offer the function, or not the same as the others.
-            RewardServerError: if none answers, or one refuses the token.
-        """
-        import httpx2
-
-        away = []
-        with httpx2.Client(headers=self._headers(), timeout=min(self.timeout, 2 * _CONNECT_TIMEOUT)) as client:
-            for server in self._servers:
-                try:
-                    self._introduce(server, client.get(f"{server.url}/rewards"))
-                except (_Failed, _Busy, httpx2.TransportError) as error:
-                    server.last_error = _described(error)
-                    away.append(server)
-        if len(away) == len(self._servers):
-            raise RewardServerError(self._none_left("offers its reward functions", away))
-        for server in away:
-            logger.warning(
-                "The reward server %s does not answer (%s). The others are used, and it is tried again later.",
-                server.url,
-                server.last_error,
-            )
-
     async def __call__(self, prompts: list[str], images: list[Image.Image], **kwargs: Any) -> list[float | None]:
         """
         Scores images.
@@ -189,7 +160,7 @@ class RemoteReward:
         Args:
             prompts (`list[str]`), images (`list[PIL.Image.Image]`): `N` of each. Images of a mode that PNG does not
                 have are sent as RGB.
-            kwargs: the data set's further columns, lists of `N` entries. Whatever is no list is not sent.
+            kwargs: the data set's other columns, lists of `N` entries. Whatever is no list is not sent.
 
         Returns:
             `list[float | None]`: `N` scores.
@@ -199,6 +170,8 @@ class RemoteReward:
             TypeError: if a column cannot be written as JSON.
             ValueError: if there are not as many prompts as images.
         """
+        import httpx2
+
         if len(prompts) != len(images):
             raise ValueError(f"There are {len(prompts)} prompts for {len(images)} images. Give one for each image.")
         columns = {
@@ -207,55 +180,40 @@ class RemoteReward:
             if isinstance(values, list | tuple) and (self.columns is None or name in self.columns)
         }
         running = asyncio.Semaphore(_REQUESTS_PER_SERVER * len(self._servers))
+        timeout = httpx2.Timeout(self.timeout, connect=min(self.timeout, _CONNECT_TIMEOUT))
+        # One for each call: its connections belong to the event loop that opened them
+        async with httpx2.AsyncClient(timeout=timeout, **self._options) as client:
 
-        async def score(part: slice) -> list[float | None]:
-            async with running:
-                form = await asyncio.to_thread(
-                    _form, self._reward, prompts[part], images[part], {k: v[part] for k, v in columns.items()}
-                )
-                return await self._score(form, len(images[part]))
+            async def score(part: slice) -> list[float | None]:
+                async with running:
+                    own = {name: values[part] for name, values in columns.items()}
+                    form = await asyncio.to_thread(_form, self._reward, prompts[part], images[part], own)
+                    return await self._score(client, form, prompts[part])
 
-        tasks = [asyncio.ensure_future(score(part)) for part in self._parts(prompts)]
-        try:
-            return [value for scores in await asyncio.gather(*tasks) for value in scores]
-        finally:
-            # After an error, the others need not go on
-            for task in tasks:
-                task.cancel()
+            scored = await all_at_once(score(part) for part in self._parts(prompts))
+        return [value for values in scored for value in values]
 
-    def close(self) -> None:
-        """Closes the connections to the servers. Another call opens them again."""
-        with self._lock:
-            clients, self._clients = self._clients, {}
-        for loop, client in clients.items():
-            # The connections of a loop that has ended have ended with it
-            if loop.is_running():
-                asyncio.run_coroutine_threadsafe(client.aclose(), loop)
-
-    # ---- One request ----
-
-    async def _score(self, form: list[tuple], number: int) -> list[float | None]:
+    async def _score(self, client: Any, form: list[tuple], prompts: list[str]) -> list[float | None]:
         """Asks one server after another, until one answers."""
-        attempts = dict.fromkeys(range(len(self._servers)), 0)
+        import httpx2
+
+        failed = dict.fromkeys(self._servers, 0)
         patient_until = time.monotonic() + self.timeout
-        while left := [self._servers[i] for i, failed in attempts.items() if failed <= self.retries]:
+        while left := [server for server in self._servers if failed[server] <= self.retries]:
             now = time.monotonic()
-            awake = [server for server in left if server.rest_until <= now]
-            if not awake:
-                await asyncio.sleep(min(server.rest_until for server in left) - now)
+            server = min(left, key=lambda server: (max(server.rest_until, now), server.running, server.last_used))
+            if server.rest_until > now:
+                await asyncio.sleep(server.rest_until - now)
                 continue
-            server = min(awake, key=lambda server: (server.running, server.last_used))
             server.last_used = next(self._turns)
             server.running += 1
             try:
-                scores = await self._ask(server, form, number)
-            except _Busy as busy:
-                server.last_error = str(busy)
-                server.rest(busy.seconds)
-                # Not a failure: others are being served. But not for ever either
-                attempts[self._servers.index(server)] += time.monotonic() > patient_until
-            except _Failed as error:
-                attempts[self._servers.index(server)] += 1
+                response = await client.post(f"{server.url}/score", files=form)
+                scores = self._scores(self._read(server, response), prompts)
+            except (_Failed, httpx2.TransportError) as error:
+                busy = isinstance(error, _Failed) and error.busy is not None
+                # One that is busy has not failed: others are being served. But it is not waited for for ever either
+                failed[server] += not busy or time.monotonic() > patient_until
                 self._note_failure(server, error)
             else:
                 if server.failures:
@@ -264,39 +222,67 @@ class RemoteReward:
                 return scores
             finally:
                 server.running -= 1
-        raise RewardServerError(self._none_left(f"answers for {self._reward!r}", self._servers))
+        raise self._none_left(f"answers for {self._reward!r}")
 
-    async def _ask(self, server: _Server, form: list[tuple], number: int) -> list[float | None]:
+    def _note_failure(self, server: _Server, error: Exception) -> None:
+        server.last_error = _described(error)
+        if isinstance(error, _Failed) and error.busy is not None:
+            server.rest(error.busy)
+        # Requests that were under way together fail together, and count as one failure
+        elif server.rest_until <= time.monotonic():
+            server.failures += 1
+            server.rest(self.backoff * 2 ** min(server.failures - 1, 16))
+            if server.failures == 1:  # it would be reported once a minute otherwise
+                logger.warning(
+                    "The reward server %s failed (%s). It is left alone for a while and then tried again.",
+                    server.url,
+                    server.last_error,
+                )
+
+    def _none_left(self, verb: str) -> RewardServerError:
+        errors = ", ".join(f"{server.url} ({server.last_error})" for server in self._servers)
+        return RewardServerError(f"No reward server {verb}. Asked: {errors}. Start one with `trl-flow serve-rewards`.")
+
+    # ---- What servers say ----
+
+    def _introduce(self) -> int:
+        """
+        Asks every server what it offers, and returns how many images all of them accept in a request.
+
+        Raises:
+            ValueError: if a server does not offer the function, or not the same as the others.
+            RewardServerError: if none answers, or one refuses the token.
+        """
         import httpx2
 
-        client = self._client()
-        try:
-            if server.card is None:
-                self._introduce(server, await client.get(f"{server.url}/rewards"))
-            response = await client.post(f"{server.url}/score", files=form)
-        except httpx2.TransportError as error:
-            server.card = None  # it may come back as another
-            raise _Failed(_described(error)) from error
-        except ValueError as error:
-            raise _Failed(str(error)) from error
-        scores, card = _read_scores(self._read(server, response), self._reward, number)
-        # Between two requests a server may be replaced by another without a connection that breaks
-        if card != self._card:
-            server.card = None
-            raise _Failed(self._other_settings(card))
-        return scores
+        accepted, away = [], []
+        with httpx2.Client(timeout=min(self.timeout, 2 * _CONNECT_TIMEOUT), **self._options) as client:
+            for server in self._servers:
+                try:
+                    offer = self._read(server, client.get(f"{server.url}/rewards"))
+                    accepted.append(self._read_offer(server, offer))
+                except (_Failed, httpx2.TransportError) as error:
+                    server.last_error = _described(error)
+                    away.append(server)
+        if not accepted:
+            raise self._none_left("offers its reward functions")
+        for server in away:
+            logger.warning(
+                "The reward server %s does not answer (%s). The others are used, and it is tried again later.",
+                server.url,
+                server.last_error,
+            )
+        return min(accepted)
 
-    def _introduce(self, server: _Server, response: Any) -> None:
-        """Takes down what a server offers."""
-        description = self._read(server, response)
+    def _read_offer(self, server: _Server, offer: Any) -> int:
         try:
-            if description["protocol"] != PROTOCOL:
+            if offer["protocol"] != PROTOCOL:
                 raise _Failed(
-                    f"it speaks protocol {description['protocol']} and this client {PROTOCOL}: install the same "
-                    "version of trl_flow on both"
+                    f"it speaks protocol {offer['protocol']} and this client {PROTOCOL}: install the same version of "
+                    "trl_flow on both"
                 )
-            cards = {card["name"]: card for card in description["rewards"]}
-            max_images = int(description["limits"]["max_images"])
+            cards = {card["name"]: card for card in offer["rewards"]}
+            max_images = int(offer["limits"]["max_images"])
         except (KeyError, TypeError, ValueError) as error:
             raise _Failed("it is not a reward server of trl-flow") from error
         if self._reward is None:
@@ -310,12 +296,10 @@ class RemoteReward:
             raise ValueError(
                 f"The reward server {server.url} does not offer {self._reward!r}, only {', '.join(cards)}."
             )
-        card = cards[self._reward]
-        if self._card is None:
-            self._card = card
-        if card != self._card:
-            raise ValueError(f"The reward server {server.url}: {self._other_settings(card)}")
-        server.card, server.max_images = card, max_images
+        self._card = self._card or cards[self._reward]
+        if cards[self._reward] != self._card:
+            raise ValueError(f"The reward server {server.url}: {self._other_settings(cards[self._reward])}")
+        return max_images
 
     def _other_settings(self, card: Any) -> str:
         return (
@@ -332,10 +316,14 @@ class RemoteReward:
             content = None
         if status == 200 and content is not None:
             return content
-        told = content.get("detail") if isinstance(content, dict) else None
-        reason = f"status {status}: {told or response.text[:300]}".rstrip(": ")
+        detail = content.get("detail") if isinstance(content, dict) else None
+        reason = f"status {status}: {detail or response.text[:300]}".rstrip(": ")
         if status in (429, 503):
-            raise _Busy(_retry_after(response), reason)
+            try:
+                seconds = float(response.headers.get("Retry-After", 1))
+            except ValueError:  # a date
+                seconds = 1.0
+            raise _Failed(reason, busy=max(seconds, 0.1))
         if status == 401:
             raise RewardServerError(
                 f"The reward server {server.url} refuses the token. Set {TOKEN_VARIABLE}, or give token=..., to what "
@@ -346,41 +334,16 @@ class RemoteReward:
             raise RewardServerError(f"The reward server {server.url} refuses the request with {reason}")
         raise _Failed(reason)
 
-    def _note_failure(self, server: _Server, error: _Failed) -> None:
-        server.last_error = str(error)
-        # Requests that were under way together fail together, and count as one failure
-        if server.rest_until <= time.monotonic():
-            server.failures += 1
-            server.rest(self.backoff * 2 ** min(server.failures - 1, 16))
-            if server.failures == 1:  # it would be told once a minute otherwise
-                logger.warning(
-                    "The reward server %s failed (%s). It is left alone for a while and then tried again.",
-                    server.url,
-                    server.last_error,
-                )
-
-    def _none_left(self, verb: str, servers: list[_Server]) -> str:
-        errors = "; ".join(f"{server.url} ({server.last_error})" for server in servers)
-        return f"No reward server {verb}. Asked: {errors}. Start one with `trl-flow serve-rewards`."
-
-    # ---- Connections and parts ----
-
-    def _headers(self) -> dict[str, str]:
-        return {} if self._token is None else {"Authorization": f"Bearer {self._token}"}
-
-    def _client(self) -> Any:
-        import httpx2
-
-        loop = asyncio.get_running_loop()
-        with self._lock:
-            for other in [other for other in self._clients if other.is_closed()]:
-                del self._clients[other]
-            if loop not in self._clients:
-                self._clients[loop] = httpx2.AsyncClient(
-                    headers=self._headers(),
-                    timeout=httpx2.Timeout(self.timeout, connect=min(self.timeout, _CONNECT_TIMEOUT)),
-                )
-            return self._clients[loop]
+    def _scores(self, content: Any, prompts: list[str]) -> list[float | None]:
+        try:
+            values, card = content["rewards"][self._reward], content["cards"][self._reward]
+            scores = check_rewards(values, self._reward, prompts)
+        except (KeyError, TypeError, RewardError) as error:
+            raise _Failed(f"its answer has no scores for {self._reward!r}: {str(content)[:200]}") from error
+        # A server may be replaced by another between two requests, without a connection that breaks
+        if card != self._card:
+            raise _Failed(self._other_settings(card))
+        return [None if math.isnan(score) else score for score in scores]
 
     def _parts(self, prompts: list[str]) -> list[slice]:
         """Where to cut a batch: into equal parts for all servers, but a function that compares gets whole groups."""
@@ -404,16 +367,6 @@ class RemoteReward:
         return parts
 
 
-def _check_whole(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} is {value!r}, but must be a whole number of at least {least}.")
-
-
-def _check_seconds(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{name} is {value!r}, but must be a number of seconds above 0.")
-
-
 def _checked_url(url: str, httpx2: Any) -> str:
     expected = "an address such as http://localhost:8000"
     try:
@@ -428,24 +381,23 @@ def _checked_url(url: str, httpx2: Any) -> str:
     return str(parsed).rstrip("/")
 
 
-def _checked_token(token: str | None) -> str | None:
-    if token is None or not (token := token.strip()):
+def checked_token(token: str | None, source: str) -> str | None:
+    """
+    `token` without white space around it.
+
+    Raises:
+        ValueError: if it is no token. `source` is for the error, which does not show it: it is a secret all the same.
+    """
+    if token is None:
         return None
-    if not token.isascii() or not token.isprintable() or " " in token:
-        # Without its value: it is a secret, though not a valid one
-        raise ValueError("The token must be one or more printable ASCII characters without spaces.")
+    token = token.strip()
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise ValueError(f"{source} must be one or more printable ASCII characters without spaces.")
     return token
 
 
 def _described(error: Exception) -> str:
-    return str(error) if isinstance(error, _Failed | _Busy) else f"{type(error).__name__}: {error}".rstrip(": ")
-
-
-def _retry_after(response: Any) -> float:
-    try:
-        return min(max(float(response.headers.get("Retry-After", 1)), 0.1), _LONGEST_REST)
-    except ValueError:  # a date
-        return 1.0
+    return str(error) if isinstance(error, _Failed) else f"{type(error).__name__}: {error}".rstrip(": ")
 
 
 def _form(reward: str, prompts: list[str], images: list[Image.Image], columns: dict[str, list]) -> list[tuple]:
@@ -470,23 +422,6 @@ def _png(image: Image.Image) -> bytes:
     # Fast instead of small: a file is sent once, mostly over a fast network. Run lengths suit PNG's filtered rows
     image.save(file, format="PNG", compress_level=1, compress_type=zlib.Z_RLE)
     return file.getvalue()
-
-
-def _read_scores(content: Any, reward: str, number: int) -> tuple[list[float | None], Any]:
-    """The scores in an answer, and the card of the function that gave them."""
-    try:
-        scores, card = content["rewards"][reward], content["cards"][reward]
-    except (KeyError, TypeError) as error:
-        raise _Failed(f"its answer has no scores for {reward!r}: {str(content)[:200]}") from error
-    if not isinstance(scores, list) or len(scores) != number or not all(map(_is_score, scores)):
-        raise _Failed(f"its answer for {number} images is {str(scores)[:200]}, not a number or null for each")
-    return scores, card
-
-
-def _is_score(score: Any) -> bool:
-    if score is None:
-        return True
-    return isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
 
 
 def _read_info(info: dict | None) -> RewardInfo | None:

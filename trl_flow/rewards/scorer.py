@@ -7,7 +7,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -68,10 +68,12 @@ class Scores:
         rewards (`torch.Tensor`): `(N, K)` for `N` samples and `K` reward functions, float32 on the CPU, NaN where a
             function does not apply or was not asked.
         logs ([`RewardLogs`]): what the functions logged.
+        values (`dict[int, list[float]]`): what each function that was asked returned, by its index, to the last digit.
     """
 
     rewards: torch.Tensor
     logs: RewardLogs
+    values: dict[int, list[float]] = field(default_factory=dict)
 
 
 class RewardScorer:
@@ -80,15 +82,12 @@ class RewardScorer:
     another. Each receives lists and images of its own, so that what it sorts, empties or draws on reaches no other.
 
     Args:
-        reward_funcs (`Iterable[Callable]`):
-            Reward functions, sync or async.
-        timeout (`float`, *optional*):
-            Seconds to wait for each sync function and then, from the end of the last, for all async ones; `None` waits
-            for ever. With a limit a sync function runs in a thread of its own, without one in the caller's. A thread
-            cannot be stopped: a function that hangs is left behind, but keeps the process from ending for at most five
-            seconds.
-        names (`list[str]`, *optional*):
-            What they are called, all different; by default [`reward_names`].
+        reward_funcs (`Iterable[Callable]`): Reward functions, sync or async.
+        timeout (`float`, *optional*): Seconds to wait for each sync function and then, from the end of the last, for
+            all async ones; `None` waits for ever. With a limit a sync function runs in a thread of its own, without
+            one in the caller's. A thread cannot be stopped: a function that hangs is left behind, but keeps the
+            process from ending for at most five seconds.
+        names (`list[str]`, *optional*): What they are called, all different; by default [`reward_names`].
     """
 
     def __init__(
@@ -152,7 +151,7 @@ class RewardScorer:
             }
 
         started: dict[int, Future] = {}
-        returned: dict[int, list[float]] = {}
+        values: dict[int, list[float]] = {}
         try:
             for i in chosen:
                 if is_async(self.reward_funcs[i]):
@@ -160,27 +159,27 @@ class RewardScorer:
             for i in chosen:
                 if i not in started:
                     result = _run_sync(self.reward_funcs[i], self.names[i], arguments(), self.timeout)
-                    returned[i] = check_rewards(result, self.names[i], prompts)
-            self._finish_async(started, returned, prompts)
+                    values[i] = check_rewards(result, self.names[i], prompts)
+            self._finish_async(started, values, prompts)
         finally:
             for future in started.values():
                 future.cancel()
         rewards = torch.full((len(prompts), len(self.reward_funcs)), torch.nan)
-        for i, values in returned.items():
-            rewards[:, i] = torch.tensor(values, dtype=torch.float32)
+        for i, by_sample in values.items():
+            rewards[:, i] = torch.tensor(by_sample, dtype=torch.float32)
         logs.add(collected, 0, len(prompts))
-        return Scores(rewards, logs)
+        return Scores(rewards, logs, values)
 
     def session(self, *, background: bool, trainer_state: Any = None) -> "ScoringSession":
         """Scores samples part by part: see [`ScoringSession`]."""
         return ScoringSession(self, background=background, trainer_state=trainer_state)
 
-    def _finish_async(self, started: dict[int, Future], returned: dict[int, list[float]], prompts: list[str]) -> None:
+    def _finish_async(self, started: dict[int, Future], values: dict[int, list[float]], prompts: list[str]) -> None:
         ended, running = wait(started.values(), self.timeout, return_when=FIRST_EXCEPTION)
         # What failed is reported before what is late, for it may be the reason
         for i, future in started.items():
             if future in ended:
-                returned[i] = check_rewards(future.result(), self.names[i], prompts)
+                values[i] = check_rewards(future.result(), self.names[i], prompts)
         if running:
             # One of them may be blocking the loop for good, so the next call is given another
             _event_loop.cache_clear()
@@ -251,13 +250,14 @@ class ScoringSession:
         try:
             self._parts.append(self._scorer.score(prompts, images, columns, trainer_state=self._trainer_state))
         except RewardError as error:
-            self._error = error
+            failure = error
             if self.background and isinstance(error.__cause__, torch.OutOfMemoryError):
-                self._error = RewardError(
+                failure = RewardError(
                     f"{error} It was called while images were sampled, so that both needed memory: set "
                     "overlap_rewards=False, or lower per_device_train_batch_size or the function's own batch size."
                 )
-                self._error.__cause__ = error
+                failure.__cause__ = error
+            self._error = failure
         except BaseException as error:
             self._error = error
             if not self.background:

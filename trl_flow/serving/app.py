@@ -6,8 +6,11 @@ import dataclasses
 import hmac
 import logging
 import math
+import queue
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -16,24 +19,17 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 from PIL import Image
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import ClientDisconnect
 
 from trl_flow.rewards.base import ModelReward
-from trl_flow.rewards.calling import (
-    RewardError,
-    RewardFunc,
-    call_reward_func,
-    check_reward_func,
-    is_dense,
-    reward_names,
-)
+from trl_flow.rewards.checks import RewardError, RewardFunc, check_reward_func, is_dense
 from trl_flow.rewards.remote import PROTOCOL
+from trl_flow.rewards.scorer import RewardScorer
+from trl_flow.serving.form import Body, ScoreRequest, decode_images, read_score_request
 from trl_flow.serving.limits import Limits
 from trl_flow.serving.metrics import Metrics
-from trl_flow.serving.upload import Body, ClientGone, ScoreRequest, decode_images, read_score_request
-from trl_flow.serving.worker import ScoringThread
 
 
-_RETRY_AFTER = "1"
 # What proxies report for a client that went away. It never gets to see it
 _CLIENT_CLOSED_REQUEST = 499
 # Seconds that a reward function is waited for once the server has been told to end and its requests are answered
@@ -48,7 +44,7 @@ def create_app(
     limits: Limits | None = None,
     token: str | None = None,
     on_ready: Callable[[], None] | None = None,
-    on_failure: Callable[[Exception], None] | None = None,
+    on_failure: Callable[[BaseException], None] | None = None,
 ) -> FastAPI:
     """
     An application that scores images with `rewards`.
@@ -113,11 +109,11 @@ def create_app(
                 # Nothing else can come on this connection, where the rest of the upload would be in its way
                 error.headers = {**(error.headers or {}), "Connection": "close"}
             raise
-        except ClientGone:
+        except ClientDisconnect:
             status = _CLIENT_CLOSED_REQUEST
             return Response(status_code=status)
         finally:
-            service.metrics.answered(status)
+            service.metrics.requests.labels(str(status)).inc()
 
     return app
 
@@ -128,7 +124,8 @@ class _Service:
     def __init__(self, rewards: Sequence[RewardFunc], limits: Limits, token: str | None):
         if not rewards:
             raise ValueError("There is no reward function to serve. Give at least one.")
-        self.rewards = dict(zip(reward_names(rewards), rewards, strict=True))
+        self.scorer = RewardScorer(rewards)
+        self.rewards = dict(zip(self.scorer.names, rewards, strict=True))
         for name, func in self.rewards.items():
             if not callable(func) or isinstance(func, type):
                 raise TypeError(f"The reward {name!r} is {func!r}, but must be a function or an object with __call__.")
@@ -145,17 +142,13 @@ class _Service:
         self.metrics = Metrics(lambda: self._inside)
         # One request is scored while the images of the next are decoded; more would only take memory
         self._decoded = asyncio.Semaphore(2)
-        self._thread: ScoringThread | None = None
+        self._worker: _Worker | None = None
 
-    # ---- Start and end ----
-
-    def start(self, on_ready: Callable[[], None] | None, on_failure: Callable[[Exception], None] | None) -> None:
+    def start(self, on_ready: Callable[[], None] | None, on_failure: Callable[[BaseException], None] | None) -> None:
         def load() -> None:
             try:
-                for func in self.rewards.values():
-                    if isinstance(func, ModelReward):
-                        func.load()
-            except Exception as error:
+                self.scorer.load()
+            except BaseException as error:
                 logger.error("The reward functions could not be loaded.", exc_info=error)
                 if on_failure is not None:
                     on_failure(error)
@@ -164,29 +157,22 @@ class _Service:
             if on_ready is not None:
                 on_ready()
 
-        self._thread = ScoringThread()
-        self._thread.submit(load)
+        self._worker = _Worker()
+        self._worker.submit(load)
 
     def stop(self) -> None:
         self.ready = False
-        if not self._thread.stop(_STOP):
-            return  # what hangs is left behind with its model, which ends with the process
-        for func in self.rewards.values():
-            if isinstance(func, ModelReward):
-                func.close()
-
-    # ---- Requests ----
+        if self._worker.stop(_STOP):  # what hangs is left behind with its model, which ends with the process
+            self.scorer.close()
 
     def authorize(self, request: Request) -> None:
         """
         Raises:
             HTTPException: 401 without the token.
         """
-        if self._authorization is None:
-            return
         given = request.headers.get("authorization", "").encode("latin-1")
         # Takes as long for a token that is nearly right as for one that is not
-        if not hmac.compare_digest(given, self._authorization):
+        if self._authorization is not None and not hmac.compare_digest(given, self._authorization):
             raise HTTPException(
                 401,
                 "This server asks for a token: send it as 'Authorization: Bearer TOKEN'.",
@@ -201,25 +187,28 @@ class _Service:
         Raises:
             HTTPException: 4xx for what cannot be accepted, 500 if a reward function fails, 503 if there are too many
                 requests or models are being loaded.
-            ClientGone: if the client goes away.
+            ClientDisconnect: if the client goes away.
         """
         started = time.perf_counter()
         self.authorize(request)
+        again = {"Retry-After": "1"}
         if not self.ready:
-            raise _unavailable("The models of this server are being loaded")
+            raise HTTPException(503, "The models of this server are being loaded. Try again.", headers=again)
         # Before anything of the upload is read: this is what bounds the memory
         if self._inside >= self.limits.max_waiting:
-            raise _unavailable(f"{self._inside} requests are waiting, which is the limit")
+            reason = f"{self._inside} requests are waiting, which is the limit. Try again."
+            raise HTTPException(503, reason, headers=again)
         self._inside += 1
         try:
             asked = await read_score_request(body, request.headers.get("content-type", ""), self.limits)
             names = self._names(asked)
             async with self._decoded:
-                images = await run_in_threadpool(decode_images, asked.images)
+                images = await run_in_threadpool(decode_images, asked.images, self.limits.max_pixels)
                 scores = await self._scored(request, names, asked, images)
         finally:
             self._inside -= 1
-        self.metrics.scored(len(images), time.perf_counter() - started)
+        self.metrics.images.inc(len(images))
+        self.metrics.latency.observe(time.perf_counter() - started)
         return {"rewards": scores, "cards": {name: self._cards[name] for name in names}}
 
     def _names(self, asked: ScoreRequest) -> list[str]:
@@ -240,16 +229,21 @@ class _Service:
     async def _scored(
         self, request: Request, names: list[str], asked: ScoreRequest, images: list[Image.Image]
     ) -> dict[str, list[float | None]]:
-        future = self._thread.submit(lambda: self._score(names, asked.prompts, images, asked.columns))
+        future = self._worker.submit(lambda: self._score(names, asked.prompts, images, asked.columns))
         scores, gone = asyncio.wrap_future(future), asyncio.ensure_future(_disconnected(request))
         try:
             await asyncio.wait([scores, gone], return_when=asyncio.FIRST_COMPLETED)
             if not scores.done():
-                raise ClientGone  # a client that waits no longer has asked elsewhere
+                raise ClientDisconnect  # a client that waits no longer has asked elsewhere
             return await scores
         except RewardError as error:
-            logger.error("%s", error, exc_info=error.__cause__ or error)
-            raise HTTPException(500, _told(error)) from error
+            cause = error.__cause__
+            logger.error("%s", error, exc_info=cause or error)
+            message = str(error)
+            if cause is not None:  # the client does not see the traceback that the message speaks of
+                reason = f"{message.split(' raised ')[0]} raised {type(cause).__name__}: {cause}"
+                message = f"{reason[:2000]}. The server's log has the traceback."
+            raise HTTPException(500, message[:3000].encode("utf-8", "backslashreplace").decode()) from error
         finally:
             gone.cancel()
             scores.cancel()
@@ -257,22 +251,56 @@ class _Service:
     def _score(
         self, names: list[str], prompts: list[str], images: list[Image.Image], columns: dict[str, list]
     ) -> dict[str, list[float | None]]:
-        kwargs = {**columns, "trainer_state": None, "log_metric": _ignore, "log_extra": _ignore}
         scores = {}
         for name in names:
-            started = time.perf_counter()
+            index, started = self.scorer.names.index(name), time.perf_counter()
             try:
                 with torch.no_grad():
-                    values = call_reward_func(self.rewards[name], name, prompts, images, kwargs, timeout=None)
+                    values = self.scorer.score(prompts, images, columns, only=[index]).values[index]
             except BaseException as error:
-                self.metrics.failed(name)
+                self.metrics.errors.labels(name).inc()
                 if isinstance(error, RewardError):
                     raise
+                # A reward function that calls sys.exit() may not end the server
                 raise RewardError(f"The reward function {name!r} raised {type(error).__name__}: {error}") from error
             finally:
-                self.metrics.ran(name, time.perf_counter() - started)
+                self.metrics.scoring.labels(name).inc(time.perf_counter() - started)
             scores[name] = [None if math.isnan(value) else value for value in values]
         return scores
+
+
+class _Worker:
+    """
+    The one thread in which a server's reward functions run, in the order of the requests: they need not be safe to
+    call from several. Not an executor's, for which Python waits at the end of the process even if a function hangs.
+    """
+
+    def __init__(self):
+        self._jobs: queue.SimpleQueue[tuple[Future, Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="scoring", daemon=True)
+        self._thread.start()
+
+    def submit(self, function: Callable[[], Any]) -> Future:
+        """Has `function` called in its turn; if the future is cancelled before that, not at all."""
+        future: Future = Future()
+        self._jobs.put((future, function))
+        return future
+
+    def stop(self, timeout: float) -> bool:
+        """Ends the thread after what was submitted. Returns whether it did so within `timeout` seconds."""
+        self._jobs.put(None)
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            future, function = job
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except BaseException as error:
+                    future.set_exception(error)
+            del job, future, function  # and with them the images, before waiting for the next
 
 
 def _card(name: str, func: RewardFunc) -> dict[str, Any]:
@@ -286,25 +314,6 @@ def _card(name: str, func: RewardFunc) -> dict[str, Any]:
     return {"name": name, "dense": is_dense(func), "needs_group": needs_group, "dtype": dtype, "info": info}
 
 
-def _unavailable(reason: str) -> HTTPException:
-    return HTTPException(503, f"{reason}. Try again.", headers={"Retry-After": _RETRY_AFTER})
-
-
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _told(error: RewardError) -> str:
-    """The error for those who do not see the server's log."""
-    cause = error.__cause__
-    if cause is None:
-        message = str(error)
-    else:
-        message = f"{str(error).split(' raised ')[0]} raised {type(cause).__name__}: {cause}"
-        message = f"{message[:2000]}. The server's log has the traceback."
-    return message[:3000].encode("utf-8", "backslashreplace").decode()
-
-
-def _ignore(*arguments: Any) -> None:
-    """In the place of the trainer's logs, which a server does not have."""

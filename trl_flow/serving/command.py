@@ -36,25 +36,19 @@ _LIMITS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `trl-flow serve-rewards`."""
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--rewards",
         required=True,
         metavar="NAMES",
         help="reward functions, separated by commas: names of the package's, or dotted import paths such as "
         "my_rewards.brightness, looked for in the current folder too",
     )
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="address to listen on (default: %(default)s); one that other machines can reach takes a token",
-    )
-    parser.add_argument(
-        "--port",
-        type=int,
-        default=8000,
-        help="default: %(default)s; 0 takes a free one, and the line that is printed tells which",
-    )
-    parser.add_argument(
+    address = "address to listen on (default: %(default)s); one that other machines can reach takes a token"
+    add("--host", default="127.0.0.1", help=address)
+    port = "default: %(default)s; 0 takes a free one, and the line that is printed tells which"
+    add("--port", type=int, default=8000, help=port)
+    add(
         "--token-file",
         type=Path,
         metavar="PATH",
@@ -62,6 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "TRL_FLOW_REWARD_TOKEN. There is no option for the token itself, since others on the machine see the "
         "options of a process",
     )
+    grace = "seconds that running requests are given when the server is told to end (default: %(default)s)"
+    add("--grace", type=int, default=30, metavar="N", help=grace)
     model = parser.add_argument_group("models", "for the reward functions that have one")
     model.add_argument("--device", help="such as cuda:1; default: the accelerator if there is one")
     model.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: each function's own")
@@ -69,17 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     limits = parser.add_argument_group("limits", "what is beyond them is refused, and the server goes on")
     for name, text in _LIMITS.items():
         default = getattr(Limits, name)
-        option = "--" + name.replace("_", "-")
-        limits.add_argument(
-            option, type=type(default), default=default, metavar="N", help=f"{text} (default: {default})"
-        )
-    parser.add_argument(
-        "--grace",
-        type=int,
-        default=30,
-        metavar="N",
-        help="seconds that running requests are given to finish when the server is told to end (default: %(default)s)",
-    )
+        kind, option = type(default), "--" + name.replace("_", "-")
+        limits.add_argument(option, type=kind, default=default, metavar="N", help=f"{text} (default: {default})")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -98,7 +85,6 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from trl_flow.rewards.base import require
     from trl_flow.rewards.named import named_rewards
-    from trl_flow.rewards.remote import TOKEN_VARIABLE
 
     uvicorn = require(_import_server, reward="A reward server", extra="serve")
     from trl_flow.serving.app import create_app
@@ -106,11 +92,11 @@ def run(arguments: argparse.Namespace) -> int:
     limits = Limits(**{name: getattr(arguments, name) for name in _LIMITS})
     if arguments.grace < 0:
         raise ValueError(f"--grace is {arguments.grace}, but must be a number of seconds of at least 0.")
-    token = _read_token(arguments.token_file, TOKEN_VARIABLE)
+    token = _read_token(arguments.token_file)
     if token is None and not _is_loopback(arguments.host):
         raise ValueError(
             f"--host {arguments.host} can be reached from other machines, and there is no token: anyone could use "
-            f"this server. Set {TOKEN_VARIABLE} or give --token-file, and the same to the clients."
+            "this server. Set TRL_FLOW_REWARD_TOKEN or give --token-file, and the same to the clients."
         )
     names = [name.strip() for name in arguments.rewards.split(",") if name.strip()]
     rewards = named_rewards(names, "--rewards")
@@ -120,12 +106,12 @@ def run(arguments: argparse.Namespace) -> int:
     listening = _listen(arguments.host, arguments.port)
     host, port = listening.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    failures: list[Exception] = []
+    failures: list[BaseException] = []
 
     def on_ready() -> None:
         print(f"trl-flow serve-rewards: {url} is ready with {', '.join(names)}", flush=True)
 
-    def on_failure(error: Exception) -> None:
+    def on_failure(error: BaseException) -> None:
         failures.append(error)
         server.should_exit = True
 
@@ -158,18 +144,14 @@ def _import_server() -> Any:
     return importlib.import_module("uvicorn")
 
 
-def _read_token(path: Path | None, variable: str) -> str | None:
+def _read_token(path: Path | None) -> str | None:
+    from trl_flow.rewards.remote import TOKEN_VARIABLE, checked_token
+
     if path is None:
-        token, source = os.environ.get(variable), f"the environment variable {variable}"
-        if token is None:
-            return None
+        token, source = os.environ.get(TOKEN_VARIABLE), f"the environment variable {TOKEN_VARIABLE}"
     else:
         token, source = path.read_text(encoding="utf-8"), f"the file {os.fspath(path)!r}"
-    token = token.strip()
-    # Without its value in the message: it is a secret, though not a valid one
-    if not token or not token.isascii() or not token.isprintable() or " " in token:
-        raise ValueError(f"The token in {source} must be one or more printable ASCII characters without spaces.")
-    return token
+    return checked_token(token, f"The token in {source}")
 
 
 def _is_loopback(host: str) -> bool:

@@ -34,8 +34,7 @@ class Limits:
 
     def __post_init__(self):
         for field in fields(self):
-            value = getattr(self, field.name)
-            allowed = (int, float) if field.name == "upload_timeout" else (int,)
-            if isinstance(value, bool) or not isinstance(value, allowed) or not 0 < value < math.inf:
-                kind = "number of seconds" if field.name == "upload_timeout" else "whole number"
+            value, is_time = getattr(self, field.name), field.name == "upload_timeout"
+            if not isinstance(value, (int, float) if is_time else int) or not 0 < value < math.inf:
+                kind = "number of seconds" if is_time else "whole number"
                 raise ValueError(f"{field.name} is {value!r}, but must be a {kind} above 0.")

@@ -3,12 +3,12 @@
 from trl_flow.shapes.bundled import load_pipeline, pipeline_path
 from trl_flow.shapes.checker import CheckResult, Detection, check, detect
 from trl_flow.shapes.prompts import load_prompts, make_caption, parse_caption, prompt_kind
-from trl_flow.shapes.world import COLORS, PICTURE_SIZE, RELATIONS, SHAPES, PlacedShape, render
+from trl_flow.shapes.world import COLORS, IMAGE_SIZE, RELATIONS, SHAPES, PlacedShape, render
 
 
 __all__ = [
     "COLORS",
-    "PICTURE_SIZE",
+    "IMAGE_SIZE",
     "RELATIONS",
     "SHAPES",
     "CheckResult",

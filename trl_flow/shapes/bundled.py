@@ -8,6 +8,10 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline
 
 
+# Prompt tokens of its T5 encoder, of one layer for form's sake; the pipeline's default of 256 works too, but is slow
+T5_TOKENS = 1
+
+
 def pipeline_path() -> str:
     """
     Folder of the bundled `StableDiffusion3Pipeline`.
@@ -18,8 +22,8 @@ def pipeline_path() -> str:
     folder = Path(__file__).parent / "pipeline"
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(
-            f"the bundled pipeline is missing from {folder}; reinstall trl_flow, or train it anew with "
-            f"`python -m trl_flow.shapes.train --output-dir {folder}`"
+            f"The bundled pipeline is missing from {folder}. Reinstall trl_flow, or train it anew with "
+            f"`python examples/bundled_model/train.py --output-dir {folder}` of a clone."
         )
     return str(folder)
 

@@ -16,8 +16,9 @@ from trl_flow.shapes.world import (
     COLOR_CHROMA,
     COLORS,
     DARK_GROUND,
+    IMAGE_SIZE,
     LIGHT_GROUND,
-    PICTURE_SIZE,
+    RELATIONS,
     SHAPES,
     PlacedShape,
     relation_holds,
@@ -118,8 +119,10 @@ def check(image: Image.Image, objects: Sequence[dict], relation: str | None = No
     """
     if not objects:
         raise ValueError("`objects` is empty: there is nothing to check the image against")
-    if relation is not None and len(objects) < 2:
-        raise ValueError(f"the relation {relation!r} needs two objects, received {list(objects)}")
+    if relation is not None and (relation not in RELATIONS or len(objects) < 2):
+        raise ValueError(
+            f"a relation is one of {', '.join(RELATIONS)} and needs two objects, received {relation!r} and {objects}"
+        )
     array = _as_array(image)
     seen = _detect(array)
 
@@ -166,8 +169,8 @@ def _as_array(image: Image.Image) -> np.ndarray:
     if not isinstance(image, Image.Image):
         raise TypeError(f"the checker takes a PIL image, received {type(image).__name__}")
     image = image.convert("RGB")
-    if image.size != (PICTURE_SIZE, PICTURE_SIZE):
-        image = image.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BOX)
+    if image.size != (IMAGE_SIZE, IMAGE_SIZE):
+        image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
     return np.asarray(image, dtype=np.float32) / 255
 
 
@@ -239,9 +242,9 @@ def _connected(classes: np.ndarray) -> tuple[np.ndarray, list[int]]:
     """
     # Runs of equal class within a row, joined where runs of one class lie above each other: there are few of them, so
     # that the loop over joints is short.
-    begins = np.ones((PICTURE_SIZE, PICTURE_SIZE), dtype=bool)
+    begins = np.ones((IMAGE_SIZE, IMAGE_SIZE), dtype=bool)
     begins[:, 1:] = classes[:, 1:] != classes[:, :-1]
-    runs = (np.cumsum(begins) - 1).reshape(PICTURE_SIZE, PICTURE_SIZE)
+    runs = (np.cumsum(begins) - 1).reshape(IMAGE_SIZE, IMAGE_SIZE)
     kinds = classes[begins]
     touch = (classes[1:] == classes[:-1]) & (classes[1:] >= 0)
     touch[:, 1:] &= begins[1:, 1:] | begins[:-1, 1:] | ~touch[:, :-1]  # once for each pair of runs
@@ -277,7 +280,7 @@ def _grown(mask: np.ndarray) -> np.ndarray:
     return grown
 
 
-_PIXELS = np.arange(PICTURE_SIZE, dtype=np.float32) + 0.5
+_PIXELS = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5
 
 
 def _fit(coverage: np.ndarray) -> tuple[str, float, float, float, float]:

@@ -1,11 +1,12 @@
 """[`FlowGRPOConfig`]: the switches of the clipped policy gradient. The presets beside it only change defaults."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from trl_flow.trainer.flow_rl_config import FlowRLConfig
+from trl_flow.trainer.flow_rl_config import FlowRLConfig, described
 
 
+@described
 @dataclass
 class FlowGRPOConfig(FlowRLConfig):
     r"""
@@ -67,41 +68,27 @@ class FlowGRPOConfig(FlowRLConfig):
     """
 
     # Dynamics
-    sde_type: Literal["flow", "dance", "cps"] = field(default="flow", metadata={"help": "Dynamics while sampling."})
-    noise_level: float = field(default=0.7, metadata={"help": "Strength of the noise (eta)."})
-    sde_window_size: int | None = field(
-        default=None, metadata={"help": "Number of consecutive steps that are stochastic and trained; default: all."}
-    )
-    sde_window_range: list[int] | None = field(
-        default=None, metadata={"help": "`first end`: the window lies in steps first ... end - 1."}
-    )
-    sde_window_schedule: Literal["random", "progressive"] = field(
-        default="random", metadata={"help": "Where in its range the window begins."}
-    )
-    sde_window_interval: int = field(
-        default=25, metadata={"help": "Generation batches after which a progressive window moves."}
-    )
-    sde_window_stride: int = field(default=1, metadata={"help": "Steps by which a progressive window moves."})
-    timestep_fraction: float = field(default=1.0, metadata={"help": "Share of the stochastic steps that is trained."})
+    sde_type: Literal["flow", "dance", "cps"] = "flow"
+    noise_level: float = 0.7
+    sde_window_size: int | None = None
+    sde_window_range: list[int] | None = None
+    sde_window_schedule: Literal["random", "progressive"] = "random"
+    sde_window_interval: int = 25
+    sde_window_stride: int = 1
+    timestep_fraction: float = 1.0
 
     # Loss
-    importance_ratio: Literal["standard", "mean_revised", "ratio_norm"] = field(
-        default="standard", metadata={"help": "The importance ratio; `ratio_norm` is GRPO-Guard's."}
-    )
-    timestep_weighting: Literal["none", "temp", "inverse_dt", "beta_over_dt", "inverse_beta_dt"] = field(
-        default="none", metadata={"help": "How much each step counts; `inverse_dt` is GRPO-Guard's."}
-    )
-    epsilon: float = field(default=1e-4, metadata={"help": "Clip range."})
-    epsilon_high: float | None = field(default=None, metadata={"help": "Upper clip range; default: epsilon."})
-    scale_epsilon: bool = field(
-        default=True, metadata={"help": "Scale the clip ranges from 65,536 latent dimensions to the model's."}
-    )
-    beta: float = field(default=0.0, metadata={"help": "KL coefficient."})
+    importance_ratio: Literal["standard", "mean_revised", "ratio_norm"] = "standard"
+    timestep_weighting: Literal["none", "temp", "inverse_dt", "beta_over_dt", "inverse_beta_dt"] = "none"
+    epsilon: float = 1e-4
+    epsilon_high: float | None = None
+    scale_epsilon: bool = True
+    beta: float = 0.0
 
     # Values
-    dense_rewards: bool = field(default=False, metadata={"help": "VGPO's reward for each step."})
-    value_discount: float = field(default=0.9, metadata={"help": "VGPO's discount gamma, in [0, 1)."})
-    value_scale: float = field(default=0.0, metadata={"help": "VGPO's k; needs dense_rewards."})
+    dense_rewards: bool = False
+    value_discount: float = 0.9
+    value_scale: float = 0.0
 
     def __post_init__(self):
         # YAML gives a list, Python code may give a tuple

@@ -1,8 +1,10 @@
 """[`FlowRLConfig`]: what every algorithm needs. Those of the algorithms are beside it."""
 
+import inspect
 import json
 import math
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin
@@ -12,6 +14,26 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl_flow.trainer.trl_compat import _BaseConfig
 
 
+# An entry of a docstring's list of parameters: its head, which may name several, and its text
+_ENTRY = re.compile(r"^ {4}(\w+ \(.*\)):\n((?: {8}.*\n?)+)", re.MULTILINE)
+
+
+def described(cls: type) -> type:
+    """Gives each field of a config the first sentence of its description in the docstring, or in that of a base, as
+    its `help` on command lines."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        for names, text in _ENTRY.findall(inspect.cleandoc(base.__dict__.get("__doc__") or "")):
+            # "Eq. 8" ends no sentence
+            sentence = re.split(r"(?<!Eq)\. (?=[A-Z`])", " ".join(text.split()))[0].replace("%", "%%")
+            found |= dict.fromkeys(re.findall(r"(\w+) \(", names), sentence)
+    for each in fields(cls):
+        if each.name in found and "help" not in each.metadata:
+            each.metadata = {**each.metadata, "help": found[each.name]}
+    return cls
+
+
+@described
 @dataclass
 class FlowRLConfig(_BaseConfig):
     r"""
@@ -139,100 +161,59 @@ class FlowRLConfig(_BaseConfig):
     _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs"]
 
     # Defaults of TrainingArguments that do not fit
-    learning_rate: float = field(
-        default=3e-4, metadata={"help": "Initial learning rate; Flow-GRPO's published value for LoRA."}
-    )
-    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay, as in Flow-GRPO."})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule."})
-    remove_unused_columns: bool | None = field(
-        default=False, metadata={"help": "Whether to drop every column but `prompt`: the rewards then get no others."}
-    )
-    dataloader_pin_memory: bool = field(
-        default=False, metadata={"help": "Rows are text and plain values: there is no memory to pin."}
-    )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Every trained parameter is used in every step, so there is nothing to find."}
-    )
+    learning_rate: float = 3e-4
+    weight_decay: float = 1e-4
+    lr_scheduler_type: str = "constant"
+    remove_unused_columns: bool | None = False
+    dataloader_pin_memory: bool = False
+    ddp_find_unused_parameters: bool | None = False
 
     # Model
-    model_init_kwargs: dict | str | None = field(
-        default=None,
-        metadata={"help": "Keyword arguments for `DiffusionPipeline.from_pretrained` when the model is a string."},
-    )
-    disable_dropout: bool = field(
-        default=True, metadata={"help": "Disable dropout, so that training and rollout are the same function."}
-    )
-    use_ema: bool = field(default=False, metadata={"help": "Keep a moving average of the trained weights."})
-    ema_decay: float = field(default=0.9, metadata={"help": "Decay of the moving average per update, in [0, 1)."})
+    model_init_kwargs: dict | str | None = None
+    disable_dropout: bool = True
+    use_ema: bool = False
+    ema_decay: float = 0.9
 
     # Memory
-    enable_vae_slicing: bool = field(default=False, metadata={"help": "Decode one image at a time."})
-    enable_vae_tiling: bool = field(default=False, metadata={"help": "Decode large images in overlapping tiles."})
-    precompute_prompt_embeds: bool = field(
-        default=False,
-        metadata={"help": "Encode all prompts before training, to disk, and take the text encoders off the device."},
-    )
-    prompt_embeds_dir: str | None = field(
-        default=None, metadata={"help": "Folder for these embeddings; default: `trl_flow/prompt_embeds` in `HF_HOME`."}
-    )
+    enable_vae_slicing: bool = False
+    enable_vae_tiling: bool = False
+    precompute_prompt_embeds: bool = False
+    prompt_embeds_dir: str | None = None
 
     # Data and groups
-    num_generations: int = field(default=8, metadata={"help": "Images per prompt (the group)."})
-    num_generations_eval: int = field(default=1, metadata={"help": "Images per prompt in evaluation."})
-    generation_batch_size: int | None = field(
-        default=None, metadata={"help": "Images sampled before they are trained on, over all processes."}
-    )
-    steps_per_generation: int | None = field(
-        default=None,
-        metadata={"help": "Micro-batches that one sampling phase provides; default `gradient_accumulation_steps`."},
-    )
-    num_iterations: int = field(default=1, metadata={"help": "Times that each sampled batch is trained on."})
-    shuffle_dataset: bool = field(default=True, metadata={"help": "Whether to shuffle the training prompts."})
+    num_generations: int = 8
+    num_generations_eval: int = 1
+    generation_batch_size: int | None = None
+    steps_per_generation: int | None = None
+    num_iterations: int = 1
+    shuffle_dataset: bool = True
 
     # Sampling
-    num_inference_steps: int = field(default=10, metadata={"help": "Sampling steps while training."})
-    guidance_scale: float = field(default=4.5, metadata={"help": "Classifier-free guidance while training; 1: none."})
-    negative_prompt: str | None = field(default=None, metadata={"help": "Prompt to steer away from."})
-    height: int = field(default=512, metadata={"help": "Height of the images in pixels."})
-    width: int = field(default=512, metadata={"help": "Width of the images in pixels."})
-    max_sequence_length: int = field(default=128, metadata={"help": "Prompt tokens, where the pipeline takes this."})
-    share_initial_noise: bool = field(default=False, metadata={"help": "One initial noise for the whole group."})
-    eval_num_inference_steps: int = field(default=40, metadata={"help": "Sampling steps in evaluation (ODE)."})
-    eval_guidance_scale: float | None = field(
-        default=None, metadata={"help": "Guidance in evaluation; default: as in training."}
-    )
+    num_inference_steps: int = 10
+    guidance_scale: float = 4.5
+    negative_prompt: str | None = None
+    height: int = 512
+    width: int = 512
+    max_sequence_length: int = 128
+    share_initial_noise: bool = False
+    eval_num_inference_steps: int = 40
+    eval_guidance_scale: float | None = None
 
     # Rewards and advantages
-    reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "Weight of each reward function; default: 1 each."}
-    )
-    reward_timeout: float | None = field(
-        default=None, metadata={"help": "Seconds after which a reward function that hangs ends training."}
-    )
-    overlap_rewards: bool = field(
-        default=True, metadata={"help": "Compute rewards in a thread while the rest of the batch is sampled."}
-    )
-    scale_rewards: Literal["group", "batch", "none"] = field(
-        default="batch", metadata={"help": "Which standard deviation divides the advantages."}
-    )
-    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = field(
-        default="sum_then_normalize", metadata={"help": "How several rewards make one advantage."}
-    )
-    advantage_clip: float = field(default=5.0, metadata={"help": "Clamp of the advantages."})
+    reward_weights: list[float] | None = None
+    reward_timeout: float | None = None
+    overlap_rewards: bool = True
+    scale_rewards: Literal["group", "batch", "none"] = "batch"
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    advantage_clip: float = 5.0
     # HfArgumentParser has one type for each option: of a union with None it takes the second, and so reads "auto"
-    advantage_power: float | str | None = field(
-        default=0.0, metadata={"help": "SLAS's gamma; 0 is linear, `auto` holds the KL of an update at `target_kl`."}
-    )
-    target_kl: float | None = field(
-        default=None, metadata={"help": "The KL to hold, for `advantage_power: auto`; default: the first measured."}
-    )
+    advantage_power: float | str | None = 0.0
+    target_kl: float | None = None
 
     # Logging
-    diagnostics_steps: int = field(
-        default=0, metadata={"help": "Log the gradient norm of each step every that many updates; 0: never."}
-    )
-    log_images: bool = field(default=True, metadata={"help": "Write a grid of images whenever metrics are logged."})
-    num_images_to_log: int = field(default=16, metadata={"help": "Images in such a grid."})
+    diagnostics_steps: int = 0
+    log_images: bool = True
+    num_images_to_log: int = 16
 
     def __post_init__(self):
         if self.bf16 is None:

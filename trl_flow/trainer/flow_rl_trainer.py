@@ -199,12 +199,10 @@ class FlowRLTrainer(GroupTrainer):
         Raises:
             ValueError: if there is no complete checkpoint to resume from, or it was written with other batches.
             OSError: if a reward's model cannot be loaded; nothing has been sampled then.
-            RewardError: if a reward function fails. With at least one update behind it the run is saved first, as it
-                was after the last update, whatever `save_strategy` is; the message says where.
+            RewardError: if a reward function fails. Updates are saved first, whatever `save_strategy` is.
         """
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
-        # Those that were added after the constructor, too
-        callbacks = self.callback_handler.callbacks
+        callbacks = self.callback_handler.callbacks  # those that were added after the constructor, too
         checks.check_over_optimization(callbacks, self.gold_scorer.names, self.eval_dataset, self.args)
         self.run_state.parts |= OverOptimizationCallback.by_name(callbacks)
         self.run_state.reset()
@@ -212,9 +210,8 @@ class FlowRLTrainer(GroupTrainer):
         if checkpoint is not None:
             self.run_state.check(Path(checkpoint))
             self._saved = step_of(checkpoint), checkpoint
-        # A model that cannot be loaded is found out now, and not after the first sampling phase
-        self.scorer.load()
-        self.gold_scorer.load()
+        for scorer in (self.scorer, self.gold_scorer):
+            scorer.load()  # a model that cannot be loaded is found out now, and not after the first sampling phase
         try:
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         except RewardError as error:
@@ -254,8 +251,7 @@ class FlowRLTrainer(GroupTrainer):
         return total
 
     def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> MicroBatch:
-        # The local part of a generation batch comes in; it is sampled from once, and its micro-batches are handed out
-        # one by one, `num_iterations` times
+        # The local part of a generation batch; its micro-batches are handed out one by one, `num_iterations` times
         if self.run_state.needs_samples:
             self.run_state.micro_batches = self._generate_and_score(generation_batch)
         self.policy.updates_since_sampling = self.run_state.update
@@ -306,7 +302,6 @@ class FlowRLTrainer(GroupTrainer):
         Args:
             eval_dataset ([`~datasets.Dataset`], `dict` of them or a key of the trainer's, *optional*): prompts;
                 default: the trainer's.
-            ignore_keys (`list[str]`, *optional*): unused.
             metric_key_prefix (`str`): prefix of the metrics.
 
         Returns:

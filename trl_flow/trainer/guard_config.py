@@ -1,11 +1,13 @@
 """GRPO-Guard's published recipe (arXiv 2510.22319) as defaults of [`FlowGRPOConfig`]."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from trl_flow.trainer.flow_grpo_config import FlowGRPOConfig
+from trl_flow.trainer.flow_rl_config import described
 
 
+@described
 @dataclass
 class GuardConfig(FlowGRPOConfig):
     """
@@ -23,17 +25,11 @@ class GuardConfig(FlowGRPOConfig):
     the model's own by `scale_epsilon`.
     """
 
-    importance_ratio: Literal["standard", "mean_revised", "ratio_norm"] = field(
-        default="ratio_norm", metadata={"help": "RatioNorm, Eq. 8."}
-    )
-    timestep_weighting: Literal["none", "temp", "inverse_dt", "beta_over_dt", "inverse_beta_dt"] | None = field(
-        default=None, metadata={"help": "`inverse_dt`, or `inverse_beta_dt` with `sde_type=dance`, unless set."}
-    )
-    epsilon: float = field(default=2e-6, metadata={"help": "Clip range; 4e-6 for PickScore."})
-    scale_rewards: Literal["group", "batch", "none"] = field(
-        default="group", metadata={"help": "Which standard deviation divides the advantages."}
-    )
-    learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate; 2e-4 for FLUX.1-dev."})
+    importance_ratio: Literal["standard", "mean_revised", "ratio_norm"] = "ratio_norm"
+    timestep_weighting: Literal["none", "temp", "inverse_dt", "beta_over_dt", "inverse_beta_dt"] | None = None
+    epsilon: float = 2e-6
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    learning_rate: float = 1e-4
 
     def __post_init__(self):
         if self.timestep_weighting is None:

@@ -1,11 +1,13 @@
 """SLAS's published recipe as defaults of [`FlowGRPOConfig`]."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from trl_flow.trainer.flow_grpo_config import FlowGRPOConfig
+from trl_flow.trainer.flow_rl_config import described
 
 
+@described
 @dataclass
 class SLASConfig(FlowGRPOConfig):
     """
@@ -15,10 +17,8 @@ class SLASConfig(FlowGRPOConfig):
     1.4 in the paper) the dynamics are DDIM's, and `noise_level` is its η.
     """
 
-    sde_type: Literal["flow", "dance", "cps"] = field(default="dance", metadata={"help": "Dynamics while sampling."})
-    noise_level: float = field(default=0.3, metadata={"help": "Strength of the noise (eta)."})
-    timestep_fraction: float = field(default=0.6, metadata={"help": "Share of the stochastic steps that is trained."})
-    share_initial_noise: bool = field(default=True, metadata={"help": "One initial noise for the whole group."})
-    advantage_power: float | str | None = field(
-        default=0.25, metadata={"help": "SLAS's gamma; 0 is linear, `auto` holds the KL per update at `target_kl`."}
-    )
+    sde_type: Literal["flow", "dance", "cps"] = "dance"
+    noise_level: float = 0.3
+    timestep_fraction: float = 0.6
+    share_initial_noise: bool = True
+    advantage_power: float | str | None = 0.25

@@ -1,10 +1,12 @@
 """VGPO's published recipe as defaults of [`FlowGRPOConfig`]."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from trl_flow.trainer.flow_grpo_config import FlowGRPOConfig
+from trl_flow.trainer.flow_rl_config import described
 
 
+@described
 @dataclass
 class VGPOConfig(FlowGRPOConfig):
     """
@@ -13,7 +15,7 @@ class VGPOConfig(FlowGRPOConfig):
     each group (Algorithm 1).
     """
 
-    dense_rewards: bool = field(default=True, metadata={"help": "VGPO's reward for each step."})
-    value_discount: float = field(default=0.9, metadata={"help": "VGPO's discount gamma, in [0, 1)."})
-    value_scale: float = field(default=0.05, metadata={"help": "VGPO's k; needs dense_rewards."})
-    share_initial_noise: bool = field(default=True, metadata={"help": "One initial noise for the whole group."})
+    dense_rewards: bool = True
+    value_discount: float = 0.9
+    value_scale: float = 0.05
+    share_initial_noise: bool = True

@@ -6,7 +6,7 @@ Three scores come out of them, from two sources:
 * `correct` is GenEval's own (Ghosh et al., 2023, https://arxiv.org/abs/2310.11513, `evaluate_images.py`), what papers
   report. Each `include` clause wants *at least* its count, and looks at the most confident that many; each `exclude`
   clause wants fewer than its count.
-* `strict` and `partial` are what Flow-GRPO trains and reports beside it (Liu et al., 2025,
+* `strict` and `partial` are what Flow-GRPO trains and reports besides it (Liu et al., 2025,
   https://arxiv.org/abs/2505.05470, https://github.com/yifan123/reward-server). Each `include` clause wants *exactly*
   its count. `partial` is the mean over all that was looked at: per clause `1 - |wanted - found| / wanted` for the
   objects, the same for those of the right color, and 1 or 0 for the position.

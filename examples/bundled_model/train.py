@@ -1,5 +1,5 @@
 """
-Trains the bundled pipeline from nothing: `python -m trl_flow.shapes.train --output-dir pipeline`.
+Trains the bundled pipeline from nothing: `python examples/bundled_model/train.py --output-dir pipeline`.
 
 Five minutes for the VAE, then `--minutes` for the transformer and its text encoders, on one CPU core. The captions are
 noisy on purpose, as those of web images are: with probability `--caption-noise` an image's caption is another one,
@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from diffusers import StableDiffusion3Pipeline
 from diffusers.training_utils import EMAModel
+from model import new_pipeline
 from tqdm import tqdm
 
+from trl_flow.shapes.bundled import T5_TOKENS
 from trl_flow.shapes.checker import check
-from trl_flow.shapes.model import T5_TOKENS, new_pipeline
 from trl_flow.shapes.prompts import is_held_out, load_prompts, make_caption
 from trl_flow.shapes.world import COLORS, RELATIONS, SHAPES, place, random_ground, relation_holds, render
 
@@ -156,8 +157,6 @@ def train_transformer(
     minutes: float,
     caption_noise: float,
     seed: int,
-    snapshots: Path | None = None,
-    snapshot_minutes: float = 6,
 ) -> int:
     """Rectified flow on `latents`; returns the number of steps."""
     rng = random.Random(seed)
@@ -175,7 +174,7 @@ def train_transformer(
             token_of[text] = ids[0]
         return token_of[text]
 
-    start, last_snapshot, bar = time.time(), 0.0, tqdm(desc="Transformer", mininterval=5)
+    start, bar = time.time(), tqdm(desc="Transformer", mininterval=5)
     average = None
     while (done := (time.time() - start) / 60 / minutes) < 1:
         for group in optimizer.param_groups:
@@ -210,16 +209,6 @@ def train_transformer(
         average = loss.item() if average is None else 0.99 * average + 0.01 * loss.item()
         bar.update()
         bar.set_postfix_str(f"loss {average:.4f}", refresh=False)
-        minute = (time.time() - start) / 60
-        if snapshots is not None and minute - last_snapshot >= snapshot_minutes:
-            last_snapshot = minute
-            ema.store(parameters)
-            ema.copy_to(parameters)
-            save(pipeline, snapshots / f"{minute:.0f}min")
-            print(json.dumps({"minute": minute, "loss": average} | score(pipeline, 128)), flush=True)
-            ema.restore(parameters)
-            for module in modules:
-                module.train()
     ema.copy_to(parameters)
     for module in modules:
         module.eval().requires_grad_(False)
@@ -228,9 +217,6 @@ def train_transformer(
 
 def score(pipeline: StableDiffusion3Pipeline, number: int = 256, guidance_scale: float = 1.0, **kwargs) -> dict:
     """Mean checker scores of `number` images of held-out prompts, by default in ten steps."""
-    for module in pipeline.components.values():
-        if isinstance(module, torch.nn.Module):
-            module.eval()
     rows = load_prompts("test").to_list()
     rows = [rows[i % len(rows)] for i in range(number)]
     pipeline.set_progress_bar_config(disable=True)
@@ -274,7 +260,6 @@ def main() -> None:
     parser.add_argument("--resume", type=Path, default=None, help="go on from this pipeline, with its VAE as it is")
     parser.add_argument("--minutes", type=float, default=24, help="for the transformer")
     parser.add_argument("--caption-noise", type=float, default=0.15)
-    parser.add_argument("--snapshots", type=Path, default=None, help="folder for a pipeline every six minutes")
     args = parser.parse_args()
 
     start = time.time()
@@ -289,15 +274,8 @@ def main() -> None:
     print(f"VAE: {psnr:.1f} dB", flush=True)
     latents = encode(pipeline, images)
     del images
-    steps = train_transformer(
-        pipeline,
-        latents,
-        contents,
-        minutes=args.minutes,
-        caption_noise=args.caption_noise,
-        seed=args.seed,
-        snapshots=args.snapshots,
-    )
+    settings = {"minutes": args.minutes, "caption_noise": args.caption_noise, "seed": args.seed}
+    steps = train_transformer(pipeline, latents, contents, **settings)
     save(pipeline, args.output_dir)
     pipeline = StableDiffusion3Pipeline.from_pretrained(args.output_dir)
     scores = {

@@ -14,11 +14,10 @@ from transformers import (
 )
 
 from trl_flow.shapes.prompts import all_targets, make_caption
-from trl_flow.shapes.world import PICTURE_SIZE
+from trl_flow.shapes.world import IMAGE_SIZE
 
 
 CLIP_TOKENS = 10  # a relation's eight words and the two marks
-T5_TOKENS = 1  # see `_t5_tokenizer`; the pipeline's own default of 256 works too, but is slow
 _WIDTH = 64  # of each CLIP text encoder
 _JOINT = 2 * _WIDTH  # of the transformer's text input, and of T5
 
@@ -89,7 +88,7 @@ def new_pipeline(patch_size: int = 4, layers: int = 4, heads: int = 4) -> Stable
     )
     return StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(
-            sample_size=PICTURE_SIZE // 2,
+            sample_size=IMAGE_SIZE // 2,
             patch_size=patch_size,
             in_channels=4,
             out_channels=4,
@@ -99,7 +98,7 @@ def new_pipeline(patch_size: int = 4, layers: int = 4, heads: int = 4) -> Stable
             joint_attention_dim=_JOINT,
             caption_projection_dim=32 * heads,
             pooled_projection_dim=2 * _WIDTH,
-            pos_embed_max_size=PICTURE_SIZE // patch_size,
+            pos_embed_max_size=IMAGE_SIZE // patch_size,
             qk_norm="rms_norm",
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -110,7 +109,7 @@ def new_pipeline(patch_size: int = 4, layers: int = 4, heads: int = 4) -> Stable
             layers_per_block=1,
             latent_channels=4,
             norm_num_groups=8,
-            sample_size=PICTURE_SIZE,
+            sample_size=IMAGE_SIZE,
             use_quant_conv=False,
             use_post_quant_conv=False,
             mid_block_add_attention=False,

@@ -1,0 +1,175 @@
+"""What all families have in common: the stock pipelines' own images, training by every config, and sharing."""
+
+from functools import partial
+from inspect import signature
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageEditPipeline, QwenImageEditPlusPipeline
+from family_checks import (
+    Family,
+    assert_schedule_of_the_pipeline,
+    check_batches,
+    check_card,
+    check_negative_prompt,
+    check_own_images,
+    check_training,
+    conditions,
+    drawn_by_the_pipeline,
+    initial_noise,
+    ode_latents,
+    random_lora,
+)
+from tiny_flux import tiny_flux_pipeline, tiny_klein_pipeline, tiny_kontext_pipeline
+from tiny_models import CLIP_TOKENS, tiny_sd3_pipeline
+from tiny_qwen import tiny_qwen_edit_pipeline, tiny_qwen_image_pipeline, tiny_z_image_pipeline
+from tiny_sd35 import tiny_sd35_pipeline
+from tiny_training import PROMPTS
+from tiny_unets import tiny_sd_pipeline, tiny_sdxl_pipeline
+
+from trl_flow import GuardConfig, VGPOConfig
+
+
+def unpacked(backbone, noise):
+    # FLUX.2's pipeline packs the latents that it is given
+    return noise.mT.unflatten(2, backbone._grid())
+
+
+SD3 = {"max_sequence_length": CLIP_TOKENS}
+SD35 = SD3 | {"size": (64, 64), "other_size": (48, 96), "guidance_scale": 4.5}
+UNET = {"size": (32, 32), "other_size": (24, 40), "max_sequence_length": CLIP_TOKENS, "guidance_scale": 7.5}
+UNET |= {"atol": 1e-4}
+KLEIN = {"max_sequence_length": 24, "latents": unpacked, "guidance_scale": 4.0}
+EDIT = {"size": (64, 64), "other_size": (96, 32), "max_sequence_length": 20, "in_batches": False}
+FAMILIES = {
+    "sd3": Family(tiny_sd3_pipeline, **SD3),
+    "sd35-medium": Family(partial(tiny_sd35_pipeline, "medium"), **SD35),
+    "sd35-large": Family(partial(tiny_sd35_pipeline, "large"), **SD35),
+    "sd": Family(tiny_sd_pipeline, **UNET),
+    "sd-v": Family(partial(tiny_sd_pipeline, prediction_type="v_prediction"), **UNET),
+    "sdxl": Family(tiny_sdxl_pipeline, **UNET),
+    "sdxl-v": Family(partial(tiny_sdxl_pipeline, prediction_type="v_prediction"), **UNET),
+    "flux-dev": Family(tiny_flux_pipeline, guidance_scale=3.5),
+    "flux-schnell": Family(partial(tiny_flux_pipeline, guidance_embeds=False)),
+    "kontext": Family(tiny_kontext_pipeline, in_batches=False),
+    "klein-base": Family(tiny_klein_pipeline, **KLEIN),
+    "klein": Family(partial(tiny_klein_pipeline, is_distilled=True), **KLEIN),
+    "qwen-image": Family(tiny_qwen_image_pipeline, max_sequence_length=40),
+    "qwen-image-edit": Family(partial(tiny_qwen_edit_pipeline, QwenImageEditPipeline), **EDIT),
+    "qwen-image-edit-plus": Family(partial(tiny_qwen_edit_pipeline, QwenImageEditPlusPipeline), **EDIT),
+    # Captions of up to 42 tokens, which the transformer fills up to 32 or 64
+    "z-image": Family(tiny_z_image_pipeline, max_sequence_length=48, unguided=0.0),
+}
+EDITING = ("kontext", "qwen-image-edit", "qwen-image-edit-plus")
+# The others differ from these in the guidance only
+TRAINED = [name for name in FAMILIES if name not in ("flux-schnell", "klein", "sdxl-v")]
+each_family = pytest.mark.parametrize("name", FAMILIES)
+each_trained_family = pytest.mark.parametrize("name", TRAINED)
+
+pytestmark = pytest.mark.usefixtures("small_input_images")
+
+
+@each_family
+@pytest.mark.parametrize(("size", "guided"), [("size", True), ("size", False), ("other_size", True)])
+def test_a_rollout_without_noise_draws_the_pipelines_own_images(name, size, guided):
+    family = FAMILIES[name]
+    check_own_images(family, getattr(family, size), family.guidance_scale if guided else family.unguided)
+
+
+@pytest.mark.parametrize("name", [name for name in TRAINED if name not in ("flux-dev", "kontext", "klein-base")])
+def test_a_negative_prompt_is_the_pipelines(name):
+    check_negative_prompt(FAMILIES[name])
+
+
+@each_trained_family
+def test_a_prediction_does_not_depend_on_the_rest_of_the_batch(name):
+    check_batches(FAMILIES[name])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"shift": 3.0},
+        {"use_dynamic_shifting": True},
+        {"use_dynamic_shifting": True, "base_image_seq_len": 4, "max_image_seq_len": 64, "max_shift": 2.0},
+        {"use_dynamic_shifting": True, "shift_terminal": 0.02},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["sd3", "flux-dev", "kontext", "klein-base", "qwen-image", "z-image"])
+def test_every_scheduler_of_the_pipeline_keeps_its_noise_levels(name, config):
+    family, pipeline = FAMILIES[name], FAMILIES[name].make_pipeline()
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(**config)
+    backbone = family.backbone(family.other_size, pipeline)
+    drawn_by_the_pipeline(family, backbone, family.unguided, PROMPTS[:1])
+    assert_schedule_of_the_pipeline(backbone)
+
+
+@pytest.mark.parametrize("name", ["flux-dev", "kontext", "klein-base", "qwen-image"])
+def test_the_size_of_the_image_moves_the_schedule(name):
+    small, large = (FAMILIES[name].backbone(size).schedule(3).sigmas for size in [(16, 16), (64, 64)])
+    assert large[1] > small[1] + 1e-3
+
+
+@each_family
+def test_sizes_and_lengths_that_are_not_given_are_the_pipelines(name):
+    pipeline = FAMILIES[name].make_pipeline()
+    cls = type(FAMILIES[name].backbone(pipeline=pipeline))
+    length = signature(type(pipeline).__call__).parameters.get("max_sequence_length")
+    assert cls.default_sequence_length == (77 if length is None else length.default)
+    side = {"sd3": 16, "sd35-medium": 64, "sd35-large": 64, "z-image": 1024}.get(name)
+    # U-Nets say their own size; the others draw 128 latents each way, whatever their VAE
+    side = side or (32 if name.startswith("sd") else 128 * pipeline.vae_scale_factor)
+    assert cls.default_size(pipeline) == (side, side)
+    if name != "z-image":  # whose tiny transformer draws 64 pixels at most
+        backbone = cls(pipeline)
+        assert (backbone.height, backbone.width) == (side, side)
+        assert backbone.max_sequence_length == cls.default_sequence_length
+
+
+# ---- Training and sharing ----
+
+
+@each_trained_family
+def test_every_part_of_the_configs_trains(name, tmp_path):
+    fields = {"importance_ratio": "ratio_norm", "timestep_weighting": "inverse_dt", "advantage_power": 0.5}
+    check_training(FAMILIES[name], VGPOConfig, torch.float32, tmp_path, **fields)
+
+
+@pytest.mark.parametrize("name", [name for name in TRAINED if name not in ("sd35-large", "sd-v", "qwen-image-edit")])
+def test_training_in_half_precision(name, tmp_path):
+    check_training(FAMILIES[name], GuardConfig, torch.bfloat16, tmp_path)
+
+
+@each_trained_family
+def test_every_weight_of_the_default_lora_is_reached_by_the_gradient(name):
+    # One that is not would keep processes waiting for each other, see `ddp_find_unused_parameters`
+    backbone = FAMILIES[name].backbone()
+    with torch.no_grad():
+        condition = conditions(backbone, ["a cat"])
+    model = random_lora(backbone)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            backbone.model.enable_gradient_checkpointing()
+            model.train()
+        model.zero_grad()
+        prediction = backbone.guided_prediction(model, initial_noise(backbone, 1), torch.tensor(500.0), condition)
+        prediction.square().mean().backward()
+        gradients.append({key: p.grad for key, p in model.named_parameters() if p.requires_grad})
+    assert [key for key, gradient in gradients[0].items() if gradient is None] == []
+    # And checkpointing, with which models are trained by default, changes no gradient
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-4, atol=1e-6)
+
+
+@each_family
+def test_the_cards_code_draws_with_the_adapter_as_in_evaluation(name, tmp_path, monkeypatch):
+    check_card(FAMILIES[name], tmp_path, monkeypatch)
+
+
+@each_family
+def test_the_prompt_changes_the_image(name):
+    family = FAMILIES[name]
+    backbone = family.backbone()
+    assert (ode_latents(backbone, 1.0, ["a cat"]) - ode_latents(backbone, 1.0, ["two dogs"])).abs().max() > 1e-3

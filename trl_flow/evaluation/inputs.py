@@ -1,0 +1,180 @@
+"""What a comparison is made of: pipeline, drawing options, prompt sets, and fingerprints of what rewards read."""
+
+import functools
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+
+from trl_flow.backbones import Backbone, get_backbone
+from trl_flow.evaluation.image_folder import PromptList
+
+
+@dataclass(frozen=True)
+class DrawingOptions:
+    """
+    What decides, with models and prompts, what is drawn. Names as in diffusers; `None` is the pipeline's own default.
+
+    Attributes:
+        seed (`int`): non-negative; an image's noise depends on it and on the image's index alone.
+        num_images_per_prompt (`int`): images for each prompt, `K`.
+        batch_size (`int`): images at a time. It changes images by rounding only, but all must be drawn with one.
+        dtype, device (`str` or `None`): of the pipeline; filled in when it is loaded.
+    """
+
+    seed: int = 0
+    num_images_per_prompt: int = 1
+    num_inference_steps: int = 40
+    guidance_scale: float = 4.5
+    negative_prompt: str | None = None
+    height: int | None = None
+    width: int | None = None
+    max_sequence_length: int | None = None
+    batch_size: int = 8
+    dtype: str | None = None
+    device: str | None = None
+
+    def __post_init__(self):
+        least = {"seed": 0} | dict.fromkeys(("num_images_per_prompt", "num_inference_steps", "batch_size"), 1)
+        given = [name for name in ("height", "width", "max_sequence_length") if getattr(self, name) is not None]
+        for name, smallest in (least | dict.fromkeys(given, 1)).items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+                raise ValueError(f"{name} is {value!r}, but must be a whole number of at least {smallest}.")
+        scale = self.guidance_scale
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+            raise ValueError(f"guidance_scale is {scale!r}, but must be a finite number.")
+        if self.dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype is {self.dtype!r}, but must be float32, bfloat16 or float16.")
+
+
+def prompt_sets(prompts: Dataset | Mapping[str, Dataset]) -> dict[str, Dataset]:
+    """
+    Prompt sets by name.
+
+    Raises:
+        ValueError: if there is none, or one has no prompts.
+    """
+    sets = dict(prompts) if isinstance(prompts, Mapping) else {"prompts": prompts}
+    if not sets:
+        raise ValueError("there are no prompts: give at least one prompt set.")
+    for name, dataset in sets.items():
+        if not isinstance(dataset, Dataset):
+            raise ValueError(
+                f"the prompt set {name!r} is a {type(dataset).__name__}, but must be a datasets.Dataset with a column "
+                "`prompt`, such as Dataset.from_dict({'prompt': [...]})."
+            )
+        if "prompt" not in dataset.column_names:
+            raise ValueError(f"the prompt set {name!r} has no column `prompt`, only {dataset.column_names}.")
+        if len(dataset) == 0:
+            raise ValueError(f"the prompt set {name!r} is empty.")
+        wrong = next((i for i, prompt in enumerate(dataset["prompt"]) if not isinstance(prompt, str)), None)
+        if wrong is not None:
+            raise ValueError(f"row {wrong} of the prompt set {name!r} has {dataset[wrong]['prompt']!r} as its prompt.")
+    return sets
+
+
+def check_images_to_edit(sets: Mapping[str, Dataset], backbone: Backbone) -> None:
+    """Raises `ValueError` if the pipeline edits images, and a set has none or one that does not fit."""
+    for name, dataset in sets.items() if backbone.takes_image else ():
+        if "image" not in dataset.column_names:
+            raise ValueError(
+                f"{type(backbone.pipeline).__name__} edits images, but the prompt set {name!r} has no column image."
+            )
+        for row, image in enumerate(dataset["image"]):
+            try:
+                backbone.check_image_size(image.height, image.width)
+            except ValueError as error:
+                raise ValueError(f"the image in row {row} of the prompt set {name!r}: {error}") from error
+
+
+def loaded_backbone(
+    model: str | os.PathLike | DiffusionPipeline, options: DrawingOptions, backbone: Backbone | None
+) -> tuple[Backbone, DrawingOptions]:
+    """
+    The backbone, with its pipeline loaded, and the options with everything that these two have decided.
+
+    Raises:
+        ValueError: if there is no such model, its family is not supported, or it cannot draw with these options.
+    """
+    if backbone is not None and backbone.pipeline is not model:
+        raise ValueError("backbone was made for another pipeline than model. Pass model=backbone.pipeline.")
+    if isinstance(model, str | os.PathLike):
+        model = _loaded(os.fspath(model), options)
+    elif not isinstance(model, DiffusionPipeline):
+        raise ValueError(f"the model is a {type(model).__name__}, but must be a hub id, a folder or a pipeline.")
+    elif options.device is not None or options.dtype is not None:
+        raise ValueError("device and dtype cannot be given for a loaded pipeline: move it yourself.")
+    sizes = {name: getattr(options, name) for name in ("height", "width", "max_sequence_length")}
+    if backbone is None:
+        backbone = get_backbone(model, **sizes)
+    elif any(value not in (None, getattr(backbone, name)) for name, value in sizes.items()):
+        raise ValueError(f"the options are {sizes}, but backbone has its own. Leave them out.")
+    decided = {name: getattr(backbone, name) for name in sizes}
+    decided |= {"dtype": str(model.dtype).removeprefix("torch."), "device": torch.device(model.device).type}
+    return backbone, replace(options, **decided)
+
+
+def _loaded(path: str, options: DrawingOptions) -> DiffusionPipeline:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    try:
+        device = torch.device(options.device or accelerator or "cpu")
+    except RuntimeError as error:
+        raise ValueError(f"device is {options.device!r}, which torch does not know: {error}") from error
+    dtype = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "model_index.json")):
+        raise ValueError(
+            f"the model folder {path!r} is no diffusers pipeline: it has no model_index.json. It holds "
+            f"{sorted(os.listdir(path))[:10]}. Trained weights are given as adapters, besides their base model."
+        )
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(path, dtype=getattr(torch, dtype))
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"the model {path!r} could not be loaded as a diffusers pipeline: {str(error).rstrip(' .')}. Give a hub "
+            "id such as 'stabilityai/stable-diffusion-3.5-medium' (log in with `hf auth login` if it is gated) or a "
+            "folder."
+        ) from error
+    try:
+        return pipeline.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"the model could not be moved to the device {str(device)!r}: {error}") from error
+
+
+def prompt_list(dataset: Dataset, *, with_images: bool) -> PromptList:
+    """The prompts, with a fingerprint of them and of the images to be edited."""
+    digest = hashlib.sha256()
+    for prompt in dataset["prompt"]:
+        digest.update(prompt.encode() + b"\0")
+    for image in dataset["image"] if with_images else ():
+        digest.update(f"{image.mode}{image.size}".encode() + image.tobytes())
+    return PromptList(list(dataset["prompt"]), digest.hexdigest()[:16])
+
+
+def columns_fingerprint(dataset: Dataset) -> str:
+    """A fingerprint of all columns besides the prompts and images, which are known already."""
+    names = sorted(set(dataset.column_names) - {"prompt", "image"})
+    # Of objects their kind: what they say of themselves may differ from run to run
+    columns = {name: list(dataset[name]) for name in names}
+    content = json.dumps(columns, sort_keys=True, default=lambda value: type(value).__name__)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def computed_by(func: Callable) -> str:
+    """What a reward is computed by: where it is defined and, of an object, the plain values among its attributes."""
+    if isinstance(func, functools.partial):
+        return f"{computed_by(func.func)} with {_plain(func.keywords)}"
+    defined = func if hasattr(func, "__qualname__") else type(func)
+    return f"{defined.__module__}.{defined.__qualname__} {_plain(getattr(func, '__dict__', {}))}"
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    simple = str | int | float | bool | None
+    return {n: v for n, v in sorted(values.items()) if not n.startswith("_") and isinstance(v, simple)}

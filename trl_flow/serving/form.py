@@ -1,0 +1,257 @@
+"""
+Reads an upload that nothing is known of: a multipart form of PNG files and JSON fields.
+
+Everything is bounded while it arrives, nothing is written to disk, and file names are not looked at. What cannot be
+accepted is raised as an `HTTPException` of status 4xx that says why.
+"""
+
+import asyncio
+import contextlib
+import io
+import json
+import math
+import re
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import HTTPException, Request
+from PIL import Image, UnidentifiedImageError
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
+
+from trl_flow.rewards.checks import RESERVED_COLUMNS
+from trl_flow.serving.limits import Limits
+
+
+JSON_FIELDS = ("prompts", "columns", "rewards")
+IMAGE_FIELD = "images"
+
+# The characters that a boundary may have (RFC 2046, section 5.1.1)
+_BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,\-./:=? ]{1,70}")
+# Pixels. Encoders and models fail on images that are longer, however few pixels they have in all: a JPEG cannot be
+_LONGEST_SIDE = 65_500
+# Seconds for which the rest of a refused upload is read and thrown away. A connection that is closed while the client
+# still writes is reset, and many clients then never see the answer
+_LINGER = 2.0
+
+
+@dataclass
+class ScoreRequest:
+    """
+    What a client asks for.
+
+    Attributes:
+        prompts (`list[str]`), images (`list[bytes]`): one prompt and one PNG file for each of `N` images.
+        columns (`dict[str, list]`): further columns, `N` JSON values each.
+        rewards (`list[str]` or `None`): names of reward functions; `None` is all.
+    """
+
+    prompts: list[str]
+    images: list[bytes]
+    columns: dict[str, list]
+    rewards: list[str] | None
+
+
+class Body:
+    """The body of `request`, which may be read once and has at most `max_bytes` bytes, whatever its headers say."""
+
+    def __init__(self, request: Request, max_bytes: int):
+        self._receive = request.receive
+        self._max_bytes = max_bytes
+        self._length = 0
+        self._declared = int(request.headers.get("content-length", 0))
+        # Such a client asks before it sends anything, and sees a refusal at once
+        self._asks_first = request.headers.get("expect", "").lower() == "100-continue"
+        self.complete = False
+
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
+        """
+        Raises:
+            HTTPException: 413 if the body is too long, without reading it if it says so itself.
+            ClientDisconnect: if the client goes away.
+        """
+        while not self.complete:
+            if max(self._declared, self._length) > self._max_bytes:
+                raise HTTPException(
+                    413, f"A request may have {self._max_bytes} bytes, and this one has more. Send fewer images."
+                )
+            yield await self._next()
+
+    async def discard(self) -> None:
+        """Reads on for a moment without keeping anything; afterwards `complete` tells whether that was all."""
+
+        async def rest() -> None:
+            while not self.complete:
+                await self._next()
+
+        if self._length or not self._asks_first:
+            with contextlib.suppress(asyncio.TimeoutError, ClientDisconnect):
+                await asyncio.wait_for(rest(), _LINGER)
+
+    async def _next(self) -> bytes:
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        data = message.get("body", b"")
+        self._length += len(data)
+        self.complete = not message.get("more_body", False)
+        return data
+
+
+async def read_score_request(body: Body, content_type: str, limits: Limits) -> ScoreRequest:
+    """
+    Reads and checks all but the images.
+
+    Args:
+        body ([`Body`]): of the request.
+        content_type (`str`): its header of that name.
+        limits ([`Limits`]): what is accepted.
+
+    Raises:
+        HTTPException: 400 for what cannot be read, 408 for what does not arrive in time, 413 for too much, 415 for
+            something other than PNG files in a multipart form, 422 for parts that do not fit each other.
+        ClientDisconnect: if the client goes away.
+    """
+    try:
+        items = await asyncio.wait_for(_read_form(body, content_type, limits), limits.upload_timeout)
+    except asyncio.TimeoutError:
+        raise HTTPException(408, f"The request had not arrived after {limits.upload_timeout:g} seconds.") from None
+    images: list[bytes] = []
+    values: dict[str, Any] = {}
+    for name, value in items:
+        if name == IMAGE_FIELD and isinstance(value, UploadFile):
+            if value.content_type != "image/png":
+                raise HTTPException(
+                    415, f"Image {len(images)} is sent as {value.content_type!r}. Send PNG files, as image/png."
+                )
+            if value.size > limits.max_image_bytes:
+                raise HTTPException(
+                    413, f"Image {len(images)} has more than {limits.max_image_bytes} bytes, which is the limit."
+                )
+            images.append(await value.read())
+            await value.close()
+        elif name in values:
+            raise HTTPException(400, f"The form has two fields {name!r}. Give it once.")
+        elif name in JSON_FIELDS and isinstance(value, str):
+            values[name] = _read_json(name, value.encode("latin-1"))
+        else:
+            raise HTTPException(
+                400, f"The form has a field {name[:80]!r}. There are files {IMAGE_FIELD} and {', '.join(JSON_FIELDS)}."
+            )
+    request = ScoreRequest(values.get("prompts"), images, values.get("columns", {}), values.get("rewards"))
+    _check(request)
+    return request
+
+
+class _Parser(MultiPartParser):
+    """Starlette's, which also tells whether the closing boundary has come."""
+
+    ended = False
+
+    def on_end(self) -> None:
+        self.ended = True
+
+
+async def _read_form(body: Body, content_type: str, limits: Limits) -> list[tuple[str, str | UploadFile]]:
+    kind, options = parse_options_header(content_type)
+    boundary = options.get(b"boundary", b"").decode("latin-1")
+    if kind != b"multipart/form-data" or not _BOUNDARY.fullmatch(boundary):
+        raise HTTPException(
+            415,
+            f"The request is of type {content_type[:80]!r}. Send multipart/form-data with a boundary: PNG files as "
+            f"{IMAGE_FIELD!r}, and JSON as {', '.join(map(repr, JSON_FIELDS))}.",
+        )
+    # Latin-1 keeps the bytes of fields as they are, for a strict decoder. What a client names may be slow, or none
+    headers = Headers({"content-type": f'multipart/form-data; boundary="{boundary}"; charset=latin-1'})
+    parser = _Parser(
+        headers,
+        body.chunks(),
+        max_files=limits.max_images,
+        max_fields=len(JSON_FIELDS),
+        max_part_size=limits.max_json_bytes,
+    )
+    parser.spool_max_size = limits.max_body_bytes  # from which it would write files to disk
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise HTTPException(400, f"The form cannot be accepted: {error.message}") from error
+    if not parser.ended:
+        raise HTTPException(400, "The form ends before its closing boundary.")
+    return form.multi_items()
+
+
+def _read_json(name: str, data: bytes) -> Any:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    def finite(text: str) -> float:
+        value = float(text)
+        if not math.isfinite(value):
+            raise ValueError(f"{text[:40]} is beyond the range of numbers")
+        return value
+
+    try:
+        text = data.decode("utf-8")
+        value = json.loads(text, parse_constant=refuse, parse_float=finite)
+        if "\\u" in text:  # JSON can spell halves of characters, which no text may hold
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except (ValueError, RecursionError) as error:
+        reason = str(error)[:200].encode("utf-8", "backslashreplace").decode()
+        raise HTTPException(400, f"The field {name!r} is not valid JSON in UTF-8: {reason}") from error
+
+
+def _check(request: ScoreRequest) -> None:
+    """Whether the parts have the types that they should, and fit each other."""
+    prompts, columns, number = request.prompts, request.columns, len(request.images)
+    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise HTTPException(422, "The field 'prompts' must be a list of strings.")
+    if not number or len(prompts) != number:
+        raise HTTPException(422, f"There are {len(prompts)} prompts and {number} images. Send one prompt for each.")
+    if not isinstance(columns, dict):
+        raise HTTPException(422, "The field 'columns' must be an object of lists.")
+    for name, values in columns.items():
+        if name in ("self", "prompt", *RESERVED_COLUMNS):
+            raise HTTPException(422, f"A column cannot be called {name!r}: reward functions are given that anyway.")
+        if not isinstance(values, list) or len(values) != number:
+            raise HTTPException(
+                422, f"The column {name[:80]!r} must be a list of {number} values, one for each image."
+            )
+    names = request.rewards
+    if names is not None and not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
+        raise HTTPException(422, "The field 'rewards' must be a list of names. Leave it out for all.")
+
+
+def decode_images(files: list[bytes], max_pixels: int) -> list[Image.Image]:
+    """
+    Decodes PNG files, each in its own mode. The size is read from the header first: a few kilobytes can unpack to
+    gigabytes.
+
+    Raises:
+        HTTPException: 413 if one of them is too large, 415 if one is not a PNG file, 400 if one is damaged.
+    """
+    images = []
+    for index, data in enumerate(files):
+        try:
+            image = Image.open(io.BytesIO(data), formats=["PNG"])
+            width, height = image.size
+            if width * height > max_pixels or max(width, height) > _LONGEST_SIDE:
+                raise HTTPException(
+                    413,
+                    f"Image {index} has {width} x {height} pixels. The limit is {max_pixels} in all, and "
+                    f"{_LONGEST_SIDE} on a side.",
+                )
+            image.load()
+        except HTTPException:
+            raise
+        except Image.DecompressionBombError as error:
+            raise HTTPException(413, f"Image {index} has too many pixels. The limit is {max_pixels}.") from error
+        except UnidentifiedImageError as error:
+            raise HTTPException(415, f"Image {index} is not a PNG file that can be read.") from error
+        except Exception as error:  # there is no list of what a decoder raises on bytes that were made to break it
+            raise HTTPException(400, f"Image {index} is not a sound PNG file: {error}") from error
+        images.append(image)
+    return images
