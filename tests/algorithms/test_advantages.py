@@ -236,7 +236,8 @@ def test_the_power_goes_on_from_its_state():
     power = AdaptivePower(None)
     observing(power, 4e-5)
     observing(power, 1e-5)
-    power.observe(torch.tensor([2e-5]), 1)  # in the middle of a phase
+    power.observe(torch.tensor([2e-5]), 1)
+    power.gather()  # after an update in the middle of a phase
     state = power.state_dict()
     resumed = AdaptivePower(None)
     resumed.load_state_dict(state)
