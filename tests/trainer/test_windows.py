@@ -41,7 +41,7 @@ def test_a_progressive_window_ends_before_the_deterministic_step_of_cps(tmp_path
 def test_a_plan_depends_on_the_number_of_the_phase_alone(schedule, tmp_path):
     # so that a resumed run has the window where it was
     fields = {"sde_window_size": 3, "sde_window_range": [1, 9], "sde_window_schedule": schedule}
-    fields |= {"sde_window_interval": 2, "timestep_fraction": 0.67}
+    fields |= {"timestep_fraction": 0.67} | ({"sde_window_interval": 2} if schedule == "progressive" else {})
     found = plans(tmp_path, 12, **fields)
     assert found[7] == tiny_stages(tmp_path, num_inference_steps=10, **fields).algorithm.plan(7)
     for plan in found:
@@ -57,6 +57,8 @@ def test_a_plan_depends_on_the_number_of_the_phase_alone(schedule, tmp_path):
     [
         ({"sde_window_schedule": "backwards"}, ["sde_window_schedule is 'backwards'", "random, progressive"]),
         ({"sde_window_schedule": "progressive"}, ["sde_window_size is not set"]),
+        ({"sde_window_size": 2, "sde_window_interval": 5}, ["sde_window_interval is 5", "'random'", "leave"]),
+        ({"sde_window_size": 2, "sde_window_stride": 2}, ["sde_window_stride is 2", "only a progressive window"]),
         (
             {"sde_window_size": 2, "sde_window_schedule": "progressive", "sde_window_interval": 0},
             ["sde_window_interval is 0", "at least 1"],
