@@ -136,7 +136,7 @@ def _loaded(path: str, options: DrawingOptions) -> DiffusionPipeline:
         )
     try:
         pipeline = DiffusionPipeline.from_pretrained(path, dtype=getattr(torch, dtype))
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, ImportError) as error:
         raise ValueError(
             f"the model {path!r} could not be loaded as a diffusers pipeline: {str(error).rstrip(' .')}. Give a hub "
             "id such as 'stabilityai/stable-diffusion-3.5-medium' (log in with `hf auth login` if it is gated) or a "
