@@ -129,7 +129,7 @@ def evaluate_models(
         try:
             scorer.check(dataset.column_names)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"the prompt set {name!r}: {error}") from error
+            raise ValueError(f"the prompt set {name!r}: {error}") from error
     folder = ImageFolder(output_dir)
 
     backbone, options = loaded_backbone(model, options or DrawingOptions(), backbone)
@@ -195,23 +195,15 @@ class _Run:
         return found
 
     def _draw_set(self, backbone: Backbone, name: str, model: str, batches: list[range]) -> None:
-        options, dataset, prompts = self.options, self.sets[name], self.lists[name].prompts
-        number = options.num_images_per_prompt
+        dataset, prompts, number = self.sets[name], self.lists[name].prompts, self.options.num_images_per_prompt
+        names = ("seed", "num_inference_steps", "guidance_scale", "negative_prompt", "batch_size")
+        options = {option: getattr(self.options, option) for option in names}
         images = list(dataset["image"]) if backbone.takes_image else None
         with self._bar("drawing", model, name, initial=len(dataset) * number - sum(map(len, batches))) as bar:
             for batch in batches:
                 rows = [index // number for index in batch]
-                drawn = draw(
-                    backbone,
-                    [prompts[row] for row in rows],
-                    seed=options.seed,
-                    num_inference_steps=options.num_inference_steps,
-                    guidance_scale=options.guidance_scale,
-                    negative_prompt=options.negative_prompt,
-                    images=None if images is None else [images[row] for row in rows],
-                    batch_size=options.batch_size,
-                    first_index=batch.start,
-                )
+                texts, edited = [prompts[row] for row in rows], images and [images[row] for row in rows]
+                drawn = draw(backbone, texts, images=edited, first_index=batch.start, **options)
                 for index, image in zip(batch, drawn, strict=True):
                     self.folder.save(name, model, index, image)
                 bar.update(len(batch))
@@ -237,13 +229,10 @@ class _Run:
                 close()
         if reused and self.progress:
             tqdm.write(f"{reused} columns of scores are those of an earlier run (--rescore computes them anew).")
-        return {
-            name: {
-                model: {reward: np.array(kept[name][model][reward], dtype=np.float64) for reward in rewards}
-                for model in self.models
-            }
-            for name in self.sets
-        }
+        scores: ModelScores = {name: {model: {} for model in self.models} for name in self.sets}
+        for name, model, reward in itertools.product(self.sets, self.models, rewards):
+            scores[name][model][reward] = np.array(kept[name][model][reward], dtype=np.float64)
+        return scores
 
     def _score_set(self, name: str, model: str, func: Callable, reward: str) -> list[float]:
         dataset, number = self.sets[name], self.options.num_images_per_prompt
@@ -284,15 +273,8 @@ class _Run:
                 [texts[row] for row in rows],
                 path=path / f"grid-{file_name(name)}.png",
             )
-        write_page(
-            path / PAGE,
-            self.folder,
-            results,
-            prompts=prompts,
-            scores=scores,
-            megabytes=page_megabytes,
-            progress=self.progress,
-        )
+        options = {"megabytes": page_megabytes, "progress": self.progress}
+        write_page(path / PAGE, self.folder, results, prompts=prompts, scores=scores, **options)
         write_json(path / RESULTS, results)
         (path / REPORT).write_text(markdown(results), encoding="utf-8")
         return Comparison(path, update_votes(path) or results, scores)

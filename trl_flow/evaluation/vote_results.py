@@ -78,13 +78,8 @@ def _question(question: str, by_prompt: Sequence[Sequence[Mapping[str, str]]]) -
 
 
 def vote_bars(results: Mapping[str, Any], path: str | os.PathLike | None = None) -> Figure:
-    """
-    Shares of win, tie and lose as stacked bars, one panel for each comparison (GRPO-Guard's supplement, Figure 1).
-
-    Args:
-        results (`Mapping`): as [`vote_results`] gives them.
-        path (`str` or `os.PathLike`, *optional*): PNG file to write.
-    """
+    """Shares of win, tie and lose as stacked bars, one panel for each comparison (GRPO-Guard's supplement, Figure 1),
+    from what [`vote_results`] gives; written to `path` as PNG."""
     comparisons = results["comparisons"]
     columns = min(len(comparisons), 2)
     rows = -(-len(comparisons) // columns)
@@ -103,13 +98,10 @@ def vote_bars(results: Mapping[str, Any], path: str | os.PathLike | None = None)
         axes.set_xlim(0, 1)
         axes.xaxis.set_major_formatter(PercentFormatter(xmax=1))
         # Two dollar signs in a name would be taken for a formula
-        title = (
-            f"{_shortened(comparison['other'])} against {_shortened(comparison['reference'])}\n"
-            f"{_shortened(comparison['set'])}: {comparison['num_prompts']} prompts, {comparison['num_votes']} votes"
-        )
-        axes.set_title(title, fontsize=10, parse_math=False)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
+        other, reference, name = (_shortened(comparison[key]) for key in ("other", "reference", "set"))
+        counts = f"{comparison['num_prompts']} prompts, {comparison['num_votes']} votes"
+        axes.set_title(f"{other} against {reference}\n{name}: {counts}", fontsize=10, parse_math=False)
+        axes.spines[["top", "right"]].set_visible(False)
     for axes in panels[len(comparisons) :]:
         axes.set_visible(False)
     handles, names = panels[0].get_legend_handles_labels()
@@ -122,15 +114,8 @@ def _shortened(name: str) -> str:
 
 
 def update_votes(folder: Path) -> dict[str, Any] | None:
-    """
-    Puts the votes that there are into an evaluation's `results.json` and `results.md`, and draws `votes.png`.
-
-    Returns:
-        `dict[str, Any]` or `None`: what `results.json` then holds; `None` where there is no vote, or no such file.
-
-    Raises:
-        ValueError: if a file of votes is damaged.
-    """
+    """Puts the votes that there are into an evaluation's `results.json` and `results.md`, and draws `votes.png`.
+    Returns what `results.json` then holds; `None` where there is no vote, or no such file."""
     votes = vote_results(Ballots(folder).voters())
     path = folder / "results.json"
     if votes is None or not path.is_file():
