@@ -31,8 +31,7 @@ ScoreLists = dict[str, dict[str, dict[str, list[float | None]]]]
 
 @dataclass(frozen=True)
 class PromptList:
-    """The prompts of one set, as a folder remembers them, and a fingerprint of all that is drawn from: the prompts and,
-    where images are edited, those."""
+    """The prompts of one set, and a fingerprint of all that is drawn from: them and the images to be edited."""
 
     prompts: list[str]
     fingerprint: str
