@@ -56,8 +56,7 @@ class Comparison:
 
     Attributes:
         folder (`Path`): with `results.json`, `results.md`, `comparison.html`, `grid-{set}.png` and the images.
-        results (`dict[str, Any]`): what `results.json` holds; `results["sets"][name]` is what
-            [`~trl_flow.evaluation.comparison.compare_scores`] gives.
+        results (`dict[str, Any]`): what `results.json` holds; `results["sets"][name]` is from [`compare_scores`].
         scores (`dict`): `scores[set][model][reward]`, float64 `(N,)`, NaN where a reward does not apply; the images
             of one prompt are next to each other.
     """

@@ -6,6 +6,7 @@ import textwrap
 import traceback
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from trl_flow.rewards.named import NAMED_REWARDS
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from trl_flow.evaluation.vote import VoteServer
 
 DESCRIPTION = """\
 Compare a base model and adapters: draw prompt sets with all of them from the same noise, as the trainer
@@ -82,28 +85,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
-    """
-    Checks what can be checked without a model; the rest is checked before the first image is drawn.
-
-    Returns:
-        `Callable[[], None]`: does it.
-
-    Raises:
-        ValueError, ImportError, OSError: if something is wrong; nothing has been drawn or written.
-    """
+    """Checks what can be checked without a model, and returns what does the rest: it checks everything else before the
+    first image is drawn."""
     if isinstance(arguments.vote, str) and arguments.output_dir not in (None, arguments.vote):
         raise ValueError(f"--vote {arguments.vote} and --output_dir {arguments.output_dir} are two folders. Give one.")
     if arguments.vote is not None:
         _check_vote(arguments)
     if isinstance(arguments.vote, str) and arguments.model is None:
-        given = [name for name in ("adapters", "prompts", "proxy", "gold") if getattr(arguments, name)]
-        if given:
+        if given := [name for name in ("adapters", "prompts", "proxy", "gold") if getattr(arguments, name)]:
             raise ValueError(
                 f"--vote {arguments.vote} is a vote on what that folder holds, and --{given[0]} is for drawing. "
                 "Remove it, or give --model too."
             )
-        server = _vote_server(arguments, arguments.vote)
-        return lambda: _serve(server)
+        return _vote(arguments, arguments.vote)
     folder = arguments.output_dir or (arguments.vote if isinstance(arguments.vote, str) else "trl-flow-evaluation")
     evaluation = _evaluation(arguments)
 
@@ -123,7 +117,7 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
             raise ValueError(f"{error}\n{kept}") from error
         print(f"\n{comparison.markdown}\nIn {folder}: {REPORT}, {RESULTS}, {PAGE} and the image grids.")
         if arguments.vote is not None:
-            _serve(_vote_server(arguments, folder))
+            _vote(arguments, folder)()
 
     return run
 
@@ -202,10 +196,9 @@ def _prompts(source: str) -> "Dataset":
     try:
         return load_prompts(source, "test")
     except UnknownSplitError as error:
-        # A file is all of one split
-        if len(error.splits) != 1:
+        if len(error.splits) > 1:
             raise
-        return load_prompts(source, error.splits[0])
+        return load_prompts(source, error.splits[0])  # a file is all of one split
 
 
 def _check_vote(arguments: argparse.Namespace) -> None:
@@ -222,14 +215,16 @@ def _check_vote(arguments: argparse.Namespace) -> None:
             raise ValueError(f"a vote compares two models or more of {', '.join(names)}, but is asked for {wanted}.")
 
 
-def _vote_server(arguments: argparse.Namespace, folder: str):
+def _vote(arguments: argparse.Namespace, folder: str) -> Callable[[], None]:
+    """Opens a vote; what is returned serves it."""
     from trl_flow.evaluation.vote import VoteServer
 
     models, pairs = arguments.vote_models, arguments.vote_pairs
-    return VoteServer(folder, models=models, pairs=pairs, seed=arguments.vote_seed, port=arguments.port)
+    server = VoteServer(folder, models=models, pairs=pairs, seed=arguments.vote_seed, port=arguments.port)
+    return partial(_serve, server)
 
 
-def _serve(server) -> None:
+def _serve(server: "VoteServer") -> None:
     from trl_flow.evaluation.tables import vote_markdown
     from trl_flow.evaluation.vote_results import BARS, vote_results
 

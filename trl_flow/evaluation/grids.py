@@ -132,18 +132,12 @@ def before_after_grid(
         scores (`Sequence[tuple[float, float]]`, *optional*): score before and after of each, shown with the prompt.
         path, upscale: as for [`image_grid`].
         columns (`int`): pairs in a row.
-
-    Raises:
-        ValueError: if there is no pair, the numbers of images, captions and scores differ, or `columns` or `upscale`
-            is below 1.
     """
     lengths = [len(part) for part in (before, after, captions, scores) if part is not None]
     if len(before) == 0 or len(set(lengths)) > 1:
-        raise ValueError(
-            f"There are {len(before)} images before, {len(after)} after, {len(captions)} captions"
-            + (f" and {len(scores)} scores" if scores is not None else "")
-            + ". Give one of each for each prompt, and at least one."
-        )
+        counts = f"{len(before)} images before, {len(after)} after, {len(captions)} captions"
+        counts += "" if scores is None else f" and {len(scores)} scores"
+        raise ValueError(f"There are {counts}. Give one of each for each prompt, and at least one.")
     enlarged = _enlarged([*before, *after], upscale)
     pairs = []
     for first, second in zip(enlarged[: len(before)], enlarged[len(before) :], strict=True):
@@ -171,23 +165,17 @@ def comparison_grid(
 
     Args:
         rows (`Sequence[Sequence[PIL.Image.Image]]`): the models' images of each prompt.
-        columns (`Sequence[str]`): the models' names.
-        captions (`Sequence[str]`): the prompts; what is beyond three lines is cut, with an ellipsis.
+        columns, captions (`Sequence[str]`): the models' names, and the prompts; what is beyond three lines is cut.
         path: as for [`image_grid`].
         cell (`int`): longest side of an image in the grid, in pixels. Larger ones are reduced to it, and smaller ones
             enlarged by a whole factor, by nearest neighbor.
-
-    Raises:
-        ValueError: if there is no image, or the numbers of rows, columns and captions do not fit, or `cell` is
-            below 1.
     """
-    if not rows or not columns or len(captions) != len(rows) or any(len(row) != len(columns) for row in rows):
+    is_full = rows and columns and all(len(row) == len(columns) for row in rows)
+    if not is_full or len(captions) != len(rows) or cell < 1:
         raise ValueError(
-            f"There are rows of {[len(row) for row in rows][:10]} images, {len(columns)} columns and "
-            f"{len(captions)} captions. Give one image for each column in every row, and a caption for each row."
+            f"There are rows of {[len(row) for row in rows][:10]} images, {len(columns)} columns, {len(captions)} "
+            f"captions and a cell of {cell} pixels. Give an image for each column in every row, and all captions."
         )
-    if cell < 1:
-        raise ValueError(f"cell is {cell}, but must be at least 1 pixel.")
     cells = [[_fitted(image, cell) for image in row] for row in rows]
     width = max(image.width for row in cells for image in row)
     total = len(columns) * (width + _MARGIN) + _MARGIN

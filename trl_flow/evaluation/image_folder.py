@@ -39,14 +39,11 @@ class PromptList:
 
 class ImageFolder:
     """
-    A folder of images that several models drew of the same prompts from the same noise.
+    A folder of images that several models drew of the same prompts from the same noise, made by the first `claim`.
 
     `images/{set}/{model}/{index}.png` are the images, `settings.json` says what they are of, and `scores.json` holds
     the scores that were computed. An image's index is `prompt * K + number`. All methods raise `ValueError` if a file
     of the folder is damaged.
-
-    Args:
-        path (`str` or `os.PathLike`): the folder.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -85,12 +82,9 @@ class ImageFolder:
         Makes the folder this evaluation's, or goes on with an earlier one of the same settings. Models and prompt sets
         may be added to those that are there. Settings by which nothing was drawn bind nobody.
 
-        Args:
-            settings (`Mapping`): everything that decides what is drawn, besides the models and the prompts.
-            models (`Mapping`): by name their `path` and `fingerprint`.
-            sets (`Mapping[str, PromptList]`): prompts by the name of their set.
-            write (`bool`): `False` only asks whether that would be possible: `ValueError` if the folder cannot be
-                written, holds other files, or was drawn with other settings.
+        `settings` are everything that decides what is drawn besides `models` (`path` and `fingerprint` by name) and
+        prompts. `ValueError` if the folder cannot be written, holds other files, or was drawn with other settings;
+        without `write` that is only asked.
         """
         earlier = None
         if self.path.exists() and not self.path.is_dir():
@@ -158,15 +152,9 @@ class ImageFolder:
     # ---- scores ----
 
     def scores(self, rewards: Mapping[str, str], columns: Mapping[str, str]) -> ScoreLists:
-        """
-        The scores that may be used again.
-
-        Args:
-            rewards (`Mapping[str, str]`): what computes each reward. Scores that something else of the same name has
-                computed are left out; those of rewards that are not named here are not.
-            columns (`Mapping[str, str]`): fingerprints of what the rewards are told of each set besides the prompts.
-                Scores of a set of the same name that was told otherwise are left out.
-        """
+        """The scores that may be used again: but for those of rewards that something else of the same name has
+        computed (`rewards` says what computes each; others stay), and those of sets whose fingerprint (in `columns`:
+        of what rewards are told besides the prompts) was another."""
         content = self._score_file()
         others = {name for name, what in rewards.items() if content["rewards"].get(name) != what}
         sets = {name for name, what in columns.items() if content["columns"].get(name) != what}
@@ -180,8 +168,8 @@ class ImageFolder:
     def keep_scores(self, scores: ScoreLists, rewards: Mapping[str, str], columns: Mapping[str, str]) -> None:
         """Replaces all scores. `rewards` and `columns` are as for `scores`; what is known of others stays."""
         earlier = self._score_file()
-        content = {"rewards": earlier["rewards"] | dict(rewards), "columns": earlier["columns"] | dict(columns)}
-        write_json(self.path / SCORES, content | {"scores": scores})
+        content = {"rewards": earlier["rewards"] | rewards, "columns": earlier["columns"] | columns, "scores": scores}
+        write_json(self.path / SCORES, content)
 
     def _score_file(self) -> dict[str, Any]:
         empty = {"rewards": {}, "columns": {}, "scores": {}}

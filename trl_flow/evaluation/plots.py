@@ -90,9 +90,7 @@ def ratio_distribution(runs: Runs, path: str | os.PathLike | None = None, *, las
 
 
 def gradient_norms(runs: Runs, path: str | os.PathLike | None = None, *, last: int | None = None) -> Figure:
-    """
-    Mean norm of the policy gradient of each trained step (GRPO-Guard, Figure 3), with the largest over the smallest.
-    """
+    """Mean norm of each trained step's policy gradient (GRPO-Guard, Figure 3), with the largest over the smallest."""
     missing = "no gradient norms of single steps. Train with diagnostics_steps=1, or more to do it less often"
     rows = _step_rows(runs, "grad_norm", last, missing)
     figure = new_figure(5.6, 3.6)
@@ -133,12 +131,11 @@ def reward_std(runs: Runs, path: str | os.PathLike | None = None) -> Figure:
         if not steps:
             raise ValueError(_missing(label, "no reward_std: nothing was trained yet, or not by this trainer"))
         window = max(1, len(values) // 20)
-        if window == 1:
-            axes.plot(steps, values, linewidth=1.5, label=label)
-            continue
-        (line,) = axes.plot(steps, values, linewidth=0.8, alpha=0.35)
         means = np.convolve(values, np.full(window, 1 / window), mode="valid")
-        axes.plot(steps[window - 1 :], means, color=line.get_color(), linewidth=1.8, label=label)
+        color = None
+        if window > 1:
+            color = axes.plot(steps, values, linewidth=0.8, alpha=0.35)[0].get_color()
+        axes.plot(steps[window - 1 :], means, color=color, linewidth=1.8, label=label)
     axes.set_ylim(bottom=0)
     _label(axes, "spread of rewards", "update", "reward std")
     return saved_figure(figure, path)
@@ -174,15 +171,11 @@ def proxy_against_gold(runs: Runs, path: str | os.PathLike | None = None, *, eva
 
 def all_plots(run: Run, folder: str | os.PathLike | None = None) -> dict[str, Path]:
     """
-    Draws every figure that one run has logged the values for.
-
-    Args:
-        run: the run.
-        folder (`str` or `os.PathLike`, *optional*): where to write; default: `plots` in the run's folder.
+    Draws every figure that one run has logged the values for, into `folder` (`str` or `os.PathLike`; by default into
+    `plots` in the run's folder).
 
     Returns:
-        `dict[str, Path]`: the PNG file of each figure, by the name of its function; figures without values are left
-        out.
+        `dict[str, Path]`: the PNG file of each figure, by the name of its function.
 
     Raises:
         ValueError: if there is no log, or `folder` is missing and the run is not given by its folder.

@@ -27,14 +27,8 @@ _STEP_METRIC = re.compile(r"(ratio/mean|ratio/std|clip_ratio/low|clip_ratio/high
 
 def read_log_history(run: Run) -> LogHistory:
     """
-    The logs of a run, in order.
-
-    Args:
-        run (`str`, `os.PathLike` or `Sequence[Mapping]`): a run's `output_dir`, finished or running; a checkpoint's
-            folder; a `trainer_state.json` or `log_history.jsonl`; or `trainer.state.log_history` itself.
-
-    Raises:
-        ValueError: if there is no log in the folder, or the file is none.
+    The logs of a run, in order. It is a run's `output_dir`, finished or running; a checkpoint's folder; a
+    `trainer_state.json` or `log_history.jsonl`; or `trainer.state.log_history` itself. `ValueError` without a log.
     """
     if not isinstance(run, str | os.PathLike):
         return run
@@ -73,15 +67,11 @@ def _newest_log(folder: Path) -> Path:
 @dataclass(frozen=True)
 class StepStatistics:
     """
-    What was logged of one trained step, over several logs; `None` where nothing was.
+    What was logged of one trained step over several logs; `None` where nothing was. `step` 0 is the noisiest.
 
-    Attributes:
-        step (`int`): index of the sampling step, 0 is the noisiest.
-        ratio_mean, ratio_std (`float`): mean and standard deviation of the importance ratio over all samples of all
-            the logs.
-        clip_low, clip_high (`float`): share of ratios below `1 - epsilon` and above `1 + epsilon_high`, whatever the
-            advantage's sign.
-        grad_norm (`float`): mean norm of the step's policy gradient.
+    Mean and standard deviation are those of the importance ratio over all samples of all the logs, `clip_low` and
+    `clip_high` the share of ratios below `1 - epsilon` and above `1 + epsilon_high`, whatever the advantage's sign,
+    and `grad_norm` is the mean norm of the step's policy gradient.
     """
 
     step: int

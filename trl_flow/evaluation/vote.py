@@ -30,6 +30,7 @@ from trl_flow.evaluation.vote_results import update_votes, vote_results
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _LONGEST_BODY = 16_384
+_NOTHING = "There is nothing here."
 _HEADERS = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
@@ -118,16 +119,15 @@ class VoteServer:
 
     def image(self, token: str) -> bytes:
         """The PNG file that a token stands for."""
-        try:
-            return self._images[token].read_bytes()
-        except (KeyError, OSError) as error:
-            raise VoteError(HTTPStatus.NOT_FOUND, "There is no such image.") from error
+        if token not in self._images:
+            raise VoteError(HTTPStatus.NOT_FOUND, _NOTHING)
+        return self._images[token].read_bytes()
 
     def answer(self, action: str, request: dict[str, Any]) -> dict[str, Any]:
         """What a voter does (`"next"`, `"vote"`, `"undo"` or `"results"`), and where that leaves them; `VoteError` if
         it cannot be done. `request` has `voter`, and for a vote `pair` and `answers`."""
         if action not in ("next", "vote", "undo", "results"):
-            raise VoteError(HTTPStatus.NOT_FOUND, "There is nothing here.")
+            raise VoteError(HTTPStatus.NOT_FOUND, _NOTHING)
         status = HTTPStatus.BAD_REQUEST
         with self._lock:
             try:
@@ -199,7 +199,7 @@ def _handler(votes: VoteServer) -> type[BaseHTTPRequestHandler]:
                 return votes.page, "text/html; charset=utf-8"
             if path.startswith("/image/"):
                 return votes.image(path.removeprefix("/image/")), "image/png"
-            raise VoteError(HTTPStatus.NOT_FOUND, "There is nothing here.")
+            raise VoteError(HTTPStatus.NOT_FOUND, _NOTHING)
 
         def _request(self) -> tuple[str, dict[str, Any]]:
             origin, length = f"http://{self.headers.get('Host')}", self.headers.get("Content-Length", "")

@@ -1,5 +1,6 @@
 """What people preferred: counts, shares with intervals, and bars."""
 
+import itertools
 import json
 import os
 from collections import Counter
@@ -24,19 +25,16 @@ _COLORS = {"win": "#2f7fc1", "tie": "#c9cdd2", "lose": "#e2843b"}
 
 def vote_results(ballots: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """
-    Counts votes, by prompt set and pair of models.
+    Counts votes, as [`~trl_flow.evaluation.vote_plan.Ballots`] reads them, by prompt set and pair of models.
 
     Shares are means over the prompts, of each prompt's votes (several voters, several images) averaged first; their
     intervals are Wilson's for as many cases as prompts, which are rather too wide than too narrow where a prompt has
     several votes. The preference is the share of wins and half the ties; 0.5 is none.
 
-    Args:
-        ballots (`Sequence[Mapping]`): as [`~trl_flow.evaluation.vote_plan.Ballots`] reads them.
-
     Returns:
-        `dict[str, Any]` or `None`: `num_voters`, and `comparisons`: a list with `set`, `reference`, `other`,
-        `num_votes`, `num_prompts` and, for each of `questions`, counts (`win`, `tie`, `lose`; a win is one of
-        `other`), and `shares` and `preference` with `mean`, `low` and `high`. `None` without votes.
+        `dict[str, Any]` or `None` without votes: `num_voters`, and `comparisons`: a list with `set`, `reference`,
+        `other`, `num_votes`, `num_prompts` and, for each of `questions`, counts (`win`, `tie`, `lose`; a win is one of
+        `other`), and `shares` and `preference` with `mean`, `low` and `high`.
     """
     grouped: dict[tuple[str, str, str], dict[int, list[Mapping[str, str]]]] = {}
     for ballot in ballots:
@@ -60,15 +58,12 @@ def vote_results(ballots: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def _question(question: str, by_prompt: Sequence[Sequence[Mapping[str, str]]]) -> dict[str, Any]:
-    counts = Counter(answers[question] for group in by_prompt for answers in group)
-    shares = {
-        outcome: float(np.mean([np.mean([answers[question] == outcome for answers in group]) for group in by_prompt]))
-        for outcome in OUTCOMES
-    }
+    groups = [[answers[question] for answers in group] for group in by_prompt]
+    counts = Counter(itertools.chain(*groups))
+    shares = {o: float(np.mean([group.count(o) / len(group) for group in groups])) for o in OUTCOMES}
 
     def with_interval(share: float) -> dict[str, float]:
-        low, high = share_interval(share, len(by_prompt))
-        return {"mean": share, "low": low, "high": high}
+        return dict(zip(("mean", "low", "high"), (share, *share_interval(share, len(groups))), strict=True))
 
     return {
         **{outcome: counts[outcome] for outcome in OUTCOMES},

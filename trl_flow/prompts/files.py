@@ -127,10 +127,8 @@ def _csv(text: str, prompt_column: str, delimiter: str) -> list[Row]:
         raise ValueError(f"the first line must name each column, and each name once, but is {names}")
     for where, row in lines:
         if None in row:  # where DictReader puts what has no column
-            raise ValueError(
-                f"{where} has {len(names) + len(row[None])} values for the {len(names)} columns {names}; values that "
-                "hold the separator need quotes around them"
-            )
+            counts = f"{len(names) + len(row[None])} values for the {len(names)} columns"
+            raise ValueError(f"{where} has {counts} {names}; values that hold the separator need quotes around them")
     for name in set(names) - {prompt_column}:
         for (_, row), value in zip(lines, _typed([row[name] for _, row in lines]), strict=True):
             row[name] = value
@@ -206,10 +204,8 @@ def with_prompt_column(dataset: "Dataset", prompt_column: str) -> "Dataset":
 
 def _check_column(names: Sequence[str], prompt_column: str) -> None:
     if prompt_column not in names:
-        raise ValueError(
-            f"it has no column {prompt_column!r}; its columns are {list(names)}. Give the name of the one that holds "
-            "the prompts as prompt_column"
-        )
+        columns = f"its columns are {list(names)}. Give the name of the one that holds the prompts as prompt_column"
+        raise ValueError(f"it has no column {prompt_column!r}; {columns}")
     if prompt_column != "prompt" and "prompt" in names:
         raise ValueError(f"prompt_column is {prompt_column!r}, but there is a column 'prompt' too: rename that one")
 

@@ -47,12 +47,7 @@ _UNIGENBENCH_KEYS = {
 
 
 class UnknownSplitError(ValueError):
-    """
-    A prompt set has no such split.
-
-    Attributes:
-        splits (`tuple[str, ...]`): those that it has.
-    """
+    """A prompt set has no such split, only `splits` (`tuple[str, ...]`)."""
 
     def __init__(self, name: str, split: str, splits: tuple[str, ...]):
         super().__init__(f"the data set {name!r} has no split {split!r}, only {', '.join(splits)}.")
@@ -62,15 +57,9 @@ class UnknownSplitError(ValueError):
 @dataclass(frozen=True)
 class PromptSet:
     """
-    What to know of a prompt set.
-
-    Attributes:
-        source, license, paper (`str`): where it comes from, its license as its publishers state it, and where it was
-            published.
-        splits (`Mapping[str, str]`): each split, and how many prompts it has.
-        columns (`Sequence[str]`): of the data set.
-        rewards (`str`): which rewards it is for.
-        load (`Callable`): what loads it: `load(split, path=None, revision=None)`.
+    What to know of a prompt set: where it comes from, its license as its publishers state it, where it was published,
+    how many prompts each of its splits has, its columns, which rewards it is for, and what loads it:
+    `load(split, path=None, revision=None)`.
     """
 
     source: str
