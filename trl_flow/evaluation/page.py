@@ -48,7 +48,7 @@ def write_page(
     The images are copied as they are while they fit into about `megabytes`. Else they are WebP copies, reduced as far
     as needed but not below 256 pixels; if that is not enough, prompts are chosen evenly from each set. The page says
     what was done. `results` are as in `results.json`, `prompts` those of each set, and `scores` `(N,)` by set, model
-    and reward, NaN where a reward does not apply. `ValueError` if an image is missing or damaged.
+    and reward, NaN where a reward does not apply. `OSError` or `ValueError` if an image is missing or damaged.
     """
     models = list(results["models"])
     number = results["settings"]["num_images_per_prompt"]
@@ -60,21 +60,17 @@ def write_page(
         encoded = pool.map(lambda image: _data_uri(folder, *image, side), wanted)
         bar = tqdm(encoded, total=len(wanted), desc="writing the page", unit="image", disable=not progress)
         uris = dict(zip(wanted, bar, strict=True))
-    sets = [
-        {
-            "name": name,
-            "number": number,
-            "total": len(prompts[name]),
-            "prompts": [prompts[name][row] for row in rows],
-            "indices": indices[name],
-            "images": {model: [uris[name, model, index] for index in indices[name]] for model in models},
-            "scores": {
-                model: {reward: [finite(values[i]) for i in indices[name]] for reward, values in by_reward.items()}
-                for model, by_reward in scores[name].items()
-            },
+    sets = []
+    for name, rows in shown.items():
+        own = indices[name]
+        content = {"name": name, "number": number, "total": len(prompts[name]), "indices": own}
+        content["prompts"] = [prompts[name][row] for row in rows]
+        content["images"] = {model: [uris[name, model, index] for index in own] for model in models}
+        content["scores"] = {
+            model: {reward: [finite(values[i]) for i in own] for reward, values in by_reward.items()}
+            for model, by_reward in scores[name].items()
         }
-        for name, rows in shown.items()
-    ]
+        sets.append(content)
     data = {
         "title": title(results),
         "models": models,

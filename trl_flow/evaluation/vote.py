@@ -69,7 +69,15 @@ class VoteServer:
         ValueError: if there is nothing to vote on, or the port is taken.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, models: Sequence[str] | None = None, pairs=100, seed=0, port=0):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        *,
+        models: Sequence[str] | None = None,
+        pairs: int = 100,
+        seed: int = 0,
+        port: int = 0,
+    ):
         self.folder = ImageFolder(folder)
         self.seed = seed
         self.pairs = vote_pairs(self.folder, models=models, pairs=pairs, seed=seed)

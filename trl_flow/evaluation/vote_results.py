@@ -43,17 +43,12 @@ def vote_results(ballots: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
             by_prompt.setdefault(vote["row"], []).append(vote["answers"])
     if not grouped:
         return None
-    comparisons = [
-        {
-            "set": name,
-            "reference": reference,
-            "other": other,
-            "num_votes": sum(map(len, by_prompt.values())),
-            "num_prompts": len(by_prompt),
-            "questions": {question: _question(question, list(by_prompt.values())) for question in QUESTIONS},
-        }
-        for (name, reference, other), by_prompt in sorted(grouped.items())
-    ]
+    comparisons = []
+    for pair, by_prompt in sorted(grouped.items()):
+        found = dict(zip(("set", "reference", "other"), pair, strict=True))
+        found |= {"num_votes": sum(map(len, by_prompt.values())), "num_prompts": len(by_prompt)}
+        found["questions"] = {question: _question(question, list(by_prompt.values())) for question in QUESTIONS}
+        comparisons.append(found)
     return {"num_voters": sum(bool(ballot["votes"]) for ballot in ballots), "comparisons": comparisons}
 
 
