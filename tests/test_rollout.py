@@ -8,8 +8,8 @@ import torch
 from tiny_models import CLIP_TOKENS, tiny_sd3_pipeline
 
 from trl_flow.backbones import get_backbone
-from trl_flow.functional import cps_transition, dance_sde_transition, flow_sde_transition
 from trl_flow.dynamics import FlowDynamics
+from trl_flow.functional import cps_transition, dance_sde_transition, flow_sde_transition
 from trl_flow.rollout import StepPlan, draw_noise, rollout, sample_generator
 
 

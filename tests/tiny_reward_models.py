@@ -25,7 +25,7 @@ IMAGE_SIZE = 28  # two by two patches
 PATCH_SIZE = 14
 FEATURES = 8  # width of the space that images and texts share
 
-# What CLIP's pixels are normalised by
+# What CLIP's pixels are normalized by
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
@@ -36,7 +36,7 @@ def picture(seed: int, width: int = 40, height: int = 40) -> Image.Image:
 
 
 def cropped_pixels(image: Image.Image, size: int = IMAGE_SIZE) -> torch.Tensor:
-    """What CLIP's authors do to an image: shorter side to `size`, middle, normalisation. `(3, size, size)`."""
+    """What CLIP's authors do to an image: shorter side to `size`, middle, normalization. `(3, size, size)`."""
     scale = size / min(image.size)
     width, height = (int(side * scale + 1e-9) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from trl_flow.trainer import (
         FlowGRPOConfig,
         FlowGRPOTrainer,
+        FlowRLConfig,
+        FlowRLTrainer,
         GuardConfig,
         OverOptimizationCallback,
         SLASConfig,
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = [
     "FlowGRPOConfig",
     "FlowGRPOTrainer",
+    "FlowRLConfig",
+    "FlowRLTrainer",
     "GuardConfig",
     "OverOptimizationCallback",
     "SLASConfig",

@@ -9,7 +9,6 @@ from tiny_comparisons import assert_same_images, random_lora
 
 from trl_flow.evaluation import DrawingOptions, evaluate_models
 from trl_flow.evaluation.drawing import draw
-from trl_flow.evaluation.evaluate import ModelEvaluation
 from trl_flow.rewards.checks import RewardError
 
 
@@ -231,7 +230,7 @@ def test_mistakes_are_found_before_anything_is_written(changes, message, tiny_sd
         if isinstance(arguments[name], str):
             arguments[name] = arguments[name].format(tmp=tmp_path)
     with pytest.raises((ValueError, TypeError), match=message):
-        ModelEvaluation(**arguments)
+        evaluate_models(**arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

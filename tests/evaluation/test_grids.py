@@ -120,7 +120,7 @@ def test_before_is_left_of_after():
 def test_pairs_that_are_none_are_refused():
     with pytest.raises(ValueError, match="2 images before, 1 after, 1 captions"):
         before_after_grid([plain(RED)] * 2, [plain(RED)], ["a"])
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(ValueError, match="0 images before"):
         before_after_grid([], [], [])
 
 

@@ -8,7 +8,7 @@ import torch
 from tiny_training import assert_equal, brightness, distance, prompts, tiny_trainer, train, trained_weights
 from transformers import TrainerCallback
 
-from trl_flow import FlowGRPOConfig, GuardConfig, SLASConfig, VGPOConfig
+from trl_flow import GuardConfig, SLASConfig, VGPOConfig
 
 
 # Plain gradient descent where results are equal but for rounding: Adam divides each gradient by its own size, so that
@@ -30,7 +30,7 @@ def assert_close(actual, expected, trainer_kwargs, tmp_path) -> None:
 VARIANTS = {
     "flow-grpo": {},
     "kl": {"beta": 1.0},
-    "guard": {"cls": GuardConfig, "epsilon": 1e-3, "learning_rate": 10.0},
+    "guard": {"cls": GuardConfig, "epsilon": 1e-3, "scale_epsilon": False, "learning_rate": 10.0},
     "vgpo": {"cls": VGPOConfig},
     "slas in a window": {"cls": SLASConfig, "sde_window_size": 2},
     "iterations": {"num_iterations": 2, "epsilon": 1.0},
@@ -43,14 +43,14 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_eight_batches_of_one_equal_one_batch_of_eight(variant, tmp_path):
-    # Not to the last bit: matrix products of other shapes add up in another order, in the rollout and in the update.
+    # To rounding: matrix products of other shapes add up in another order, in the rollout and in the update.
     kwargs = SGD | VARIANTS[variant]
     one = train(tmp_path / "one", per_device_train_batch_size=8, gradient_accumulation_steps=1, **kwargs)
     eight = train(tmp_path / "eight", per_device_train_batch_size=1, gradient_accumulation_steps=8, **kwargs)
     assert_close(eight, one, kwargs, tmp_path)
 
 
-def test_the_same_configuration_trains_the_same_to_the_last_bit(tmp_path):
+def test_the_same_configuration_trains_the_same(tmp_path):
     assert_equal(train(tmp_path / "a"), train(tmp_path / "b"))
 
 
@@ -61,17 +61,8 @@ def test_another_seed_trains_differently(tmp_path):
 # ---- Gradients ----
 
 
-@pytest.mark.parametrize("variant", ["flow-grpo", "kl", "guard", "vgpo"])
-def test_one_backward_per_step_equals_one_graph_over_all(variant, tmp_path):
-    # Not to the last bit: the gradients of the steps are added up in another order.
-    kwargs = SGD | VARIANTS[variant]
-    each = train(tmp_path / "each", backward_per_timestep=True, **kwargs)
-    together = train(tmp_path / "together", backward_per_timestep=False, **kwargs)
-    assert_close(each, together, kwargs, tmp_path)
-
-
 @pytest.mark.parametrize("lora", ["default", None], ids=["lora", "all weights"])
-def test_gradient_checkpointing_changes_no_bit(lora, tmp_path):
+def test_gradient_checkpointing_changes_nothing(lora, tmp_path):
     kwargs = {"lora": lora, "learning_rate": 1e-3}
     with_it = train(tmp_path / "with", gradient_checkpointing=True, **kwargs)
     assert_equal(with_it, train(tmp_path / "without", gradient_checkpointing=False, **kwargs))
@@ -114,8 +105,9 @@ def test_memory_does_not_grow_with_the_number_of_steps(tmp_path):
     eight = most_saved_bytes(tmp_path, num_inference_steps=8)
     assert two > 0
     assert eight <= 1.01 * two
-    # and the count can tell: in one graph it does grow
-    assert most_saved_bytes(tmp_path, num_inference_steps=8, backward_per_timestep=False) > 3.5 * two
+    # and the count can tell: with the number of samples it does grow
+    more = {"per_device_train_batch_size": 16, "num_inference_steps": 2}
+    assert most_saved_bytes(tmp_path, **more) > 1.5 * two
 
 
 def test_gradient_checkpointing_saves_memory(tmp_path):
@@ -132,7 +124,7 @@ def random_brightness(prompts, images, **kwargs):
 
 
 @pytest.mark.parametrize("reward_func", [brightness, random_brightness])
-def test_an_evaluation_in_between_changes_no_bit(reward_func, tmp_path):
+def test_an_evaluation_in_between_changes_nothing(reward_func, tmp_path):
     kwargs = {"reward_funcs": reward_func, "max_steps": 3}
     without = train(tmp_path / "without", **kwargs)
     evaluated = train(
@@ -161,34 +153,3 @@ class Draw(TrainerCallback):
 
 def test_sampling_does_not_depend_on_the_global_random_state(tmp_path):
     assert_equal(train(tmp_path / "a", callbacks=[Draw()], max_steps=3), train(tmp_path / "b", max_steps=3))
-
-
-# ---- Presets ----
-
-
-@pytest.mark.parametrize(
-    ("preset", "fields"),
-    [
-        (
-            GuardConfig,
-            {"importance_ratio": "ratio_norm", "timestep_weighting": "inverse_dt", "scale_rewards": "group"},
-        ),
-        (
-            SLASConfig,
-            {
-                "sde_type": "dance",
-                "noise_level": 0.3,
-                "timestep_fraction": 0.6,
-                "share_initial_noise": True,
-                "advantage_power": 0.25,
-            },
-        ),
-        (VGPOConfig, {"dense_rewards": True, "value_scale": 0.05, "share_initial_noise": True}),
-    ],
-)
-def test_a_preset_is_nothing_but_defaults(preset, fields, tmp_path):
-    settings = {"epsilon": 1e-4}  # which is Guard's default elsewhere
-    by_preset = train(tmp_path / "preset", cls=preset, **settings)
-    by_fields = train(tmp_path / "fields", cls=FlowGRPOConfig, **settings | fields)
-    assert_equal(by_preset, by_fields)
-    assert distance(by_preset, train(tmp_path / "neither", **settings)) > 1e-3

@@ -54,7 +54,7 @@ def assert_refused(tmp_path, error, *parts, **kwargs) -> None:
     ],
     ids=lambda value: None if not isinstance(value, list) else value[0],
 )
-def test_a_data_set_that_can_not_be_trained_on(dataset, error, parts, tmp_path):
+def test_a_data_set_that_cannot_be_trained_on(dataset, error, parts, tmp_path):
     assert_refused(tmp_path, error, "train_dataset", *parts, train_dataset=dataset)
     if not isinstance(dataset, DatasetDict):  # a dictionary of data sets is fine for evaluation
         assert_refused(tmp_path, error, "eval_dataset", *parts, eval_dataset=dataset)
@@ -77,7 +77,7 @@ def test_no_data_set(tmp_path):
 
 
 @pytest.mark.parametrize(("height", "width"), [(17, 16), (16, 18), (16, 36), (16, 512)])
-def test_sizes_that_the_vae_or_the_transformer_can_not_do(height, width, tmp_path):
+def test_sizes_that_the_vae_or_the_transformer_cannot_do(height, width, tmp_path):
     parts = [f"{height} x {width}", "multiples of 4 ", " 32", "Set height=16 and width=16"]
     assert_refused(tmp_path, ValueError, *parts, height=height, width=width)
 
@@ -91,8 +91,8 @@ def test_a_set_smaller_than_a_sampling_phase_is_repeated_with_a_warning(tmp_path
         return brightness(prompts, images)
 
     with warnings_of("trl_flow") as warnings:
-        train(tmp_path / "out", train_dataset=prompts(1), reward_funcs=reward)
-    assert drawn == [["a cat"] * 8] * 2
+        tiny_trainer(tmp_path / "out", train_dataset=prompts(1), reward_funcs=reward, max_steps=1).train()
+    assert drawn == [["a cat"] * 8]
     assert any("1 prompts" in message and "repeated 2 times" in message for message in warnings)
 
 
@@ -167,7 +167,7 @@ def test_a_pipeline_that_has_a_lora(tmp_path, tiny_sd3):
     assert_refused(tmp_path, ValueError, "already has adapters (style)", "fuse_lora", pipeline=tiny_sd3)
 
 
-def test_an_adapter_that_diffusers_can_not_load(tmp_path):
+def test_an_adapter_that_diffusers_cannot_load(tmp_path):
     assert_refused(tmp_path, ValueError, "LoHa", lora=LoHaConfig(target_modules=["to_q"]))
 
 
@@ -233,7 +233,7 @@ def test_an_unwritable_output_folder(tmp_path, monkeypatch):
         # the administrator may write everywhere: answer as the system answers others
         access = os.access
         monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != locked and access(path, mode))
-    with pytest.raises(ValueError, match="can not be written to.*read-only for this user"):
+    with pytest.raises(ValueError, match="cannot be written to.*read-only for this user"):
         tiny_trainer(locked / "out")
     assert not list(locked.iterdir())
 
@@ -292,7 +292,7 @@ def test_groups_batches_and_windows_that_do_not_fit(fields, parts, tmp_path):
 
 
 def raising(prompts, images, **kwargs):
-    raise KeyError("no such colour")
+    raise KeyError("no such color")
 
 
 def nan(prompts, images, **kwargs):
@@ -314,7 +314,7 @@ def hanging(prompts, images, **kwargs):
 @pytest.mark.parametrize(
     ("reward", "parts"),
     [
-        (raising, ["raised KeyError", "no such colour"]),
+        (raising, ["raised KeyError", "no such color"]),
         (nan, ["nan", "prompt 'a "]),
         (text, ["'good'", "str"]),
         (too_few, ["1 rewards for 8 images"]),
@@ -343,23 +343,16 @@ def test_a_reward_that_fails_ends_training_and_leaves_checkpoints_alone(reward, 
         assert part in str(raised.value)
     assert any(name.startswith("checkpoint-1/") for name in before)
     assert contents(out) == before
-    # mended, training goes on
+    # with the cause removed, training goes on
     whole = train(tmp_path / "whole", save_strategy="steps", save_steps=1)
     trainer = tiny_trainer(out, save_strategy="steps", save_steps=1)
     trainer.train(resume_from_checkpoint=True)
     assert_equal({n: p for n, p in trainer.model.named_parameters() if p.requires_grad}, whole)
 
 
-def test_negative_dense_rewards_are_refused_with_the_remedy(tmp_path):
-    def darkness(prompts, images, **kwargs):
-        return [-value for value in brightness(prompts, images)]
-
-    with pytest.raises(RewardError, match="'darkness' gave -0.5.*Add an offset"):
-        tiny_trainer(tmp_path / "out", reward_funcs=darkness, dense_rewards=True).train()
-
-
 def test_a_negative_prompt_without_guidance_is_no_error(tmp_path):
-    train(tmp_path, negative_prompt="blurred", guidance_scale=1.0)
+    trainer = tiny_trainer(tmp_path, negative_prompt="blurred", guidance_scale=1.0)
+    assert trainer.policy.condition(["a cat"]).negative is None
 
 
 def test_a_lora_without_targets_is_given_the_backbones_and_is_not_changed_itself(tmp_path):
@@ -372,5 +365,5 @@ def test_a_lora_without_targets_is_given_the_backbones_and_is_not_changed_itself
 
 def test_latents_that_are_not_finite_end_training_with_the_cause(tmp_path):
     trainer = tiny_trainer(tmp_path, noise_level=1e30)
-    with pytest.raises(FloatingPointError, match="NaN or infinite latents .* update 0.*noise_level"):
+    with pytest.raises(FloatingPointError, match="NaN or infinite latents for the prompts .*noise_level.*learning"):
         trainer.train()

@@ -120,27 +120,35 @@ def test_a_resumed_run_has_the_same_base(lora, tmp_path):
     recorded.__name__ = "darkness"
     rest = gold_trainer(tmp_path, eval_reward_funcs=recorded, **fields)
     rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert golds(rest) == golds(whole)
+    for own, expected in zip(golds(rest), golds(whole), strict=True):
+        assert own == pytest.approx(expected, abs=2e-5)
     # the base model has not been drawn again
     assert [step for step, *_ in recorded.calls] == [2, 3]
     # nor when the finished run is evaluated
-    assert rest.evaluate()["eval_gold/average"] == golds(whole)[-1]["eval_gold/average"]
+    assert rest.evaluate()["eval_gold/average"] == pytest.approx(golds(whole)[-1]["eval_gold/average"], abs=2e-5)
     assert len(recorded.calls) == 3
 
 
-def test_a_checkpoint_without_base_scores(tmp_path):
-    fields = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
-    for lora in ("default", None):
-        gold_trainer(tmp_path / str(lora), lora=lora, eval_reward_funcs=None, **fields).train()
-    # an adapter is switched off, and the base is there
-    rest = gold_trainer(tmp_path / "default", **fields)
-    rest.train(resume_from_checkpoint=str(tmp_path / "default" / "checkpoint-1"))
+# An adapter is switched off, and with a KL a frozen copy is kept: the base is there
+@pytest.mark.parametrize(
+    "fields", [{}, {"lora": None, "beta": 1e-3, "learning_rate": 1e-3}], ids=["adapter", "all weights and kl"]
+)
+def test_a_checkpoint_without_base_scores_goes_on_where_the_base_is_there(fields, tmp_path):
+    fields = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1} | fields
+    gold_trainer(tmp_path, eval_reward_funcs=None, **fields).train()
+    rest = gold_trainer(tmp_path, **fields)
+    rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     whole = gold_trainer(tmp_path / "whole", **fields)
     whole.train()
-    assert golds(rest)[-1] == golds(whole)[-1]
-    rest = gold_trainer(tmp_path / "None", lora=None, **fields)
+    assert golds(rest)[-1] == pytest.approx(golds(whole)[-1], abs=2e-5)
+
+
+def test_a_checkpoint_without_base_scores_is_refused_where_the_base_is_gone(tmp_path):
+    fields = {"lora": None, "max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    gold_trainer(tmp_path, eval_reward_funcs=None, **fields).train()
+    rest = gold_trainer(tmp_path, **fields | {"max_steps": 2})
     with pytest.raises(ValueError, match="the base model is gone"):
-        rest.train(resume_from_checkpoint=str(tmp_path / "None" / "checkpoint-1"))
+        rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 def test_evaluations_before_and_after_training(tmp_path):
@@ -153,7 +161,7 @@ def test_evaluations_before_and_after_training(tmp_path):
     full = gold_trainer(tmp_path / "full", lora=None, max_steps=1)
     full.train()
     weights = trained_weights(full)
-    assert full.evaluate()["eval_gold/average"] == golds(full)[-1]["eval_gold/average"]
+    assert full.evaluate()["eval_gold/average"] == pytest.approx(golds(full)[-1]["eval_gold/average"], abs=2e-5)
     with pytest.raises(ValueError, match="the base model is gone"):
         full.evaluate(other)
     # with a KL the initial model is kept
@@ -173,11 +181,11 @@ def test_the_average_of_the_weights_is_evaluated(tmp_path):
     last = golds(trainer)[-1]["eval_gold/average"]
     averages = trainer.policy.ema.shadow_params
     trainer.policy.ema = None
-    assert trainer.evaluate()["eval_gold/average"] != last
+    assert abs(trainer.evaluate()["eval_gold/average"] - last) > 2e-5
     with torch.no_grad():
         for parameter, average in zip(trainer.policy.trained_parameters, averages, strict=True):
             parameter.copy_(average)
-    assert trainer.evaluate()["eval_gold/average"] == last
+    assert trainer.evaluate()["eval_gold/average"] == pytest.approx(last, abs=5e-6)
 
 
 def test_what_does_not_apply_is_left_out(tmp_path):
@@ -194,7 +202,7 @@ def test_what_does_not_apply_is_left_out(tmp_path):
     assert last["eval_gold/average"] == pytest.approx(last["eval_gold/cats_only"] / base["eval_gold/cats_only"])
     rest = gold_trainer(tmp_path, eval_reward_funcs=[cats_only, never])
     rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert golds(rest)[-1] == last
+    assert golds(rest)[-1] == pytest.approx(last, abs=2e-5)
 
 
 def test_a_function_that_applies_to_nothing_is_named(tmp_path):
@@ -220,7 +228,7 @@ def test_several_evaluation_sets(tmp_path):
             last[f"eval_{name}_gold/darkness"] / base[f"eval_{name}_gold/darkness"]
         )
     by_name = trainer.evaluate("held_out")
-    assert by_name["eval_gold/average"] == last["eval_held_out_gold/average"]
+    assert by_name["eval_gold/average"] == pytest.approx(last["eval_held_out_gold/average"], abs=2e-5)
 
 
 def test_the_base_is_logged_once(tmp_path):

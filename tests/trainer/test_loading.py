@@ -1,4 +1,4 @@
-"""Dtypes of frozen parts, quantised weights as far as a CPU goes, and the VAE's switches."""
+"""Dtypes of frozen parts, quantized weights as far as a CPU goes, and the VAE's switches."""
 
 import importlib.util
 
@@ -6,34 +6,42 @@ import pytest
 import torch
 from diffusers import PipelineQuantizationConfig
 from tiny_models import tiny_sd3_pipeline
-from tiny_training import brightness, tiny_trainer
+from tiny_training import brightness, tiny_config, tiny_trainer
 
-from trl_flow.trainer.loading import quantization_settings
+from trl_flow.trainer.loading import component_dtypes, quantization_settings
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_model_dtype_is_that_of_frozen_parts_but_for_the_vae(dtype, tmp_path, tiny_sd3_path):
-    trainer = tiny_trainer(tmp_path, pipeline=tiny_sd3_path, model_dtype=dtype)
-    assert trainer.pipeline.text_encoder.dtype == trainer.backbone.dtype == getattr(torch, dtype)
+@pytest.mark.parametrize(
+    ("fields", "frozen"), [({}, torch.float32), ({"bf16": True}, torch.bfloat16)], ids=["float32", "bfloat16"]
+)
+def test_frozen_parts_have_the_dtype_of_training_but_for_the_vae(fields, frozen, tmp_path, tiny_sd3_path):
+    trainer = tiny_trainer(tmp_path, pipeline=tiny_sd3_path, **fields)
+    assert trainer.pipeline.text_encoder.dtype == trainer.backbone.dtype == frozen
     assert trainer.pipeline.vae.dtype == torch.float32
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
 
 
-def test_model_dtype_leaves_weights_that_are_trained_in_float32(tmp_path, tiny_sd3_path):
-    trainer = tiny_trainer(tmp_path, pipeline=tiny_sd3_path, lora=None, model_dtype="bfloat16")
+def test_weights_that_are_trained_are_in_float32(tmp_path, tiny_sd3_path):
+    trainer = tiny_trainer(tmp_path, pipeline=tiny_sd3_path, lora=None, bf16=True)
     assert trainer.pipeline.text_encoder.dtype == torch.bfloat16
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
 
 
-def test_model_dtype_is_one_of_four(tmp_path):
-    with pytest.raises(ValueError, match="model_dtype is 'half', but must be one of auto, float32"):
-        tiny_trainer(tmp_path, model_dtype="half")
+def test_which_dtypes_are_loaded(tmp_path):
+    def dtypes(trains_adapter=True, **fields):
+        return component_dtypes(tiny_config(tmp_path, **fields), trains_adapter=trains_adapter)
 
-
-def test_a_dtype_given_twice(tmp_path, tiny_sd3_path):
-    fields = {"model_dtype": "float32", "model_init_kwargs": {"dtype": "bfloat16"}}
-    with pytest.raises(ValueError, match="model_dtype is 'float32', and a dtype .* is given.*Remove one"):
-        tiny_trainer(tmp_path, pipeline=tiny_sd3_path, **fields)
+    half, single = torch.bfloat16, torch.float32
+    assert dtypes() == {"default": single, "vae": single}
+    assert dtypes(bf16=True) == {"default": half, "vae": single}
+    trained = {"transformer": single, "unet": single}
+    assert dtypes(trains_adapter=False, bf16=True) == {"default": half, "vae": single} | trained
+    # one that is given decides for all parts, or for each
+    assert dtypes(bf16=True, model_init_kwargs={"dtype": "float32"}) == {"default": single}
+    assert dtypes(model_init_kwargs={"torch_dtype": "float16"}) == {"default": torch.float16}
+    each = {"transformer": "bfloat16", "vae": torch.float16}
+    expected = {"default": single, "transformer": half, "vae": torch.float16}
+    assert dtypes(model_init_kwargs={"dtype": each}) == expected
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float64", "no_dtype"])
@@ -46,7 +54,7 @@ def quantized(tmp_path, path, settings, **kwargs):
     return tiny_trainer(tmp_path, pipeline=path, model_init_kwargs={"quantization_config": settings}, **kwargs)
 
 
-def test_quantised_weights_are_not_trained(tmp_path, tiny_sd3_path):
+def test_quantized_weights_are_not_trained(tmp_path, tiny_sd3_path):
     with pytest.raises(ValueError, match="without a peft_config all weights are trained.*Train an adapter"):
         quantized(tmp_path, tiny_sd3_path, {"load_in_4bit": True}, lora=None)
 
@@ -54,7 +62,7 @@ def test_quantised_weights_are_not_trained(tmp_path, tiny_sd3_path):
 def test_nor_are_those_of_a_loaded_pipeline(tmp_path):
     pipeline = tiny_sd3_pipeline()
     pipeline.transformer.is_quantized = True  # as loading does
-    with pytest.raises(ValueError, match="transformer has quantised weights, which can not be trained"):
+    with pytest.raises(ValueError, match="transformer has quantized weights, which cannot be trained"):
         tiny_trainer(tmp_path, pipeline=pipeline, lora=None)
 
 
@@ -71,7 +79,7 @@ def test_a_gpu_is_asked_for(tmp_path, tiny_sd3_path, monkeypatch):
         quantized(tmp_path, tiny_sd3_path, {"load_in_8bit": True})
 
 
-def test_settings_of_quantisation():
+def test_settings_of_quantization():
     compute = torch.bfloat16
     expected = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": compute}
     assert quantization_settings({"load_in_4bit": True}, compute) == expected
@@ -88,7 +96,7 @@ def test_settings_of_quantisation():
         ("4bit", "quantization_config is a str, but must be a diffusers.PipelineQuantizationConfig"),
     ],
 )
-def test_settings_that_are_none(tmp_path, tiny_sd3_path, settings, words):
+def test_settings_that_make_no_sense(tmp_path, tiny_sd3_path, settings, words):
     with pytest.raises(ValueError, match=words):
         quantized(tmp_path, tiny_sd3_path, settings)
 
@@ -116,8 +124,8 @@ def test_slices_and_tiles_of_the_vae(tmp_path):
     )
 
 
-def test_a_vae_that_can_not_be_sliced(tmp_path):
+def test_a_vae_that_cannot_be_sliced(tmp_path):
     pipeline = tiny_sd3_pipeline()
     del pipeline.vae.use_slicing
-    with pytest.raises(ValueError, match="enable_vae_slicing is set, but the pipeline's VAE .AutoencoderKL. can not"):
+    with pytest.raises(ValueError, match="enable_vae_slicing is set, but the pipeline's VAE .AutoencoderKL. cannot"):
         tiny_trainer(tmp_path, pipeline=pipeline, enable_vae_slicing=True)

@@ -31,40 +31,30 @@ def test_push_to_hub_shares_an_adapter_that_draws_the_trainers_images(hub_server
     stock = DiffusionPipeline.from_pretrained(tiny_sd3_path)
     untrained = draw(stock)
     stock.load_lora_weights("tester/tuned")
-    np.testing.assert_array_equal(draw(stock), draw(trainer.pipeline))
-    assert not np.array_equal(untrained, draw(stock))
+    np.testing.assert_allclose(draw(stock), draw(trainer.pipeline), atol=1e-5)
+    assert abs(untrained - draw(stock)).max() > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("hub_strategy", "folder"),
-    [("end", None), ("every_save", None), ("checkpoint", "last-checkpoint"), ("all_checkpoints", "checkpoint-2")],
-)
-def test_checkpoints_are_pushed_as_hub_strategy_says(hub_server, tmp_path, hub_strategy, folder):
+def test_every_checkpoint_is_pushed_while_training(hub_server, tmp_path):
     trainer = tiny_trainer(
         tmp_path / "tuned",
         max_steps=2,
         save_strategy="steps",
         save_steps=1,
         push_to_hub=True,
-        hub_strategy=hub_strategy,
+        hub_strategy="all_checkpoints",
         hub_always_push=True,
     )
     trainer.train()
     files = hub_server.repos["tester/tuned"]
-    if hub_strategy == "end":
-        assert hub_server.commits == []
-        return
     # Uploads go on beside training, so that one may find the next checkpoint's files: the last state is what counts
     titles = {title for _, title in hub_server.commits}
     assert titles <= {"Training in progress, step 1", "Training in progress, step 2"}
-    name = "pytorch_lora_weights.safetensors"
-    assert load(files[name]).keys() == load_file(tmp_path / "tuned" / "checkpoint-2" / name).keys()
-    assert all(
-        torch.equal(tensor, load(files[name])[key])
-        for key, tensor in load_file(tmp_path / "tuned" / "checkpoint-2" / name).items()
-    )
+    pushed = load(files["pytorch_lora_weights.safetensors"])
+    saved = load_file(tmp_path / "tuned" / "checkpoint-2" / "pytorch_lora_weights.safetensors")
+    assert pushed.keys() == saved.keys() and all(torch.equal(pushed[name], saved[name]) for name in saved)
     with_optimizer = {path.split("/")[0] for path in files if path.endswith("optimizer.pt")}
-    assert with_optimizer == ({"checkpoint-1", "checkpoint-2"} if folder == "checkpoint-2" else {folder} - {None})
+    assert with_optimizer == {"checkpoint-1", "checkpoint-2"}
 
 
 def test_a_hub_that_refuses_costs_nothing_but_the_upload(hub_server, tmp_path):

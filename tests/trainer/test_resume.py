@@ -269,7 +269,8 @@ def test_what_is_shared_is_the_average_and_what_resumes_is_not(tmp_path):
         in_diffusers = stored.replace("base_model.model", "transformer")
         assert torch.equal(shared[in_diffusers], average)
         assert torch.equal(final[in_diffusers], average)
-    moved = max((weights[n] - a).abs().max().item() for n, a in zip(names, trainer.policy.ema.shadow_params, strict=True))
+    averages = trainer.policy.ema.shadow_params
+    moved = max((weights[name] - a).abs().max().item() for name, a in zip(names, averages, strict=True))
     assert moved > 1e-4
 
 

@@ -1,4 +1,4 @@
-"""Where a run is: (generation, update within it), kept with all parts that have a state by one save, load and reset."""
+"""Where a run is, as (generation, update within it), and one save, load and reset of all that has a state."""
 
 import json
 from pathlib import Path

@@ -2,17 +2,21 @@
 
 import pytest
 import torch
-from tiny_training import distance, prompts, tiny_config, tiny_trainer, trained_weights
+from tiny_training import tiny_config, tiny_stages
 
-from trl_flow import FlowGRPOConfig
+from trl_flow.algorithms import StepPlan
+
+
+def plans(tmp_path, generations: int, **fields) -> list[StepPlan]:
+    algorithm = tiny_stages(tmp_path, num_inference_steps=10, **fields).algorithm
+    return [algorithm.plan(generation) for generation in range(generations)]
 
 
 def starts(tmp_path, generations: int, **fields) -> list[int]:
-    trainer = tiny_trainer(tmp_path, num_inference_steps=10, sde_window_schedule="progressive", **fields)
-    windows = [trainer._choose_steps(generation) for generation in range(generations)]
-    assert all(stochastic == trained for stochastic, trained in windows)
-    assert {len(stochastic) for stochastic, _ in windows} == {fields["sde_window_size"]}
-    return [stochastic[0] for stochastic, _ in windows]
+    found = plans(tmp_path, generations, sde_window_schedule="progressive", **fields)
+    assert all(plan.stochastic == plan.kept for plan in found)
+    assert {len(plan.stochastic) for plan in found} == {fields["sde_window_size"]}
+    return [plan.stochastic[0] for plan in found]
 
 
 def test_a_progressive_window_moves_on_and_stays_at_the_end(tmp_path):
@@ -33,24 +37,19 @@ def test_a_progressive_window_ends_before_the_deterministic_step_of_cps(tmp_path
     assert starts(tmp_path, 12, sde_window_size=2, sde_type="cps", sde_window_interval=1)[-1] == 7
 
 
-def test_a_resumed_run_has_the_window_where_it_was(tmp_path):
-    fields = {
-        "sde_window_size": 1,
-        "sde_window_schedule": "progressive",
-        "sde_window_interval": 2,
-        "max_steps": 4,
-        "save_strategy": "steps",
-        "save_steps": 3,
-    }
-    whole = tiny_trainer(tmp_path, **fields)
-    whole.train()
-    rest = tiny_trainer(tmp_path, **fields)
-    rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert distance(trained_weights(rest), trained_weights(whole)) == 0
-    trained_steps = [
-        sorted(k for k in logs if k.startswith("ratio/mean_step")) for logs in whole.state.log_history[:4]
-    ]
-    assert trained_steps == [["ratio/mean_step_0"]] * 2 + [["ratio/mean_step_1"]] * 2
+@pytest.mark.parametrize("schedule", ["random", "progressive"])
+def test_a_plan_depends_on_the_number_of_the_phase_alone(schedule, tmp_path):
+    # so that a resumed run has the window where it was
+    fields = {"sde_window_size": 3, "sde_window_range": [1, 9], "sde_window_schedule": schedule}
+    fields |= {"timestep_fraction": 0.67} | ({"sde_window_interval": 2} if schedule == "progressive" else {})
+    found = plans(tmp_path, 12, **fields)
+    assert found[7] == tiny_stages(tmp_path, num_inference_steps=10, **fields).algorithm.plan(7)
+    for plan in found:
+        first = plan.stochastic[0]
+        assert plan.stochastic == (first, first + 1, first + 2) and 1 <= first <= 6
+        assert len(plan.kept) == 2 and set(plan.kept) < set(plan.stochastic)
+    assert len({plan.stochastic for plan in found}) > 3
+    assert len({plan.kept[1] - plan.kept[0] for plan in found}) == 2  # which steps are kept is drawn as well
 
 
 @pytest.mark.parametrize(
@@ -58,8 +57,8 @@ def test_a_resumed_run_has_the_window_where_it_was(tmp_path):
     [
         ({"sde_window_schedule": "backwards"}, ["sde_window_schedule is 'backwards'", "random, progressive"]),
         ({"sde_window_schedule": "progressive"}, ["sde_window_size is not set"]),
-        ({"sde_window_size": 2, "sde_window_interval": 3}, ["sde_window_interval is 3", "'random'"]),
-        ({"sde_window_stride": 3}, ["sde_window_stride is 3", "'random'"]),
+        ({"sde_window_size": 2, "sde_window_interval": 5}, ["sde_window_interval is 5", "'random'", "leave"]),
+        ({"sde_window_size": 2, "sde_window_stride": 2}, ["sde_window_stride is 2", "only a progressive window"]),
         (
             {"sde_window_size": 2, "sde_window_schedule": "progressive", "sde_window_interval": 0},
             ["sde_window_interval is 0", "at least 1"],
@@ -72,8 +71,8 @@ def test_a_resumed_run_has_the_window_where_it_was(tmp_path):
     ids=str,
 )
 def test_a_schedule_that_makes_no_sense_is_refused(fields, words, tmp_path):
-    with pytest.raises(ValueError) as error:
-        tiny_config(tmp_path, cls=FlowGRPOConfig, **fields)
+    with pytest.raises((TypeError, ValueError)) as error:
+        tiny_config(tmp_path, **fields)
     for word in words:
         assert word in str(error.value)
 
@@ -81,14 +80,13 @@ def test_a_schedule_that_makes_no_sense_is_refused(fields, words, tmp_path):
 # ---- The ODE steps before the window ----
 
 
-def forwards(trainer) -> list[int]:
+def forwards(tmp_path, **fields) -> list[int]:
     """Batch size of every forward of one sampling phase."""
-    sizes = []
-    handle = trainer.backbone.model.register_forward_pre_hook(
+    stages, sizes = tiny_stages(tmp_path, **fields), []
+    stages.backbone.model.register_forward_pre_hook(
         lambda module, args, kwargs: sizes.append(len(kwargs["hidden_states"])), with_kwargs=True
     )
-    trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    handle.remove()
+    stages.micro_batches([0.0] * stages.args.generation_batch_size)
     return sizes
 
 
@@ -97,40 +95,33 @@ WINDOW = {"sde_window_size": 1, "sde_window_range": [2, 3], "share_initial_noise
 
 def test_common_steps_are_taken_once_for_each_group(tmp_path):
     # Two groups of four: two ODE steps of two samples, then the window's step of all eight
-    assert forwards(tiny_trainer(tmp_path, **WINDOW)) == [2, 2, 8]
+    assert forwards(tmp_path, **WINDOW) == [2, 2, 8]
 
 
 def test_common_steps_are_taken_once_for_all_micro_batches(tmp_path):
     fields = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-    assert forwards(tiny_trainer(tmp_path, **WINDOW, **fields)) == [2, 2] + [2] * 4
+    assert forwards(tmp_path, **WINDOW, **fields) == [2, 2] + [2] * 4
 
 
 def test_common_steps_are_split_as_all_batches_are(tmp_path):
     # Four groups of two in parts of two samples
     fields = {"num_generations": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-    assert forwards(tiny_trainer(tmp_path, **WINDOW, **fields)) == [2, 2, 2, 2] + [2] * 4
+    assert forwards(tmp_path, **WINDOW, **fields) == [2, 2, 2, 2] + [2] * 4
 
 
 def test_without_a_common_noise_every_sample_takes_its_own_steps(tmp_path):
-    assert forwards(tiny_trainer(tmp_path, **WINDOW | {"share_initial_noise": False})) == [8, 8, 8]
+    assert forwards(tmp_path, **WINDOW | {"share_initial_noise": False}) == [8, 8, 8]
 
 
-@pytest.mark.parametrize("fields", [{}, {"guidance_scale": 2.0}, {"dense_rewards": True}], ids=str)
-def test_common_steps_lead_to_where_each_samples_own_would(fields, tmp_path, monkeypatch):
-    def batch(**more):
-        fields_ = WINDOW | {"sde_window_range": [1, 2], "train_dataset": prompts(4), "seed": 3} | fields | more
-        trainer = tiny_trainer(tmp_path, **fields_)
-        if more:
-            # each sample from its group's noise on
-            monkeypatch.setattr(trainer, "_starts", lambda generation, inputs, stochastic: (0, own(trainer)))
-        return trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-
-    def own(trainer):
-        return trainer._initial_noise(0, [0, 1]).repeat_interleave(4, dim=0)
-
-    common, apart = batch(), batch(log_images=False)
-    assert common.prompts == apart.prompts
-    for name in ("latents", "next_latents", "means", "log_probs", "advantages"):
-        torch.testing.assert_close(getattr(common, name), getattr(apart, name), rtol=1e-4, atol=1e-4)
-    start = common.latents.view(2, 4, -1)
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_common_steps_lead_to_where_each_samples_own_would(guidance_scale, tmp_path, monkeypatch):
+    stages = tiny_stages(tmp_path, **WINDOW | {"sde_window_range": [1, 2], "guidance_scale": guidance_scale})
+    (common,) = stages.micro_batches([0.0] * 8)
+    # each sample from its group's noise on
+    noise = stages.sampler._initial_noise(0, [0, 1]).repeat_interleave(4, dim=0)
+    monkeypatch.setattr(stages.sampler, "_starts", lambda generation, rows, plan: (0, noise))
+    (apart,) = stages.micro_batches([0.0] * 8)
+    for name in ("latents", "next_latents", "means"):
+        torch.testing.assert_close(common.tensors[name], apart.tensors[name], rtol=1e-4, atol=1e-4)
+    start = common.tensors["latents"].view(2, 4, -1)
     assert (start == start[:, :1]).all()

@@ -5,8 +5,9 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,12 +33,8 @@ _SAMPLED = 256
 @dataclass(frozen=True)
 class Adapter:
     """
-    Trained weights by name.
-
-    Attributes:
-        name (`str`): what tables and images call it.
-        path (`str`): a folder (a run's output folder, a checkpoint, a fully fine-tuned model as diffusers saves one),
-            a `.safetensors` file, or a hub id.
+    Trained weights by the `name` that tables and images call them. `path` is a folder (a run's output folder, a
+    checkpoint, a fully fine-tuned model as diffusers saves one), a `.safetensors` file, or a hub id.
     """
 
     name: str
@@ -53,33 +50,28 @@ class Adapter:
 def parse_adapters(
     specifications: str | os.PathLike | Sequence[str | os.PathLike] | Mapping[str, str | os.PathLike],
 ) -> list[Adapter]:
-    """
-    Adapters from `path`, `name=path` or paths by name. Without a name it is the last part of the path, with the part
-    before it for checkpoints (`run/checkpoint-100`) and where two would be called the same.
-
-    Raises:
-        ValueError: if two have the same name or the same path, one is called `base`, or a local path is wrong.
-    """
+    """Adapters from `path`, `name=path` or paths by name. Without a name it is the last part of the path, with the
+    part before it for checkpoints (`run/checkpoint-100`) and where two would be called the same. `ValueError` if two
+    have the same name, one is called `base`, or a local path is wrong."""
     if isinstance(specifications, str | os.PathLike):
         specifications = [specifications]
     if isinstance(specifications, Mapping):
         specifications = [f"{name}={os.fspath(path)}" for name, path in specifications.items()]
     named = [_split(os.fspath(specification)) for specification in specifications]
     short = [_short_name(path) if name is None else name for name, path in named]
-    names = [
-        name if named[i][0] is not None or short.count(name) == 1 else "/".join(Path(named[i][1]).parts[-2:])
-        for i, name in enumerate(short)
-    ]
-    for i, name in enumerate(names):
-        path = named[i][1]
-        if name in names[:i]:
+    adapters: dict[str, Adapter] = {}
+    for name, path in named:
+        if name is None and short.count(name := _short_name(path)) > 1:
+            name = "/".join(Path(path).parts[-2:])
+        if name in adapters:
             raise ValueError(
-                f"two adapters are called {name!r}: {named[names.index(name)][1]} and {path}. Name them: name=path."
+                f"two adapters are called {name!r}: {adapters[name].path} and {path}. Name them: name=path."
             )
         if name.lower() == BASE or not name.strip():
             raise ValueError(f"the adapter {path} is called {name!r}, which is kept for the model without an adapter.")
         _check_path(path)
-    return [Adapter(name, path) for name, (_, path) in zip(names, named, strict=True)]
+        adapters[name] = Adapter(name, path)
+    return list(adapters.values())
 
 
 def _split(specification: str) -> tuple[str | None, str]:
@@ -97,33 +89,25 @@ def _short_name(path: str) -> str:
 
 
 def _check_path(path: str) -> None:
-    if os.path.isfile(path):
-        if not path.endswith(".safetensors"):
-            raise ValueError(f"the adapter {path} is no .safetensors file. Files of other formats are not loaded.")
-        return
-    if os.path.isdir(path):
-        if (Path(path) / "model_index.json").is_file():
+    folder = Path(path)
+    if folder.is_file() and folder.suffix != ".safetensors":
+        raise ValueError(f"the adapter {path} is no .safetensors file. Files of other formats are not loaded.")
+    if folder.is_dir():
+        if (folder / "model_index.json").is_file():
             raise ValueError(f"the adapter {path} is a whole pipeline. Give it as the model of another comparison.")
-        if any((Path(path) / name).is_file() for name in (_LORA, *_FULL)):
+        if any((folder / name).is_file() for name in (_LORA, *_FULL)):
             return
-        inside = sorted(child.name for child in Path(path).iterdir())[:10]
+        inside = sorted(child.name for child in folder.iterdir())[:10]
         checkpoints = [child for child in inside if _CHECKPOINT.fullmatch(child)]
         hint = f" Did you mean {path}/{checkpoints[-1]}?" if checkpoints else f" It holds {inside}."
         raise ValueError(f"the adapter folder {path} has neither {_LORA} nor {SAFETENSORS_WEIGHTS_NAME}.{hint}")
-    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+    if not folder.is_file() and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
         raise ValueError(f"the adapter {path!r} is neither a file, nor a folder, nor a hub id (owner/name).")
 
 
 def check_adapter(backbone: Backbone, adapter: Adapter) -> str:
-    """
-    Loads an adapter and takes it out again.
-
-    Returns:
-        `str`: a fingerprint of its weights and its scaling.
-
-    Raises:
-        ValueError: if it cannot be loaded, or does not fit the pipeline.
-    """
+    """Loads an adapter and takes it out again: a fingerprint of its weights and its scaling. `ValueError` if it cannot
+    be loaded, or does not fit the pipeline."""
     digest = hashlib.sha256()
     with loaded_adapter(backbone, adapter):
         if adapter.is_full:
@@ -136,12 +120,8 @@ def check_adapter(backbone: Backbone, adapter: Adapter) -> str:
 
 
 def base_fingerprint(pipeline: DiffusionPipeline) -> str:
-    """
-    A fingerprint of a pipeline's weights, equal for equal ones wherever they were loaded from.
-
-    Of each tensor a few hundred values are looked at, evenly spread: other weights differ nearly everywhere, and to
-    read all of a large model would take long.
-    """
+    """A fingerprint of a pipeline's weights, equal for equal ones wherever they were loaded from. Of each tensor a few
+    hundred values are looked at, evenly spread: other weights differ nearly everywhere."""
     digest = hashlib.sha256()
     for name, component in sorted(_modules(pipeline).items()):
         # A module that is kept elsewhere between calls has tensors without values
@@ -160,48 +140,35 @@ def _add_tensors(digest, prefix: str, tensors: dict[str, torch.Tensor]) -> None:
 
 @contextmanager
 def loaded_adapter(backbone: Backbone, adapter: Adapter | None) -> Iterator[None]:
-    """
-    The backbone's pipeline with an adapter in it, as anyone would load it, and without one again afterwards. `None` is
-    the base model.
-
-    Raises:
-        ValueError: if it cannot be loaded, or does not fit the pipeline.
-    """
+    """The backbone's pipeline with an adapter in it, as anyone would load it, and without one again afterwards. `None`
+    is the base model. `ValueError` if it cannot be loaded, or does not fit the pipeline."""
     if adapter is None:
         yield
         return
     pipeline, original = backbone.pipeline, backbone.model
 
-    def take_out() -> None:
-        if adapter.is_full:
-            setattr(pipeline, backbone.component, original)
-        else:
-            pipeline.unload_lora_weights()
-
-    try:
-        if adapter.is_full:
-            trained = type(original).from_pretrained(adapter.path, dtype=original.dtype)
-            different = {k for k, v in original.config.items() if not k.startswith("_") and v != trained.config.get(k)}
-            if different:
-                raise ValueError(f"its configuration differs from the model's in {', '.join(sorted(different))}")
-            setattr(pipeline, backbone.component, trained.to(original.device))
-        else:
-            _load_lora(pipeline, adapter)
-    # Files and the Hub fail in many ways: errors of the file's format, of its keys, of the network
-    except Exception as error:
-        take_out()
-        raise _does_not_fit(adapter, pipeline, error) from error
-    try:
+    with ExitStack() as stack:
+        take_out = partial(setattr, pipeline, backbone.component, original)
+        stack.callback(take_out if adapter.is_full else pipeline.unload_lora_weights)
+        try:
+            if adapter.is_full:
+                trained = type(original).from_pretrained(adapter.path, dtype=original.dtype)
+                own = {key: value for key, value in original.config.items() if not key.startswith("_")}
+                if different := sorted(key for key, value in own.items() if value != trained.config.get(key)):
+                    raise ValueError(f"its configuration differs from the model's in {', '.join(different)}")
+                setattr(pipeline, backbone.component, trained.to(original.device))
+            else:
+                _load_lora(pipeline, adapter)
+        # Files and the Hub fail in many ways: errors of the file's format, of its keys, of the network
+        except Exception as error:
+            raise _does_not_fit(adapter, pipeline, error) from error
         yield
-    finally:
-        take_out()
 
 
 def _load_lora(pipeline: DiffusionPipeline, adapter: Adapter) -> None:
-    options = {}
-    if not os.path.exists(adapter.path) and constants.HF_HUB_OFFLINE:
-        # Without the Hub diffusers cannot ask what the file is called
-        options["weight_name"] = _LORA
+    # Without the Hub diffusers cannot ask what the file is called
+    is_cached = not os.path.exists(adapter.path) and constants.HF_HUB_OFFLINE
+    options = {"weight_name": _LORA} if is_cached else {}
     state = pipeline.lora_state_dict(adapter.path, **options)
     state = state[0] if isinstance(state, tuple) else state
     expected = sum(key.endswith(_DOWN_PROJECTION) for key in state)
@@ -233,7 +200,5 @@ def _does_not_fit(adapter: Adapter, pipeline: DiffusionPipeline, error: Exceptio
             f"the adapter {adapter.name!r}: there is no file or folder {adapter.path!r}, and it could not be had from "
             f"the Hub either: {cause}.{hint}"
         )
-    return ValueError(
-        f"the adapter {adapter.name!r} ({adapter.path}) could not be loaded into this {type(pipeline).__name__}: "
-        f"{cause}. Was it trained on another model?"
-    )
+    what = f"the adapter {adapter.name!r} ({adapter.path}) could not be loaded into this {type(pipeline).__name__}"
+    return ValueError(f"{what}: {cause}. Was it trained on another model?")

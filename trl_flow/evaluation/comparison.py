@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from trl_flow.evaluation.gold import BaseMeanError, gold_score
-from trl_flow.evaluation.intervals import finite, half_width, mean_interval
+from trl_flow.evaluation.intervals import finite_values, half_width, mean_interval
 from trl_flow.evaluation.scoring import paired_difference
 
 
@@ -41,25 +41,19 @@ def compare_scores(
     Raises:
         ValueError: if the shapes do not fit each other.
     """
-    base, *others = scores
-    means = {
-        model: {
-            reward: mean_interval(values, num_images_per_prompt=num_images_per_prompt).to_dict()
-            for reward, values in by_reward.items()
+    base, number = next(iter(scores)), num_images_per_prompt
+    means: dict[str, dict] = {}
+    differences: dict[str, dict] = {}
+    for model, found in scores.items():
+        means[model] = {
+            r: mean_interval(values, num_images_per_prompt=number).to_dict() for r, values in found.items()
         }
-        for model, by_reward in scores.items()
-    }
-    differences = {
-        model: {
-            reward: _difference(scores[base][reward], scores[model][reward], num_images_per_prompt)
-            for reward in scores[model]
-        }
-        for model in others
-    }
-    averages, note = _gold(scores, gold, num_images_per_prompt)
+        if model != base:
+            differences[model] = {r: _difference(scores[base][r], values, number) for r, values in found.items()}
+    averages, note = _gold(scores, gold, number)
     return {
-        "num_prompts": len(next(iter(scores[base].values()))) // num_images_per_prompt if scores[base] else 0,
-        "num_images_per_prompt": num_images_per_prompt,
+        "num_prompts": len(next(iter(scores[base].values()))) // number if scores[base] else 0,
+        "num_images_per_prompt": number,
         "proxy": list(proxy),
         "gold_rewards": list(gold),
         "means": means,
@@ -74,7 +68,7 @@ def _difference(before: Sequence[float], after: Sequence[float], number: int) ->
         return None
     result = paired_difference(before, after, num_images_per_prompt=number)
     half = half_width(result.standard_error, result.num_pairs)
-    return result.to_dict() | {"low": finite(result.difference - half), "high": finite(result.difference + half)}
+    return result.to_dict() | finite_values({"low": result.difference - half, "high": result.difference + half})
 
 
 def _gold(scores: ModelScores, gold: Sequence[str], number: int) -> tuple[dict[str, Any] | None, str | None]:
@@ -83,12 +77,9 @@ def _gold(scores: ModelScores, gold: Sequence[str], number: int) -> tuple[dict[s
     base = next(iter(scores))
     averages = {}
     for model, by_reward in scores.items():
+        before, after = ({name: found[name] for name in gold} for found in (scores[base], by_reward))
         try:
-            result = gold_score(
-                {name: scores[base][name] for name in gold},
-                {name: by_reward[name] for name in gold},
-                num_images_per_prompt=number,
-            )
+            result = gold_score(before, after, num_images_per_prompt=number)
         except BaseMeanError as error:
             return None, (
                 f"There is no average: gold scores are divided by the base model's mean, and that of {error.name} is "
@@ -97,11 +88,7 @@ def _gold(scores: ModelScores, gold: Sequence[str], number: int) -> tuple[dict[s
         # The base model's own is 1 by definition
         error = 0.0 if model == base else result.standard_error
         half = half_width(error, len(result.influence))
-        averages[model] = {
-            "average": finite(result.average),
-            "standard_error": finite(error),
-            "low": finite(result.average - half),
-            "high": finite(result.average + half),
-            "relative": {name: finite(value) for name, value in result.relative.items()},
-        }
+        values = {"average": result.average, "standard_error": error}
+        values |= {"low": result.average - half, "high": result.average + half}
+        averages[model] = finite_values(values) | {"relative": finite_values(result.relative)}
     return averages, None

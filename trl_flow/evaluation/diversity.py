@@ -12,9 +12,8 @@ _SIDE = 32
 
 def thumbnails(images: Sequence[Image.Image]) -> np.ndarray:
     """Images of any size and mode reduced to 32 x 32 RGB: uint8 of shape `(N, 3072)`."""
-    size = (_SIDE, _SIDE)
-    small = [image.convert("RGB").resize(size, Image.Resampling.BOX, reducing_gap=2.0) for image in images]
-    return np.stack([np.asarray(image).reshape(-1) for image in small])
+    size, box = (_SIDE, _SIDE), Image.Resampling.BOX
+    return np.stack([np.ravel(i.convert("RGB").resize(size, box, reducing_gap=2.0)) for i in images])
 
 
 def pixel_features(thumbs: np.ndarray) -> np.ndarray:
@@ -51,16 +50,8 @@ def diversity(
 
 
 def mean_pairwise_distance(features: np.ndarray, group_size: int) -> float:
-    """
-    Mean over groups of the mean Euclidean distance of all pairs in a group.
-
-    Args:
-        features (`np.ndarray`): `(N, D)`, groups contiguous.
-        group_size (`int`): `K`, at least 2 and a divisor of `N`.
-
-    Raises:
-        ValueError: if `group_size` does not fit.
-    """
+    """Mean over groups of the mean Euclidean distance of all pairs in a group: of features `(N, D)`, groups of
+    `group_size` (at least 2, and a divisor of `N`) contiguous."""
     if group_size < 2 or len(features) == 0 or len(features) % group_size != 0:
         raise ValueError(
             f"The group size is {group_size} for {len(features)} images, but must be at least 2 (a single image "

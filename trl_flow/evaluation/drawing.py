@@ -31,18 +31,10 @@ def draw_batch(
     """
     Draws one batch along the ODE (for U-Nets by deterministic DDIM): the one way in which evaluations draw.
 
-    Args:
-        backbone ([`Backbone`]): the pipeline.
-        model (`torch.nn.Module`): the trained module, possibly wrapped.
-        condition, negative_condition (`dict[str, torch.Tensor]`): of `B` prompts, on the backbone's device. Without a
-            negative condition there is no guidance by one.
-        seed (`int`): non-negative.
-        indices (`Sequence[int]`): `B` indices of the images in the whole set. An image's noise depends on `seed` and
-            its index alone.
-        num_inference_steps (`int`): sampling steps.
-        guidance_scale (`float`): strength of the guidance.
-        on_step (`Callable[[int], None]`, *optional*): called with the index of each step before it is taken.
-
+    `model` is the backbone's trained module, possibly wrapped; the conditions are of `B` prompts, on its device
+    (without a negative one there is no guidance by one). `indices` are those of the `B` images in the whole set: an
+    image's noise depends on `seed`, which is non-negative, and its index alone. `on_step` is called with the index of
+    each step before it is taken.
     """
     generators = [sample_generator(seed, RandomStream.EVALUATION, index) for index in indices]
     # No step is stochastic, so the kind and the level of the noise have no effect

@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, asdict, dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from trl_flow.backbones import Backbone
-from trl_flow.evaluation.adapters import BASE, base_fingerprint, check_adapter, loaded_adapter, parse_adapters
+from trl_flow.evaluation.adapters import BASE, Adapter, base_fingerprint, check_adapter, loaded_adapter, parse_adapters
 from trl_flow.evaluation.comparison import compare_scores
 from trl_flow.evaluation.drawing import draw
 from trl_flow.evaluation.grids import comparison_grid, evenly
-from trl_flow.evaluation.image_folder import ImageFolder, file_name
+from trl_flow.evaluation.image_folder import ImageFolder, PromptList, file_name
 from trl_flow.evaluation.inputs import (
     DrawingOptions,
     check_images_to_edit,
@@ -56,8 +56,7 @@ class Comparison:
 
     Attributes:
         folder (`Path`): with `results.json`, `results.md`, `comparison.html`, `grid-{set}.png` and the images.
-        results (`dict[str, Any]`): what `results.json` holds; `results["sets"][name]` is what
-            [`~trl_flow.evaluation.comparison.compare_scores`] gives.
+        results (`dict[str, Any]`): what `results.json` holds; `results["sets"][name]` is from [`compare_scores`].
         scores (`dict`): `scores[set][model][reward]`, float64 `(N,)`, NaN where a reward does not apply; the images
             of one prompt are next to each other.
     """
@@ -116,172 +115,130 @@ def evaluate_models(
         ValueError: if something does not fit, before anything is drawn or written.
         RewardError: if a reward function fails.
     """
-    return ModelEvaluation(
-        model,
-        adapters,
-        prompts=prompts,
-        output_dir=output_dir,
-        proxy=proxy,
-        gold=gold,
-        options=options,
-        backbone=backbone,
-        grid_prompts=grid_prompts,
-        page_megabytes=page_megabytes,
-        rescore=rescore,
-        progress=progress,
-    ).run()
+    # What needs no model is checked before one is loaded
+    if grid_prompts < 1:
+        raise ValueError(f"grid_prompts is {grid_prompts!r}, but must be a whole number of at least 1.")
+    if not page_megabytes > 0:
+        raise ValueError(f"page_megabytes is {page_megabytes!r}, but must be above 0.")
+    adapters = parse_adapters(adapters)
+    sets = prompt_sets(prompts)
+    proxy, gold = ([funcs] if callable(funcs) else list(funcs) for funcs in (proxy, gold))
+    scorer = RewardScorer([*proxy, *gold])
+    for name, dataset in sets.items():
+        try:
+            scorer.check(dataset.column_names)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the prompt set {name!r}: {error}") from error
+    folder = ImageFolder(output_dir)
+
+    backbone, options = loaded_backbone(model, options or DrawingOptions(), backbone)
+    check_images_to_edit(sets, backbone)
+    models = _described_models(model, backbone, adapters)
+    lists = {name: prompt_list(dataset, with_images=backbone.takes_image) for name, dataset in sets.items()}
+    folder.claim(asdict(options), models, lists, write=False)
+    run = _Run(folder, options, sets, lists, models, progress)
+    with folder.locked():
+        folder.claim(asdict(options), models, lists)
+        drawn = run.draw(backbone, adapters)
+        # The rewards' models may need the memory
+        del model, backbone
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        scores = run.score(scorer, drawn, rescore)
+        kinds = {"proxy": scorer.names[: len(proxy)], "gold": scorer.names[len(proxy) :]}
+        return run.write(scores, kinds, grid_prompts, page_megabytes)
+
+
+def _described_models(
+    model: str | os.PathLike | DiffusionPipeline, backbone: Backbone, adapters: Sequence[Adapter]
+) -> dict[str, dict[str, str]]:
+    """Path and fingerprint of each model by its name, the base first; each adapter is loaded and taken out again."""
+    pipeline = backbone.pipeline
+    is_loaded = isinstance(model, DiffusionPipeline)
+    path = pipeline.config.get("_name_or_path") or type(pipeline).__name__ if is_loaded else os.fspath(model)
+    models = {BASE: {"path": str(path), "fingerprint": base_fingerprint(pipeline)}}
+    for adapter in adapters:
+        models[adapter.name] = {"path": adapter.path, "fingerprint": check_adapter(backbone, adapter)}
+    return models
 
 
 @dataclass
-class ModelEvaluation:
-    """[`evaluate_models`] in two steps: the constructor checks everything (and loads the model), `run` does it. The
-    arguments are the same."""
+class _Run:
+    """The steps of a comparison that has been checked."""
 
-    model: str | os.PathLike | DiffusionPipeline
-    adapters: Sequence[str | os.PathLike] | Mapping[str, str | os.PathLike] = ()
-    _: KW_ONLY
-    prompts: Dataset | Mapping[str, Dataset]
-    output_dir: str | os.PathLike
-    proxy: Callable | Sequence[Callable] = ()
-    gold: Callable | Sequence[Callable] = ()
-    options: DrawingOptions | None = None
-    backbone: Backbone | None = None
-    grid_prompts: int = 16
-    page_megabytes: float = 50.0
-    rescore: bool = False
-    progress: bool = True
+    folder: ImageFolder
+    options: DrawingOptions
+    sets: dict[str, Dataset]
+    lists: dict[str, PromptList]
+    models: dict[str, dict[str, str]]
+    progress: bool
 
-    def __post_init__(self):
-        # What needs no model is checked before one is loaded
-        if self.grid_prompts < 1:
-            raise ValueError(f"grid_prompts is {self.grid_prompts!r}, but must be a whole number of at least 1.")
-        if not self.page_megabytes > 0:
-            raise ValueError(f"page_megabytes is {self.page_megabytes!r}, but must be above 0.")
-        self.adapters = parse_adapters(self.adapters)
-        self.sets = prompt_sets(self.prompts)
-        self.proxy, self.gold = ([f] if callable(f) else list(f) for f in (self.proxy, self.gold))
-        self.scorer = RewardScorer([*self.proxy, *self.gold])
-        for name, dataset in self.sets.items():
-            try:
-                self.scorer.check(dataset.column_names)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"the prompt set {name!r}: {error}") from error
-        self.rewards = {n: computed_by(f) for n, f in zip(self.scorer.names, self.scorer.reward_funcs, strict=True)}
-        self.folder = ImageFolder(self.output_dir)
-
-        self.backbone, self.options = loaded_backbone(self.model, self.options or DrawingOptions(), self.backbone)
-        pipeline = self.backbone.pipeline
-        is_loaded = isinstance(self.model, DiffusionPipeline)
-        own_path = pipeline.config.get("_name_or_path") or type(pipeline).__name__
-        self.model_path = str(own_path) if is_loaded else os.fspath(self.model)
-        check_images_to_edit(self.sets, self.backbone)
-        self.models = {BASE: {"path": self.model_path, "fingerprint": base_fingerprint(pipeline)}}
-        for adapter in self.adapters:
-            self.models[adapter.name] = {"path": adapter.path, "fingerprint": check_adapter(self.backbone, adapter)}
-        edits = self.backbone.takes_image
-        self.prompt_lists = {name: prompt_list(dataset, with_images=edits) for name, dataset in self.sets.items()}
-        self.columns = {name: columns_fingerprint(dataset) for name, dataset in self.sets.items()}
-        self.folder.claim(asdict(self.options), self.models, self.prompt_lists, write=False)
-
-    def run(self) -> Comparison:
-        """
-        Draws what is not there yet, scores it, and writes everything.
-
-        Raises:
-            ValueError: if the folder cannot be written, another process writes there, or an image is damaged.
-            RewardError: if a reward function fails. The images are kept.
-        """
-        with self.folder.locked():
-            self.folder.claim(asdict(self.options), self.models, self.prompt_lists)
-            drawn = self._draw()
-            # The rewards' models may need the memory
-            self.model = self.backbone = None
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            return self._write(self._score(drawn))
-
-    def _draw(self) -> set[tuple[str, str]]:
+    def draw(self, backbone: Backbone, adapters: Sequence[Adapter]) -> set[tuple[str, str]]:
         """Draws what is missing; returns the sets and models of which something was."""
-        found = set()
         number, size = self.options.num_images_per_prompt, self.options.batch_size
-        for adapter in [None, *self.adapters]:
+        found = set()
+        for adapter in [None, *adapters]:
             model = BASE if adapter is None else adapter.name
-            # Whole batches: what is drawn in another company may differ by rounding
-            missing = {
-                name: [
-                    batch
-                    for first in range(0, len(dataset) * number, size)
-                    if not self.folder.has(
-                        name, model, batch := range(first, min(first + size, len(dataset) * number))
-                    )
-                ]
-                for name, dataset in self.sets.items()
-            }
+            missing = {}
+            for name, dataset in self.sets.items():
+                total = len(dataset) * number
+                # Whole batches: what is drawn in another company may differ by rounding
+                batches = [range(first, min(first + size, total)) for first in range(0, total, size)]
+                missing[name] = [batch for batch in batches if not self.folder.has(name, model, batch)]
             if any(missing.values()):
-                with loaded_adapter(self.backbone, adapter):
-                    for name, batches in missing.items():
-                        if batches:
-                            self._draw_set(name, model, batches)
-                            found.add((name, model))
+                with loaded_adapter(backbone, adapter):
+                    for name in filter(missing.get, missing):
+                        self._draw_set(backbone, name, model, missing[name])
+                        found.add((name, model))
         return found
 
-    def _draw_set(self, name: str, model: str, batches: list[range]) -> None:
-        options, dataset, prompts = self.options, self.sets[name], self.prompt_lists[name].prompts
-        number = options.num_images_per_prompt
-        images = list(dataset["image"]) if self.backbone.takes_image else None
-        done = len(dataset) * number - sum(map(len, batches))
-        with self._bar(len(dataset) * number, "drawing", model, name, done) as bar:
+    def _draw_set(self, backbone: Backbone, name: str, model: str, batches: list[range]) -> None:
+        dataset, prompts, number = self.sets[name], self.lists[name].prompts, self.options.num_images_per_prompt
+        names = ("seed", "num_inference_steps", "guidance_scale", "negative_prompt", "batch_size")
+        options = {option: getattr(self.options, option) for option in names}
+        images = list(dataset["image"]) if backbone.takes_image else None
+        with self._bar("drawing", model, name, initial=len(dataset) * number - sum(map(len, batches))) as bar:
             for batch in batches:
                 rows = [index // number for index in batch]
-                drawn = draw(
-                    self.backbone,
-                    [prompts[row] for row in rows],
-                    seed=options.seed,
-                    num_inference_steps=options.num_inference_steps,
-                    guidance_scale=options.guidance_scale,
-                    negative_prompt=options.negative_prompt,
-                    images=None if images is None else [images[row] for row in rows],
-                    batch_size=options.batch_size,
-                    first_index=batch.start,
-                )
+                texts, edited = [prompts[row] for row in rows], images and [images[row] for row in rows]
+                drawn = draw(backbone, texts, images=edited, first_index=batch.start, **options)
                 for index, image in zip(batch, drawn, strict=True):
                     self.folder.save(name, model, index, image)
                 bar.update(len(batch))
 
-    def _score(self, drawn: set[tuple[str, str]]) -> ModelScores:
+    def score(self, scorer: RewardScorer, drawn: set[tuple[str, str]], rescore: bool) -> ModelScores:
+        """The scores of all images: kept ones where they still hold, unless `rescore`."""
+        rewards = {name: computed_by(func) for name, func in zip(scorer.names, scorer.reward_funcs, strict=True)}
+        columns = {name: columns_fingerprint(dataset) for name, dataset in self.sets.items()}
         # Asked for scores by something that there never was, the folder gives those of other rewards only
-        kept = self.folder.scores(dict.fromkeys(self.rewards, "") if self.rescore else self.rewards, self.columns)
+        kept = self.folder.scores(dict.fromkeys(rewards, "") if rescore else rewards, columns)
         for name, model in drawn:
             kept.get(name, {}).pop(model, None)
         reused = 0
-        for reward, func in zip(self.scorer.names, self.scorer.reward_funcs, strict=True):
+        for reward, func in zip(scorer.names, scorer.reward_funcs, strict=True):
             for name, model in itertools.product(self.sets, self.models):
                 by_reward = kept.setdefault(name, {}).setdefault(model, {})
                 if reward in by_reward:
                     reused += 1
                     continue
                 by_reward[reward] = [finite(value) for value in self._score_set(name, model, func, reward)]
-                self.folder.keep_scores(kept, self.rewards, self.columns)
-            close = getattr(func, "close", None)
-            if callable(close):
+                self.folder.keep_scores(kept, rewards, columns)
+            if callable(close := getattr(func, "close", None)):
                 close()
         if reused and self.progress:
             tqdm.write(f"{reused} columns of scores are those of an earlier run (--rescore computes them anew).")
-        return {
-            name: {
-                model: {reward: np.array(kept[name][model][reward], dtype=np.float64) for reward in self.rewards}
-                for model in self.models
-            }
-            for name in self.sets
-        }
+        scores: ModelScores = {name: {model: {} for model in self.models} for name in self.sets}
+        for name, model, reward in itertools.product(self.sets, self.models, rewards):
+            scores[name][model][reward] = np.array(kept[name][model][reward], dtype=np.float64)
+        return scores
 
     def _score_set(self, name: str, model: str, func: Callable, reward: str) -> list[float]:
         dataset, number = self.sets[name], self.options.num_images_per_prompt
         # Whole prompts: some rewards compare the images of one
         rows = max(1, _SCORED_TOGETHER // number)
         values: list[float] = []
-        with self._bar(len(dataset) * number, reward, model, name) as bar:
+        with self._bar(reward, model, name) as bar:
             for first in range(0, len(dataset), rows):
                 part = dataset.select(range(first, min(first + rows, len(dataset))))
                 indices = range(first * number, (first + len(part)) * number)
@@ -290,46 +247,38 @@ class ModelEvaluation:
                 bar.update(len(indices))
         return values
 
-    def _write(self, scores: ModelScores) -> Comparison:
+    def write(
+        self, scores: ModelScores, kinds: dict[str, list[str]], grid_prompts: int, page_megabytes: float
+    ) -> Comparison:
+        """Writes tables, grids and the page."""
         path, number = self.folder.path, self.options.num_images_per_prompt
-        names = self.scorer.names
-        kinds = {"proxy": names[: len(self.proxy)], "gold": names[len(self.proxy) :]}
         results = {
-            "model": self.model_path,
+            "model": self.models[BASE]["path"],
             "models": self.models,
             **kinds,
             "settings": asdict(self.options),
-            "sets": {
-                name: compare_scores(by_model, **kinds, num_images_per_prompt=number)
-                for name, by_model in scores.items()
-            },
+            "sets": {n: compare_scores(s, **kinds, num_images_per_prompt=number) for n, s in scores.items()},
             "votes": None,
             "versions": versions(),
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         }
-        prompts = {name: found.prompts for name, found in self.prompt_lists.items()}
+        prompts = {name: found.prompts for name, found in self.lists.items()}
         for name, texts in prompts.items():
             # By index, never by score; the first image of each
-            rows = evenly(len(texts), self.grid_prompts)
+            rows = evenly(len(texts), grid_prompts)
             comparison_grid(
                 [[self.folder.load(name, model, row * number) for model in self.models] for row in rows],
                 list(self.models),
                 [texts[row] for row in rows],
                 path=path / f"grid-{file_name(name)}.png",
             )
-        write_page(
-            path / PAGE,
-            self.folder,
-            results,
-            prompts=prompts,
-            scores=scores,
-            megabytes=self.page_megabytes,
-            progress=self.progress,
-        )
+        options = {"megabytes": page_megabytes, "progress": self.progress}
+        write_page(path / PAGE, self.folder, results, prompts=prompts, scores=scores, **options)
         write_json(path / RESULTS, results)
         (path / REPORT).write_text(markdown(results), encoding="utf-8")
         return Comparison(path, update_votes(path) or results, scores)
 
-    def _bar(self, total: int, what: str, model: str, name: str, initial: int = 0) -> tqdm:
+    def _bar(self, what: str, model: str, name: str, initial: int = 0) -> tqdm:
+        total = len(self.sets[name]) * self.options.num_images_per_prompt
         description = f"{what}: {model}" if len(self.sets) == 1 else f"{what}: {model}, {name}"
         return tqdm(total=total, initial=initial, desc=description, unit="image", disable=not self.progress)

@@ -5,8 +5,10 @@ import os
 import textwrap
 import traceback
 from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trl_flow.rewards.named import NAMED_REWARDS
 
@@ -14,7 +16,7 @@ from trl_flow.rewards.named import NAMED_REWARDS
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from trl_flow.evaluation.evaluate import Comparison
+    from trl_flow.evaluation.vote import VoteServer
 
 DESCRIPTION = """\
 Compare a base model and adapters: draw prompt sets with all of them from the same noise, as the trainer
@@ -83,45 +85,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
-    """
-    Checks what was asked for, loading the model if one is to draw.
-
-    Returns:
-        `Callable[[], None]`: does it.
-
-    Raises:
-        ValueError, ImportError, OSError: if something is wrong; nothing has been drawn or written.
-    """
+    """Checks what can be checked without a model, and returns what does the rest: it checks everything else before the
+    first image is drawn."""
     if isinstance(arguments.vote, str) and arguments.output_dir not in (None, arguments.vote):
         raise ValueError(f"--vote {arguments.vote} and --output_dir {arguments.output_dir} are two folders. Give one.")
     if arguments.vote is not None:
         _check_vote(arguments)
     if isinstance(arguments.vote, str) and arguments.model is None:
-        given = [name for name in ("adapters", "prompts", "proxy", "gold") if getattr(arguments, name)]
-        if given:
+        if given := [name for name in ("adapters", "prompts", "proxy", "gold") if getattr(arguments, name)]:
             raise ValueError(
                 f"--vote {arguments.vote} is a vote on what that folder holds, and --{given[0]} is for drawing. "
                 "Remove it, or give --model too."
             )
-        server = _vote_server(arguments, arguments.vote)
-        return lambda: _serve(server)
+        return _vote(arguments, arguments.vote)
     folder = arguments.output_dir or (arguments.vote if isinstance(arguments.vote, str) else "trl-flow-evaluation")
-    evaluation = _evaluation(arguments, folder)
+    evaluation = _evaluation(arguments)
 
     from trl_flow.rewards.checks import RewardError
 
     kept = f"The images and scores so far are in {folder}. The same command goes on from there."
 
     def run() -> None:
+        from trl_flow.evaluation.evaluate import PAGE, REPORT, RESULTS, evaluate_models
+
         try:
-            _report(evaluation.run())
+            comparison = evaluate_models(output_dir=folder, **evaluation)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(kept) from None
         except RewardError as error:
             _show_failure(error)
             raise ValueError(f"{error}\n{kept}") from error
+        print(f"\n{comparison.markdown}\nIn {folder}: {REPORT}, {RESULTS}, {PAGE} and the image grids.")
         if arguments.vote is not None:
-            _serve(_vote_server(arguments, folder))
+            _vote(arguments, folder)()
 
     return run
 
@@ -130,15 +126,15 @@ def _show_failure(error: Exception) -> None:
     """Where a reward function has failed, without what called it."""
     from trl_flow.rewards import scorer
 
-    cause = error.__cause__
-    if cause is not None:
+    if cause := error.__cause__:
         step = cause.__traceback__
         while step is not None and step.tb_frame.f_code.co_filename == scorer.__file__:
             step = step.tb_next
         traceback.print_exception(type(cause), cause, step)
 
 
-def _evaluation(arguments: argparse.Namespace, folder: str):
+def _evaluation(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `evaluate_models`, but for the folder."""
     for name in ("model", "prompts"):
         if not getattr(arguments, name):
             raise ValueError(
@@ -147,6 +143,8 @@ def _evaluation(arguments: argparse.Namespace, folder: str):
     rewards = [*arguments.proxy, *arguments.gold]
     if twice := next((name for name in rewards if rewards.count(name) > 1), None):
         raise ValueError(f"the reward {twice} is named twice. It is either a proxy or gold.")
+    if arguments.limit is not None and arguments.limit < 1:
+        raise ValueError(f"limit is {arguments.limit}, but must be at least 1.")
     import diffusers
     import transformers
 
@@ -154,43 +152,20 @@ def _evaluation(arguments: argparse.Namespace, folder: str):
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.disable_progress_bar()
         library.set_verbosity_error()
-    from trl_flow.evaluation.evaluate import ModelEvaluation
     from trl_flow.evaluation.inputs import DrawingOptions
     from trl_flow.rewards.named import named_rewards
 
-    model = arguments.model
-    names = ("seed", "num_images_per_prompt", "negative_prompt", "batch_size", "dtype", "device")
-    options = {name: getattr(arguments, name) for name in names}
-    defaults = {"num_inference_steps": 40, "guidance_scale": 4.5}
+    model, options = arguments.model, {"num_inference_steps": 40, "guidance_scale": 4.5}
     if model in BUNDLED:
         from trl_flow.shapes import IMAGE_SIZE, pipeline_path
         from trl_flow.shapes.bundled import T5_TOKENS
 
-        model = pipeline_path()
-        defaults = {"num_inference_steps": 10, "guidance_scale": 2.0, "height": IMAGE_SIZE, "width": IMAGE_SIZE}
-        defaults["max_sequence_length"] = T5_TOKENS
-    for name in ("num_inference_steps", "guidance_scale", "height", "width", "max_sequence_length"):
-        given = getattr(arguments, name)
-        options[name] = defaults.get(name) if given is None else given
-    return ModelEvaluation(
-        model,
-        arguments.adapters,
-        prompts=_prompt_sets(arguments.prompts, arguments.limit),
-        output_dir=folder,
-        proxy=named_rewards(arguments.proxy, "proxy") if arguments.proxy else (),
-        gold=named_rewards(arguments.gold, "gold") if arguments.gold else (),
-        options=DrawingOptions(**options),
-        grid_prompts=arguments.grid_prompts,
-        page_megabytes=arguments.page_megabytes,
-        rescore=arguments.rescore,
-    )
-
-
-def _prompt_sets(specifications: list[str], limit: int | None) -> dict[str, "Dataset"]:
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}, but must be at least 1.")
+        model, options = pipeline_path(), {"num_inference_steps": 10, "guidance_scale": 2.0}
+        options |= {"height": IMAGE_SIZE, "width": IMAGE_SIZE, "max_sequence_length": T5_TOKENS}
+    given = {field.name: getattr(arguments, field.name) for field in fields(DrawingOptions)}
+    options |= {name: value for name, value in given.items() if value is not None}
     sets = {}
-    for specification in specifications:
+    for specification in arguments.prompts:
         name, equals, source = specification.partition("=")
         # A path may have an equals sign of its own
         if not equals or os.path.exists(specification) or "/" in name:
@@ -199,8 +174,16 @@ def _prompt_sets(specifications: list[str], limit: int | None) -> dict[str, "Dat
         if name in sets:
             raise ValueError(f"two prompt sets are called {name!r}. Name them: --prompts a={source} ...")
         dataset = _prompts(source)
-        sets[name] = dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
-    return sets
+        sets[name] = dataset.take(min(arguments.limit or len(dataset), len(dataset)))
+    return {
+        "model": model,
+        "adapters": arguments.adapters,
+        "prompts": sets,
+        "proxy": named_rewards(arguments.proxy, "proxy") if arguments.proxy else (),
+        "gold": named_rewards(arguments.gold, "gold") if arguments.gold else (),
+        "options": DrawingOptions(**options),
+        **{name: getattr(arguments, name) for name in ("grid_prompts", "page_megabytes", "rescore")},
+    }
 
 
 def _prompts(source: str) -> "Dataset":
@@ -213,10 +196,9 @@ def _prompts(source: str) -> "Dataset":
     try:
         return load_prompts(source, "test")
     except UnknownSplitError as error:
-        # A file is all of one split
-        if len(error.splits) != 1:
+        if len(error.splits) > 1:
             raise
-        return load_prompts(source, error.splits[0])
+        return load_prompts(source, error.splits[0])  # a file is all of one split
 
 
 def _check_vote(arguments: argparse.Namespace) -> None:
@@ -233,27 +215,21 @@ def _check_vote(arguments: argparse.Namespace) -> None:
             raise ValueError(f"a vote compares two models or more of {', '.join(names)}, but is asked for {wanted}.")
 
 
-def _vote_server(arguments: argparse.Namespace, folder: str):
+def _vote(arguments: argparse.Namespace, folder: str) -> Callable[[], None]:
+    """Opens a vote; what is returned serves it."""
     from trl_flow.evaluation.vote import VoteServer
 
-    return VoteServer(
-        folder,
-        models=arguments.vote_models,
-        pairs=arguments.vote_pairs,
-        seed=arguments.vote_seed,
-        port=arguments.port,
-    )
+    models, pairs = arguments.vote_models, arguments.vote_pairs
+    server = VoteServer(folder, models=models, pairs=pairs, seed=arguments.vote_seed, port=arguments.port)
+    return partial(_serve, server)
 
 
-def _serve(server) -> None:
+def _serve(server: "VoteServer") -> None:
     from trl_flow.evaluation.tables import vote_markdown
     from trl_flow.evaluation.vote_results import BARS, vote_results
 
-    print(
-        f"\n{len(server.pairs)} pairs to vote on: open {server.url} in a browser on this machine. Ctrl-C ends the "
-        "vote.",
-        flush=True,
-    )
+    hint = f"open {server.url} in a browser on this machine. Ctrl-C ends the vote."
+    print(f"\n{len(server.pairs)} pairs to vote on: {hint}", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:
@@ -264,9 +240,3 @@ def _serve(server) -> None:
     print("Nobody has voted." if results is None else f"\n{vote_markdown(results)}")
     if results is not None and (server.folder.path / BARS).is_file():
         print(f"\nIn {server.folder.path}: results.md, results.json and {BARS}.")
-
-
-def _report(comparison: "Comparison") -> None:
-    from trl_flow.evaluation.evaluate import PAGE, REPORT, RESULTS
-
-    print(f"\n{comparison.markdown}\nIn {comparison.folder}: {REPORT}, {RESULTS}, {PAGE} and the image grids.")

@@ -10,13 +10,7 @@ from trl_flow.evaluation.intervals import paired_prompt_means, standard_error
 
 
 class BaseMeanError(ValueError):
-    """
-    A gold function's mean over the base model's images cannot be divided by.
-
-    Attributes:
-        name (`str`): the function.
-        mean (`float`): 0 or less.
-    """
+    """The mean of a gold function (`name`) over the base model's images (`mean`, 0 or less) cannot be divided by."""
 
     def __init__(self, name: str, mean: float):
         super().__init__(
@@ -92,50 +86,33 @@ def gold_score(
         if len(before) == 0:
             raise ValueError(f"There are no scores by {name!r}.")
         present = ~np.isnan(before)
-        if not present.any():
-            means[name] = relative[name] = math.nan
-            contributions.append(np.full(len(before), math.nan))
-            continue
-        check_base(name, before)
-        mean_before, mean_after = before[present].mean(), after[present].mean()
-        ratio = mean_after / mean_before
-        means[name], relative[name] = float(mean_after), float(ratio)
-        # A mean over some of the prompts: those count for more, the others for nothing
-        share = present.mean()
-        contributions.append(np.where(present, (after - ratio * before) / (mean_before * share), 0.0))
-    applies = [not math.isnan(ratio) for ratio in relative.values()]
-    if not any(applies):
-        return GoldScore(means, relative, math.nan, np.full(len(contributions[0]), math.nan))
-    average = float(np.nanmean(list(relative.values())))
-    return GoldScore(means, relative, average, np.mean(np.array(contributions)[applies], axis=0))
+        means[name] = relative[name] = math.nan
+        if present.any():
+            check_base(name, before)
+            mean_before, mean_after = before[present].mean(), after[present].mean()
+            ratio = mean_after / mean_before
+            means[name], relative[name] = float(mean_after), float(ratio)
+            # A mean over some of the prompts: those count for more, the others for nothing
+            scale = mean_before * present.mean()
+            contributions.append(np.where(present, (after - ratio * before) / scale, 0.0))
+    if not contributions:
+        return GoldScore(means, relative, math.nan, np.full(len(before), math.nan))
+    return GoldScore(means, relative, float(np.nanmean(list(relative.values()))), np.mean(contributions, axis=0))
 
 
 def gold_difference(before: GoldScore, after: GoldScore) -> tuple[float, float]:
     """
-    How the gold score changed between two evaluations of the same prompts and seeds.
-
-    Returns:
-        `tuple[float, float]`: `after.average - before.average` and the standard error of this difference, paired over
-        the prompts; the error of a single prompt is NaN.
-
-    Raises:
-        ValueError: if the two have different numbers of prompts.
+    How the gold score changed between two evaluations of the same prompts and seeds: the difference of the averages,
+    `after` less `before`, and its standard error, paired over the prompts; NaN for a single prompt.
     """
     if before.influence.shape != after.influence.shape:
-        raise ValueError(
-            f"The gold scores are of {len(before.influence)} and of {len(after.influence)} prompts, but must be of "
-            "the same ones."
-        )
+        numbers = f"{len(before.influence)} and of {len(after.influence)}"
+        raise ValueError(f"The gold scores are of {numbers} prompts, but must be of the same ones.")
     return after.average - before.average, standard_error(after.influence - before.influence)
 
 
 def check_base(name: str, base: Sequence[float] | np.ndarray) -> None:
-    """
-    Refuses a base model's scores whose mean, NaN left out, could not be divided by.
-
-    Raises:
-        BaseMeanError: if it is not positive.
-    """
+    """Refuses ([`BaseMeanError`]) a base model's scores whose mean, NaN left out, could not be divided by."""
     base = np.asarray(base, dtype=np.float64)
     mean = float(np.nanmean(base)) if not np.isnan(base).all() else math.nan
     if mean <= 0:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
 # Images below this many pixels a side are enlarged: in a 32-pixel cell nobody sees anything, or reads a caption
@@ -49,18 +49,13 @@ def evenly(total: int, number: int) -> list[int]:
     return [i * total // number for i in range(number)]
 
 
-def _factor(images: Sequence[Image.Image], upscale: int | None) -> int:
+def _enlarged(images: Sequence[Image.Image], upscale: int | None) -> list[Image.Image]:
     if upscale is None:
-        return max(1, math.ceil(_SMALLEST_SIDE / max(max(image.size) for image in images)))
+        upscale = max(1, math.ceil(_SMALLEST_SIDE / max(max(image.size) for image in images)))
     if upscale < 1:
         raise ValueError(f"upscale is {upscale}, but must be a whole number of at least 1, or None.")
-    return upscale
-
-
-def _enlarged(image: Image.Image, factor: int) -> Image.Image:
-    image = image.convert("RGB")
     # Nearest neighbor shows the pixels that the model drew, and no others
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    return [ImageOps.scale(image.convert("RGB"), upscale, Image.Resampling.NEAREST) for image in images]
 
 
 def _write(grid: Image.Image, path: str | os.PathLike | None) -> Image.Image:
@@ -101,8 +96,7 @@ def image_grid(
     if columns is not None and columns < 1:
         raise ValueError(f"columns is {columns}, but must be at least 1, or None.")
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
-    factor = _factor(images, upscale)
-    images = [_enlarged(image, factor) for image in images]
+    images = _enlarged(images, upscale)
     width, height = max(image.width for image in images), max(image.height for image in images)
     texts = [_wrap(str(caption), width) for caption in captions] if captions is not None else [[]] * len(images)
 
@@ -136,31 +130,22 @@ def before_after_grid(
         before, after (`Sequence[PIL.Image.Image]`): images of the same prompts, in the same order.
         captions (`Sequence[str]`): the prompts.
         scores (`Sequence[tuple[float, float]]`, *optional*): score before and after of each, shown with the prompt.
-        path (`str` or `os.PathLike`, *optional*): file to write as well; its folder is made if need be.
-        upscale (`int`, *optional*): as for `image_grid`.
+        path, upscale: as for [`image_grid`].
         columns (`int`): pairs in a row.
-
-    Raises:
-        ValueError: if there is no pair, the numbers of images, captions and scores differ, or `columns` or `upscale`
-            is below 1.
     """
-    if not len(before) == len(after) == len(captions) or (scores is not None and len(scores) != len(before)):
-        raise ValueError(
-            f"There are {len(before)} images before, {len(after)} after, {len(captions)} captions"
-            + (f" and {len(scores)} scores" if scores is not None else "")
-            + ". Give one of each for each prompt."
-        )
-    if len(before) == 0:
-        raise ValueError("before is empty: there is nothing to compare.")
-    factor = _factor([*before, *after], upscale)
+    lengths = [len(part) for part in (before, after, captions, scores) if part is not None]
+    if len(before) == 0 or len(set(lengths)) > 1:
+        counts = f"{len(before)} images before, {len(after)} after, {len(captions)} captions"
+        counts += "" if scores is None else f" and {len(scores)} scores"
+        raise ValueError(f"There are {counts}. Give one of each for each prompt, and at least one.")
+    enlarged = _enlarged([*before, *after], upscale)
     pairs = []
-    for first, second in zip(before, after, strict=True):
-        first, second = _enlarged(first, factor), _enlarged(second, factor)
+    for first, second in zip(enlarged[: len(before)], enlarged[len(before) :], strict=True):
         size = (first.width + _MARGIN + second.width, _LINE_HEIGHT + max(first.height, second.height))
         pair = Image.new("RGB", size, _PAPER)
         draw = ImageDraw.Draw(pair)
         for name, image, left in (("before", first, 0), ("after", second, first.width + _MARGIN)):
-            draw.text((left, 0), name, fill=_INK, font=_font())
+            _write_lines(draw, [name], left, 0)
             pair.paste(image, (left, _LINE_HEIGHT))
         pairs.append(pair)
     if scores is not None:
@@ -180,23 +165,17 @@ def comparison_grid(
 
     Args:
         rows (`Sequence[Sequence[PIL.Image.Image]]`): the models' images of each prompt.
-        columns (`Sequence[str]`): the models' names.
-        captions (`Sequence[str]`): the prompts; what is beyond three lines is cut, with an ellipsis.
-        path (`str` or `os.PathLike`, *optional*): file to write as well; its folder is made if need be.
+        columns, captions (`Sequence[str]`): the models' names, and the prompts; what is beyond three lines is cut.
+        path: as for [`image_grid`].
         cell (`int`): longest side of an image in the grid, in pixels. Larger ones are reduced to it, and smaller ones
             enlarged by a whole factor, by nearest neighbor.
-
-    Raises:
-        ValueError: if there is no image, or the numbers of rows, columns and captions do not fit, or `cell` is
-            below 1.
     """
-    if not rows or not columns or len(captions) != len(rows) or any(len(row) != len(columns) for row in rows):
+    is_full = rows and columns and all(len(row) == len(columns) for row in rows)
+    if not is_full or len(captions) != len(rows) or cell < 1:
         raise ValueError(
-            f"There are rows of {[len(row) for row in rows][:10]} images, {len(columns)} columns and "
-            f"{len(captions)} captions. Give one image for each column in every row, and a caption for each row."
+            f"There are rows of {[len(row) for row in rows][:10]} images, {len(columns)} columns, {len(captions)} "
+            f"captions and a cell of {cell} pixels. Give an image for each column in every row, and all captions."
         )
-    if cell < 1:
-        raise ValueError(f"cell is {cell}, but must be at least 1 pixel.")
     cells = [[_fitted(image, cell) for image in row] for row in rows]
     width = max(image.width for row in cells for image in row)
     total = len(columns) * (width + _MARGIN) + _MARGIN
@@ -220,6 +199,5 @@ def comparison_grid(
 def _fitted(image: Image.Image, side: int) -> Image.Image:
     longest = max(image.size)
     if longest <= side:
-        return _enlarged(image, side // longest)
-    size = (max(1, round(image.width * side / longest)), max(1, round(image.height * side / longest)))
-    return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+        return _enlarged([image], side // longest)[0]
+    return ImageOps.contain(image.convert("RGB"), (side, side), Image.Resampling.LANCZOS)

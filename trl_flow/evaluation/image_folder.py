@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,7 @@ ScoreLists = dict[str, dict[str, dict[str, list[float | None]]]]
 
 @dataclass(frozen=True)
 class PromptList:
-    """
-    The prompts of one set, as a folder remembers them.
-
-    Attributes:
-        prompts (`list[str]`): `P` prompts.
-        fingerprint (`str`): of all that is drawn from: the prompts and, where images are edited, those.
-    """
+    """The prompts of one set, and a fingerprint of all that is drawn from: them and the images to be edited."""
 
     prompts: list[str]
     fingerprint: str
@@ -45,14 +39,11 @@ class PromptList:
 
 class ImageFolder:
     """
-    A folder of images that several models drew of the same prompts from the same noise.
+    A folder of images that several models drew of the same prompts from the same noise, made by the first `claim`.
 
     `images/{set}/{model}/{index}.png` are the images, `settings.json` says what they are of, and `scores.json` holds
     the scores that were computed. An image's index is `prompt * K + number`. All methods raise `ValueError` if a file
     of the folder is damaged.
-
-    Args:
-        path (`str` or `os.PathLike`): the folder.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -62,13 +53,8 @@ class ImageFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """
-        Keeps other processes from writing here, where the system can (Windows cannot). The lock ends with the
-        process, however that ends.
-
-        Raises:
-            ValueError: if another process has it, or the folder cannot be written.
-        """
+        """Keeps other processes from writing here, where the system can (Windows cannot). The lock ends with the
+        process, however that ends. `ValueError` if another process has it, or the folder cannot be written."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = open(self.path / _LOCK, "w")
@@ -79,10 +65,7 @@ class ImageFolder:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError as error:
-                    raise ValueError(
-                        f"another process is evaluating into {self.path}. Wait until it has ended, or choose another "
-                        "folder."
-                    ) from error
+                    raise ValueError(f"another process is evaluating into {self.path}. Wait until it ends.") from error
                 except OSError:  # not all file systems have locks
                     pass
             yield
@@ -99,14 +82,9 @@ class ImageFolder:
         Makes the folder this evaluation's, or goes on with an earlier one of the same settings. Models and prompt sets
         may be added to those that are there. Settings by which nothing was drawn bind nobody.
 
-        Args:
-            settings (`Mapping`): everything that decides what is drawn, besides the models and the prompts.
-            models (`Mapping`): by name their `path` and `fingerprint`.
-            sets (`Mapping[str, PromptList]`): prompts by the name of their set.
-            write (`bool`): `False` only asks whether that would be possible.
-
-        Raises:
-            ValueError: if the folder cannot be written, holds other files, or was drawn with other settings.
+        `settings` are everything that decides what is drawn besides `models` (`path` and `fingerprint` by name) and
+        prompts. `ValueError` if the folder cannot be written, holds other files, or was drawn with other settings;
+        without `write` that is only asked.
         """
         earlier = None
         if self.path.exists() and not self.path.is_dir():
@@ -127,24 +105,15 @@ class ImageFolder:
         existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         if not os.access(existing, os.W_OK | os.X_OK):
             raise ValueError(f"output_dir {self.path} cannot be written: this user may not write to {existing}.")
-        if not write:
-            return
-        content = earlier or {"settings": dict(settings), "models": {}, "sets": {}}
-        content["models"] |= {name: dict(model) for name, model in models.items()}
-        content["sets"] |= {n: {"fingerprint": s.fingerprint, "prompts": s.prompts} for n, s in sets.items()}
-        try:
+        if write:
+            content = earlier or {"settings": dict(settings), "models": {}, "sets": {}}
+            content["models"] |= models
+            content["sets"] |= {name: asdict(prompts) for name, prompts in sets.items()}
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / SETTINGS, content)
-        except OSError as error:
-            raise ValueError(f"output_dir {self.path} cannot be written: {error}.") from error
 
     def settings(self) -> dict[str, Any]:
-        """
-        What `claim` wrote: `settings`, `models` and `sets`.
-
-        Raises:
-            ValueError: if the folder is no evaluation's.
-        """
+        """What `claim` wrote: `settings`, `models` and `sets`; `ValueError` if the folder is no evaluation's."""
         if not (self.path / SETTINGS).is_file():
             raise ValueError(
                 f"{self.path} is no evaluation's folder: it has no {SETTINGS}. Draw one first: trl-flow evaluate "
@@ -183,32 +152,24 @@ class ImageFolder:
     # ---- scores ----
 
     def scores(self, rewards: Mapping[str, str], columns: Mapping[str, str]) -> ScoreLists:
-        """
-        The scores that may be used again.
-
-        Args:
-            rewards (`Mapping[str, str]`): what computes each reward. Scores that something else of the same name has
-                computed are left out; those of rewards that are not named here are not.
-            columns (`Mapping[str, str]`): fingerprints of what the rewards are told of each set besides the prompts.
-                Scores of a set of the same name that was told otherwise are left out.
-        """
+        """The scores that may be used again: but for those of rewards that something else of the same name has
+        computed (`rewards` says what computes each; others stay), and those of sets whose fingerprint (in `columns`:
+        of what rewards are told besides the prompts) was another."""
         content = self._score_file()
         others = {name for name, what in rewards.items() if content["rewards"].get(name) != what}
         sets = {name for name, what in columns.items() if content["columns"].get(name) != what}
-        return {
-            name: {
-                model: {reward: values for reward, values in by_reward.items() if reward not in others}
-                for model, by_reward in by_model.items()
-            }
-            for name, by_model in content["scores"].items()
-            if name not in sets
-        }
+        kept = {name: by_model for name, by_model in content["scores"].items() if name not in sets}
+        for by_model in kept.values():
+            for by_reward in by_model.values():
+                for reward in others & by_reward.keys():
+                    del by_reward[reward]
+        return kept
 
     def keep_scores(self, scores: ScoreLists, rewards: Mapping[str, str], columns: Mapping[str, str]) -> None:
         """Replaces all scores. `rewards` and `columns` are as for `scores`; what is known of others stays."""
         earlier = self._score_file()
-        content = {"rewards": earlier["rewards"] | dict(rewards), "columns": earlier["columns"] | dict(columns)}
-        write_json(self.path / SCORES, content | {"scores": scores})
+        content = {"rewards": earlier["rewards"] | rewards, "columns": earlier["columns"] | columns, "scores": scores}
+        write_json(self.path / SCORES, content)
 
     def _score_file(self) -> dict[str, Any]:
         empty = {"rewards": {}, "columns": {}, "scores": {}}
@@ -216,10 +177,8 @@ class ImageFolder:
 
 
 def file_name(name: str) -> str:
-    """
-    `name` as that of one file: itself where it is harmless on every system, else what is left of it with a hash, so
-    that different names stay different.
-    """
+    """`name` as that of one file: itself where it is harmless on every system, else what is left of it with a hash, so
+    that different names stay different."""
     if _SAFE.fullmatch(name):
         return name
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
@@ -233,23 +192,17 @@ def _differences(
     sets: Mapping[str, PromptList],
 ) -> list[str]:
     """What an earlier evaluation did otherwise, in words."""
-    old = earlier["settings"]
     # As JSON, in which a tuple is a list
-    new = json.loads(json.dumps(dict(settings)))
-    found = [
-        f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
-        for name in dict.fromkeys([*old, *new])
-        if old.get(name) != new.get(name)
-    ]
+    old, new = earlier["settings"], json.loads(json.dumps(dict(settings)))
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    found = [f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in names]
     for name, model in models.items():
-        before = earlier["models"].get(name)
-        if before is not None and before["fingerprint"] != model["fingerprint"]:
+        before = earlier["models"].get(name, model)
+        if before["fingerprint"] != model["fingerprint"]:
             found.append(f"{name!r} was {before['path']}, and {model['path']} has other weights")
     for name, prompts in sets.items():
-        before = earlier["sets"].get(name)
-        if before is not None and before["fingerprint"] != prompts.fingerprint:
-            found.append(
-                f"the prompt set {name!r} had other prompts ({len(before['prompts'])} then, {len(prompts.prompts)} in "
-                "this evaluation)"
-            )
+        before = earlier["sets"].get(name, asdict(prompts))
+        if before["fingerprint"] != prompts.fingerprint:
+            counts = f"{len(before['prompts'])} then, {len(prompts.prompts)} in this evaluation"
+            found.append(f"the prompt set {name!r} had other prompts ({counts})")
     return found

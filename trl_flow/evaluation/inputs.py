@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -56,21 +55,14 @@ class DrawingOptions:
 
 
 def prompt_sets(prompts: Dataset | Mapping[str, Dataset]) -> dict[str, Dataset]:
-    """
-    Prompt sets by name.
-
-    Raises:
-        ValueError: if there is none, or one has no prompts.
-    """
+    """Prompt sets by name; `ValueError` if there is none, or one has no prompts."""
     sets = dict(prompts) if isinstance(prompts, Mapping) else {"prompts": prompts}
     if not sets:
         raise ValueError("there are no prompts: give at least one prompt set.")
     for name, dataset in sets.items():
         if not isinstance(dataset, Dataset):
-            raise ValueError(
-                f"the prompt set {name!r} is a {type(dataset).__name__}, but must be a datasets.Dataset with a column "
-                "`prompt`, such as Dataset.from_dict({'prompt': [...]})."
-            )
+            kind = type(dataset).__name__
+            raise ValueError(f"the prompt set {name!r} is a {kind}, but must be a datasets.Dataset.")
         if "prompt" not in dataset.column_names:
             raise ValueError(f"the prompt set {name!r} has no column `prompt`, only {dataset.column_names}.")
         if len(dataset) == 0:
@@ -85,9 +77,8 @@ def check_images_to_edit(sets: Mapping[str, Dataset], backbone: Backbone) -> Non
     """Raises `ValueError` if the pipeline edits images, and a set has none or one that does not fit."""
     for name, dataset in sets.items() if backbone.takes_image else ():
         if "image" not in dataset.column_names:
-            raise ValueError(
-                f"{type(backbone.pipeline).__name__} edits images, but the prompt set {name!r} has no column image."
-            )
+            family = type(backbone.pipeline).__name__
+            raise ValueError(f"{family} edits images, but the prompt set {name!r} has no column image.")
         for row, image in enumerate(dataset["image"]):
             try:
                 backbone.check_image_size(image.height, image.width)
@@ -98,12 +89,8 @@ def check_images_to_edit(sets: Mapping[str, Dataset], backbone: Backbone) -> Non
 def loaded_backbone(
     model: str | os.PathLike | DiffusionPipeline, options: DrawingOptions, backbone: Backbone | None
 ) -> tuple[Backbone, DrawingOptions]:
-    """
-    The backbone, with its pipeline loaded, and the options with everything that these two have decided.
-
-    Raises:
-        ValueError: if there is no such model, its family is not supported, or it cannot draw with these options.
-    """
+    """The backbone, with its pipeline loaded, and the options with everything that these two have decided.
+    `ValueError` if there is no such model, its family is not supported, or it cannot draw with these options."""
     if backbone is not None and backbone.pipeline is not model:
         raise ValueError("backbone was made for another pipeline than model. Pass model=backbone.pipeline.")
     if isinstance(model, str | os.PathLike):
@@ -136,11 +123,10 @@ def _loaded(path: str, options: DrawingOptions) -> DiffusionPipeline:
         )
     try:
         pipeline = DiffusionPipeline.from_pretrained(path, dtype=getattr(torch, dtype))
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, ImportError) as error:
         raise ValueError(
-            f"the model {path!r} could not be loaded as a diffusers pipeline: {str(error).rstrip(' .')}. Give a hub "
-            "id such as 'stabilityai/stable-diffusion-3.5-medium' (log in with `hf auth login` if it is gated) or a "
-            "folder."
+            f"the model {path!r} could not be loaded as a diffusers pipeline: {str(error).rstrip(' .')}. Give a "
+            "folder or a hub id (log in with `hf auth login` if it is gated)."
         ) from error
     try:
         return pipeline.to(device)
@@ -170,11 +156,9 @@ def columns_fingerprint(dataset: Dataset) -> str:
 def computed_by(func: Callable) -> str:
     """What a reward is computed by: where it is defined and, of an object, the plain values among its attributes."""
     if isinstance(func, functools.partial):
-        return f"{computed_by(func.func)} with {_plain(func.keywords)}"
-    defined = func if hasattr(func, "__qualname__") else type(func)
-    return f"{defined.__module__}.{defined.__qualname__} {_plain(getattr(func, '__dict__', {}))}"
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    simple = str | int | float | bool | None
-    return {n: v for n, v in sorted(values.items()) if not n.startswith("_") and isinstance(v, simple)}
+        name, values = f"{computed_by(func.func)} with", func.keywords
+    else:
+        defined = func if hasattr(func, "__qualname__") else type(func)
+        name, values = f"{defined.__module__}.{defined.__qualname__}", getattr(func, "__dict__", {})
+    plain = str | int | float | bool | None
+    return f"{name} { {n: v for n, v in sorted(values.items()) if not n.startswith('_') and isinstance(v, plain)} }"

@@ -1,8 +1,8 @@
 """Confidence intervals of means and of shares."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from scipy.special import ndtri, stdtrit
@@ -14,15 +14,7 @@ _QUANTILE = (1 + CONFIDENCE) / 2
 
 @dataclass(frozen=True)
 class Interval:
-    """
-    A mean with its confidence interval.
-
-    Attributes:
-        mean (`float`): mean over prompts; NaN if the score applies to none.
-        low, high (`float`): ends of the interval; NaN for fewer than two prompts.
-        standard_error (`float`): of the mean; NaN for fewer than two prompts.
-        num_prompts (`int`): prompts that entered.
-    """
+    """A mean over prompts with its confidence interval; NaN where fewer than two (for `mean`: no) prompts entered."""
 
     mean: float
     low: float
@@ -32,13 +24,17 @@ class Interval:
 
     def to_dict(self) -> dict[str, float | int | None]:
         """For JSON; what is not finite becomes `None`."""
-        values = {"mean": self.mean, "low": self.low, "high": self.high, "standard_error": self.standard_error}
-        return {name: finite(value) for name, value in values.items()} | {"num_prompts": self.num_prompts}
+        return finite_values(asdict(self))
 
 
 def finite(value: float) -> float | None:
     """For JSON: `None` in place of NaN and infinity."""
     return float(value) if math.isfinite(value) else None
+
+
+def finite_values(values: Mapping[str, float | int]) -> dict[str, float | int | None]:
+    """[`finite`] of each float."""
+    return {name: value if isinstance(value, int) else finite(value) for name, value in values.items()}
 
 
 def mean_interval(scores: Sequence[float] | np.ndarray, *, num_images_per_prompt: int = 1) -> Interval:
@@ -47,16 +43,9 @@ def mean_interval(scores: Sequence[float] | np.ndarray, *, num_images_per_prompt
 
     $$\bar x \pm t_{0.975,\,n-1} \, \frac{s}{\sqrt n}$$
 
-    of the `n` prompts' means $x$ with unbiased standard deviation $s$. Images of one prompt are averaged first, as
-    they are no independent samples.
-
-    Args:
-        scores (`Sequence[float]`): `(N,)`, the images of one prompt next to each other. NaN (the score does not
-            apply) is left out, and so is a prompt that has nothing else.
-        num_images_per_prompt (`int`): `K`, a divisor of `N`.
-
-    Raises:
-        ValueError: if `num_images_per_prompt` does not fit.
+    of the `n` prompts' means $x$ with unbiased standard deviation $s$. Images of one prompt, which are next to each
+    other in the `(N,)` scores, are averaged first, as they are no independent samples. NaN (the score does not apply)
+    is left out, and so is a prompt that has nothing else.
     """
     means = prompt_means(scores, num_images_per_prompt)
     means = means[~np.isnan(means)]
@@ -77,12 +66,8 @@ def half_width(error: float, n: int) -> float:
 
 
 def prompt_means(scores: Sequence[float] | np.ndarray, num_images_per_prompt: int) -> np.ndarray:
-    """
-    The mean over each prompt's images, float64 `(P,)`; NaN for a prompt whose scores are all NaN.
-
-    Raises:
-        ValueError: if the scores are not `(N,)`, or `num_images_per_prompt` does not divide `N`.
-    """
+    """The mean over each prompt's images, float64 `(P,)`; NaN for a prompt whose scores are all NaN. `ValueError` if
+    the scores are not `(N,)` with `N` a multiple of `num_images_per_prompt`."""
     scores = np.asarray(scores, dtype=np.float64)
     if scores.ndim != 1 or num_images_per_prompt < 1 or len(scores) % num_images_per_prompt != 0:
         raise ValueError(
@@ -97,12 +82,7 @@ def prompt_means(scores: Sequence[float] | np.ndarray, num_images_per_prompt: in
 def paired_prompt_means(
     before: Sequence[float] | np.ndarray, after: Sequence[float] | np.ndarray, num_images_per_prompt: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """
-    [`prompt_means`] of both, over the images that have a score before and after.
-
-    Raises:
-        ValueError: if the shapes differ, are not `(N,)`, or do not fit `num_images_per_prompt`.
-    """
+    """[`prompt_means`] of both, which have one shape `(N,)`, over the images that have a score before and after."""
     before, after = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
     if before.shape != after.shape:
         raise ValueError(
@@ -122,10 +102,8 @@ def share_interval(share: float, n: int) -> tuple[float, float]:
 
     (scipy has it for whole numbers of cases only.)
 
-    Args:
-        share (`float`): in `[0, 1]`. It may be the mean of `n` numbers in `[0, 1]` instead of the share of `n` cases:
-            these spread less than cases of 0 and 1 do, so that the interval is too wide rather than too narrow.
-        n (`int`): at least 1.
+    `share` may be the mean of `n` (1 or more) numbers in `[0, 1]` instead of the share of `n` cases: these spread less
+    than cases of 0 and 1 do, so that the interval is too wide rather than too narrow.
     """
     z = float(ndtri(_QUANTILE))
     center = share + z**2 / (2 * n)

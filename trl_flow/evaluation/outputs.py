@@ -25,10 +25,8 @@ def versions() -> dict[str, str]:
 
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
-    """
-    A binary file to write, which gets the name `path` when it is complete and on disk. If that fails, whatever had
-    the name before stays.
-    """
+    """A binary file to write, which gets the name `path` when it is complete and on disk. If that fails, whatever had
+    the name before stays."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -43,24 +41,14 @@ def whole_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
 
 
 def write_json(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
-    """
-    Writes a JSON file whole or not at all.
-
-    Raises:
-        ValueError: if `content` has a number that JSON does not know (NaN, infinity).
-    """
+    """Writes a JSON file whole or not at all; `ValueError` for NaN and infinity, which JSON does not know."""
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with whole_file(path) as file:
         file.write(text.encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """
-    What `write_json` wrote.
-
-    Raises:
-        ValueError: if the file is damaged.
-    """
+    """What `write_json` wrote; `ValueError` if the file is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):

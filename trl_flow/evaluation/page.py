@@ -45,21 +45,10 @@ def write_page(
     """
     Writes a page that works offline and asks nothing of any server: style, program, scores and images are in it.
 
-    The images are copied as they are while they fit into `megabytes`. Else they are WebP copies, reduced as far as
-    needed but not below 256 pixels; if that is not enough, prompts are chosen evenly from each set. The page says what
-    was done.
-
-    Args:
-        path (`str` or `os.PathLike`): the HTML file.
-        folder ([`ImageFolder`]): the images.
-        results (`Mapping`): as in `results.json`.
-        prompts (`Mapping[str, Sequence[str]]`): the prompts of each set.
-        scores (`Mapping`): by set, model and reward, `(N,)`, NaN where a reward does not apply.
-        megabytes (`float`): of the images in the page, about.
-        progress (`bool`): show a progress bar.
-
-    Raises:
-        ValueError: if an image is missing or damaged.
+    The images are copied as they are while they fit into about `megabytes`. Else they are WebP copies, reduced as far
+    as needed but not below 256 pixels; if that is not enough, prompts are chosen evenly from each set. The page says
+    what was done. `results` are as in `results.json`, `prompts` those of each set, and `scores` `(N,)` by set, model
+    and reward, NaN where a reward does not apply. `OSError` or `ValueError` if an image is missing or damaged.
     """
     models = list(results["models"])
     number = results["settings"]["num_images_per_prompt"]
@@ -71,21 +60,17 @@ def write_page(
         encoded = pool.map(lambda image: _data_uri(folder, *image, side), wanted)
         bar = tqdm(encoded, total=len(wanted), desc="writing the page", unit="image", disable=not progress)
         uris = dict(zip(wanted, bar, strict=True))
-    sets = [
-        {
-            "name": name,
-            "number": number,
-            "total": len(prompts[name]),
-            "prompts": [prompts[name][row] for row in rows],
-            "indices": indices[name],
-            "images": {model: [uris[name, model, index] for index in indices[name]] for model in models},
-            "scores": {
-                model: {reward: [finite(values[i]) for i in indices[name]] for reward, values in by_reward.items()}
-                for model, by_reward in scores[name].items()
-            },
+    sets = []
+    for name, rows in shown.items():
+        own = indices[name]
+        content = {"name": name, "number": number, "total": len(prompts[name]), "indices": own}
+        content["prompts"] = [prompts[name][row] for row in rows]
+        content["images"] = {model: [uris[name, model, index] for index in own] for model in models}
+        content["scores"] = {
+            model: {reward: [finite(values[i]) for i in own] for reward, values in by_reward.items()}
+            for model, by_reward in scores[name].items()
         }
-        for name, rows in shown.items()
-    ]
+        sets.append(content)
     data = {
         "title": title(results),
         "models": models,
@@ -108,23 +93,16 @@ def script_json(data: Any) -> str:
 
 
 def with_policy(template: str, *sources: str) -> str:
+    """The page (with `__POLICY__`, one `<style>` and one `<script>`) with a policy that lets the browser run its own
+    style and script, known by their hashes, and nothing else. `sources` are further directives, as `"img-src data:"`.
     """
-    The page with a policy that lets the browser run its own style and script, known by their hashes, and nothing else.
-
-    Args:
-        template (`str`): a page with `__POLICY__`, one `<style>` and one `<script>`.
-        sources (`str`): further directives, such as `"img-src data:"`.
-    """
-    (style,) = re.findall(r"<style>(.*?)</style>", template, re.DOTALL)
-    (script,) = re.findall(r"<script>(.*?)</script>", template, re.DOTALL)
-    directives = ["default-src 'none'", f"style-src '{_hash(style)}'", f"script-src '{_hash(script)}'", *sources]
-    return template.replace(
-        "__POLICY__", html.escape("; ".join([*directives, "base-uri 'none'", "form-action 'none'"]))
-    )
-
-
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    directives = ["default-src 'none'"]
+    for name in ("style", "script"):
+        (text,) = re.findall(rf"<{name}>(.*?)</{name}>", template, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        directives.append(f"{name}-src 'sha256-{digest}'")
+    policy = "; ".join([*directives, *sources, "base-uri 'none'", "form-action 'none'"])
+    return template.replace("__POLICY__", html.escape(policy))
 
 
 def _plan(
@@ -151,11 +129,7 @@ def _plan(
 
 def _data_uri(folder: ImageFolder, name: str, model: str, index: int, side: int | None) -> str:
     if side is None:
-        path = folder.image_path(name, model, index)
-        try:
-            kind, content = "png", path.read_bytes()
-        except OSError as error:
-            raise ValueError(f"The image {path} cannot be read: {error}.") from error
+        kind, content = "png", folder.image_path(name, model, index).read_bytes()
     else:
         kind, content = "webp", _webp(folder.load(name, model, index), side)
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

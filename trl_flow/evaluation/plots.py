@@ -12,10 +12,11 @@ made if need be. They raise `ValueError` if a run has not logged what they show,
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -29,6 +30,7 @@ Runs = Run | Mapping[str, Run]
 # `rewards/{function}/mean` while training, `eval_…` or `eval_{data set}_…` in evaluations
 _MEAN = re.compile(r"(?:eval_(?:(?P<dataset>.+)_)?)?rewards/(?P<name>.+)/mean")
 _STEP = "sampling step (0: noisiest)"
+_POINTS = {"marker": "o", "markersize": 4}
 
 
 def reward_curves(log_history: Run, path: str | os.PathLike | None = None) -> Figure:
@@ -56,14 +58,11 @@ def reward_curves(log_history: Run, path: str | os.PathLike | None = None) -> Fi
                 axes.plot(steps, means, label=label, linestyle="--", linewidth=1, marker="o", markersize=5)
                 continue
             (line,) = axes.plot(steps, means, label=label, linewidth=1.5, marker="." if len(steps) < 30 else "")
-            steps, means, stds = _series(log_history, key, key.removesuffix("mean") + "std")
-            if steps:
-                low, high = zip(
-                    *((mean - std, mean + std) for mean, std in zip(means, stds, strict=True)), strict=True
-                )
+            steps, means, stds = map(np.array, _series(log_history, key, key.removesuffix("mean") + "std"))
+            if len(steps):
                 style = {"color": line.get_color(), "alpha": 0.15, "linewidth": 0}
-                axes.fill_between(steps, low, high, label="± 1 std of the images", **style)
-        _label(axes, title=name, x="update", y="reward", legend=True)
+                axes.fill_between(steps, means - stds, means + stds, label="± 1 std of the images", **style)
+        _label(axes, name, "update", "reward")
     return saved_figure(figure, path)
 
 
@@ -72,44 +71,35 @@ def ratio_distribution(runs: Runs, path: str | os.PathLike | None = None, *, las
     Mean and spread of the importance ratio at each trained step (GRPO-Guard, Figure 2): left the mean less 1, with
     bars of one standard deviation, right the standard deviation alone. Refused where all ratios are exactly 1.
     """
-    rows = _step_rows(runs, lambda row: row.ratio_std, last, "no importance ratios: nothing was trained yet")
+    rows = _step_rows(runs, "ratio_std", last, "no importance ratios: nothing was trained yet")
     _check_off_policy(rows)
     figure = new_figure(9.0, 3.6)
     mean, std = figure.subplots(1, 2)
-    for label, found, offset in _side_by_side(rows, 0.12):
+    for label, steps, found, offset in _side_by_side(rows, 0.12):
         stds = [row.ratio_std for row in found]
+        shifts = [row.ratio_mean - 1 for row in found]
         mean.errorbar(
-            [row.step + offset for row in found],
-            [row.ratio_mean - 1 for row in found],
-            yerr=stds,
-            label=label,
-            marker="o",
-            markersize=4,
-            linewidth=1.5,
-            elinewidth=0.8,
-            capsize=2,
+            steps + offset, shifts, yerr=stds, label=label, linewidth=1.5, elinewidth=0.8, **_POINTS, capsize=2
         )
-        std.plot([row.step for row in found], stds, label=_with_spread(label, stds), marker="o", markersize=4)
+        std.plot(steps, stds, label=_with_spread(label, stds), **_POINTS)
     mean.axhline(0, color="black", linewidth=0.8, linestyle=":")
     std.set_yscale("log")
-    _label(mean, title="importance ratio", x=_STEP, y="mean - 1, ± 1 std", legend=any(rows))
-    _label(std, title="its spread", x=_STEP, y="std", legend=True)
+    _label(mean, "importance ratio", _STEP, "mean - 1, ± 1 std")
+    _label(std, "its spread", _STEP, "std")
     return saved_figure(figure, path)
 
 
 def gradient_norms(runs: Runs, path: str | os.PathLike | None = None, *, last: int | None = None) -> Figure:
-    """
-    Mean norm of the policy gradient of each trained step (GRPO-Guard, Figure 3), with the largest over the smallest.
-    """
+    """Mean norm of each trained step's policy gradient (GRPO-Guard, Figure 3), with the largest over the smallest."""
     missing = "no gradient norms of single steps. Train with diagnostics_steps=1, or more to do it less often"
-    rows = _step_rows(runs, lambda row: row.grad_norm, last, missing)
+    rows = _step_rows(runs, "grad_norm", last, missing)
     figure = new_figure(5.6, 3.6)
     axes = figure.subplots()
     for label, found in rows.items():
         norms = [row.grad_norm for row in found]
-        axes.plot([row.step for row in found], norms, label=_with_spread(label, norms), marker="o", markersize=4)
+        axes.plot([row.step for row in found], norms, label=_with_spread(label, norms), **_POINTS)
     axes.set_yscale("log")
-    _label(axes, title="policy gradient", x=_STEP, y="norm", legend=True)
+    _label(axes, "policy gradient", _STEP, "norm")
     return saved_figure(figure, path)
 
 
@@ -118,40 +108,36 @@ def clip_shares(runs: Runs, path: str | os.PathLike | None = None, *, last: int 
     Share of importance ratios below and above the clip range at each trained step, whatever the advantage's sign
     (GRPO-Guard's supplement, Figure 4). Refused where all ratios are exactly 1.
     """
-    rows = _step_rows(runs, lambda row: row.clip_low, last, "no clip shares: nothing was trained yet")
+    rows = _step_rows(runs, "clip_low", last, "no clip shares: nothing was trained yet")
     _check_off_policy(rows)
     figure = new_figure(9.0, 3.6)
     low, high = figure.subplots(1, 2, sharey=True)
     width = 0.8 / len(rows)
-    for label, found, offset in _side_by_side(rows, width):
-        steps = [row.step + offset for row in found]
-        low.bar(steps, [row.clip_low for row in found], width, label=label)
-        high.bar(steps, [row.clip_high for row in found], width, label=label)
+    for label, steps, found, offset in _side_by_side(rows, width):
+        low.bar(steps + offset, [row.clip_low for row in found], width, label=label)
+        high.bar(steps + offset, [row.clip_high for row in found], width, label=label)
     low.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    for axes, title in ((low, "ratio below 1 - epsilon"), (high, "ratio above 1 + epsilon")):
-        _label(axes, title=title, x=_STEP, y="samples", legend=any(rows))
+    _label(low, "ratio below 1 - epsilon", _STEP, "samples")
+    _label(high, "ratio above 1 + epsilon", _STEP, "samples")
     return saved_figure(figure, path)
 
 
 def reward_std(runs: Runs, path: str | os.PathLike | None = None) -> Figure:
-    """The standard deviation of the rewards of a sampling phase, over training (VGPO, Figure 1), and its running
-    mean."""
+    """Standard deviation of a sampling phase's rewards, over training (VGPO, Figure 1), and its running mean."""
     figure = new_figure(5.6, 3.6)
     axes = figure.subplots()
-    histories = _histories(runs)
-    for label, history in histories.items():
+    for label, history in _histories(runs).items():
         steps, values = _series(history, "reward_std")
         if not steps:
             raise ValueError(_missing(label, "no reward_std: nothing was trained yet, or not by this trainer"))
         window = max(1, len(values) // 20)
-        if window == 1:
-            axes.plot(steps, values, linewidth=1.5, label=label)
-            continue
-        (line,) = axes.plot(steps, values, linewidth=0.8, alpha=0.35)
-        means = [sum(values[i : i + window]) / window for i in range(len(values) - window + 1)]
-        axes.plot(steps[window - 1 :], means, color=line.get_color(), linewidth=1.8, label=label)
+        means = np.convolve(values, np.full(window, 1 / window), mode="valid")
+        color = None
+        if window > 1:
+            color = axes.plot(steps, values, linewidth=0.8, alpha=0.35)[0].get_color()
+        axes.plot(steps[window - 1 :], means, color=color, linewidth=1.8, label=label)
     axes.set_ylim(bottom=0)
-    _label(axes, title="spread of rewards", x="update", y="reward std", legend=any(histories))
+    _label(axes, "spread of rewards", "update", "reward std")
     return saved_figure(figure, path)
 
 
@@ -163,12 +149,11 @@ def proxy_against_gold(runs: Runs, path: str | os.PathLike | None = None, *, eva
     """
     figure = new_figure(12.6, 3.8)
     proxy, gold, both = figure.subplots(1, 3)
-    histories = _histories(runs)
-    for label, history in histories.items():
+    for label, history in _histories(runs).items():
         prefix = _gold_prefix(history, eval_name, label)
         steps, rewards, averages = _series(history, f"{prefix}_reward", f"{prefix}_gold/average")
         error_of = dict(zip(*_series(history, f"{prefix}_gold/average_std_err"), strict=True))
-        style = {"label": label, "marker": "o", "markersize": 4, "linewidth": 1.3}
+        style = {"label": label, "linewidth": 1.3, **_POINTS}
         proxy.plot(steps, rewards, **style)
         errors = [error_of.get(step, 0.0) for step in steps]
         gold.errorbar(steps, averages, yerr=errors, elinewidth=0.8, capsize=2, **style)
@@ -177,25 +162,20 @@ def proxy_against_gold(runs: Runs, path: str | os.PathLike | None = None, *, eva
         both.plot(rewards[-1:], averages[-1:], marker="s", markersize=8, color=line.get_color(), linestyle="")
     for axes in (gold, both):
         axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
-    legend = any(histories)
-    _label(proxy, title="proxy (optimized)", x="update", y="evaluation reward", legend=legend)
-    _label(gold, title="gold (never optimized)", x="update", y="gold average, base model = 1", legend=legend)
-    _label(both, title="gold against proxy (square: last)", x="evaluation reward", y="gold average", legend=legend)
+    _label(proxy, "proxy (optimized)", "update", "evaluation reward")
+    _label(gold, "gold (never optimized)", "update", "gold average, base model = 1")
+    _label(both, "gold against proxy (square: last)", "evaluation reward", "gold average")
     both.xaxis.set_major_locator(MaxNLocator(6))
     return saved_figure(figure, path)
 
 
 def all_plots(run: Run, folder: str | os.PathLike | None = None) -> dict[str, Path]:
     """
-    Draws every figure that one run has logged the values for.
-
-    Args:
-        run: the run.
-        folder (`str` or `os.PathLike`, *optional*): where to write; default: `plots` in the run's folder.
+    Draws every figure that one run has logged the values for, into `folder` (`str` or `os.PathLike`; by default into
+    `plots` in the run's folder).
 
     Returns:
-        `dict[str, Path]`: the PNG file of each figure, by the name of its function; figures without values are left
-        out.
+        `dict[str, Path]`: the PNG file of each figure, by the name of its function.
 
     Raises:
         ValueError: if there is no log, or `folder` is missing and the run is not given by its folder.
@@ -221,42 +201,36 @@ def _histories(runs: Runs) -> dict[str, LogHistory]:
     """Logs by label; a single run has none."""
     if runs == {}:
         raise ValueError("There is no run to draw: the dictionary is empty.")
-    runs = runs if isinstance(runs, Mapping) else {"": runs}
-    return {label: read_log_history(run) for label, run in runs.items()}
+    return {label: read_log_history(run) for label, run in (runs if isinstance(runs, Mapping) else {"": runs}).items()}
 
 
-def _step_rows(
-    runs: Runs, value: Callable[[StepStatistics], float | None], last: int | None, missing: str
-) -> dict[str, list[StepStatistics]]:
+def _step_rows(runs: Runs, value: str, last: int | None, missing: str) -> dict[str, list[StepStatistics]]:
     """The statistics of the steps that have a value, by run; `ValueError` if a run has none."""
     rows = {}
     for label, history in _histories(runs).items():
-        rows[label] = [row for row in step_statistics(history, last=last) if value(row) is not None]
+        rows[label] = [row for row in step_statistics(history, last=last) if getattr(row, value) is not None]
         if not rows[label]:
             raise ValueError(_missing(label, missing))
     return rows
 
 
 def _check_off_policy(rows: dict[str, list[StepStatistics]]) -> None:
+    what = (
+        "importance ratios of exactly 1 only: each sampling phase serves a single update, and the ratio is 1 there by "
+        "definition. Train with steps_per_generation a multiple of gradient_accumulation_steps, or num_iterations "
+        "above 1"
+    )
     for label, found in rows.items():
         if not any(row.ratio_std for row in found):
-            raise ValueError(
-                _missing(
-                    label,
-                    "importance ratios of exactly 1 only: each sampling phase serves a single update, and the ratio "
-                    "is 1 there by definition. Train with steps_per_generation a multiple of "
-                    "gradient_accumulation_steps, or num_iterations above 1",
-                )
-            )
+            raise ValueError(_missing(label, what))
 
 
 def _gold_prefix(history: LogHistory, eval_name: str | None, label: str) -> str:
     suffix = "_gold/average"
     prefixes = dict.fromkeys(key.removesuffix(suffix) for entry in history for key in entry if key.endswith(suffix))
     if not prefixes:
-        raise ValueError(
-            _missing(label, "no gold scores. Train with eval_reward_funcs, an eval_dataset and eval_strategy='steps'")
-        )
+        what = "no gold scores. Train with eval_reward_funcs, an eval_dataset and eval_strategy='steps'"
+        raise ValueError(_missing(label, what))
     wanted = next(iter(prefixes)) if eval_name is None else f"eval_{eval_name}"
     if wanted not in prefixes:
         names = [prefix.removeprefix("eval").removeprefix("_") or "(without a name)" for prefix in prefixes]
@@ -277,9 +251,10 @@ def _series(log_history: LogHistory, *keys: str) -> list[list[float]]:
 # ---- Figures ----
 
 
-def _side_by_side(rows: dict[str, list], width: float) -> list[tuple[str, list, float]]:
-    """Label, rows and offset of each run, so that the bars of several do not hide each other."""
-    return [(label, found, width * (i - (len(rows) - 1) / 2)) for i, (label, found) in enumerate(rows.items())]
+def _side_by_side(rows: dict[str, list], width: float) -> Iterator[tuple[str, np.ndarray, list, float]]:
+    """Label, steps, rows and offset of each run, so that the bars of several do not hide each other."""
+    for i, (label, found) in enumerate(rows.items()):
+        yield label, np.array([row.step for row in found]), found, width * (i - (len(rows) - 1) / 2)
 
 
 def _with_spread(label: str, values: Sequence[float]) -> str:
@@ -303,9 +278,10 @@ def saved_figure(figure: Figure, path: str | os.PathLike | None) -> Figure:
     return figure
 
 
-def _label(axes: Axes, *, title: str, x: str, y: str, legend: bool) -> None:
+def _label(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set(title=title, xlabel=x, ylabel=y, axisbelow=True)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    if legend:
+    # The only run has no label
+    if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize="small")

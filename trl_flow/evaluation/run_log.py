@@ -27,14 +27,8 @@ _STEP_METRIC = re.compile(r"(ratio/mean|ratio/std|clip_ratio/low|clip_ratio/high
 
 def read_log_history(run: Run) -> LogHistory:
     """
-    The logs of a run, in order.
-
-    Args:
-        run (`str`, `os.PathLike` or `Sequence[Mapping]`): a run's `output_dir`, finished or running; a checkpoint's
-            folder; a `trainer_state.json` or `log_history.jsonl`; or `trainer.state.log_history` itself.
-
-    Raises:
-        ValueError: if there is no log in the folder, or the file is none.
+    The logs of a run, in order. It is a run's `output_dir`, finished or running; a checkpoint's folder; a
+    `trainer_state.json` or `log_history.jsonl`; or `trainer.state.log_history` itself. `ValueError` without a log.
     """
     if not isinstance(run, str | os.PathLike):
         return run
@@ -42,20 +36,15 @@ def read_log_history(run: Run) -> LogHistory:
     if path.is_dir():
         path = _newest_log(path)
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"The log {path} cannot be read: {error}.") from error
-    try:
-        text = content.decode("utf-8")
-        if path.suffix == ".jsonl":
-            lines = text.splitlines(keepends=True)
-            # The last line of a running training may be half written
-            logs = [json.loads(line) for line in lines if line.endswith("\n")]
-        else:
-            logs = json.loads(text)["log_history"]
+        text = path.read_text(encoding="utf-8")
+        # The last line of a running training may be half written
+        whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        logs = list(map(json.loads, whole)) if path.suffix == ".jsonl" else json.loads(text)["log_history"]
         if not isinstance(logs, list) or not all(isinstance(log, dict) and "step" in log for log in logs):
             raise TypeError("it is not a list of logs with a step each")
         return logs
+    except OSError as error:
+        raise ValueError(f"The log {path} cannot be read: {error}.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is no log of a training run ({type(error).__name__}: {error}). Give the run's output_dir, or the "
@@ -66,9 +55,9 @@ def read_log_history(run: Run) -> LogHistory:
 def _newest_log(folder: Path) -> Path:
     checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.rsplit("-", 1)[1].isdigit()]
     checkpoints.sort(key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
-    for path in [folder / LOG_NAME, *(parent / _STATE_NAME for parent in [folder, *checkpoints])]:
-        if path.is_file():
-            return path
+    paths = [folder / LOG_NAME, *(parent / _STATE_NAME for parent in [folder, *checkpoints])]
+    if found := next(filter(Path.is_file, paths), None):
+        return found
     raise ValueError(
         f"{folder} has no {LOG_NAME}, no {_STATE_NAME} and no checkpoint with one: nothing has been logged there yet, "
         "or it is not the output_dir of a training run."
@@ -78,15 +67,11 @@ def _newest_log(folder: Path) -> Path:
 @dataclass(frozen=True)
 class StepStatistics:
     """
-    What was logged of one trained step, over several logs; `None` where nothing was.
+    What was logged of one trained step over several logs; `None` where nothing was. `step` 0 is the noisiest.
 
-    Attributes:
-        step (`int`): index of the sampling step, 0 is the noisiest.
-        ratio_mean, ratio_std (`float`): mean and standard deviation of the importance ratio over all samples of all
-            the logs.
-        clip_low, clip_high (`float`): share of ratios below `1 - epsilon` and above `1 + epsilon_high`, whatever the
-            advantage's sign.
-        grad_norm (`float`): mean norm of the step's policy gradient.
+    Mean and standard deviation are those of the importance ratio over all samples of all the logs, `clip_low` and
+    `clip_high` the share of ratios below `1 - epsilon` and above `1 + epsilon_high`, whatever the advantage's sign,
+    and `grad_norm` is the mean norm of the step's policy gradient.
     """
 
     step: int
@@ -98,16 +83,8 @@ class StepStatistics:
 
 
 def step_statistics(log_history: LogHistory, *, last: int | None = None) -> list[StepStatistics]:
-    """
-    Means over logs for each trained step, in the steps' order; each log counts the same.
-
-    Args:
-        log_history (`Sequence[Mapping]`): the logs.
-        last (`int`, *optional*): only the latest so many logs with such values; default: all.
-
-    Raises:
-        ValueError: if `last` is below 1.
-    """
+    """Means over logs for each trained step, in the steps' order; each log counts the same. `last`, at least 1, takes
+    only the latest so many logs with such values."""
     if last is not None and last < 1:
         raise ValueError(f"last is {last}, but must be a number of logs, at least 1, or None for all.")
     logs = [found for found in map(_step_values, log_history) if found]
@@ -115,34 +92,24 @@ def step_statistics(log_history: LogHistory, *, last: int | None = None) -> list
     for found in logs if last is None else logs[-last:]:
         for (name, step), value in found.items():
             values[step][name].append(value)
-
-    def mean(numbers: Sequence[float]) -> float | None:
-        return sum(numbers) / len(numbers) if numbers else None
-
-    def spread(means: Sequence[float], stds: Sequence[float]) -> float | None:
-        if not stds or len(stds) != len(means):
-            return None
+    rows = []
+    for step, found in sorted(values.items()):
+        means, stds = found["ratio/mean"], found["ratio/std"]
         # Of all samples: the logs' own spreads, and that of their means
-        return math.sqrt(mean([std**2 for std in stds]) + statistics.pvariance(means))
+        is_known = stds and len(stds) == len(means)
+        spread = math.sqrt(_mean([std**2 for std in stds]) + statistics.pvariance(means)) if is_known else None
+        names = ("clip_ratio/low", "clip_ratio/high", "grad_norm")
+        rows.append(StepStatistics(step, _mean(means), spread, *(_mean(found[name]) for name in names)))
+    return rows
 
-    names = ("clip_ratio/low", "clip_ratio/high", "grad_norm")
-    return [
-        StepStatistics(
-            step,
-            mean(found["ratio/mean"]),
-            spread(found["ratio/mean"], found["ratio/std"]),
-            *(mean(found[name]) for name in names),
-        )
-        for step, found in sorted(values.items())
-    ]
+
+def _mean(numbers: Sequence[float]) -> float | None:
+    return sum(numbers) / len(numbers) if numbers else None
 
 
 def _step_values(log: Mapping[str, Any]) -> dict[tuple[str, int], float]:
-    found = {}
-    for key, value in log.items():
-        if (match := _STEP_METRIC.fullmatch(key)) and is_number(value):
-            found[match[1], int(match[2])] = value
-    return found
+    found = {_STEP_METRIC.fullmatch(key): value for key, value in log.items() if is_number(value)}
+    return {(match[1], int(match[2])): value for match, value in found.items() if match}
 
 
 def diagnostics_table(log_history: LogHistory) -> str | None:

@@ -8,7 +8,7 @@ import numpy as np
 from datasets import Dataset
 from PIL import Image
 
-from trl_flow.evaluation.intervals import finite, paired_prompt_means, standard_error
+from trl_flow.evaluation.intervals import finite_values, paired_prompt_means, standard_error
 from trl_flow.rewards.scorer import RewardScorer
 
 
@@ -49,13 +49,8 @@ def score_images(
 @dataclass(frozen=True)
 class PairedDifference:
     """
-    How a score changed between two models that drew the same prompts from the same seeds.
-
-    Attributes:
-        mean_before, mean_after (`float`): means over the prompts.
-        difference (`float`): mean of the differences, after minus before.
-        standard_error (`float`): of `difference`; NaN for a single prompt.
-        num_pairs (`int`): prompts that entered.
+    How a score changed between two models that drew the same prompts from the same seeds: means over the `num_pairs`
+    prompts that entered, the mean `difference`, after minus before, and its standard error; NaN for a single prompt.
     """
 
     mean_before: float
@@ -73,8 +68,7 @@ class PairedDifference:
 
     def to_dict(self) -> dict[str, float | int | None]:
         """For JSON: the attributes and `standard_errors`; what is not finite becomes `None`."""
-        values = asdict(self) | {"standard_errors": self.standard_errors}
-        return {name: value if isinstance(value, int) else finite(value) for name, value in values.items()}
+        return finite_values(asdict(self) | {"standard_errors": self.standard_errors})
 
 
 def paired_difference(
@@ -96,16 +90,10 @@ def paired_difference(
     Raises:
         ValueError: if the shapes differ or do not fit `num_images_per_prompt`, or no pair is left.
     """
-    mean_before, mean_after = paired_prompt_means(before, after, num_images_per_prompt)
-    present = ~np.isnan(mean_before)
-    if not present.any():
+    means = np.stack(paired_prompt_means(before, after, num_images_per_prompt))
+    mean_before, mean_after = means[:, ~np.isnan(means[0])]
+    if len(mean_before) == 0:
         raise ValueError("There is no pair of scores in which both are numbers.")
-    mean_before, mean_after = mean_before[present], mean_after[present]
     differences = mean_after - mean_before
-    return PairedDifference(
-        mean_before=float(mean_before.mean()),
-        mean_after=float(mean_after.mean()),
-        difference=float(differences.mean()),
-        standard_error=standard_error(differences),
-        num_pairs=len(differences),
-    )
+    means = (float(values.mean()) for values in (mean_before, mean_after, differences))
+    return PairedDifference(*means, standard_error(differences), len(differences))

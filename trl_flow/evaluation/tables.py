@@ -1,6 +1,7 @@
 """Results as tables: plain text for a terminal, Markdown for a report."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,30 +16,18 @@ INTERVALS = (
 
 
 def score_table(differences: Mapping[str, PairedDifference]) -> str:
-    """
-    Scores before and after as a table of plain text, one line for each.
-
-    `±` is one standard error of the paired difference, and the last column the difference in units of it.
-    """
+    """Scores before and after as a table of plain text, one line for each. `±` is one standard error of the paired
+    difference, and the last column the difference in units of it."""
     header = ("score", "before", "after", "difference", "in std. errors")
-    rows = [
-        (
-            name,
-            f"{d.mean_before:.3f}",
-            f"{d.mean_after:.3f}",
-            f"{d.difference:+.3f} ± {d.standard_error:.3f}",
-            "-" if math.isnan(d.standard_errors) else f"{d.standard_errors:+.1f}",
-        )
-        for name, d in differences.items()
-    ]
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-    def line(row: tuple[str, ...]) -> str:
-        first, *numbers = row
-        return "  ".join([first.ljust(widths[0]), *(n.rjust(w) for n, w in zip(numbers, widths[1:], strict=True))])
-
-    rule = "-" * len(line(header))
-    return "\n".join([line(header), rule, *(line(row) for row in rows)])
+    rows = [header]
+    for name, d in differences.items():
+        units = "-" if math.isnan(d.standard_errors) else f"{d.standard_errors:+.1f}"
+        difference = f"{d.difference:+.3f} ± {d.standard_error:.3f}"
+        rows.append((name, f"{d.mean_before:.3f}", f"{d.mean_after:.3f}", difference, units))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    form = "  ".join([f"{{:<{widths[0]}}}", *(f"{{:>{width}}}" for width in widths[1:])])
+    top, *lines = [form.format(*row) for row in rows]
+    return "\n".join([top, "-" * len(top), *lines])
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -55,18 +44,15 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def means_table(content: Mapping[str, Any]) -> str:
-    """
-    A prompt set's means in the form of GRPO-Guard's Table 1: models in rows; the optimized rewards (proxy) in
-    brackets, the gold rewards, and the average of the latter over the base model's.
-    """
+    """A prompt set's means in the form of GRPO-Guard's Table 1: models in rows; the optimized rewards (proxy) in
+    brackets, the gold rewards, and the average of the latter over the base model's."""
     proxy, gold = content["proxy"], content["gold_rewards"]
-    rewards = [*proxy, *gold]
     header = ["model", *(f"[{markdown_text(r)}]" for r in proxy), *(f"{markdown_text(r)}" for r in gold)]
     header += ["Average (base = 1)"] if gold else []
     rows = []
     for number, (model, means) in enumerate(content["means"].items()):
         cells = [markdown_text(model)]
-        for reward in rewards:
+        for reward in (*proxy, *gold):
             cell = _with_half(means[reward]["mean"], means[reward]["low"])
             # In the paper's table the base model's are not bracketed: it was not trained on them
             cells.append(f"[{cell}]" if reward in proxy and number > 0 and cell != "-" else cell)
@@ -82,21 +68,17 @@ def difference_table(content: Mapping[str, Any]) -> str:
     rows = []
     for model, by_reward in content["differences"].items():
         for reward, found in by_reward.items():
-            if found is None:
-                rows.append([markdown_text(model), markdown_text(reward), "-", "-", "-", "-", "0"])
-                continue
-            low, high, error, units = (found[k] for k in ("low", "high", "standard_error", "standard_errors"))
-            rows.append(
-                [
-                    markdown_text(model),
-                    markdown_text(reward),
+            cells = ["-", "-", "-", "-", "0"]
+            if found is not None:
+                low, high, error, units = (found[k] for k in ("low", "high", "standard_error", "standard_errors"))
+                cells = [
                     f"{found['difference']:+.4g}",
                     "-" if error is None else f"{error:.2g}",
                     "-" if units is None else f"{units:+.1f}",
                     "-" if low is None else f"{low:+.4g} to {high:+.4g}",
                     str(found["num_pairs"]),
                 ]
-            )
+            rows.append([markdown_text(model), markdown_text(reward), *cells])
     if not rows:
         return ""
     header = ["model", "reward", "difference to base", "standard error", "in std. errors", "95% interval", "prompts"]
@@ -104,11 +86,10 @@ def difference_table(content: Mapping[str, Any]) -> str:
 
 
 def _settings_line(results: Mapping[str, Any]) -> str:
-    settings = results["settings"]
-    given = ", ".join(f"{name} {markdown_text(str(value))}" for name, value in settings.items() if value is not None)
-    models = "\n".join(
-        f"* {markdown_text(name)}: {markdown_text(model['path'])}" for name, model in results["models"].items()
-    )
+    settings = {name: value for name, value in results["settings"].items() if value is not None}
+    given = ", ".join(f"{name} {markdown_text(str(value))}" for name, value in settings.items())
+    paths = {name: model["path"] for name, model in results["models"].items()}
+    models = "\n".join(f"* {markdown_text(name)}: {markdown_text(path)}" for name, path in paths.items())
     return f"{models}\n\nDrawn along the ODE, all models from the same noise: {given}."
 
 
@@ -145,9 +126,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left
 
 def markdown_text(text: str) -> str:
     """Names as they are, whatever they hold: nothing of theirs is Markdown or HTML."""
-    for special in "\\`*[]<>|":
-        text = text.replace(special, f"\\{special}")
-    return " ".join(text.split())
+    return " ".join(re.sub(r"([\\`*\[\]<>|])", r"\\\1", text).split())
 
 
 def vote_markdown(results: Mapping[str, Any]) -> str:
@@ -157,24 +136,15 @@ def vote_markdown(results: Mapping[str, Any]) -> str:
     for comparison in results["comparisons"]:
         models = f"{markdown_text(comparison['other'])} against {markdown_text(comparison['reference'])}"
         for question, found in comparison["questions"].items():
-            preference = found["preference"]
-            rows.append(
-                [
-                    f"{markdown_text(comparison['set'])} ({comparison['num_prompts']})",
-                    models,
-                    QUESTIONS[question].lower(),
-                    *(f"{found[outcome]} ({found['shares'][outcome]['mean']:.0%})" for outcome in OUTCOMES),
-                    f"{preference['mean']:.0%}",
-                    f"{preference['low']:.0%} to {preference['high']:.0%}",
-                ]
-            )
+            counts = [f"{found[outcome]} ({found['shares'][outcome]['mean']:.0%})" for outcome in OUTCOMES]
+            mean, low, high = (f"{found['preference'][name]:.0%}" for name in ("mean", "low", "high"))
+            prompts = f"{markdown_text(comparison['set'])} ({comparison['num_prompts']})"
+            rows.append([prompts, models, QUESTIONS[question].lower(), *counts, mean, f"{low} to {high}"])
     voters = results["num_voters"]
-    return "\n\n".join(
-        [
-            "## Human comparison",
-            f"Blind votes of {voters} {'person' if voters == 1 else 'people'}, order and sides at random.",
-            markdown_table(header, rows, left=3),
-            "Counts are votes. Shares are means over prompts; preferred is wins and half the ties, with Wilson's "
-            "interval for as many cases as prompts: 50% is no preference.",
-        ]
+    return (
+        "## Human comparison\n\n"
+        f"Blind votes of {voters} {'person' if voters == 1 else 'people'}, order and sides at random.\n\n"
+        f"{markdown_table(header, rows, left=3)}\n\n"
+        "Counts are votes. Shares are means over prompts; preferred is wins and half the ties, with Wilson's interval "
+        "for as many cases as prompts: 50% is no preference."
     )

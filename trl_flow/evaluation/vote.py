@@ -30,6 +30,7 @@ from trl_flow.evaluation.vote_results import update_votes, vote_results
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _LONGEST_BODY = 16_384
+_NOTHING = "There is nothing here."
 _HEADERS = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
@@ -104,16 +105,15 @@ class VoteServer:
     def serve_forever(self) -> None:
         """Answers until `close` is called from another thread, or the process is interrupted."""
         with self._lock:
-            if self._closed:
-                return
-            self._serving = True
-        self._server.serve_forever(poll_interval=0.05)
+            self._serving = not self._closed
+        if self._serving:
+            self._server.serve_forever(poll_interval=0.05)
 
     def close(self) -> None:
         """Ends `serve_forever`, frees the port and brings the report up to date."""
         with self._lock:
             self._closed = True
-        if self._serving:  # else there is nothing that could answer, and it would be waited for
+        if self._serving:  # else `shutdown` would wait for ever
             self._server.shutdown()
         self._server.server_close()
         self.write_report()
@@ -127,30 +127,20 @@ class VoteServer:
 
     def image(self, token: str) -> bytes:
         """The PNG file that a token stands for."""
-        try:
-            return self._images[token].read_bytes()
-        except (KeyError, OSError) as error:
-            raise VoteError(HTTPStatus.NOT_FOUND, "There is no such image.") from error
+        if token not in self._images:
+            raise VoteError(HTTPStatus.NOT_FOUND, _NOTHING)
+        return self._images[token].read_bytes()
 
     def answer(self, action: str, request: dict[str, Any]) -> dict[str, Any]:
-        """
-        What a voter does, and where that leaves them.
-
-        Args:
-            action (`str`): `"next"`, `"vote"`, `"undo"` or `"results"`.
-            request (`dict[str, Any]`): `voter`, and for a vote `pair` and `answers`.
-
-        Raises:
-            VoteError: if that cannot be done.
-        """
+        """What a voter does (`"next"`, `"vote"`, `"undo"` or `"results"`), and where that leaves them; `VoteError` if
+        it cannot be done. `request` has `voter`, and for a vote `pair` and `answers`."""
         if action not in ("next", "vote", "undo", "results"):
-            raise VoteError(HTTPStatus.NOT_FOUND, "There is nothing here.")
+            raise VoteError(HTTPStatus.NOT_FOUND, _NOTHING)
+        status = HTTPStatus.BAD_REQUEST
         with self._lock:
             try:
                 voter = check_voter(request.get("voter"))
-            except ValueError as error:
-                raise VoteError(HTTPStatus.BAD_REQUEST, str(error)) from error
-            try:
+                status = HTTPStatus.CONFLICT
                 if action == "results":
                     return self._results(voter)
                 if action == "vote":
@@ -158,7 +148,7 @@ class VoteServer:
                 elif action == "undo":
                     self.ballots.undo(voter)
             except ValueError as error:
-                raise VoteError(HTTPStatus.CONFLICT, str(error)) from error
+                raise VoteError(status, str(error)) from error
             return self._state(voter)
 
     def _vote(self, voter: str, request: dict[str, Any]) -> None:
@@ -174,8 +164,7 @@ class VoteServer:
         missing = [pair for pair in order if pair.key not in voted]
         state = {"voter": voter, "total": len(order), "done": len(order) - len(missing), "pair": None}
         state["can_undo"] = bool(content["votes"]) and not content["seen"]
-        if missing:
-            pair = missing[0]
+        for pair in missing[:1]:
             token, left = self._token(voter, pair), self._left(voter, pair)
             state["pair"] = {"token": token, "prompt": pair.prompt}
             right = pair.other if left == pair.reference else pair.reference
@@ -218,29 +207,24 @@ def _handler(votes: VoteServer) -> type[BaseHTTPRequestHandler]:
                 return votes.page, "text/html; charset=utf-8"
             if path.startswith("/image/"):
                 return votes.image(path.removeprefix("/image/")), "image/png"
-            raise VoteError(HTTPStatus.NOT_FOUND, "There is nothing here.")
+            raise VoteError(HTTPStatus.NOT_FOUND, _NOTHING)
 
         def _request(self) -> tuple[str, dict[str, Any]]:
+            origin, length = f"http://{self.headers.get('Host')}", self.headers.get("Content-Length", "")
             # Another site's page may send forms and plain text here, but neither JSON nor this origin
-            if (
-                self.headers.get("Origin", f"http://{self.headers.get('Host')}")
-                != f"http://{self.headers.get('Host')}"
-            ):
+            if self.headers.get("Origin", origin) != origin:
                 raise VoteError(HTTPStatus.FORBIDDEN, "The request comes from another site's page.")
             if self.headers.get_content_type() != "application/json":
                 raise VoteError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "The request must be JSON.")
-            length = self.headers.get("Content-Length", "")
             if not length.isdecimal():
                 raise VoteError(HTTPStatus.LENGTH_REQUIRED, "The request must say how long it is.")
             if int(length) > _LONGEST_BODY:
                 raise VoteError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The request is too long.")
             try:
                 request = json.loads(self.rfile.read(int(length)))
-            except (ValueError, RecursionError) as error:
-                raise VoteError(HTTPStatus.BAD_REQUEST, "The request is no JSON.") from error
-            if not isinstance(request, dict):
-                raise VoteError(HTTPStatus.BAD_REQUEST, "The request must be a JSON object.")
-            return urlsplit(self.path).path.removeprefix("/"), request
+                return urlsplit(self.path).path.removeprefix("/"), dict(request.items())
+            except (ValueError, RecursionError, AttributeError) as error:
+                raise VoteError(HTTPStatus.BAD_REQUEST, "The request must be a JSON object.") from error
 
         def _reply(self, answer: Callable[[], tuple[bytes, str]]) -> None:
             status, kind = HTTPStatus.OK, "application/json"

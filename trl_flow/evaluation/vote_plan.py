@@ -25,15 +25,8 @@ _LONGEST_NAME = 80
 
 @dataclass(frozen=True)
 class VotePair:
-    """
-    Two models' images of one prompt, from the same noise.
-
-    Attributes:
-        set_name, prompt (`str`): the prompt, and the set that it is from.
-        index (`int`): of the images in their set.
-        row (`int`): of the prompt in its set.
-        reference, other (`str`): the models; a win is one of `other`.
-    """
+    """Two models' images of one prompt, from the same noise: image `index` of the set, of prompt `row`. A win is one
+    of `other`."""
 
     set_name: str
     prompt: str
@@ -53,17 +46,9 @@ def vote_pairs(
 ) -> list[VotePair]:
     """
     Chooses pairs from an evaluation's folder: `pairs` prompts of each set (or as many as there are), the same for
-    every comparison, and one image of each prompt.
-
-    Args:
-        folder ([`ImageFolder`]): with the images of all models.
-        models (`Sequence[str]`, *optional*): names; the first is the one that the others are compared with. By default
-            the base model and all adapters.
-        pairs (`int`): at least 1.
-        seed (`int`): of the choice. More pairs of the same seed contain the fewer.
-
-    Raises:
-        ValueError: if the folder is no evaluation's, models are unknown or fewer than two, or images are missing.
+    every comparison, and one image of each prompt. `models` are as for [`VoteServer`]. More pairs of the same seed
+    contain the fewer. `ValueError` if the folder is no evaluation's, models are unknown or fewer than two, or images
+    are missing.
     """
     if isinstance(pairs, bool) or not isinstance(pairs, int) or pairs < 1:
         raise ValueError(f"the number of pairs is {pairs!r}, but must be a whole number of at least 1.")
@@ -82,10 +67,8 @@ def vote_pairs(
         indices = rows * number + random.integers(number, size=len(rows))
         for row, index in list(zip(rows.tolist(), indices.tolist(), strict=True))[:pairs]:
             if missing := [model for model in models if not folder.has(name, model, [index])]:
-                raise ValueError(
-                    f"the image {folder.image_path(name, missing[0], index)} is missing. Run the evaluation to its "
-                    "end first: the same command goes on where it stopped."
-                )
+                path = folder.image_path(name, missing[0], index)
+                raise ValueError(f"the image {path} is missing. Run the evaluation to its end with the same command.")
             prompt = prompts["prompts"][row]
             chosen += [VotePair(name, prompt, index, row, models[0], other) for other in models[1:]]
     return chosen
@@ -106,12 +89,7 @@ def _hash(*parts: object) -> int:
 
 
 def check_voter(name: object) -> str:
-    """
-    A voter's name in one spelling.
-
-    Raises:
-        ValueError: for what is no name.
-    """
+    """A voter's name in one spelling; `ValueError` for what is no name."""
     if not isinstance(name, str):
         raise ValueError("The name must be text.")
     name = " ".join(unicodedata.normalize("NFC", name).split())
@@ -125,9 +103,6 @@ class Ballots:
     The votes of an evaluation's folder: one JSON file for each voter in `votes/`, written anew with every vote, whole
     or not at all. Files are read at every call, so that several servers can share a folder. All methods raise
     `ValueError` if a file is damaged.
-
-    Args:
-        folder (`Path`): the evaluation's folder.
     """
 
     def __init__(self, folder: Path):
@@ -140,25 +115,22 @@ class Ballots:
     def read(self, voter: str) -> dict[str, Any]:
         """A voter's `votes`, oldest first, and whether the results have been `seen`."""
         path = self._path(voter)
-        return _ballot(path) if path.is_file() else {"voter": voter, "seen": False, "votes": []}
+        return self._ballot(path) if path.is_file() else {"voter": voter, "seen": False, "votes": []}
 
     def voters(self) -> list[dict[str, Any]]:
         """What every voter has voted."""
-        return [_ballot(path) for path in sorted(self.folder.glob("*.json"))]
+        return [self._ballot(path) for path in sorted(self.folder.glob("*.json"))]
+
+    @staticmethod
+    def _ballot(path: Path) -> dict[str, Any]:
+        content = read_json(path)
+        if not isinstance(content.get("votes"), list):
+            raise ValueError(f"{path} cannot be read: it has no list of votes. Fix it, or move it away.")
+        return content
 
     def add(self, voter: str, pair: VotePair, left: str, answers: Mapping[str, str]) -> None:
-        """
-        Keeps a vote.
-
-        Args:
-            voter (`str`): who.
-            pair ([`VotePair`]): on what.
-            left (`str`): the model that was on the left.
-            answers (`Mapping[str, str]`): for every question `"left"`, `"tie"` or `"right"`.
-
-        Raises:
-            ValueError: if an answer is missing or none of these, or the voter has voted on the pair before.
-        """
+        """Keeps a vote: for every question `"left"`, `"tie"` or `"right"`, with the model `left` on the left.
+        `ValueError` for other answers, and if the voter has voted on the pair before."""
         is_complete = isinstance(answers, Mapping) and set(answers) == set(QUESTIONS)
         if not is_complete or not all(answer in SIDES for answer in answers.values()):
             raise ValueError(f"The answers must be one of {', '.join(SIDES)} for each of {', '.join(QUESTIONS)}.")
@@ -167,29 +139,14 @@ class Ballots:
             raise ValueError("This pair has been voted on already, in another tab perhaps.")
         # In terms of the models: left and right mean nothing later
         outcomes = dict(zip(SIDES, OUTCOMES if left == pair.other else OUTCOMES[::-1], strict=True))
-        content["votes"].append(
-            {
-                "key": pair.key,
-                "set": pair.set_name,
-                "row": pair.row,
-                "index": pair.index,
-                "prompt": pair.prompt,
-                "reference": pair.reference,
-                "other": pair.other,
-                "left": left,
-                "answers": {question: outcomes[answers[question]] for question in QUESTIONS},
-                "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            }
-        )
+        vote = {"key": pair.key, "set": pair.set_name}
+        vote |= {name: getattr(pair, name) for name in ("row", "index", "prompt", "reference", "other")}
+        vote |= {"left": left, "answers": {question: outcomes[answers[question]] for question in QUESTIONS}}
+        content["votes"].append(vote | {"time": datetime.now(timezone.utc).isoformat(timespec="seconds")})
         self._write(voter, content)
 
     def undo(self, voter: str) -> None:
-        """
-        Takes back the voter's last vote.
-
-        Raises:
-            ValueError: if there is none, or the voter has seen the results.
-        """
+        """Takes back the voter's last vote; `ValueError` if there is none, or the voter has seen the results."""
         content = self.read(voter)
         if content["seen"]:
             raise ValueError("The results have been seen: votes stay as they are.")
@@ -205,10 +162,3 @@ class Ballots:
     def _write(self, voter: str, content: Mapping[str, Any]) -> None:
         self.folder.mkdir(exist_ok=True)
         write_json(self._path(voter), content)
-
-
-def _ballot(path: Path) -> dict[str, Any]:
-    content = read_json(path)
-    if not isinstance(content.get("votes"), list):
-        raise ValueError(f"{path} cannot be read: it has no list of votes. Fix it, or move it away.")
-    return content

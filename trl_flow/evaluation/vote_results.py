@@ -1,5 +1,6 @@
 """What people preferred: counts, shares with intervals, and bars."""
 
+import itertools
 import json
 import os
 from collections import Counter
@@ -24,19 +25,16 @@ _COLORS = {"win": "#2f7fc1", "tie": "#c9cdd2", "lose": "#e2843b"}
 
 def vote_results(ballots: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """
-    Counts votes, by prompt set and pair of models.
+    Counts votes, as [`~trl_flow.evaluation.vote_plan.Ballots`] reads them, by prompt set and pair of models.
 
     Shares are means over the prompts, of each prompt's votes (several voters, several images) averaged first; their
     intervals are Wilson's for as many cases as prompts, which are rather too wide than too narrow where a prompt has
     several votes. The preference is the share of wins and half the ties; 0.5 is none.
 
-    Args:
-        ballots (`Sequence[Mapping]`): as [`~trl_flow.evaluation.vote_plan.Ballots`] reads them.
-
     Returns:
-        `dict[str, Any]` or `None`: `num_voters`, and `comparisons`: a list with `set`, `reference`, `other`,
-        `num_votes`, `num_prompts` and, for each of `questions`, counts (`win`, `tie`, `lose`; a win is one of
-        `other`), and `shares` and `preference` with `mean`, `low` and `high`. `None` without votes.
+        `dict[str, Any]` or `None` without votes: `num_voters`, and `comparisons`: a list with `set`, `reference`,
+        `other`, `num_votes`, `num_prompts` and, for each of `questions`, counts (`win`, `tie`, `lose`; a win is one of
+        `other`), and `shares` and `preference` with `mean`, `low` and `high`.
     """
     grouped: dict[tuple[str, str, str], dict[int, list[Mapping[str, str]]]] = {}
     for ballot in ballots:
@@ -45,30 +43,22 @@ def vote_results(ballots: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
             by_prompt.setdefault(vote["row"], []).append(vote["answers"])
     if not grouped:
         return None
-    comparisons = [
-        {
-            "set": name,
-            "reference": reference,
-            "other": other,
-            "num_votes": sum(map(len, by_prompt.values())),
-            "num_prompts": len(by_prompt),
-            "questions": {question: _question(question, list(by_prompt.values())) for question in QUESTIONS},
-        }
-        for (name, reference, other), by_prompt in sorted(grouped.items())
-    ]
+    comparisons = []
+    for pair, by_prompt in sorted(grouped.items()):
+        found = dict(zip(("set", "reference", "other"), pair, strict=True))
+        found |= {"num_votes": sum(map(len, by_prompt.values())), "num_prompts": len(by_prompt)}
+        found["questions"] = {question: _question(question, list(by_prompt.values())) for question in QUESTIONS}
+        comparisons.append(found)
     return {"num_voters": sum(bool(ballot["votes"]) for ballot in ballots), "comparisons": comparisons}
 
 
 def _question(question: str, by_prompt: Sequence[Sequence[Mapping[str, str]]]) -> dict[str, Any]:
-    counts = Counter(answers[question] for group in by_prompt for answers in group)
-    shares = {
-        outcome: float(np.mean([np.mean([answers[question] == outcome for answers in group]) for group in by_prompt]))
-        for outcome in OUTCOMES
-    }
+    groups = [[answers[question] for answers in group] for group in by_prompt]
+    counts = Counter(itertools.chain(*groups))
+    shares = {o: float(np.mean([group.count(o) / len(group) for group in groups])) for o in OUTCOMES}
 
     def with_interval(share: float) -> dict[str, float]:
-        low, high = share_interval(share, len(by_prompt))
-        return {"mean": share, "low": low, "high": high}
+        return dict(zip(("mean", "low", "high"), (share, *share_interval(share, len(groups))), strict=True))
 
     return {
         **{outcome: counts[outcome] for outcome in OUTCOMES},
@@ -78,13 +68,8 @@ def _question(question: str, by_prompt: Sequence[Sequence[Mapping[str, str]]]) -
 
 
 def vote_bars(results: Mapping[str, Any], path: str | os.PathLike | None = None) -> Figure:
-    """
-    Shares of win, tie and lose as stacked bars, one panel for each comparison (GRPO-Guard's supplement, Figure 1).
-
-    Args:
-        results (`Mapping`): as [`vote_results`] gives them.
-        path (`str` or `os.PathLike`, *optional*): PNG file to write.
-    """
+    """Shares of win, tie and lose as stacked bars, one panel for each comparison (GRPO-Guard's supplement, Figure 1),
+    from what [`vote_results`] gives; written to `path` as PNG."""
     comparisons = results["comparisons"]
     columns = min(len(comparisons), 2)
     rows = -(-len(comparisons) // columns)
@@ -103,13 +88,10 @@ def vote_bars(results: Mapping[str, Any], path: str | os.PathLike | None = None)
         axes.set_xlim(0, 1)
         axes.xaxis.set_major_formatter(PercentFormatter(xmax=1))
         # Two dollar signs in a name would be taken for a formula
-        title = (
-            f"{_shortened(comparison['other'])} against {_shortened(comparison['reference'])}\n"
-            f"{_shortened(comparison['set'])}: {comparison['num_prompts']} prompts, {comparison['num_votes']} votes"
-        )
-        axes.set_title(title, fontsize=10, parse_math=False)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
+        other, reference, name = (_shortened(comparison[key]) for key in ("other", "reference", "set"))
+        counts = f"{comparison['num_prompts']} prompts, {comparison['num_votes']} votes"
+        axes.set_title(f"{other} against {reference}\n{name}: {counts}", fontsize=10, parse_math=False)
+        axes.spines[["top", "right"]].set_visible(False)
     for axes in panels[len(comparisons) :]:
         axes.set_visible(False)
     handles, names = panels[0].get_legend_handles_labels()
@@ -122,15 +104,8 @@ def _shortened(name: str) -> str:
 
 
 def update_votes(folder: Path) -> dict[str, Any] | None:
-    """
-    Puts the votes that there are into an evaluation's `results.json` and `results.md`, and draws `votes.png`.
-
-    Returns:
-        `dict[str, Any]` or `None`: what `results.json` then holds; `None` where there is no vote, or no such file.
-
-    Raises:
-        ValueError: if a file of votes is damaged.
-    """
+    """Puts the votes that there are into an evaluation's `results.json` and `results.md`, and draws `votes.png`.
+    Returns what `results.json` then holds; `None` where there is no vote, or no such file."""
     votes = vote_results(Ballots(folder).voters())
     path = folder / "results.json"
     if votes is None or not path.is_file():

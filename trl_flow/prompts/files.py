@@ -73,26 +73,27 @@ def _read(path: Path, prompt_column: str, suffix: str) -> "Dataset":
     except UnicodeDecodeError as error:
         raise ValueError(f"it is not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8") from error
     if suffix == ".txt":
-        lines = enumerate(text.replace("\r\n", "\n").split("\n"), start=1)
-        return _from_rows([(f"line {n}", {prompt_column: line}) for n, line in lines if line.strip()], prompt_column)
-    if suffix in (".csv", ".tsv"):
-        return _from_rows(_csv(text, prompt_column, "," if suffix == ".csv" else "\t"), prompt_column)
-    return _from_rows(
-        _json_lines(text, prompt_column) if suffix == ".jsonl" else _json(text, prompt_column), prompt_column
-    )
+        rows = [(where, {prompt_column: line.removesuffix("\r")}) for where, line in _lines(text)]
+    elif suffix in (".csv", ".tsv"):
+        rows = _csv(text, prompt_column, "," if suffix == ".csv" else "\t")
+    else:
+        rows = (_json if suffix == ".json" else _json_lines)(text, prompt_column)
+    return _from_rows(rows, prompt_column)
+
+
+def _lines(text: str) -> list[tuple[str, str]]:
+    # Not `splitlines`: a string in JSON may hold other line separators than LF
+    return [(f"line {n}", line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
 
 
 def _json_lines(text: str, prompt_column: str) -> list[Row]:
-    # Not `splitlines`: a string in JSON may hold other line separators than LF
-    lines = [(f"line {n}", line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    return [_row(_parsed(line, where), where, prompt_column) for where, line in lines]
-
-
-def _parsed(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not valid JSON ({error.msg}, column {error.colno})") from error
+    rows = []
+    for where, line in _lines(text):
+        try:
+            rows.append(_row(json.loads(line), where, prompt_column))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where} is not valid JSON ({error.msg}, column {error.colno})") from error
+    return rows
 
 
 def _json(text: str, prompt_column: str) -> list[Row]:
@@ -110,11 +111,9 @@ def _json(text: str, prompt_column: str) -> list[Row]:
 
 
 def _row(value: Any, where: str, prompt_column: str) -> Row:
-    if isinstance(value, str):
-        value = {prompt_column: value}
-    if not isinstance(value, dict):
+    if not isinstance(value, str | dict):
         raise ValueError(f"{where} is {_described(value)}, neither an object nor a prompt")
-    return where, value
+    return where, {prompt_column: value} if isinstance(value, str) else value
 
 
 def _csv(text: str, prompt_column: str, delimiter: str) -> list[Row]:
@@ -128,13 +127,12 @@ def _csv(text: str, prompt_column: str, delimiter: str) -> list[Row]:
         raise ValueError(f"the first line must name each column, and each name once, but is {names}")
     for where, row in lines:
         if None in row:  # where DictReader puts what has no column
-            raise ValueError(
-                f"{where} has {len(names) + len(row[None])} values for the {len(names)} columns {names}; values that "
-                "hold the separator need quotes around them"
-            )
-    columns = {name: [row[name] for _, row in lines] for name in names}
-    columns = {name: values if name == prompt_column else _typed(values) for name, values in columns.items()}
-    return [(where, {name: columns[name][i] for name in names}) for i, (where, _) in enumerate(lines)]
+            counts = f"{len(names) + len(row[None])} values for the {len(names)} columns"
+            raise ValueError(f"{where} has {counts} {names}; values that hold the separator need quotes around them")
+    for name in set(names) - {prompt_column}:
+        for (_, row), value in zip(lines, _typed([row[name] for _, row in lines]), strict=True):
+            row[name] = value
+    return lines
 
 
 def _typed(values: list[str]) -> list[Any]:
@@ -162,13 +160,8 @@ def _from_rows(rows: list[Row], prompt_column: str) -> "Dataset":
 
 
 def dataset_of(columns: dict[str, list[Any]]) -> "Dataset":
-    """
-    A data set of columns in which objects keep their keys: these have the type `datasets.Json`, or are lists of it.
-    Other types are those of the values.
-
-    Args:
-        columns (`dict[str, list]`): values by name, lists of one length. One of them, the prompts, holds no objects.
-    """
+    """A data set of columns (one of them, the prompts, without objects) in which objects keep their keys: these have
+    the type `datasets.Json`, or are lists of it."""
     from datasets import Dataset, Features, Json, List, concatenate_datasets
 
     # As a type of its own the object of one row would gain the keys of all others
@@ -204,26 +197,17 @@ def _from_parquet(path: Path, prompt_column: str) -> "Dataset":
 
 
 def with_prompt_column(dataset: "Dataset", prompt_column: str) -> "Dataset":
-    """
-    `dataset` with the column `prompt_column` called `prompt`.
-
-    Raises:
-        ValueError: if it is not there, or there is another column `prompt`.
-    """
+    """`dataset` with the column `prompt_column` called `prompt`; `ValueError` if it is not there, or both are."""
     _check_column(dataset.column_names, prompt_column)
     return dataset if prompt_column == "prompt" else dataset.rename_column(prompt_column, "prompt")
 
 
 def _check_column(names: Sequence[str], prompt_column: str) -> None:
     if prompt_column not in names:
-        raise ValueError(
-            f"it has no column {prompt_column!r}; its columns are {list(names)}. Give the name of the one that holds "
-            "the prompts as prompt_column"
-        )
+        columns = f"its columns are {list(names)}. Give the name of the one that holds the prompts as prompt_column"
+        raise ValueError(f"it has no column {prompt_column!r}; {columns}")
     if prompt_column != "prompt" and "prompt" in names:
-        raise ValueError(
-            f"prompt_column is {prompt_column!r}, but there is a column 'prompt' too. Rename or remove that one"
-        )
+        raise ValueError(f"prompt_column is {prompt_column!r}, but there is a column 'prompt' too: rename that one")
 
 
 def _check_prompts(prompts: Sequence[Any], places: Sequence[str], prompt_column: str) -> None:

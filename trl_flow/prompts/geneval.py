@@ -29,12 +29,7 @@ _COLORABLE = CLASSES[1:]
 # As `load_dataset("json", ...)` reads the published files. A position is a list of a word and a number, and keys are
 # left out where they do not apply: JSON is the type that keeps both
 _FEATURES = Features(
-    {
-        "tag": Value("string"),
-        "include": List(Json()),
-        "prompt": Value("string"),
-        "exclude": List(Json()),
-    }
+    {"tag": Value("string"), "include": List(Json()), "prompt": Value("string"), "exclude": List(Json())}
 )
 
 
@@ -71,15 +66,14 @@ def generate_geneval_prompts(
     if isinstance(num_prompts, bool) or not isinstance(num_prompts, int) or num_prompts < 1:
         raise ValueError(f"num_prompts is {num_prompts!r}, but must be a whole number of at least 1.")
     numbers = _numbers_of_prompts(num_prompts, tasks)
-    taken = _benchmark_meanings() if exclude_benchmark else frozenset()
+    taken = {_meaning(row) for row in _benchmark_rows()} if exclude_benchmark else set()
     rng = np.random.default_rng(seed)
     rows = []
     for task, number in numbers.items():
         allowed = [row for row in _all_rows(task, rng, number + len(taken)) if _meaning(row) not in taken]
         if number and not allowed:
             raise ValueError(
-                f"All prompts of {task} are in GenEval's benchmark: give exclude_benchmark=False, or leave the task "
-                "out."
+                f"All prompts of {task} are in GenEval's benchmark: give exclude_benchmark=False, or leave it out."
             )
         rows += [allowed[i % len(allowed)] for i in range(number)]
     return _dataset([rows[i] for i in rng.permutation(len(rows))])
@@ -87,13 +81,11 @@ def generate_geneval_prompts(
 
 def geneval_benchmark() -> Dataset:
     """
-    GenEval's own 553 prompts, in its order: what published scores are measured on.
+    GenEval's own 553 prompts, in its order: what published scores are measured on. Columns as from
+    [`generate_geneval_prompts`].
 
     They are drawn again, as `create_prompts.py` drew them, from the same seed: 80 of single objects, 99 of two, 80 of
     counting, 94 of colors, 100 each of position and color attribution.
-
-    Returns:
-        `datasets.Dataset`: columns as from [`generate_geneval_prompts`].
     """
     return _dataset(_benchmark_rows())
 
@@ -140,11 +132,12 @@ def _all_rows(task: str, rng: np.random.Generator, number: int) -> list[Row]:
 def _meaning(row: Row) -> Any:
     """Equal for prompts that ask for the same: "a dog and a cat" and "a cat and a dog"."""
     if row["tag"] == "position":
-        (other, one), opposite = row["include"], {"left of": "right of", "above": "below"}
+        other, one = row["include"]
         relation = one["position"][0]
-        pair = (one["class"], relation, other["class"])
-        mirrored = {**opposite, **{b: a for a, b in opposite.items()}}[relation]
-        return "position", frozenset([pair, (other["class"], mirrored, one["class"])])
+        mirrored = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}[relation]
+        return "position", frozenset(
+            [(one["class"], relation, other["class"]), (other["class"], mirrored, one["class"])]
+        )
     return row["tag"], frozenset((c["class"], c["count"], c.get("color")) for c in row["include"])
 
 
@@ -157,45 +150,42 @@ def _article(words: str) -> str:
 
 
 def _row(tag: str, include: list[Row], words: str, **exclude: Any) -> Row:
+    # A clause asks for one object unless it says otherwise
+    include = [{"class": clause["class"], "count": 1, **clause} for clause in include]
     return {"tag": tag, "include": include, "prompt": f"a photo of {words}", **exclude}
 
 
-def _clause(name: str, count: int = 1, **further: Any) -> Row:
-    return {"class": name, "count": count, **further}
-
-
 def _single_object(a: int) -> Row:
-    return _row("single_object", [_clause(CLASSES[a])], _article(CLASSES[a]))
+    return _row("single_object", [{"class": CLASSES[a]}], _article(CLASSES[a]))
 
 
 def _two_object(a: int, b: int) -> Row | None:
-    words = f"{_article(CLASSES[a])} and {_article(CLASSES[b])}"
-    return None if a == b else _row("two_object", [_clause(CLASSES[a]), _clause(CLASSES[b])], words)
+    names = CLASSES[a], CLASSES[b]
+    return None if a == b else _row("two_object", [{"class": n} for n in names], " and ".join(map(_article, names)))
 
 
 def _counting(a: int, number: int) -> Row:
     """`number` from 0 for the smallest count."""
     name, count = CLASSES[a], list(_COUNTS)[number]
     words = f"{_COUNTS[count]} {name}{'es' if name.endswith('s') else 's'}"
-    return _row("counting", [_clause(name, count)], words, exclude=[_clause(name, count + 1)])
+    return _row("counting", [{"class": name, "count": count}], words, exclude=[{"class": name, "count": count + 1}])
 
 
 def _colors(a: int, color: int) -> Row:
     name, color = _COLORABLE[a], COLORS[color]
-    return _row("colors", [_clause(name, color=color)], f"{_article(color)} {name}")
+    return _row("colors", [{"class": name, "color": color}], f"{_article(color)} {name}")
 
 
 def _position(a: int, b: int, position: int) -> Row | None:
     relation = POSITIONS[position]
-    include = [_clause(CLASSES[b]), _clause(CLASSES[a], position=[relation, 0])]
+    include = [{"class": CLASSES[b]}, {"class": CLASSES[a], "position": [relation, 0]}]
     words = f"{_article(CLASSES[a])} {relation} {_article(CLASSES[b])}"
     return None if a == b else _row("position", include, words)
 
 
 def _color_attr(a: int, b: int, color_a: int, color_b: int) -> Row | None:
-    pairs = [(_COLORABLE[a], COLORS[color_a]), (_COLORABLE[b], COLORS[color_b])]
-    words = " and ".join(f"{_article(color)} {name}" for name, color in pairs)
-    include = [_clause(name, color=color) for name, color in pairs]
+    include = [{"class": _COLORABLE[n], "color": COLORS[c]} for n, c in ((a, color_a), (b, color_b))]
+    words = " and ".join(f"{_article(clause['color'])} {clause['class']}" for clause in include)
     return None if a == b or color_a == color_b else _row("color_attr", include, words)
 
 
@@ -210,6 +200,7 @@ _BUILDERS = {
 }
 
 
+@functools.cache
 def _benchmark_rows() -> list[Row]:
     """GenEval's draws, one by one in its order: 100 of each task but the first, and what comes twice only once."""
     rng = np.random.default_rng(43)
@@ -221,8 +212,3 @@ def _benchmark_rows() -> list[Row]:
     rows += [_position(*pair(len(CLASSES)), rng.choice(len(POSITIONS))) for _ in range(100)]
     rows += [_color_attr(*pair(len(_COLORABLE)), *pair(len(COLORS))) for _ in range(100)]
     return list({row["prompt"]: row for row in rows}.values())
-
-
-@functools.cache
-def _benchmark_meanings() -> frozenset[Any]:
-    return frozenset(_meaning(row) for row in _benchmark_rows())

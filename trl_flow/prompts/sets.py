@@ -1,16 +1,17 @@
 """
 Published prompt sets, each with the columns that its rewards need, from where their authors put them.
 
-All functions that load one have the arguments `split`, `path` (a copy to read instead of downloading: a clone of the
-repository, a folder with its files, or the file of the split) and `revision` (commit, branch or tag to download), and
-raise [`UnknownSplitError`] for another split, and `ValueError` if a file cannot be fetched, saying how to get it
-otherwise, or is no set of this kind.
+All functions that load one return a `datasets.Dataset` and have the arguments `split` (`str`), `path` (`str` or
+`PathLike`, *optional*: a copy to read instead of downloading, which is a clone of the repository, a folder with its
+files, or the file of the split) and `revision` (`str`, *optional*: commit, branch or tag to download). They raise
+[`UnknownSplitError`] for another split, and `ValueError` if a file cannot be fetched, saying how to get it otherwise,
+or is no set of this kind.
 """
 
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,16 +31,13 @@ if TYPE_CHECKING:
 FLOW_GRPO = "yifan123/flow_grpo"
 FLOW_GRPO_REVISION = "879042cf5707f8b90daa98d147d7deac2317c5da"
 GITHUB = "https://raw.githubusercontent.com"
-HPDV2 = "ymhao/HPDv2"
 HPDV2_STYLES = ("anime", "concept-art", "paintings", "photo")
-DRAWBENCH = "sayakpaul/drawbench"
-UNIGENBENCH = "CodeGoat24/UniGenBench"
-
-# A copy to read instead of downloading
-Source = str | os.PathLike | None
 
 # As many as Flow-GRPO trains on
 GENERATED = 50_000
+
+# A copy to read instead of downloading
+Source = str | os.PathLike | None
 
 # The keys of UniGenBench's descriptions: theme, theme within it, test points, what each of these is in the prompt
 _UNIGENBENCH_KEYS = {
@@ -49,12 +47,7 @@ _UNIGENBENCH_KEYS = {
 
 
 class UnknownSplitError(ValueError):
-    """
-    A prompt set has no such split.
-
-    Attributes:
-        splits (`tuple[str, ...]`): those that it has.
-    """
+    """A prompt set has no such split, only `splits` (`tuple[str, ...]`)."""
 
     def __init__(self, name: str, split: str, splits: tuple[str, ...]):
         super().__init__(f"the data set {name!r} has no split {split!r}, only {', '.join(splits)}.")
@@ -64,23 +57,16 @@ class UnknownSplitError(ValueError):
 @dataclass(frozen=True)
 class PromptSet:
     """
-    What to know of a prompt set.
-
-    Attributes:
-        source (`str`): where it comes from.
-        license (`str`): as its publishers state it.
-        paper (`str`): where it was published.
-        splits (`Mapping[str, str]`): each split, and how many prompts it has.
-        columns (`tuple[str, ...]`): of the data set.
-        rewards (`str`): which rewards it is for.
-        load (`Callable`): what loads it: `load(split, path=None, revision=None)`.
+    What to know of a prompt set: where it comes from, its license as its publishers state it, where it was published,
+    how many prompts each of its splits has, its columns, which rewards it is for, and what loads it:
+    `load(split, path=None, revision=None)`.
     """
 
     source: str
     license: str
     paper: str
     splits: Mapping[str, str]
-    columns: tuple[str, ...]
+    columns: Sequence[str]
     rewards: str
     load: Callable[..., "Dataset"]
 
@@ -90,22 +76,13 @@ def load_geneval(split: str = "train", *, path: Source = None, revision: str | N
     Flow-GRPO's GenEval prompts: 50,000 to train on (33,199 different ones) and 2,212 to test on (the 553 of GenEval,
     four times each). The rules that score them are GenEval's (https://arxiv.org/abs/2310.11513).
 
-    Args:
-        split (`str`, defaults to `"train"`): `"train"` or `"test"`.
-        path, revision (*optional*): as for all sets, see the module.
-
-    Returns:
-        `datasets.Dataset` with the columns `prompt` (`str`), `tag` (`str`: `single_object`, `two_object`, `counting`,
-        `colors`, `position` or `color_attr`), `include` and `exclude` (lists of objects with `class`, `count`, and
-        `color` or `position` where they matter; `None` where the file has none).
+    Splits: `"train"` and `"test"`. Columns: `prompt`, `tag` (`str`: `single_object`, `two_object`, `counting`,
+    `colors`, `position` or `color_attr`), `include` and `exclude` (lists of objects with `class`, `count`, and `color`
+    or `position` where they matter; `None` where the file has none).
     """
-    _check_split("geneval", split)
-    dataset = _flow_grpo_prompts("geneval", f"geneval/{split}_metadata.jsonl", path, revision)
-    if "include" not in dataset.column_names:
-        raise ValueError(
-            f"the data set 'geneval' cannot be read: it has no column 'include', only {dataset.column_names}."
-        )
-    names = list(dict.fromkeys(("prompt", "tag", "include", "exclude", *dataset.column_names)))
+    dataset = _flow_grpo_prompts("geneval", split, path, revision)
+    _check_column("geneval", dataset, "include")
+    names = dict.fromkeys(("prompt", "tag", "include", "exclude", *dataset.column_names))
     missing = [None] * len(dataset)
     return dataset_of({name: dataset[name][:] if name in dataset.column_names else missing for name in names})
 
@@ -115,22 +92,16 @@ def load_ocr(split: str = "train", *, path: Source = None, revision: str | None 
     Flow-GRPO's prompts for text rendering (https://arxiv.org/abs/2505.05470), about 20,000 to train on and 1,000 to
     test on. Each quotes the text that the image must show.
 
-    Args:
-        split (`str`, defaults to `"train"`): `"train"` or `"test"`.
-        path, revision (*optional*): as for all sets, see the module.
-
-    Returns:
-        `datasets.Dataset` with the columns `prompt` (`str`) and `text` (`str`), the quoted text.
+    Splits: `"train"` and `"test"`. Columns: `prompt` and `text`, the quoted text (both `str`).
     """
-    _check_split("ocr", split)
-    prompts = _flow_grpo_prompts("ocr", f"ocr/{split}.txt", path, revision)["prompt"][:]
+    prompts = _flow_grpo_prompts("ocr", split, path, revision)["prompt"][:]
     texts = []
     for row, prompt in enumerate(prompts):
         try:
             texts.append(quoted_text(prompt))
         except ValueError as error:
             raise ValueError(f"the data set 'ocr' cannot be used, because of row {row}. {error}") from error
-    return dataset_of({"prompt": [prompt.strip() for prompt in prompts], "text": texts})
+    return _prompts(prompts, text=texts)
 
 
 def load_pickscore(
@@ -138,59 +109,41 @@ def load_pickscore(
 ) -> "Dataset":
     """
     Flow-GRPO's prompts for preference scores: what users of Pick-a-Pic typed (https://arxiv.org/abs/2305.01569), about
-    25,000 to train on and 2,000 to test on. Some are not safe for work; `sfw=True` gives the set without them, which
-    Flow-GRPO's authors recommend.
+    25,000 to train on and 2,000 to test on. Some are not safe for work; `sfw=True` gives the set `pickscore_sfw`
+    without them, which Flow-GRPO's authors recommend.
 
-    Args:
-        split (`str`, defaults to `"train"`): `"train"` or `"test"`.
-        sfw (`bool`, defaults to `False`): the set `pickscore_sfw` instead of `pickscore`.
-        path, revision (*optional*): as for all sets, see the module.
-
-    Returns:
-        `datasets.Dataset` with the column `prompt` (`str`).
+    Splits: `"train"` and `"test"`. Column: `prompt` (`str`).
     """
-    name = "pickscore_sfw" if sfw else "pickscore"
-    _check_split(name, split)
-    prompts = _flow_grpo_prompts(name, f"{name}/{split}.txt", path, revision)["prompt"][:]
-    return dataset_of({"prompt": [prompt.strip() for prompt in prompts]})
+    return _prompts(_flow_grpo_prompts("pickscore_sfw" if sfw else "pickscore", split, path, revision)["prompt"][:])
 
 
 def load_hpdv2(split: str = "train", *, path: Source = None, revision: str | None = None) -> "Dataset":
     """
     The prompts of HPDv2 (https://arxiv.org/abs/2306.09341), without its images.
 
-    Args:
-        split (`str`, defaults to `"train"`): `"train"` (the different prompts of the training pairs, some 100,000),
-            `"test"` (the 400 of the test pairs) or `"benchmark"` (3,200, 800 in each of the styles).
-        path, revision (*optional*): as for all sets, see the module.
-
-    Returns:
-        `datasets.Dataset` with the column `prompt` (`str`), and for `"benchmark"` `style` (`str`: `anime`,
-        `concept-art`, `paintings` or `photo`).
+    Splits: `"train"` (the different prompts of the training pairs, some 100,000), `"test"` (the 400 of the test pairs)
+    and `"benchmark"` (3,200, 800 in each of the styles). Columns: `prompt` (`str`), and for `"benchmark"` `style`
+    (`str`: `anime`, `concept-art`, `paintings` or `photo`).
     """
     _check_split("hpdv2", split)
     if split != "benchmark":
-        prompts = read_prompts(_hub_file("hpdv2", HPDV2, f"{split}.json", path, revision))["prompt"][:]
+        prompts = read_prompts(_hub_file("hpdv2", f"{split}.json", path, revision))["prompt"][:]
         # One entry for each comparison of images
         return dataset_of({"prompt": list(dict.fromkeys(prompts))})
     if path is not None and Path(path).is_file():
         files = {Path(path).stem: Path(path)}
     else:
-        files = {style: _hub_file("hpdv2", HPDV2, f"benchmark/{style}.json", path, revision) for style in HPDV2_STYLES}
-    rows = [(prompt, style) for style, file in files.items() for prompt in read_prompts(file)["prompt"][:]]
-    return dataset_of({"prompt": [prompt for prompt, _ in rows], "style": [style for _, style in rows]})
+        files = {style: _hub_file("hpdv2", f"benchmark/{style}.json", path, revision) for style in HPDV2_STYLES}
+    by_style = {style: read_prompts(file)["prompt"][:] for style, file in files.items()}
+    styles = [style for style, prompts in by_style.items() for _ in prompts]
+    return dataset_of({"prompt": sum(by_style.values(), []), "style": styles})
 
 
 def load_drawbench(split: str = "test", *, path: Source = None, revision: str | None = None) -> "Dataset":
     """
     DrawBench, the 200 prompts of Imagen's paper (https://arxiv.org/abs/2205.11487).
 
-    Args:
-        split (`str`, defaults to `"test"`): `"test"`, the only one.
-        path, revision (*optional*): as for all sets, see the module.
-
-    Returns:
-        `datasets.Dataset` with the columns `prompt` and `category` (`str`, one of 11 such as `Colors`).
+    Split: `"test"`. Columns: `prompt` and `category` (`str`, one of 11 such as `Colors`).
     """
     from datasets import load_dataset
 
@@ -199,79 +152,56 @@ def load_drawbench(split: str = "test", *, path: Source = None, revision: str | 
         dataset = read_prompts(path, prompt_column="Prompts")
     else:
         # Called `train` there, though nobody trains on it
-        get = partial(load_dataset, DRAWBENCH, revision=revision, split="train")
-        dataset = _fetched("drawbench", f"huggingface.co/datasets/{DRAWBENCH}", "its file of prompts", get)
-        dataset = with_prompt_column(dataset, "Prompts")
-    if "Category" not in dataset.column_names:
-        raise ValueError(
-            f"the data set 'drawbench' cannot be used: it has no column 'Category', only {dataset.column_names}."
-        )
+        get = partial(load_dataset, _repository("drawbench"), revision=revision, split="train")
+        dataset = with_prompt_column(_fetched("drawbench", "its file of prompts", get), "Prompts")
+    _check_column("drawbench", dataset, "Category")
     return dataset_of({"prompt": dataset["prompt"][:], "category": dataset["Category"][:]})
 
 
 def load_unigenbench(
-    split: str = "train",
-    *,
-    language: str = "en",
-    long: bool = False,
-    path: Source = None,
-    revision: str | None = None,
+    split: str = "train", *, language: str = "en", long: bool = False, path: Source = None, revision: str | None = None
 ) -> "Dataset":
     """
     UniGenBench++ (https://arxiv.org/abs/2510.18701): 600 prompts in English and Chinese, each short and long, and what
     an image is tested for, and the English prompts that its authors trained on.
 
+    Splits: `"test"`, and `"train"` of the short English prompts. Columns: `prompt` (`str`), and for `"test"` also
+    `theme` and `subtheme` (`str`), `dimensions`, `testpoints` and `testpoint_descriptions` (`list[str]`): a test point
+    such as "Attribute - Color" belongs to the dimension "Attribute"; each has one description, what it is in this
+    prompt.
+
     Args:
-        split (`str`, defaults to `"train"`): `"train"` (English only) or `"test"`.
         language (`str`, defaults to `"en"`): `"en"` or `"zh"`.
         long (`bool`, defaults to `False`): the long prompts; they have more test points.
-        path, revision (*optional*): as for all sets, see the module.
-
-    Returns:
-        `datasets.Dataset` with the column `prompt` (`str`), and for `"test"` also `theme` and `subtheme` (`str`),
-        `dimensions`, `testpoints` and `testpoint_descriptions` (`list[str]`): a test point such as "Attribute - Color"
-        belongs to the dimension "Attribute"; each has one description, what it is in this prompt.
+        split, path, revision: as for all sets, see the module.
     """
     if language not in _UNIGENBENCH_KEYS:
         raise ValueError(f"language is {language!r}, but must be one of {', '.join(_UNIGENBENCH_KEYS)}.")
-    if split == "train" and language == "en" and not long:
-        file = _hub_file("unigenbench", UNIGENBENCH, "train/train_prompt.txt", path, revision)
-        return dataset_of({"prompt": [prompt.strip() for prompt in read_prompts(file)["prompt"][:]]})
+    _check_split("unigenbench" + ("_zh" if language == "zh" else "") + ("_long" if long else ""), split)
+    if split == "train":
+        file = _hub_file("unigenbench", "train/train_prompt.txt", path, revision)
+        return _prompts(read_prompts(file)["prompt"][:])
     variant = language + ("_long" if long else "")
-    _check_split(_unigenbench_name(language, long), split)
-    file = _hub_file("unigenbench", UNIGENBENCH, f"eval/test_{variant}.csv", path, revision)
+    file = _hub_file("unigenbench", f"eval/test_{variant}.csv", path, revision)
     dataset = read_prompts(file, prompt_column=f"prompt_{language}")
-    column = f"sub_dims_{language}"
-    if column not in dataset.column_names:
-        raise ValueError(
-            f"the data set 'unigenbench' cannot be read: {os.fspath(file)!r} has no column {column!r}, only "
-            f"{dataset.column_names}."
-        )
-    rows = [_unigenbench_row(text, row, _UNIGENBENCH_KEYS[language]) for row, text in enumerate(dataset[column][:])]
-    return dataset_of({"prompt": dataset["prompt"][:], **{name: [row[name] for row in rows] for name in rows[0]}})
-
-
-def _unigenbench_name(language: str, long: bool) -> str:
-    return "unigenbench" + ("_zh" if language == "zh" else "") + ("_long" if long else "")
-
-
-def _unigenbench_row(text: str, row: int, keys: tuple[str, ...]) -> dict[str, Any]:
-    try:
-        theme, subtheme, testpoints, descriptions = (json.loads(text)[key] for key in keys)
-        if len(testpoints) != len(descriptions):
-            raise ValueError(f"{len(testpoints)} test points and {len(descriptions)} descriptions")
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"the data set 'unigenbench' cannot be read: the description in row {row} is not understood ({error!r}). "
-            f"It must be a JSON object with the keys {', '.join(keys)}: {text!r}."
-        ) from error
-    return {
-        "theme": theme,
-        "subtheme": subtheme,
-        "dimensions": list(dict.fromkeys(point.split("-")[0].strip() for point in testpoints)),
-        "testpoints": testpoints,
-        "testpoint_descriptions": descriptions,
-    }
+    column, keys = f"sub_dims_{language}", _UNIGENBENCH_KEYS[language]
+    _check_column("unigenbench", dataset, column)
+    rows = []
+    for row, text in enumerate(dataset[column][:]):
+        try:
+            theme, subtheme, testpoints, descriptions = (json.loads(text)[key] for key in keys)
+            if len(testpoints) != len(descriptions):
+                raise ValueError(f"{len(testpoints)} test points and {len(descriptions)} descriptions")
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"the data set 'unigenbench' cannot be read: the description in row {row} is not understood "
+                f"({error!r}). It must be a JSON object with the keys {', '.join(keys)}: {text!r}."
+            ) from error
+        dimensions = list(dict.fromkeys(point.split("-")[0].strip() for point in testpoints))
+        rows.append((theme, subtheme, dimensions, testpoints, descriptions))
+    names = ("theme", "subtheme", "dimensions", "testpoints", "testpoint_descriptions")
+    columns = dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
+    return dataset_of({"prompt": dataset["prompt"][:], **columns})
 
 
 def _load_generated_geneval(split: str = "train", *, path: Source = None, revision: str | None = None) -> "Dataset":
@@ -281,25 +211,35 @@ def _load_generated_geneval(split: str = "train", *, path: Source = None, revisi
     return geneval_benchmark() if split == "test" else generate_geneval_prompts(GENERATED)
 
 
+def _prompts(prompts: list[str], **columns: list) -> "Dataset":
+    return dataset_of({"prompt": [prompt.strip() for prompt in prompts], **columns})
+
+
 # ---- Where the files come from ----
 
 
 def _check_split(name: str, split: str) -> None:
-    splits = tuple(PROMPT_SETS[name].splits)
-    if split not in splits:
-        raise UnknownSplitError(name, split, splits)
+    if split not in PROMPT_SETS[name].splits:
+        raise UnknownSplitError(name, split, tuple(PROMPT_SETS[name].splits))
 
 
-def _flow_grpo_prompts(name: str, file: str, path: Source, revision: str | None) -> "Dataset":
+def _check_column(name: str, dataset: "Dataset", column: str) -> None:
+    if column not in dataset.column_names:
+        raise ValueError(
+            f"the data set {name!r} cannot be read: it has no column {column!r}, only {dataset.column_names}."
+        )
+
+
+def _flow_grpo_prompts(name: str, split: str, path: Source, revision: str | None) -> "Dataset":
+    _check_split(name, split)
+    file = f"dataset/{name}/{split}" + ("_metadata.jsonl" if name == "geneval" else ".txt")
     if path is not None:
-        return read_prompts(_local_file(name, f"dataset/{file}", path))
+        return read_prompts(_local_file(name, file, path))
     revision = revision or FLOW_GRPO_REVISION
-
-    kept = Path(constants.HF_HOME, "trl_flow", "prompts", FLOW_GRPO, revision, file)
+    kept = Path(constants.HF_HOME, "trl_flow", "prompts", FLOW_GRPO, revision, file.removeprefix("dataset/"))
     # What a commit holds never changes, so that nobody need be asked about a file that is there
     if not (re.fullmatch(r"[0-9a-f]{40}", revision) and kept.is_file()):
-        get = partial(_download, f"{GITHUB}/{FLOW_GRPO}/{revision}/dataset/{file}", kept)
-        _fetched(name, f"github.com/{FLOW_GRPO}", f"dataset/{file}", get)
+        _fetched(name, file, partial(_download, f"{GITHUB}/{FLOW_GRPO}/{revision}/{file}", kept))
     return read_prompts(kept)
 
 
@@ -314,110 +254,56 @@ def _download(url: str, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def _hub_file(name: str, repo: str, file: str, path: Source, revision: str | None) -> Path:
+def _hub_file(name: str, file: str, path: Source, revision: str | None) -> Path:
     if path is not None:
         return _local_file(name, file, path)
-    get = partial(hf_hub_download, repo, file, repo_type="dataset", revision=revision)
-    return Path(_fetched(name, f"huggingface.co/datasets/{repo}", file, get))
+    get = partial(hf_hub_download, _repository(name), file, repo_type="dataset", revision=revision)
+    return Path(_fetched(name, file, get))
+
+
+def _repository(name: str) -> str:
+    return PROMPT_SETS[name].source.removeprefix("huggingface.co/datasets/")
 
 
 def _local_file(name: str, file: str, path: str | os.PathLike) -> Path:
     """`path` itself, or what lies in it as in the repository or next to each other."""
-    candidates = [Path(path), Path(path, file), Path(path, Path(file).name)]
-    if found := next(filter(Path.is_file, candidates), None):
-        return found
+    for candidate in (Path(path), Path(path, file), Path(path, Path(file).name)):
+        if candidate.is_file():
+            return candidate
     raise ValueError(
         f"the data set {name!r} cannot be read: {os.fspath(path)!r} is neither a file nor a folder with {file} or "
         f"{Path(file).name}."
     )
 
 
-def _fetched(name: str, source: str, file: str, get: Callable[[], Any]) -> Any:
+def _fetched(name: str, file: str, get: Callable[[], Any]) -> Any:
     try:
         return get()
     # The libraries raise errors of many kinds; all of them mean that it is not here
     except Exception as error:
         cause = str(error).rstrip(".") or type(error).__name__
         raise ValueError(
-            f"the data set {name!r} cannot be fetched from {source}: {cause}. Without network get {file} from "
-            f"there by other means, and give the file or its folder: path=... in Python, {name}:PATH on the command "
-            "line."
+            f"the data set {name!r} cannot be fetched from {PROMPT_SETS[name].source.split(',')[0]}: {cause}. Without "
+            f"network get {file} from there by other means, and give the file or its folder: path=... in Python, "
+            f"{name}:PATH on the command line."
         ) from error
 
 
+_LOADERS = {
+    "geneval": load_geneval,
+    "generated_geneval": _load_generated_geneval,
+    "ocr": load_ocr,
+    "pickscore": load_pickscore,
+    "pickscore_sfw": partial(load_pickscore, sfw=True),
+    "hpdv2": load_hpdv2,
+    "drawbench": load_drawbench,
+    "unigenbench": load_unigenbench,
+    "unigenbench_long": partial(load_unigenbench, long=True),
+    "unigenbench_zh": partial(load_unigenbench, language="zh"),
+    "unigenbench_zh_long": partial(load_unigenbench, language="zh", long=True),
+}
 # The names under which `load_prompts` and the command line have them
 PROMPT_SETS: dict[str, PromptSet] = {
-    "geneval": PromptSet(
-        source="github.com/yifan123/flow_grpo, dataset/geneval",
-        license="MIT (GenEval's and Flow-GRPO's repositories)",
-        paper="https://arxiv.org/abs/2310.11513",
-        splits={"train": "50,000 (33,199 different)", "test": "2,212 (553 different)"},
-        columns=("prompt", "tag", "include", "exclude"),
-        rewards="GenEval",
-        load=load_geneval,
-    ),
-    "generated_geneval": PromptSet(
-        source="made here, nothing is downloaded (generate_geneval_prompts)",
-        license="Apache-2.0 (this package)",
-        paper="https://arxiv.org/abs/2310.11513",
-        splits={"train": "50,000 (none of GenEval's own)", "test": "553 (GenEval's own)"},
-        columns=("prompt", "tag", "include", "exclude"),
-        rewards="GenEval",
-        load=_load_generated_geneval,
-    ),
-    "ocr": PromptSet(
-        source="github.com/yifan123/flow_grpo, dataset/ocr",
-        license="MIT (Flow-GRPO's repository)",
-        paper="https://arxiv.org/abs/2505.05470",
-        splits={"train": "about 20,000", "test": "about 1,000"},
-        columns=("prompt", "text"),
-        rewards="OCR",
-        load=load_ocr,
-    ),
-    **{
-        name: PromptSet(
-            source=f"github.com/yifan123/flow_grpo, dataset/{name}",
-            license="MIT (Flow-GRPO's repository and Pick-a-Pic)",
-            paper="https://arxiv.org/abs/2305.01569",
-            splits=splits,
-            columns=("prompt",),
-            rewards="PickScore and others of preference or quality",
-            load=partial(load_pickscore, sfw=name == "pickscore_sfw"),
-        )
-        for name, splits in {
-            "pickscore": {"train": "about 25,000", "test": "about 2,000"},
-            "pickscore_sfw": {"train": "those of pickscore that are safe for work", "test": "the same"},
-        }.items()
-    },
-    "hpdv2": PromptSet(
-        source="huggingface.co/datasets/ymhao/HPDv2",
-        license="Apache-2.0",
-        paper="https://arxiv.org/abs/2306.09341",
-        splits={"train": "about 100,000", "test": "400", "benchmark": "3,200"},
-        columns=("prompt", "style (benchmark)"),
-        rewards="HPSv2 and others of preference or quality",
-        load=load_hpdv2,
-    ),
-    "drawbench": PromptSet(
-        source="huggingface.co/datasets/sayakpaul/drawbench",
-        license="not stated by Imagen's authors; Apache-2.0 on the copy",
-        paper="https://arxiv.org/abs/2205.11487",
-        splits={"test": "200"},
-        columns=("prompt", "category"),
-        rewards="evaluation by any of preference or quality",
-        load=load_drawbench,
-    ),
-    **{
-        _unigenbench_name(language, long): PromptSet(
-            source="huggingface.co/datasets/CodeGoat24/UniGenBench",
-            license="MIT",
-            paper="https://arxiv.org/abs/2510.18701",
-            splits={**({} if long or language != "en" else {"train": "several thousand"}), "test": "600"},
-            columns=("prompt", "theme", "subtheme", "dimensions", "testpoints", "testpoint_descriptions"),
-            rewards="vision-language judges",
-            load=partial(load_unigenbench, language=language, long=long),
-        )
-        for language in ("en", "zh")
-        for long in (False, True)
-    },
+    name: PromptSet(**about, load=_LOADERS[name])
+    for name, about in json.loads(Path(__file__).with_name("sets.json").read_text(encoding="utf-8")).items()
 }

@@ -55,42 +55,35 @@ def load_prompts(
     """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ValueError(f"limit is {limit!r}, but must be a whole number of at least 1.")
-    dataset = _load(name_or_path, split, config, revision, prompt_column)
+    dataset = _load(name_or_path, split, prompt_column, config=config, revision=revision)
     if unique:
         first = {prompt: row for row, prompt in reversed(list(enumerate(dataset["prompt"][:])))}
         dataset = dataset.select(sorted(first.values()))
     if seed is not None:
         dataset = dataset.shuffle(seed=seed)
-    if limit is not None:
-        dataset = dataset.select(range(min(limit, len(dataset))))
-    return dataset
+    return dataset if limit is None else dataset.take(min(limit, len(dataset)))
 
 
-def _load(
-    name_or_path: str | os.PathLike, split: str, config: str | None, revision: str | None, prompt_column: str
-) -> "Dataset":
+def _load(name_or_path: str | os.PathLike, split: str, prompt_column: str, **options: str | None) -> "Dataset":
     name = os.fspath(name_or_path)
     if not name.strip():
         raise ValueError("the name of the prompts is empty. Give that of a set, a file, a folder or a data set.")
-    if isinstance(name_or_path, str):
-        head, _, copy = name.partition(":")
-        if head in PROMPT_SETS:
-            _refuse(f"the data set {head!r}", config=config, prompt_column=prompt_column)
-            if copy:
-                _refuse(f"a copy of the data set {head!r}", revision=revision)
-            return PROMPT_SETS[head].load(split, path=copy or None, revision=revision)
+    head, _, copy = name.partition(":")
+    if isinstance(name_or_path, str) and head in PROMPT_SETS:
+        _refuse(f"the data set {head!r}", config=options["config"], prompt_column=prompt_column)
+        if copy:
+            _refuse(f"a copy of the data set {head!r}", revision=options["revision"])
+        return PROMPT_SETS[head].load(split, path=copy or None, revision=options["revision"])
     path = Path(name)
     # A name with such an end is a file even where it is missing; without, it may be a data set on the Hub
-    if path.suffix.lower() in SUFFIXES or path.is_file():
-        _refuse(f"the file {name!r}", config=config, revision=revision)
-        dataset = read_prompts(path, prompt_column=prompt_column)
-        if split != "train":
+    is_file = path.suffix.lower() in SUFFIXES or path.is_file()
+    if file := path if is_file else _split_file(path, split):
+        _refuse(f"the file {os.fspath(file)!r}", **options)
+        dataset = read_prompts(file, prompt_column=prompt_column)
+        if is_file and split != "train":
             raise UnknownSplitError(name, split, ("train",))
         return dataset
-    if file := _split_file(path, split):
-        _refuse(f"the file {os.fspath(file)!r}", config=config, revision=revision)
-        return read_prompts(file, prompt_column=prompt_column)
-    return _from_datasets(name, split, config, revision, prompt_column)
+    return _from_datasets(name, split, prompt_column, options)
 
 
 def _refuse(what: str, **options: str | None) -> None:
@@ -101,8 +94,7 @@ def _refuse(what: str, **options: str | None) -> None:
 
 
 def _split_file(folder: Path, split: str) -> Path | None:
-    stems = (split, f"{split}_metadata")
-    files = [folder / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
+    files = [folder / f"{stem}{suffix}" for stem in (split, f"{split}_metadata") for suffix in SUFFIXES]
     found = [file for file in files if file.is_file()]
     if len(found) > 1:
         names = " and ".join(file.name for file in found)
@@ -110,17 +102,16 @@ def _split_file(folder: Path, split: str) -> Path | None:
     return found[0] if found else None
 
 
-def _from_datasets(name: str, split: str, config: str | None, revision: str | None, prompt_column: str) -> "Dataset":
+def _from_datasets(name: str, split: str, prompt_column: str, options: dict[str, str | None]) -> "Dataset":
     from datasets import load_dataset
 
     try:
-        splits = load_dataset(name, name=config, revision=revision)
+        splits = load_dataset(name, name=options["config"], revision=options["revision"])
     # Readers raise errors of many kinds, and most of them say what is the matter
     except Exception as error:
         cause = str(error).rstrip(".") or "it holds nothing"
         cause += f" ({error.__cause__})" if error.__cause__ else ""
-        near = difflib.get_close_matches(name, PROMPT_SETS, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        hint = "".join(f" Did you mean {near}?" for near in difflib.get_close_matches(name, PROMPT_SETS, n=1))
         raise ValueError(f"the data set {name!r} cannot be read: {cause}.{hint}") from error
     if split not in splits:
         raise UnknownSplitError(name, split, tuple(splits))

@@ -13,12 +13,7 @@ T5_TOKENS = 1
 
 
 def pipeline_path() -> str:
-    """
-    Folder of the bundled `StableDiffusion3Pipeline`.
-
-    Raises:
-        FileNotFoundError: when the package was installed without its data.
-    """
+    """Folder of the bundled `StableDiffusion3Pipeline`; `FileNotFoundError` where the package has no data."""
     folder = Path(__file__).parent / "pipeline"
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(
@@ -29,11 +24,7 @@ def pipeline_path() -> str:
 
 
 def load_pipeline() -> "StableDiffusion3Pipeline":
-    """
-    The bundled text-to-image model, in float32 on the CPU.
-
-    Loaded with diffusers alone: `StableDiffusion3Pipeline.from_pretrained(pipeline_path())` gives the same.
-    """
+    """The bundled text-to-image model, in float32 on the CPU, as diffusers loads it from [`pipeline_path`]."""
     from diffusers import StableDiffusion3Pipeline
 
     return StableDiffusion3Pipeline.from_pretrained(pipeline_path())

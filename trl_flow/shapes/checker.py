@@ -8,6 +8,7 @@ Only numpy and PIL are used; an image takes about a millisecond.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from PIL import Image
@@ -47,13 +48,9 @@ _ERROR_SCALE = 0.08
 @dataclass(frozen=True)
 class Detection:
     """
-    What the checker sees in an image.
-
-    Attributes:
-        shapes (`tuple[PlacedShape, ...]`): detected objects; the shape is the best fitting one.
-        recognized (`tuple[bool, ...]`): per object, whether it overlaps that shape by at least 0.75 (intersection over
-            union). An object that does not has a color but no shape.
-        ground (`float`): gray level of the ground, moved into the nearest range that the world uses.
+    What the checker sees in an image: the `shapes`, each as the best fitting one; whether each is `recognized`, that
+    is overlaps that shape by at least 0.75 (intersection over union) and has not only a color; and the gray level of
+    the `ground`, moved into the nearest range that the world uses.
     """
 
     shapes: tuple[PlacedShape, ...]
@@ -75,8 +72,7 @@ class CheckResult:
         fidelity (`float`): closeness of the image to a clean rendering of what was detected in it,
             `exp(-max(0, rmse - 0.04) / 0.08)`. It does not look at the target: an empty ground has fidelity 1.
         count (`float`): part, `min(n, N) / max(n, N)`.
-        color (`float`): part, number of colors in common (as multisets) over `max(n, N)`.
-        shape (`float`): part, the same for shapes.
+        color, shape (`float`): parts, number of colors and of shapes in common (as multisets) over `max(n, N)`.
         attribute (`float`): part, the same for (color, shape) pairs: is each shape in its own color?
         relation (`float` or `None`): part, 1 when some first object stands in the relation to some second object;
             `None` when the target has no relation.
@@ -96,10 +92,8 @@ class CheckResult:
     @property
     def parts(self) -> dict[str, float]:
         """The parts that `soft` is the mean of, by name."""
-        parts = {"count": self.count, "color": self.color, "shape": self.shape, "attribute": self.attribute}
-        if self.relation is not None:
-            parts["relation"] = self.relation
-        return parts
+        names = ("count", "color", "shape", "attribute", "relation")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 def check(image: Image.Image, objects: Sequence[dict], relation: str | None = None) -> CheckResult:
@@ -127,10 +121,7 @@ def check(image: Image.Image, objects: Sequence[dict], relation: str | None = No
     seen = _detect(array)
 
     wanted = [(item["color"], item["shape"]) for item in objects for _ in range(item["count"])]
-    found = [
-        (placed.color, placed.shape if recognized else None)
-        for placed, recognized in zip(seen.shapes, seen.recognized, strict=True)
-    ]
+    found = [(p.color, p.shape if known else None) for p, known in zip(seen.shapes, seen.recognized, strict=True)]
     most = max(len(wanted), len(found))
     parts = {
         "count": min(len(wanted), len(found)) / most,
@@ -139,7 +130,11 @@ def check(image: Image.Image, objects: Sequence[dict], relation: str | None = No
         "attribute": _common(wanted, found) / most,
     }
     if relation is not None:
-        parts["relation"] = float(_related(seen, found, wanted[0], wanted[objects[0]["count"]], relation))
+        seen_as = list(zip(seen.shapes, found, strict=True))
+        firsts = [(p.x, p.y) for p, what in seen_as if what == wanted[0]]
+        seconds = [(p.x, p.y) for p, what in seen_as if what == wanted[objects[0]["count"]]]
+        # No object stands in a relation to itself
+        parts["relation"] = float(any(relation_holds(relation, *pair) for pair in product(firsts, seconds)))
 
     error = np.sqrt(np.mean((array - render_array(seen.shapes, seen.ground)) ** 2))
     return CheckResult(
@@ -153,15 +148,7 @@ def check(image: Image.Image, objects: Sequence[dict], relation: str | None = No
 
 
 def detect(image: Image.Image) -> Detection:
-    """
-    Find the colored shapes in an image.
-
-    Args:
-        image (`PIL.Image.Image`): an image; one of another size than 32 x 32 is resized first.
-
-    Raises:
-        TypeError: when `image` is not a PIL image.
-    """
+    """Find the colored shapes in an image; the argument is as for [`check`]."""
     return _detect(_as_array(image))
 
 
@@ -176,21 +163,6 @@ def _as_array(image: Image.Image) -> np.ndarray:
 
 def _common(wanted: list, found: list) -> int:
     return (Counter(wanted) & Counter(found)).total()
-
-
-def _related(
-    seen: Detection,
-    found: list[tuple[str, str | None]],
-    first: tuple[str, str],
-    second: tuple[str, str],
-    relation: str,
-) -> bool:
-    return any(
-        relation_holds(relation, (one.x, one.y), (other.x, other.y))
-        for i, one in enumerate(seen.shapes)
-        for j, other in enumerate(seen.shapes)
-        if i != j and found[i] == first and found[j] == second
-    )
 
 
 def _detect(array: np.ndarray) -> Detection:
@@ -220,26 +192,16 @@ def _detect(array: np.ndarray) -> Detection:
     return Detection(tuple(shapes), tuple(recognized), min(max(level, low), high))
 
 
-def _hue_index(
-    red: np.ndarray, green: np.ndarray, blue: np.ndarray, largest: np.ndarray, chroma: np.ndarray
-) -> np.ndarray:
+def _hue_index(red, green, blue, largest, chroma) -> np.ndarray:
     """Nearest of the six hues, per pixel: each third of the circle of hues belongs to the channel that is largest."""
     scale = np.maximum(chroma, 1e-6)
-    hue = np.where(
-        largest == red,
-        (green - blue) / scale,
-        np.where(largest == green, 2 + (blue - red) / scale, 4 + (red - green) / scale),
-    )
-    return np.round(hue).astype(np.int64) % 6
+    hues = [(green - blue) / scale, 2 + (blue - red) / scale, 4 + (red - green) / scale]
+    return np.round(np.select([largest == red, largest == green], hues[:2], hues[2])).astype(np.int64) % 6
 
 
 def _connected(classes: np.ndarray) -> tuple[np.ndarray, list[int]]:
-    """
-    Label the regions of equal class that hang together through pixel edges; the class -1 is left out.
-
-    Returns:
-        labels (32, 32), 0 where the class is -1 and else from 1, and the number of pixels of each label.
-    """
+    """Labels (32, 32) of the regions of equal class that hang together through pixel edges, from 1 on and 0 where the
+    class is -1, and the number of pixels of each label."""
     # Runs of equal class within a row, joined where runs of one class lie above each other: there are few of them, so
     # that the loop over joints is short.
     begins = np.ones((IMAGE_SIZE, IMAGE_SIZE), dtype=bool)
@@ -249,35 +211,30 @@ def _connected(classes: np.ndarray) -> tuple[np.ndarray, list[int]]:
     touch = (classes[1:] == classes[:-1]) & (classes[1:] >= 0)
     touch[:, 1:] &= begins[1:, 1:] | begins[:-1, 1:] | ~touch[:, :-1]  # once for each pair of runs
     root = list(range(len(kinds)))
-    for above, below in zip(runs[:-1][touch].tolist(), runs[1:][touch].tolist(), strict=True):
-        while root[above] != above:
-            above = root[above]
-        while root[below] != below:
-            below = root[below]
-        root[max(above, below)] = min(above, below)
+    for pair in zip(runs[:-1][touch].tolist(), runs[1:][touch].tolist(), strict=True):
+        ends = []
+        for run in pair:
+            while root[run] != run:
+                run = root[run]
+            ends.append(run)
+        root[max(ends)] = min(ends)
 
     # In the order of the first pixels: a region's root is its first run
     of_run = np.zeros(len(kinds), dtype=np.int64)
-    count = 0
     for run in np.flatnonzero(kinds >= 0).tolist():
-        if root[run] == run:
-            count += 1
-            of_run[run] = count
-        else:
-            of_run[run] = of_run[root[run]]
+        of_run[run] = of_run.max() + 1 if root[run] == run else of_run[root[run]]
     labels = of_run[runs]
-    return labels, np.bincount(labels.ravel(), minlength=count + 1)[1:].tolist()
+    return labels, np.bincount(labels.ravel())[1:].tolist()
 
 
 def _grown(mask: np.ndarray) -> np.ndarray:
     """A mask and the eight neighbors of its pixels: that is where a shape's anti-aliased edge lies."""
-    rows = mask.copy()
-    rows[1:] |= mask[:-1]
-    rows[:-1] |= mask[1:]
-    grown = rows.copy()
-    grown[:, 1:] |= rows[:, :-1]
-    grown[:, :-1] |= rows[:, 1:]
-    return grown
+    for _ in range(2):
+        grown = mask.copy()
+        grown[1:] |= mask[:-1]
+        grown[:-1] |= mask[1:]
+        mask = grown.T  # rows first, then columns
+    return mask
 
 
 _PIXELS = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5
@@ -286,8 +243,7 @@ _PIXELS = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5
 def _fit(coverage: np.ndarray) -> tuple[str, float, float, float, float]:
     """Best fitting shape, its overlap (intersection over union), center of mass x and y, and size."""
     area = float(coverage.sum())
-    x = float((coverage.sum(axis=0) * _PIXELS).sum()) / area
-    y = float((coverage.sum(axis=1) * _PIXELS).sum()) / area
+    x, y = (float((coverage.sum(axis=axis) * _PIXELS).sum()) / area for axis in (0, 1))
     size = area**0.5
 
     columns, rows = x - 0.5 + _GRID * size, y - 0.5 + _GRID * size

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 SPLITS = ("train", "test")
 _COUNT_WORDS = {1: "a", 2: "two", 3: "three"}
 _COUNTS = {word: count for count, word in _COUNT_WORDS.items()}
-_COLOR_INDEX = {color: index for index, color in enumerate(COLORS)}
-_SHAPE_INDEX = {shape: index for index, shape in enumerate(SHAPES)}
+_INDEX = {word: index for words in (COLORS, SHAPES) for index, word in enumerate(words)}
 
+_WORDS = f"Colors: {', '.join(COLORS)}; shapes: {', '.join(SHAPES)}; relations: {', '.join(RELATIONS)}"
 _NOUN = rf"({'|'.join(COLORS)}) ({'|'.join(SHAPES)})"
 _GROUP = re.compile(rf"(a|two|three) {_NOUN}(s?)")
 _PAIR = re.compile(rf"a {_NOUN} (and|{'|'.join(RELATIONS)}) a {_NOUN}")
@@ -38,11 +38,10 @@ _PAIR = re.compile(rf"a {_NOUN} (and|{'|'.join(RELATIONS)}) a {_NOUN}")
 
 def make_caption(objects: list[dict], relation: str | None = None) -> str:
     """
-    Caption of a target.
+    Caption of a target, the inverse of [`parse_caption`].
 
     Args:
-        objects (`list[dict]`): one entry with a count of 1 to 3, or two entries with a count of 1; each has the keys
-            `count` (`int`), `color` and `shape` (`str`).
+        objects (`list[dict]`): one entry with a count of 1 to 3, or two entries with a count of 1.
         relation (`str`, *optional*): one of `RELATIONS`, of the first object to the second.
 
     Raises:
@@ -61,8 +60,7 @@ def make_caption(objects: list[dict], relation: str | None = None) -> str:
     except ValueError:
         raise ValueError(
             f"no caption for the objects {objects} with the relation {relation!r}: give one object with a count of 1, "
-            f"2 or 3 and no relation, or two objects with a count of 1; colors: {', '.join(COLORS)}; shapes: "
-            f"{', '.join(SHAPES)}; relations: {', '.join(RELATIONS)}"
+            f"2 or 3 and no relation, or two objects with a count of 1. {_WORDS}"
         ) from None
     return caption
 
@@ -84,33 +82,31 @@ def parse_caption(prompt: str) -> tuple[list[dict], str | None]:
     if match := _GROUP.fullmatch(prompt):
         word, color, shape, plural = match.groups()
         if (word == "a") == (plural == ""):
-            return [{"count": _COUNTS[word], "color": color, "shape": shape}], None
+            return [_object(_COUNTS[word], color, shape)], None
     if match := _PAIR.fullmatch(prompt):
         color, shape, link, other_color, other_shape = match.groups()
-        objects = [
-            {"count": 1, "color": color, "shape": shape},
-            {"count": 1, "color": other_color, "shape": other_shape},
-        ]
+        objects = [_object(1, color, shape), _object(1, other_color, other_shape)]
         return objects, None if link == "and" else link
     raise ValueError(
         f"{prompt!r} is not a caption of the shapes world. Captions are 'a red circle', 'two red circles', 'three red "
-        "circles', 'a red circle and a green square' and 'a red circle left of a green square', in lower "
-        f"case; colors: {', '.join(COLORS)}; shapes: {', '.join(SHAPES)}; relations: {', '.join(RELATIONS)}"
+        "circles', 'a red circle and a green square' and 'a red circle left of a green square', in lower case. "
+        + _WORDS
     )
+
+
+def _object(count: int, color: str, shape: str) -> dict:
+    return {"count": count, "color": color, "shape": shape}
 
 
 def is_held_out(objects: list[dict]) -> bool:
     """
-    Whether a combination is kept for evaluation.
+    Whether a combination of objects, as from [`parse_caption`], is kept for evaluation.
 
     One rule for all: the indices of the words (color and shape, and the count or the second color and shape) add up
     to a multiple of three. So each colored shape is held out at exactly one of its three counts, and each pair of
     colors with exactly three of its nine pairs of shapes. The order of two objects does not matter.
-
-    Args:
-        objects (`list[dict]`): as `parse_caption` returns them.
     """
-    total = sum(_COLOR_INDEX[item["color"]] + _SHAPE_INDEX[item["shape"]] for item in objects)
+    total = sum(_INDEX[item["color"]] + _INDEX[item["shape"]] for item in objects)
     return (total + (objects[0]["count"] if len(objects) == 1 else 0)) % 3 == 0
 
 
@@ -122,18 +118,14 @@ def prompt_kind(objects: list[dict], relation: str | None) -> str:
 
 
 def all_targets() -> list[tuple[list[dict], str | None]]:
-    """
-    The targets of the prompt set, both splits, in a fixed order.
-
-    Each (count, color, shape) once, and each unordered pair of differently colored shapes twice: once joined by
-    "and", once by one of the four relations, in both orders of the two objects.
-    """
-    targets: list[tuple[list[dict], str | None]] = []
-    for count, color, shape in product(_COUNT_WORDS, COLORS, SHAPES):
-        targets.append(([{"count": count, "color": color, "shape": shape}], None))
+    """The targets of the prompt set, both splits, in a fixed order: each (count, color, shape) once, and each
+    unordered pair of differently colored shapes twice, joined by "and" and by one of the four relations, in both
+    orders."""
+    triples = product(_COUNT_WORDS, COLORS, SHAPES)
+    targets: list[tuple[list[dict], str | None]] = [([_object(*triple)], None) for triple in triples]
     seen = {True: 0, False: 0}
     for (color, other_color), shape, other_shape in product(combinations(COLORS, 2), SHAPES, SHAPES):
-        pair = [{"count": 1, "color": color, "shape": shape}, {"count": 1, "color": other_color, "shape": other_shape}]
+        pair = [_object(1, color, shape), _object(1, other_color, other_shape)]
         number = seen[is_held_out(pair)]
         seen[is_held_out(pair)] += 1
         forward, backward = (pair, pair[::-1]) if number % 2 else (pair[::-1], pair)
@@ -166,11 +158,6 @@ def load_prompts(split: str) -> "Dataset":
         if is_held_out(objects) == (split == "test")
     ]
     random.Random(0).shuffle(rows)
-    features = Features(
-        {
-            "prompt": Value("string"),
-            "objects": List({"count": Value("int64"), "color": Value("string"), "shape": Value("string")}),
-            "relation": Value("string"),
-        }
-    )
-    return Dataset.from_list(rows, features=features)
+    text = Value("string")
+    objects = List({"count": Value("int64"), "color": text, "shape": text})
+    return Dataset.from_list(rows, features=Features({"prompt": text, "objects": objects, "relation": text}))

@@ -50,14 +50,13 @@ _MARGIN = 1.0
 @dataclass(frozen=True)
 class PlacedShape:
     """
-    One shape in a scene.
+    One shape in a scene, in pixels.
 
     Attributes:
-        color (`str`): a key of `COLORS`.
-        shape (`str`): one of `SHAPES`. Squares are upright, triangles are equilateral and point up.
-        x (`float`): center of mass, pixels from the left edge.
-        y (`float`): center of mass, pixels from the top edge.
-        size (`float`): square root of the area, pixels.
+        color, shape (`str`): a key of `COLORS`, and one of `SHAPES`. Squares are upright, triangles are equilateral
+            and point up.
+        x, y (`float`): center of mass, from the left and the top edge.
+        size (`float`): square root of the area.
     """
 
     color: str
@@ -81,17 +80,8 @@ class PlacedShape:
 
 
 def signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, size: float) -> np.ndarray:
-    """
-    Distance to the outline of a shape: negative inside, and a lower bound of the distance at its corners.
-
-    Args:
-        shape (`str`): one of `SHAPES`.
-        dx, dy (`np.ndarray`): positions relative to the center of mass, any shape, y downwards.
-        size (`float`): square root of the shape's area, in the units of `dx` and `dy`.
-
-    Returns:
-        `np.ndarray` of the shape of `dx`, in its units.
-    """
+    """Distance to the outline of a shape of area `size ** 2`: negative inside, and a lower bound of the distance at
+    its corners. `dx` and `dy` are positions relative to the center of mass, y downwards."""
     if shape == "circle":
         return np.hypot(dx, dy) - _CIRCLE_RADIUS * size
     if shape == "square":
@@ -100,27 +90,18 @@ def signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, size: float) -> 
     return np.maximum(dy, np.abs(dx) * (math.sqrt(3) / 2) - dy / 2) - inradius
 
 
-_CENTRES = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5
+_CENTERS = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5
 
 
 def render_array(shapes: Sequence[PlacedShape], ground: float) -> np.ndarray:
-    """
-    Image of a scene, anti-aliased, later shapes over earlier ones.
-
-    Args:
-        shapes (sequence of `PlacedShape`): what to draw; may be empty.
-        ground (`float`): gray level of the ground, 0 (black) to 1 (white).
-
-    Returns:
-        `np.ndarray`, float32, shape (32, 32, 3), values from 0 to 1.
-    """
+    """Image of a scene, anti-aliased, later shapes over earlier ones: float32, (32, 32, 3), from 0 to 1, as `ground`
+    is."""
     if not 0 <= ground <= 1:
         raise ValueError(f"`ground` is a gray level from 0 (black) to 1 (white), received {ground!r}")
     array = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), ground, dtype=np.float32)
     for placed in shapes:
-        distance = signed_distance(
-            placed.shape, _CENTRES[None, :] - placed.x, _CENTRES[:, None] - placed.y, placed.size
-        )
+        dx, dy = _CENTERS[None, :] - placed.x, _CENTERS[:, None] - placed.y
+        distance = signed_distance(placed.shape, dx, dy, placed.size)
         coverage = np.clip(0.5 - distance, 0, 1)[:, :, None]
         array += coverage * (np.asarray(COLORS[placed.color], dtype=np.float32) - array)
     return array
@@ -141,23 +122,12 @@ def render(shapes: Sequence[PlacedShape], ground: float = 0.05) -> Image.Image:
 
 
 def relation_holds(relation: str, first: tuple[float, float], second: tuple[float, float]) -> bool:
-    """
-    Whether one center lies left of, right of, above or below another.
-
-    The four relations exclude each other: the direction in which the centers lie further apart decides.
-
-    Args:
-        relation (`str`): one of `RELATIONS`.
-        first, second (`tuple[float, float]`): centers (x, y) in pixels, y downwards.
-    """
+    """Whether one center (x, y), y downwards, lies left of, right of, above or below another. The four relations
+    exclude each other: the direction in which the centers lie further apart decides."""
     dx, dy = first[0] - second[0], first[1] - second[1]
     sideways, upright = abs(dx) > abs(dy), abs(dy) > abs(dx)
-    return {
-        "left of": sideways and dx < 0,
-        "right of": sideways and dx > 0,
-        "above": upright and dy < 0,
-        "below": upright and dy > 0,
-    }[relation]
+    holds = (sideways and dx < 0, sideways and dx > 0, upright and dy < 0, upright and dy > 0)
+    return holds[RELATIONS.index(relation)]
 
 
 def random_ground(rng: np.random.Generator) -> float:
@@ -166,13 +136,8 @@ def random_ground(rng: np.random.Generator) -> float:
 
 
 def place(wanted: Sequence[tuple[str, str]], rng: np.random.Generator) -> list[PlacedShape]:
-    """
-    Random positions and sizes for shapes, whole in the image and clear of each other.
-
-    Args:
-        wanted (sequence of `(color, shape)`): one to three shapes.
-        rng (`np.random.Generator`): source of chance.
-    """
+    """Random positions and sizes for one to three shapes `(color, shape)`, whole in the image and clear of each
+    other."""
     low, high = _SIZES[len(wanted)]
     while True:
         placed: list[PlacedShape] = []

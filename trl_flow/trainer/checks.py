@@ -94,14 +94,7 @@ def check_dataset(dataset: Any, name: str) -> None:
 
 
 def check_backbone(backbone: Any, args: FlowRLConfig, peft_config: PeftConfig | None) -> None:
-    """
-    Raises unless `backbone` is one that can do what is asked.
-
-    Raises:
-        TypeError: if it is no [`Backbone`].
-        ValueError: if it cannot do what the config asks: guide away from the negative prompt, checkpoint gradients,
-            save a LoRA, train quantized weights, slice or tile its VAE.
-    """
+    """Raises `TypeError` unless `backbone` is a [`Backbone`], and `ValueError` unless it can do what is asked."""
     if not isinstance(backbone, Backbone):
         raise TypeError(
             f"backbone is a {type(backbone).__name__}, but must be a trl_flow.backbones.Backbone. Subclass it: one "
@@ -221,20 +214,14 @@ def check_eval_reward_funcs(names: list[str], eval_dataset: Any) -> None:
 
 
 def check_over_optimization(callbacks: list, gold_names: list[str], eval_dataset: Any, args: FlowRLConfig) -> None:
-    """
-    Tells an [`OverOptimizationCallback`] among the callbacks which evaluation set to watch.
-
-    Raises:
-        ValueError: if it would never be told of an evaluation that it could judge.
-    """
+    """Tells an [`OverOptimizationCallback`] among the callbacks which evaluation set to watch. Raises `ValueError` if
+    it would never be told of an evaluation that it could judge."""
     found = [callback for callback in callbacks if isinstance(callback, OverOptimizationCallback)]
+    if len(found) > 1:
+        raise ValueError(f"There are {len(found)} OverOptimizationCallbacks, which would keep models in one place.")
     if not found:
         return
-    if len(found) > 1:
-        raise ValueError(
-            f"There are {len(found)} OverOptimizationCallbacks, which would keep their models in one place."
-        )
-    (callback,) = found
+    callback = found[0]
     if not gold_names:
         raise ValueError(
             "OverOptimizationCallback compares the optimized reward with gold scores, but eval_reward_funcs is empty. "

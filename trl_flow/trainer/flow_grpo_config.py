@@ -28,10 +28,10 @@ class FlowGRPOConfig(FlowRLConfig):
         sde_window_schedule (`str`, *optional*, defaults to `"random"`):
             Where in that range the window begins: `"random"`, drawn anew for each generation batch (Flow-GRPO-Fast),
             or `"progressive"`, from the noisiest steps on to the last, where it stays (MixGRPO).
-        sde_window_interval (`int`, *optional*, defaults to `25`):
-            Generation batches after which a progressive window moves on (MixGRPO's shift interval).
-        sde_window_stride (`int`, *optional*, defaults to `1`):
-            Steps by which a progressive window moves.
+        sde_window_interval (`int`, *optional*):
+            Generation batches after which a progressive window moves on; `None`: 25 (MixGRPO's shift interval).
+        sde_window_stride (`int`, *optional*):
+            Steps by which a progressive window moves; `None`: 1.
         timestep_fraction (`float`, *optional*, defaults to `1.0`):
             Share of the stochastic steps that are trained, drawn anew for each generation batch, in (0, 1].
 
@@ -73,8 +73,8 @@ class FlowGRPOConfig(FlowRLConfig):
     sde_window_size: int | None = None
     sde_window_range: list[int] | None = None
     sde_window_schedule: Literal["random", "progressive"] = "random"
-    sde_window_interval: int = 25
-    sde_window_stride: int = 1
+    sde_window_interval: int | None = None
+    sde_window_stride: int | None = None
     timestep_fraction: float = 1.0
 
     # Loss
@@ -105,8 +105,6 @@ class FlowGRPOConfig(FlowRLConfig):
         self._check("beta", self.beta >= 0, "0 or more")
         self._check("value_discount", 0 <= self.value_discount < 1, "in [0, 1)")
         self._check("value_scale", self.value_scale >= 0, "0 or more")
-        for name in ("sde_window_interval", "sde_window_stride"):
-            self._check(name, getattr(self, name) >= 1, "at least 1")
         self._check_combinations()
         self._check_window()
 
@@ -140,6 +138,16 @@ class FlowGRPOConfig(FlowRLConfig):
                 f"num_inference_steps is {self.num_inference_steps}, and the last step of sde_type='cps' is "
                 "deterministic: no step is left to train. Use at least 2 steps."
             )
+        for name, default in (("sde_window_interval", 25), ("sde_window_stride", 1)):
+            value = getattr(self, name)
+            if self.sde_window_schedule == "progressive":
+                setattr(self, name, default if value is None else value)
+                self._check(name, getattr(self, name) >= 1, "at least 1")
+            elif value is not None:
+                raise ValueError(
+                    f"{name} is {value}, but sde_window_schedule is {self.sde_window_schedule!r}: only a progressive "
+                    f"window moves on. Set sde_window_schedule='progressive', or leave {name} out."
+                )
         if self.sde_window_size is None:
             if self.sde_window_range is not None or self.sde_window_schedule == "progressive":
                 raise ValueError(

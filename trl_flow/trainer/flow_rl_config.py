@@ -227,8 +227,8 @@ class FlowRLConfig(_BaseConfig):
             self.metric_for_best_model = "reward"
         super().__post_init__()
         self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
-        self._check_advantage_power()
         self._check_types()
+        self._check_advantage_power()
         for name in ("num_inference_steps", "eval_num_inference_steps", "height", "width", "max_sequence_length"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
         for name in ("num_iterations", "num_generations_eval", "num_images_to_log"):

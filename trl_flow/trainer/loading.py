@@ -80,7 +80,7 @@ def _quantization_config(
         raise ValueError(
             "The base weights are to be quantized (quantization_config, load_in_4bit or load_in_8bit), but without a "
             "peft_config all weights are trained, which quantized ones cannot be. Train an adapter: pass a "
-            "peft_config (use_peft in a recipe), or leave the quantisation out."
+            "peft_config (use_peft in a recipe), or leave the quantization out."
         )
     if isinstance(given, PipelineQuantizationConfig):
         return given
@@ -97,11 +97,11 @@ def _quantization_config(
     settings = quantization_settings(given, dtypes.get(component, dtypes["default"]))
     if not is_bitsandbytes_available():
         raise ValueError(
-            "Quantised base weights need bitsandbytes, which is not installed: pip install trl_flow[quantization]."
+            "Quantized base weights need bitsandbytes, which is not installed: pip install trl_flow[quantization]."
         )
     if not torch.accelerator.is_available():
         raise ValueError(
-            "Quantised base weights need a GPU, and torch sees none here. Leave the quantisation out, or see that "
+            "Quantized base weights need a GPU, and torch sees none here. Leave the quantization out, or see that "
             "torch finds the GPU (trl-flow env)."
         )
     return PipelineQuantizationConfig(quant_mapping={component: BitsAndBytesConfig(**settings)})

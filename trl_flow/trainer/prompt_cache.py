@@ -55,7 +55,8 @@ class PromptCache:
         """As `precompute_prompt_embeds` and `prompt_embeds_dir` say."""
         if not args.precompute_prompt_embeds:
             return cls(backbone)
-        backbone.pipeline.vae.to(args.device)  # where the backbone encodes, too
+        if getattr(backbone.pipeline, "vae", None) is not None:
+            backbone.pipeline.vae.to(args.device)  # where the backbone encodes, too
         folder = default_folder() if args.prompt_embeds_dir is None else args.prompt_embeds_dir
         return cls(backbone, store=PromptEmbedStore(folder, encoding_fingerprint(backbone)))
 
@@ -108,17 +109,8 @@ class PromptCache:
         num_processes: int = 1,
         progress: bool = False,
     ) -> None:
-        """
-        Encodes to disk what is not there yet.
-
-        Args:
-            pairs (`Callable`): gives the prompts with their images, anew at each call; some may come again.
-            rank, num_processes (`int`): every `num_processes`-th from the `rank`-th on is encoded here.
-            progress (`bool`): whether to show a bar.
-
-        Raises:
-            OSError: if they do not fit on the disk.
-        """
+        """Encodes to disk what is not there yet of `pairs()`, prompts with their images; of that every
+        `num_processes`-th from the `rank`-th on. Raises `OSError` if it does not fit on the disk."""
         keys = list(dict.fromkeys(_key(*pair) for pair in pairs()))
         missing = {key for key in keys[rank::num_processes] if key not in self.store}
         if not missing:

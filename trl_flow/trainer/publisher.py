@@ -47,18 +47,8 @@ class Publisher:
         dataset_name: str | None = None,
         tags: str | list[str] | None = None,
     ) -> None:
-        """
-        Writes `README.md` to the output folder: how to load the model, the rewards' curve, the latest images, the
-        settings and the papers.
-
-        Args:
-            model (`torch.nn.Module`): what was trained, unwrapped: a `PeftModel` or the whole module.
-            log_history (`list[dict]`): the trainer's logs.
-            hub_model_id (`str`, *optional*): where the model is going to be on the Hub.
-            model_name (`str`, *optional*): title; default: the repository's or the folder's name.
-            dataset_name (`str`, *optional*): Hub id of the prompts.
-            tags (`str` or `list[str]`, *optional*): further tags.
-        """
+        """Writes `README.md` to the output folder, for `model` as it was trained, unwrapped. Names and tags are as for
+        [`FlowRLTrainer.create_model_card`]."""
         folder = Path(self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         curves = None
@@ -97,28 +87,21 @@ class Publisher:
         revision: str | None = None,
         private: bool | None = None,
     ) -> CommitInfo | Future[CommitInfo]:
-        """
-        Uploads the output folder, after the uploads that are still running.
-
-        Args:
-            hub_model_id (`str`): `owner/name`, or `name` in the token's own account.
-            commit_message (`str`): title of the commit.
-            blocking (`bool`): whether to wait for the upload, instead of returning its `Future`.
-            token, revision, private: default to `hub_token`, `hub_revision` and `hub_private_repo` of the config.
-
-        Raises:
-            PushError: if the Hub refuses or cannot be reached. Nothing local is lost.
-        """
+        """Uploads the output folder, after the uploads that are still running; unless `blocking`, returns the upload's
+        `Future`. Raises `PushError` if the Hub refuses or cannot be reached."""
         self.wait()
-        options = {
+        upload = sharing.upload if blocking else self._in_background
+        options = self._options(commit_message, token=token, revision=revision, private=private)
+        return upload(self.args.output_dir, hub_model_id, **options)
+
+    def _options(self, commit_message: str, *, token=None, revision=None, private=None) -> dict[str, Any]:
+        """For `sharing.upload`; what is None is the config's."""
+        return {
             "token": token or self.args.hub_token,
             "revision": revision or self.args.hub_revision,
             "private": self.args.hub_private_repo if private is None else private,
             "commit_message": commit_message,
         }
-        if blocking:
-            return sharing.upload(self.args.output_dir, hub_model_id, **options)
-        return self._in_background(self.args.output_dir, hub_model_id, **options)
 
     def push_checkpoint(self, checkpoint_folder: str, hub_model_id: str, global_step: int) -> None:
         """Uploads a new checkpoint's weights in the background, as `hub_strategy` says."""
@@ -133,12 +116,7 @@ class Publisher:
             # The checkpoint itself is complete: an upload that cannot be prepared is no reason to stop
             logger.warning(f"The checkpoint {checkpoint} is saved, but not uploaded: {error}")
             return
-        options = {
-            "token": self.args.hub_token,
-            "revision": self.args.hub_revision,
-            "private": self.args.hub_private_repo,
-            "commit_message": f"Training in progress, step {global_step}",
-        }
+        options = self._options(f"Training in progress, step {global_step}")
         self._in_background(self.args.output_dir, hub_model_id, **options)
         if strategy in ("checkpoint", "all_checkpoints"):
             name = "last-checkpoint" if strategy == "checkpoint" else checkpoint.name
