@@ -474,7 +474,7 @@ def test_images_outside_the_folder_are_refused(run_folder, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "tags"),
     [
-        ({}, ["flow-grpo"]),
+        ({}, []),  # an algorithm of the user's own
         ({"sde_type": "flow", "timestep_weighting": "none", "advantage_power": 0.0}, ["flow-grpo"]),
         ({"importance_ratio": "ratio_norm", "timestep_weighting": "inverse_dt"}, ["flow-grpo", "grpo-guard"]),
         ({"sde_type": "dance", "advantage_power": 0.5}, ["flow-grpo", "dance-grpo", "slas"]),

@@ -99,14 +99,14 @@ def create_model_card(
     )
     what = "LoRA adapter for" if is_lora else f"fine-tuned {backbone.component} for"
     rewards = f" on {_list([_code(reward) for reward in reward_names])}" if reward_names else ""
-    methods = _list([f"[{paper.name}](https://arxiv.org/abs/{paper.arxiv})" for paper in papers])
+    methods = [f"[{paper.name}](https://arxiv.org/abs/{paper.arxiv})" for paper in papers]
     source = repo_id or f"path/to/{folder.resolve().name}"
     code = _loading_code(backbone, base_model, source, is_lora=is_lora, settings=settings)
     parts = [
         f"# {_text(name)}",
         "<Gallery />" if gallery else "",
-        f"A {what} {_origin(base_model)[0]}, trained by online reinforcement learning{rewards} with `trl_flow`, after "
-        f"{methods}.",
+        f"A {what} {_origin(base_model)[0]}, trained by online reinforcement learning{rewards} with `trl_flow`"
+        + (f", after {_list(methods)}." if methods else "."),
         "## How to load",
         f"```python\n{code}\n```",
     ]
@@ -117,7 +117,8 @@ def create_model_card(
     rows = ["| setting | value |", "| --- | --- |", *(f"| {_text(k)} | {_value(v)} |" for k, v in settings.items())]
     parts += ["## Training settings", "\n".join(rows)]
     parts += ["## Framework versions", "\n".join(f"- {name}: {number}" for name, number in versions().items())]
-    parts += ["## Citations", "```bibtex\n" + "\n\n".join(paper.bibtex for paper in papers) + "\n```"]
+    if papers:
+        parts += ["## Citations", "```bibtex\n" + "\n\n".join(paper.bibtex for paper in papers) + "\n```"]
     path = folder / "README.md"
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n").save(path)
     return path

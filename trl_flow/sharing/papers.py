@@ -43,14 +43,14 @@ PAPERS = {tag: Paper(tag, **fields) for tag, fields in json.loads(_FILE.read_tex
 
 def papers_behind(settings: Mapping[str, object]) -> list[Paper]:
     """
-    The papers whose methods a run used: Flow-GRPO always, the others by the fields of its config.
+    The papers whose methods a run used, by the fields of its config: none for an algorithm with fields of its own.
 
     Args:
         settings (`Mapping[str, object]`): values of `FlowGRPOConfig`'s fields by name; what is missing counts as off.
     """
     ratio, weighting = settings.get("importance_ratio"), settings.get("timestep_weighting")
     used = {
-        "flow-grpo": True,
+        "flow-grpo": not {"sde_type", "importance_ratio", "timestep_weighting"}.isdisjoint(settings),
         "dance-grpo": settings.get("sde_type") == "dance",
         "flow-cps": settings.get("sde_type") == "cps",
         "mix-grpo": bool(settings.get("sde_window_size")),
