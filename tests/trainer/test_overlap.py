@@ -169,7 +169,7 @@ def test_an_error_ends_the_sampling_at_the_next_part(tmp_path, decoding):
     parts = decoding(trainer, lambda: reward.started.wait(30) and time.sleep(0.3))
     with pytest.raises(RewardError, match="'Later' raised OSError: the server is gone"):
         trainer.train()
-    assert parts == [4, 4]
+    assert parts in ([4], [4, 4])  # the thread may have failed before the first part is left
     assert no_thread_is_left()
 
 
