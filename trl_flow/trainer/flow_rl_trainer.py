@@ -7,7 +7,6 @@ The method names and their order are those of TRL's `GRPOTrainer`, so that a rea
 import copy
 import os
 import time
-from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,7 +86,6 @@ class FlowRLTrainer(GroupTrainer):
     _tag_names = ["trl_flow"]
     config_class: type[FlowRLConfig] = FlowRLConfig
 
-    @abstractmethod
     def create_algorithm(self) -> Algorithm:
         """What is learned; `args`, `backbone` and `reward_weights` are there when it is called."""
         raise NotImplementedError
@@ -300,8 +298,7 @@ class FlowRLTrainer(GroupTrainer):
         Training is not affected: all random states are as before.
 
         Args:
-            eval_dataset ([`~datasets.Dataset`], `dict` of them or a key of the trainer's, *optional*): prompts;
-                default: the trainer's.
+            eval_dataset ([`~datasets.Dataset`], `dict` of them or a key, *optional*): default: the trainer's own.
             metric_key_prefix (`str`): prefix of the metrics.
 
         Returns:
@@ -319,12 +316,10 @@ class FlowRLTrainer(GroupTrainer):
             result = self.evaluator.evaluate(dataset, self.state, name)
             is_named = name is not None and not isinstance(eval_dataset, str)
             own = self._log_evaluation(result, f"{metric_key_prefix}_{name}" if is_named else metric_key_prefix, start)
-            # As CallbackHandler.on_evaluate, which not every version of transformers lets pass anything further
-            self.control.should_evaluate = False
-            further = {"metrics": own, "evaluation": None if result.gold is None else result}
-            self.control = self.callback_handler.call_event(
-                "on_evaluate", self.args, self.state, self.control, **further
-            )
+            self.control.should_evaluate = False  # as CallbackHandler.on_evaluate, which not always passes further
+            about = {"metrics": own, "evaluation": None if result.gold is None else result}
+            told = (self.args, self.state, self.control)
+            self.control = self.callback_handler.call_event("on_evaluate", *told, **about)
             metrics |= own
         return metrics
 
