@@ -240,7 +240,7 @@ class Evaluator:
 
             images += draw_batch(
                 self.policy.backbone,
-                self.policy.sampling_module,
+                self._forward,
                 condition.positive,
                 condition.negative,
                 seed=self.args.seed,
@@ -250,6 +250,11 @@ class Evaluator:
                 on_step=show,
             )
         return images
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model in the precision of training; what is around it has its own."""
+        with self.policy.sampling():
+            return self.policy.sampling_module(*args, **kwargs)
 
     def _scored(
         self, scorer: RewardScorer, rows: list[dict[str, Any]], images: list[Image.Image], state: TrainerState
@@ -268,7 +273,7 @@ class Evaluator:
     def _key(self, dataset: Dataset) -> str:
         """A fingerprint of what an evaluation draws and scores: under the same one, scores are paired by index."""
         settings = {
-            "prompts": list(dataset["prompt"]),
+            "columns": {name: dataset[name][:] for name in sorted(dataset.column_names) if name != "image"},
             "gold": self.gold_scorer.names,
             "guidance_scale": self.guidance_scale,
             **{
@@ -279,7 +284,7 @@ class Evaluator:
         }
         if self.policy.backbone.takes_image:
             settings["images"] = [image_fingerprint(row["image"]) for row in dataset]
-        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()[:16]
 
     # ---- State ----
 

@@ -28,7 +28,7 @@ class Metrics:
     def append(self, values: Mapping[str, float]) -> None:
         """Values that are equal on all processes, or of which the main process's count; a log has their means."""
         for name, value in values.items():
-            self._values[name].append(value)
+            self._values[name].append(float(value))
 
     @torch.no_grad()
     def add(self, unit: int, stats: Mapping[str, torch.Tensor]) -> None:

@@ -229,12 +229,14 @@ class Policy:
 
     @contextlib.contextmanager
     def evaluating(self, *, base: bool = False) -> Iterator[None]:
-        """[`sampling`] in evaluation mode, of the averaged weights, or with `base` of the model before training.
-        Without a reference that is the trained one, as long as it has not been trained."""
+        """Evaluation mode, without gradients, with the averaged weights, or with `base` those of the model before
+        training: without a reference the trained ones, as long as they have not been trained. Autocast is left to
+        [`sampling`], around the forwards: rewards and decoding have a precision of their own."""
         was_training = self.module.training
         self.module.eval()
+        weights = self._without_adapter() if base and self.has_reference else self.at("average")
         try:
-            with self.at("average" if not base or not self.has_reference else "reference"), self.sampling():
+            with torch.no_grad(), weights:
                 yield
         finally:
             self.module.train(was_training)

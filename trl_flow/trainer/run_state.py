@@ -161,7 +161,7 @@ class RunState:
         state = _read(folder)
         own, saved = self._settings(), state["settings"]
         in_the_middle = state["update"] > 0
-        names = list(own) if in_the_middle else ["generation_batch_size", "updates_per_generation"]
+        names = list(own) if in_the_middle else ["generation_batch_size", "updates_per_generation", "num_iterations"]
         different = [name for name in names if own[name] != saved[name]]
         if different:
             raise ValueError(
