@@ -286,3 +286,26 @@ def test_a_second_training_begins_anew(tmp_path):
     trainer.train()
     # generation 0 again, from the same noise
     assert calls[0] == calls[1]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "word"),
+    [((2, 4, 2, 1), (4, 2, 2, 2), "num_iterations=1"), ((4, 3, 2, 2), (2, 6, 4, 2), "steps_per_generation=3")],
+    ids=["the same samples twice", "uneven shares"],
+)
+def test_splits_whose_updates_are_made_of_other_samples_are_refused(before, after, word, tmp_path):
+    names = ("per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps", "num_iterations")
+    old, new = (
+        RunState(tiny_config(tmp_path, **dict(zip(names, split, strict=True))), {}) for split in (before, after)
+    )
+    assert old.args.updates_per_generation == new.args.updates_per_generation
+    old.save(tmp_path)
+    with pytest.raises(ValueError, match=word):
+        new.check(tmp_path)
+
+
+def test_a_run_that_has_come_to_its_end_is_not_trained_further(tmp_path):
+    fields = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    tiny_trainer(tmp_path, **fields).train()
+    with pytest.raises(ValueError, match="is at update 3, and max_steps is 3: the run has come to its end"):
+        tiny_trainer(tmp_path, **fields).train(resume_from_checkpoint=True)

@@ -153,6 +153,6 @@ class AdaptivePower:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.power = state.get("power", 0.0)
-        self.target_kl = state.get("target_kl", self._given_target)
+        self.target_kl = state.get("target_kl") if self._given_target is None else self._given_target
         self._sum, self._count = state.get("sum", 0.0), state.get("count", 0)
         self._own_sum, self._own_count = 0.0, 0

@@ -52,6 +52,12 @@ class ClippedPolicyGradient(Algorithm):
         self.dynamics = make_dynamics(schedule, sde_type=args.sde_type, noise_level=args.noise_level)
         self.stochastic_steps = self._checked_stochastic_steps()
         self.estimator = AdvantageEstimator(args, reward_weights)
+        if self.estimator.power is not None and args.updates_per_generation < 2:
+            logger.warning(
+                "advantage_power is 'auto', which follows the KL that the first of several updates with the same "
+                "samples causes, but each sampling phase has one update: the power stays 0. Set steps_per_generation "
+                "to twice gradient_accumulation_steps, or give a number."
+            )
         # The spread of a mean over D dimensions falls with sqrt(D), and with it the clip range that does the same
         scale = math.sqrt(REFERENCE_DIM / math.prod(backbone.latent_shape())) if args.scale_epsilon else 1.0
         self.epsilon_low = args.epsilon * scale

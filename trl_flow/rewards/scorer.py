@@ -6,7 +6,7 @@ import functools
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -179,7 +179,11 @@ class RewardScorer:
         # What failed is reported before what is late, for it may be the reason
         for i, future in started.items():
             if future in ended:
-                values[i] = check_rewards(future.result(), self.names[i], prompts)
+                try:
+                    result = future.result()
+                except CancelledError as error:  # by the function itself
+                    raise _failed(self.names[i], error) from error
+                values[i] = check_rewards(result, self.names[i], prompts)
         if running:
             # One of them may be blocking the loop for good, so the next call is given another
             _event_loop.cache_clear()

@@ -190,6 +190,11 @@ def check_rewards(
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}: {error}") from error
     check_eval_reward_funcs(gold_scorer.names, eval_dataset)
+    if args.load_best_model_at_end and isinstance(eval_dataset, dict) and args.metric_for_best_model == "reward":
+        raise ValueError(
+            "load_best_model_at_end needs metric_for_best_model where there are several evaluation sets. Set it to "
+            f"one of {', '.join(f'eval_{name}_reward' for name in eval_dataset)}."
+        )
     if args.reward_weights is not None and len(args.reward_weights) != len(scorer.names):
         raise ValueError(
             f"reward_weights has {len(args.reward_weights)} entries, but there are {len(scorer.names)} reward "

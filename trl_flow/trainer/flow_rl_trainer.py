@@ -199,12 +199,13 @@ class FlowRLTrainer(GroupTrainer):
             OSError: if a reward's model cannot be loaded; nothing has been sampled then.
             RewardError: if a reward function fails. Updates are saved first, whatever `save_strategy` is.
         """
-        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args)
         callbacks = self.callback_handler.callbacks  # those that were added after the constructor, too
         checks.check_over_optimization(callbacks, self.gold_scorer.names, self.eval_dataset, self.args)
         self.run_state.parts |= OverOptimizationCallback.by_name(callbacks)
         self.run_state.reset()
-        self._saved = None
+        self.metrics.clear()
+        self._saved, self._train_step_time = None, 0.0
         if checkpoint is not None:
             self.run_state.check(Path(checkpoint))
             self._saved = step_of(checkpoint), checkpoint
@@ -276,7 +277,7 @@ class FlowRLTrainer(GroupTrainer):
         if self.gold_scorer.reward_funcs:
             for name, dataset in checks.chosen_eval_datasets(None, self.eval_dataset).items():
                 result = self.evaluator.evaluate_base(dataset, self.state, name)
-                if self.state.global_step == 0 and not self.args.eval_on_start:
+                if self.evaluator.is_untrained and self.state.global_step == 0 and not self.args.eval_on_start:
                     self._log_evaluation(result, "eval" if name is None else f"eval_{name}")
         self.evaluator.is_untrained = False
 

@@ -30,6 +30,11 @@ class Metrics:
         for name, value in values.items():
             self._values[name].append(float(value))
 
+    def clear(self) -> None:
+        """Forgets all values: those of a training that failed are not the next one's."""
+        self._values.clear()
+        self._sums.clear()
+
     @torch.no_grad()
     def add(self, unit: int, stats: Mapping[str, torch.Tensor]) -> None:
         """Samples' statistics `(B,)` of one unit, summed up on the device, without waiting for it."""
@@ -53,6 +58,5 @@ class Metrics:
             for (unit, name), row in zip(keys, self.accelerator.reduce(stacked, "sum").tolist(), strict=True):
                 sums[unit][name] = tuple(row)
             metrics |= algorithm.summarize(StepSums(sums))
-        self._values.clear()
-        self._sums.clear()
+        self.clear()
         return metrics

@@ -20,7 +20,7 @@ def micro_batch_indices(number: int, num_micro_batches: int, num_updates: int) -
 
     Micro-batch `k` of `K` takes every `K`-th sample from the `k`-th on, and the `U` updates take turns in choosing
     micro-batches: update `u` is made of the samples `u, u + U, u + 2 U ...` of the global batch, however that is cut
-    into micro-batches and processes, and has its share of every group.
+    into processes and into micro-batches of which each update takes as many, and has its share of every group.
 
     Args:
         number (`int`): samples of this process, a multiple of `num_micro_batches`.

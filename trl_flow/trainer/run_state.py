@@ -161,7 +161,14 @@ class RunState:
         state = _read(folder)
         own, saved = self._settings(), state["settings"]
         in_the_middle = state["update"] > 0
-        names = list(own) if in_the_middle else ["generation_batch_size", "updates_per_generation", "num_iterations"]
+        # Micro-batches of which an update takes no whole share are made of other samples when they are cut otherwise
+        steps = [(s["steps_per_generation"], s["gradient_accumulation_steps"]) for s in (own, saved)]
+        is_uneven = any(max(pair) % min(pair) for pair in steps)
+        names = (
+            list(own)
+            if in_the_middle or is_uneven
+            else ["generation_batch_size", "updates_per_generation", "num_iterations"]
+        )
         different = [name for name in names if own[name] != saved[name]]
         if different:
             raise ValueError(
@@ -170,9 +177,9 @@ class RunState:
                 + ", but this run has "
                 + ", ".join(f"{name}={own[name]}" for name in different)
                 + (
-                    ". It stands in the middle of a generation batch, whose samples are split that way. Use these "
-                    "settings, or a checkpoint at the end of a generation batch."
-                    if in_the_middle
+                    ". It stands in the middle of a generation batch, or its updates take uneven shares of one: "
+                    "samples are split that way. Use these settings, or a checkpoint at the end of a generation batch."
+                    if in_the_middle or is_uneven
                     else ". A run goes on with as many images a sampling phase and as many updates with them as it "
                     "began with, however they are split over processes and micro-batches. Use these settings."
                 )
@@ -198,23 +205,28 @@ def step_of(checkpoint: str) -> int:
     return json.loads(Path(checkpoint, "trainer_state.json").read_text())["global_step"]
 
 
-def checkpoint_to_resume(given: str | os.PathLike | bool | None, output_dir: str) -> str | None:
+def checkpoint_to_resume(given: str | os.PathLike | bool | None, args: FlowRLConfig) -> str | None:
     """
     The checkpoint that `train(resume_from_checkpoint=given)` means.
 
     Raises:
-        ValueError: if it is not complete, or there is none.
+        ValueError: if it is not complete, there is none, or its run has come to its end.
     """
-    if given is True:
-        return last_complete_checkpoint(output_dir)
     if not given:
         return None
-    if not is_complete(os.fspath(given)):
+    checkpoint = last_complete_checkpoint(args.output_dir) if given is True else os.fspath(given)
+    if not is_complete(checkpoint):
         raise ValueError(
-            f"{os.fspath(given)!r} is not a complete checkpoint of this trainer. Pass True to resume from the last "
-            "complete one in output_dir."
+            f"{checkpoint!r} is not a complete checkpoint of this trainer. Pass True to resume from the last complete "
+            "one in output_dir."
         )
-    return os.fspath(given)
+    # transformers would look at max_steps after one more update only
+    if 0 < args.max_steps <= step_of(checkpoint):
+        raise ValueError(
+            f"{checkpoint!r} is at update {step_of(checkpoint)}, and max_steps is {args.max_steps}: the run has come "
+            "to its end. Raise max_steps to go on with it."
+        )
+    return checkpoint
 
 
 def last_complete_checkpoint(output_dir: str) -> str:

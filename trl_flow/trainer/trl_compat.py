@@ -68,6 +68,12 @@ class GroupTrainer(_BaseTrainer):
             epoch=lambda: int(self.state.epoch or 0),
         )
 
+    def _determine_best_metric(self, metrics, trial):
+        name = self.args.metric_for_best_model
+        if name is not None and metrics.get(name if name.startswith("eval_") else f"eval_{name}", 0.0) is None:
+            return False  # no reward applied to any image of this evaluation
+        return super()._determine_best_metric(metrics=metrics, trial=trial)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         raise NotImplementedError("The loss is computed for one unit at a time, see `Algorithm.loss`.")
 
