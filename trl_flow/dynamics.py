@@ -121,21 +121,10 @@ class DDIMDynamics:
         return transition.std
 
     def _step(
-        self,
-        prediction: torch.Tensor,
-        latents: torch.Tensor,
-        step: int,
-        alpha_cumprod_next: torch.Tensor | float,
-        noise_level: float,
+        self, prediction: torch.Tensor, latents: torch.Tensor, step: int, alpha_next: torch.Tensor | float, eta: float
     ) -> Transition:
-        return ddim_transition(
-            prediction,
-            latents,
-            self.schedule.alphas_cumprod[step],
-            alpha_cumprod_next,
-            noise_level=noise_level,
-            prediction_type=self.schedule.prediction_type,
-        )
+        alpha, kind = self.schedule.alphas_cumprod[step], self.schedule.prediction_type
+        return ddim_transition(prediction, latents, alpha, alpha_next, noise_level=eta, prediction_type=kind)
 
 
 Dynamics = FlowDynamics | DDIMDynamics

@@ -69,13 +69,8 @@ class Rollout:
 
 
 def sample_generator(*key: int) -> torch.Generator:
-    """
-    A generator that depends on `key` alone (seed, generation, stream, sample), not on the process or on what was drawn
-    before.
-
-    Args:
-        key (`int`): non-negative numbers; different keys give independent streams.
-    """
+    """A generator that depends on `key` alone (seed, generation, stream, sample: non-negative numbers), not on the
+    process or on what was drawn before. Different keys give independent streams."""
     # With the length, as numpy takes a key and the same with zeros behind it for equal
     state = np.random.SeedSequence([len(key), *key]).generate_state(2, np.uint32)
     return torch.Generator().manual_seed((int(state[0]) << 32 | int(state[1])) & (2**63 - 1))

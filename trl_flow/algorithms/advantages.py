@@ -1,6 +1,6 @@
 """From rewards to advantages, for every algorithm: several rewards, VGPO's values per step, SLAS's shaping."""
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
@@ -21,49 +21,22 @@ from trl_flow.functional import (
 from trl_flow.rewards.checks import RewardError
 
 
-class AdvantageArguments(Protocol):
-    """The fields of a config that decide about advantages; see `FlowGRPOConfig`."""
-
-    num_generations: int
-    scale_rewards: str
-    multi_objective_aggregation: str
-    advantage_clip: float
-    advantage_power: float | str
-    target_kl: float | None
-    dense_rewards: bool
-    value_discount: float
-    value_scale: float
+if TYPE_CHECKING:
+    from trl_flow.trainer.flow_grpo_config import FlowGRPOConfig
 
 
 class AdvantageEstimator:
-    """
-    Advantages as a config describes them.
+    """Advantages as a config describes them, with weights `(K,)` of the reward functions."""
 
-    Args:
-        args ([`AdvantageArguments`]): the config.
-        reward_weights (`torch.Tensor`): `(K,)`, one for each reward function.
-    """
-
-    def __init__(self, args: AdvantageArguments, reward_weights: torch.Tensor):
+    def __init__(self, args: "FlowGRPOConfig", reward_weights: torch.Tensor):
         self.args = args
         self.reward_weights = reward_weights
         self.power = AdaptivePower(args.target_kl) if args.advantage_power == "auto" else None
 
     def __call__(self, scores: PhaseScores) -> tuple[torch.Tensor, dict[str, float]]:
-        """
-        The advantages of all processes' samples and their metrics.
-
-        Returns:
-            `tuple[torch.Tensor, dict[str, float]]`: `(N,)`, or with `scores.instant` `(N, T')`, one for each of its
-                steps.
-
-        Raises:
-            RewardError: if VGPO's weights have no meaning for a reward, which is below 0.
-        """
-        if scores.instant is None:
-            advantages, stats = self._terminal(scores.rewards_per_func), {}
-        else:
-            advantages, stats = self._dense(scores)
+        """The advantages of all processes' samples, `(N,)`, or with `scores.instant` `(N, T')`, one for each of its
+        steps, and their metrics. Raises `RewardError` if VGPO's weights have no meaning for a reward below 0."""
+        advantages, stats = self._terminal(scores.rewards_per_func) if scores.instant is None else self._dense(scores)
         # Clamped first: the bound is the one that Corollary 1 of SLAS asks for
         advantages = advantages.clamp(-self.args.advantage_clip, self.args.advantage_clip)
         power = self.args.advantage_power
@@ -73,12 +46,12 @@ class AdvantageEstimator:
         stats["advantage/effective_share"] = effective_sample_share(shaped).item()
         return shaped, stats
 
-    def _terminal(self, rewards_per_func: torch.Tensor) -> torch.Tensor:
+    def _terminal(self, rewards_per_func: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
         weights, number = self.reward_weights.to(rewards_per_func.device), self.args.num_generations
         if self.args.multi_objective_aggregation == "normalize_then_sum":
-            return normalize_then_sum(rewards_per_func, weights, number)
+            return normalize_then_sum(rewards_per_func, weights, number), {}
         rewards = combine_rewards(rewards_per_func, weights)
-        return group_advantages(rewards, number, scale_rewards=self.args.scale_rewards)
+        return group_advantages(rewards, number, scale_rewards=self.args.scale_rewards), {}
 
     def _dense(self, scores: PhaseScores) -> tuple[torch.Tensor, dict[str, float]]:
         number, scale = self.args.num_generations, self.args.value_scale
@@ -110,14 +83,9 @@ class AdvantageEstimator:
 
 
 class AdaptivePower:
-    """
-    SLAS's power, adapted once a sampling phase so that the KL that an update causes stays at a target (the paper's
-    Appendix E couples the two). The KL is that of the transitions to those of sampling, so that it is known from the
-    second update of a phase on.
-
-    Args:
-        target_kl (`float`, *optional*): `None`: the first KL that is measured.
-    """
+    """SLAS's power, adapted once a sampling phase so that the KL that an update causes stays at a target (the paper's
+    Appendix E couples the two), by default at the first that is measured. The KL is that of the transitions to those
+    of sampling, so that it is known from the second update of a phase on."""
 
     GAIN, MAX_POWER = 0.1, 2.0
 

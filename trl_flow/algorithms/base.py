@@ -58,12 +58,8 @@ class PhaseScores:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """
-    Attributes:
-        loss (`torch.Tensor`): to be minimized, `(B,)`.
-        stats (`dict[str, torch.Tensor]`): what to sum up over samples for the metrics, each `(B,)`, without gradients.
-        regularization (`torch.Tensor` or `None`): what of it is not the policy's, `(B,)`, such as a KL.
-    """
+    """A `loss` to be minimized, `(B,)`; `stats` without gradients to sum up over samples for the metrics, each `(B,)`;
+    and `regularization`, what of the loss is not the policy's, such as a KL, `(B,)`."""
 
     loss: torch.Tensor
     stats: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -76,13 +72,8 @@ class LossOutput:
 
 
 class StepSums:
-    """
-    What the samples' statistics add up to until they are logged.
-
-    Args:
-        sums (`Mapping[int, Mapping[str, tuple[float, float, float]]]`): for each unit and name the number of values,
-            their sum, and the sum of their squares.
-    """
+    """What the samples' statistics add up to until they are logged: `sums` has for each unit and name the number of
+    values, their sum, and the sum of their squares."""
 
     def __init__(self, sums: Mapping[int, Mapping[str, tuple[float, float, float]]]):
         self._sums = sums

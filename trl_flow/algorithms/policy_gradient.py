@@ -12,14 +12,7 @@ from trl_flow.algorithms.advantages import AdvantageEstimator
 from trl_flow.algorithms.base import Algorithm, LossOutput, MicroBatch, PhaseScores, StepSums
 from trl_flow.backbones import Backbone
 from trl_flow.dynamics import FlowDynamics, make_dynamics
-from trl_flow.functional import (
-    clipped_loss,
-    gaussian_kl,
-    log_ratio,
-    ratio_statistics,
-    timestep_weight,
-    transition_kl,
-)
+from trl_flow.functional import clipped_loss, gaussian_kl, log_ratio, ratio_statistics, timestep_weight, transition_kl
 from trl_flow.rollout import RandomStream, Rollout, StepPlan
 
 
@@ -35,12 +28,8 @@ REFERENCE_DIM = 16 * 64 * 64
 
 class ClippedPolicyGradient(Algorithm):
     """
-    GRPO's clipped objective on the transitions of sampling (Flow-GRPO Eq. 5, GRPO-Guard Eq. 12).
-
-    Args:
-        args ([`FlowGRPOConfig`]): dynamics, window, ratio, weight, clip range, KL and advantages.
-        backbone ([`Backbone`]): whose schedule and latents these are.
-        reward_weights (`torch.Tensor`): `(K,)`, one for each reward function.
+    GRPO's clipped objective on the transitions of sampling (Flow-GRPO Eq. 5, GRPO-Guard Eq. 12), on the schedule and
+    the latents of a backbone, with weights `(K,)` of the reward functions.
 
     Raises:
         ValueError: if no step of the model's schedule can be trained, or too few for the window.
@@ -76,14 +65,13 @@ class ClippedPolicyGradient(Algorithm):
                 f"num_inference_steps is {args.num_inference_steps}, and on this model's schedule no step adds noise: "
                 "there is nothing to train. Use at least 2 steps."
             )
-        if args.sde_window_size is not None:
-            first, end = args.sde_window_range
-            if min(end, len(steps)) - first < args.sde_window_size:
-                raise ValueError(
-                    f"sde_window_range is {args.sde_window_range}, but on this model's schedule the last of "
-                    f"{args.num_inference_steps} steps is deterministic and cannot be trained, so that a window of "
-                    f"{args.sde_window_size} steps does not fit. Use more steps, a smaller window or a lower start."
-                )
+        first, end = args.sde_window_range or (0, 0)
+        if args.sde_window_size is not None and min(end, len(steps)) - first < args.sde_window_size:
+            raise ValueError(
+                f"sde_window_range is {args.sde_window_range}, but on this model's schedule the last of "
+                f"{args.num_inference_steps} steps is deterministic and cannot be trained, so that a window of "
+                f"{args.sde_window_size} steps does not fit. Use more steps, a smaller window or a lower start."
+            )
         return steps
 
     # ---- Sampling ----
@@ -124,9 +112,8 @@ class ClippedPolicyGradient(Algorithm):
 
     def loss(self, policy: "Policy", batch: MicroBatch, unit: int, condition: "Condition") -> LossOutput:
         args, dynamics, index = self.args, self.dynamics, batch.steps.index(unit)
-        latents, next_latents, old_mean = (
-            batch.tensors[name][:, index] for name in ("latents", "next_latents", "means")
-        )
+        kept = {name: tensor[:, index] for name, tensor in batch.tensors.items()}
+        latents, next_latents, old_mean = kept["latents"], kept["next_latents"], kept["means"]
         advantages = batch.advantages[:, index]
         timestep = dynamics.schedule.timesteps[unit]
         transition = dynamics.transition(policy.predict(latents, timestep, condition), latents, unit)
@@ -175,13 +162,9 @@ class ClippedPolicyGradient(Algorithm):
     def summarize(self, sums: StepSums) -> dict[str, float]:
         """`clip_ratio/low_mean` and `high_mean` count the ratios that the clipping acts on (TRL's); those of a step
         all ratios outside of the range, whatever the advantage's sign (Guard's supplement, Fig. 4)."""
-        metrics = {
-            "ratio/mean": 1 + sums.mean("deviation"),
-            "ratio/std": sums.std("deviation"),
-            "clip_ratio/low_mean": sums.mean("low"),
-            "clip_ratio/high_mean": sums.mean("high"),
-            "clip_ratio/region_mean": sums.mean("low") + sums.mean("high"),
-        }
+        low, high = sums.mean("low"), sums.mean("high")
+        metrics = {"ratio/mean": 1 + sums.mean("deviation"), "ratio/std": sums.std("deviation")}
+        metrics |= {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
         if "kl" in sums.names:
             metrics["kl"] = sums.mean("kl")
         for step in sums.units:

@@ -18,11 +18,8 @@ logger = logging.get_logger(__name__)
 
 
 class FlowProgressCallback(ProgressCallback):
-    """
-    The training bar, with what is going on beside it (sampling, rewards, updating), and one short line for each log.
-
-    The complete metrics go to the trackers and to `trainer_state.json`.
-    """
+    """The training bar, with what is going on beside it (sampling, rewards, updating), and one short line a log. The
+    complete metrics go to the trackers and to `trainer_state.json`."""
 
     # What a person watches; the rest (some forty values a log) would bury it
     SHOWN = ("reward", "reward_std", "kl", "clip_ratio/region_mean", "loss", "grad_norm", "step_time")
@@ -31,9 +28,8 @@ class FlowProgressCallback(ProgressCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self.training_bar = tqdm(
-                total=state.max_steps, initial=state.global_step, desc="Training", dynamic_ncols=True
-            )
+            options = {"desc": "Training", "dynamic_ncols": True}
+            self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, **options)
         self.current_step = state.global_step
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -72,53 +68,35 @@ class LoopCallback(TrainerCallback):
 
 
 class RunLogCallback(TrainerCallback):
-    """
-    Writes what is logged to `output_dir/log_history.jsonl` as training goes on, one log a line, and the table of
-    `diagnostics_table` to `output_dir/diagnostics.md`.
-
-    A run that is resumed begins the file anew with its checkpoint's logs.
-    """
-
-    TABLE_NAME = "diagnostics.md"
+    """Writes what is logged to `output_dir/log_history.jsonl` as training goes on, one log a line, and the table of
+    `diagnostics_table` to `output_dir/diagnostics.md`. A run that is resumed begins the file anew with its
+    checkpoint's logs."""
 
     _writes = False
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._writes = state.is_world_process_zero
-        self._write(Path(args.output_dir, LOG_NAME), "w", state.log_history)
-        self._write_table(args, state)
+        self._write(args, state, "w", state.log_history)
 
     def on_log(self, args, state, control, **kwargs):
-        self._write(Path(args.output_dir, LOG_NAME), "a", state.log_history[-1:])
-        self._write_table(args, state)
+        self._write(args, state, "a", state.log_history[-1:])
 
-    def _write(self, path: Path, mode: str, logs: list[dict[str, Any]]) -> None:
+    def _write(self, args, state, mode: str, logs: list[dict[str, Any]]) -> None:
         if not self._writes:
             return
+        path = Path(args.output_dir, LOG_NAME)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open(mode, encoding="utf-8") as file:
-                file.writelines(json.dumps(_finite(log)) + "\n" for log in logs)
+                file.writelines(json.dumps({k: _finite(v) for k, v in log.items()}) + "\n" for log in logs)
+            if (table := diagnostics_table(state.log_history)) is not None:
+                path = path.with_name("diagnostics.md")
+                path.write_text(table, encoding="utf-8")
         except OSError as error:
-            self._give_up(path, error)
-
-    def _write_table(self, args, state) -> None:
-        table = diagnostics_table(state.log_history) if self._writes else None
-        if table is None:
-            return
-        path = Path(args.output_dir, self.TABLE_NAME)
-        try:
-            path.write_text(table, encoding="utf-8")
-        except OSError as error:
-            self._give_up(path, error)
-
-    def _give_up(self, path: Path, error: OSError) -> None:
-        # Training is worth more than its log, which checkpoints hold too
-        self._writes = False
-        logger.warning(f"{path} cannot be written ({error}): logs are kept in checkpoints and trackers only.")
+            # Training is worth more than its log, which checkpoints hold too
+            self._writes = False
+            logger.warning(f"{path} cannot be written ({error}): logs are kept in checkpoints and trackers only.")
 
 
-def _finite(log: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in log.items()
-    }
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

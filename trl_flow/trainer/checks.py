@@ -27,8 +27,11 @@ from trl_flow.trainer.over_optimization import OverOptimizationCallback
 logger = logging.get_logger(__name__)
 
 
-def check_model(model: Any, backbone: Backbone | None) -> None:
-    """Raises unless `model` is a pipeline or says where one is, and `backbone` was made for it."""
+def check_model(model: Any, backbone: Backbone | None, args: Any, config_class: type[FlowRLConfig]) -> None:
+    """Raises unless `model` is a pipeline or says where one is, `backbone` was made for it, and `args` are `None` or a
+    `config_class`."""
+    if args is not None and not isinstance(args, config_class):
+        raise TypeError(f"args is a {type(args).__name__}, but must be a {config_class.__name__} or a preset of it.")
     if not isinstance(model, str | os.PathLike | DiffusionPipeline):
         raise TypeError(
             f"model is a {type(model).__name__}, but must be the hub id or folder of a diffusers pipeline, or a "
@@ -39,12 +42,6 @@ def check_model(model: Any, backbone: Backbone | None) -> None:
             "backbone was made for another pipeline than model: the one would be trained, and the other prepared for "
             "it. Pass one and the same: model=backbone.pipeline."
         )
-
-
-def check_config(args: Any, config_class: type[FlowRLConfig]) -> None:
-    """Raises `TypeError` unless `args` is a `config_class`."""
-    if not isinstance(args, config_class):
-        raise TypeError(f"args is a {type(args).__name__}, but must be a {config_class.__name__} or a preset of it.")
 
 
 def check_single_device(args: FlowRLConfig) -> None:
@@ -73,10 +70,11 @@ def check_dataset(dataset: Any, name: str) -> None:
             "datasets.Dataset with a 'prompt' column, such as Dataset.from_dict({'prompt': [...]}) or "
             "load_dataset(..., split='train') without streaming."
         )
-    if "prompt" not in dataset.column_names:
+    columns = dataset.column_names
+    if "prompt" not in columns:
         raise ValueError(
-            f"{name} has no column 'prompt'; its columns are {dataset.column_names}. Rename the one that holds "
-            "the prompts: dataset.rename_column(old, 'prompt')."
+            f"{name} has no column 'prompt'; its columns are {columns}. Rename the one that holds the prompts: "
+            "dataset.rename_column(old, 'prompt')."
         )
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty: there is no prompt to train on or to draw.")
@@ -86,11 +84,8 @@ def check_dataset(dataset: Any, name: str) -> None:
                 f"{name} has prompt {prompt!r} in row {index}, but every prompt must be a non-empty string. "
                 "Filter such rows out, or convert them."
             )
-    reserved = [column for column in dataset.column_names if column in RESERVED_COLUMNS]
-    if reserved:
-        raise ValueError(
-            f"{name} has columns {reserved}, whose names reward functions get other things under. Rename them."
-        )
+    if reserved := [column for column in columns if column in RESERVED_COLUMNS]:
+        raise ValueError(f"{name} has columns {reserved}, under whose names rewards get other things. Rename them.")
 
 
 def check_backbone(backbone: Any, args: FlowRLConfig, peft_config: PeftConfig | None) -> None:
@@ -152,9 +147,8 @@ def check_images(dataset: Dataset, name: str, backbone: Backbone) -> None:
             f"{name} has the format {dataset.format['type']!r}, in which an image is an array, but {editor}: its "
             "column 'image' must give PIL images. Take the format off: dataset.with_format(None)."
         )
-    encoded = dataset.with_format(None).select_columns(["image"])
-    encoded = encoded.cast_column("image", datasets.Image(decode=False))
-    for index, row in enumerate(encoded):
+    images = dataset.with_format(None).select_columns(["image"])
+    for index, row in enumerate(images.cast_column("image", datasets.Image(decode=False))):
         if row["image"] is None:
             raise ValueError(
                 f"{name} has no image in row {index}, but {editor}. Filter such rows out: "
@@ -189,32 +183,26 @@ def check_rewards(
                 each.check(dataset.column_names)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}: {error}") from error
-    check_eval_reward_funcs(gold_scorer.names, eval_dataset)
     if args.load_best_model_at_end and isinstance(eval_dataset, dict) and args.metric_for_best_model == "reward":
         raise ValueError(
             "load_best_model_at_end needs metric_for_best_model where there are several evaluation sets. Set it to "
             f"one of {', '.join(f'eval_{name}_reward' for name in eval_dataset)}."
         )
+    if gold_scorer.names and not named_eval_datasets(eval_dataset):
+        raise ValueError(
+            f"eval_reward_funcs ({', '.join(gold_scorer.names)}) score evaluations only, but there is no "
+            "eval_dataset. Pass one with the prompts to evaluate, and set eval_strategy='steps', or leave "
+            "eval_reward_funcs out."
+        )
+    if taken := {"average", "average_std_err"} & set(gold_scorer.names):
+        raise ValueError(
+            f"One of eval_reward_funcs is called {taken.pop()!r}, which is the name of the composite's own metric. "
+            "Rename it (its __name__ counts)."
+        )
     if args.reward_weights is not None and len(args.reward_weights) != len(scorer.names):
         raise ValueError(
             f"reward_weights has {len(args.reward_weights)} entries, but there are {len(scorer.names)} reward "
             f"functions: {', '.join(scorer.names)}. Give one weight for each."
-        )
-
-
-def check_eval_reward_funcs(names: list[str], eval_dataset: Any) -> None:
-    """Raises `ValueError` for functions of these names that no evaluation would call, or that hide the composite."""
-    if not names:
-        return
-    if not named_eval_datasets(eval_dataset):
-        raise ValueError(
-            f"eval_reward_funcs ({', '.join(names)}) score evaluations only, but there is no eval_dataset. Pass one "
-            "with the prompts to evaluate, and set eval_strategy='steps', or leave eval_reward_funcs out."
-        )
-    if taken := {"average", "average_std_err"} & set(names):
-        raise ValueError(
-            f"One of eval_reward_funcs is called {taken.pop()!r}, which is the name of the composite's own metric. "
-            "Rename it (its __name__ counts)."
         )
 
 
@@ -240,9 +228,9 @@ def check_over_optimization(callbacks: list, gold_names: list[str], eval_dataset
     sets = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
     callback.watched = next(iter(sets)) if callback.eval_name is None else callback.eval_name
     if callback.watched not in sets:
+        known = list(sets) if isinstance(eval_dataset, dict) else "a single one without a name"
         raise ValueError(
-            f"OverOptimizationCallback has eval_name={callback.eval_name!r}, but the evaluation sets are "
-            f"{list(eval_dataset) if isinstance(eval_dataset, dict) else 'a single one without a name'}."
+            f"OverOptimizationCallback has eval_name={callback.eval_name!r}, but the evaluation sets are {known}."
         )
     if len(sets[callback.watched]) < 2:
         raise ValueError(
@@ -253,16 +241,11 @@ def check_over_optimization(callbacks: list, gold_names: list[str], eval_dataset
 
 def check_output_dir(args: FlowRLConfig) -> None:
     """Training that cannot save is refused now, not at its first checkpoint."""
-    if not args.should_save:
-        return
-    probe = Path(args.output_dir)
-    while not probe.exists():
-        probe = probe.parent
-    if not probe.is_dir() or not os.access(probe, os.W_OK | os.X_OK):
-        raise ValueError(
-            f"output_dir {args.output_dir!r} cannot be written to ({probe} is "
-            f"{'read-only for this user' if probe.is_dir() else 'not a folder'}). Choose another."
-        )
+    path = Path(args.output_dir)
+    folder = next(folder for folder in (path, *path.parents) if folder.exists())
+    if args.should_save and not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        reason = "read-only for this user" if folder.is_dir() else "not a folder"
+        raise ValueError(f"output_dir {str(path)!r} cannot be written to ({folder} is {reason}). Choose another.")
 
 
 def probe_output_dir(args: FlowRLConfig, num_parameters: int) -> None:
@@ -294,15 +277,14 @@ def as_list(funcs: Callable | list[Callable] | None) -> list[Callable]:
 
 def repeated(dataset: Dataset, args: FlowRLConfig) -> Dataset:
     """A set smaller than one sampling phase would give TRL's sampler no full batch at all."""
-    prompts_per_generation = args.generation_batch_size // args.num_generations
-    if len(dataset) >= prompts_per_generation:
-        return dataset
-    copies = math.ceil(prompts_per_generation / len(dataset))
-    logger.warning(
-        f"The data set has {len(dataset)} prompts, but each sampling phase takes {prompts_per_generation} "
-        f"(generation_batch_size / num_generations): it is repeated {copies} times."
-    )
-    return datasets.concatenate_datasets([dataset] * copies)
+    needed = args.generation_batch_size // args.num_generations
+    copies = math.ceil(needed / len(dataset))
+    if copies > 1:
+        logger.warning(
+            f"The data set has {len(dataset)} prompts, but each sampling phase takes {needed} "
+            f"(generation_batch_size / num_generations): it is repeated {copies} times."
+        )
+    return dataset if copies == 1 else dataset.repeat(copies)
 
 
 def chosen_eval_datasets(

@@ -7,11 +7,12 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from PIL import Image
 from transformers import TrainerState
@@ -34,15 +35,8 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class BaseScores:
-    """
-    What the base model scores on one evaluation set.
-
-    Attributes:
-        reward (`float`): mean of the optimized reward.
-        gold (`dict[str, np.ndarray]`): scores by each gold function, float64 of shape `(N,)`, NaN where it does not
-            apply; the images of one prompt are next to each other.
-        diversity (`float` or `None`): within a prompt; `None` with one image for each.
-    """
+    """What the base model scores on one evaluation set: the mean reward, by each gold function float64 `(N,)` (NaN
+    where it does not apply, the images of one prompt next to each other), and the diversity within a prompt."""
 
     reward: float
     gold: dict[str, np.ndarray]
@@ -54,12 +48,9 @@ class BaseScores:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "BaseScores":
-        return cls(
-            reward=math.nan if content["reward"] is None else content["reward"],
-            # None becomes NaN
-            gold={name: np.asarray(values, dtype=np.float64) for name, values in content["gold"].items()},
-            diversity=content["diversity"],
-        )
+        reward, gold = content["reward"], content["gold"]
+        arrays = {name: np.asarray(values, dtype=np.float64) for name, values in gold.items()}  # None becomes NaN
+        return cls(math.nan if reward is None else reward, arrays, content["diversity"])
 
 
 @dataclass(frozen=True)
@@ -92,48 +83,24 @@ class EvaluationResult:
     save: Callable[[str | os.PathLike], None]
 
 
+@dataclass(eq=False)
 class Evaluator:
-    """
-    Evaluates. Training is not affected: all random states are as before.
+    """Draws and scores evaluation sets by `scorer`, whose functions are optimized, and by `gold_scorer`, whose are not
+    (it may have none). Training is not affected: all random states are as before."""
 
-    Args:
-        policy ([`Policy`]): the trained model.
-        sampler ([`Sampler`]): shows what is going on, and reads the images to be edited.
-        scorer ([`RewardScorer`]): the optimized reward functions.
-        reward_weights (`torch.Tensor`): one for each.
-        gold_scorer ([`RewardScorer`]): functions that are never optimized; may be empty.
-        args ([`FlowRLConfig`]): steps, guidance, seed, images per prompt.
-        save (`Callable`): writes the model to a folder.
-    """
-
-    def __init__(
-        self,
-        policy: Policy,
-        sampler: Sampler,
-        scorer: RewardScorer,
-        reward_weights: torch.Tensor,
-        gold_scorer: RewardScorer,
-        args: FlowRLConfig,
-        save: Callable[[str | os.PathLike], None],
-    ):
-        self.policy = policy
-        self.sampler = sampler
-        self.scorer = scorer
-        self.reward_weights = reward_weights
-        self.gold_scorer = gold_scorer
-        self.args = args
-        self.save = save
-        self._base_scores: dict[str, BaseScores] = {}
-        # Whether the weights are still those that the trainer was given
-        self.is_untrained = True
+    policy: Policy
+    sampler: Sampler
+    scorer: RewardScorer
+    reward_weights: torch.Tensor
+    gold_scorer: RewardScorer
+    args: FlowRLConfig
+    save: Callable[[str | os.PathLike], None]
+    is_untrained: bool = True  # whether the weights are still those that the trainer was given
+    _base_scores: dict[str, BaseScores] = field(default_factory=dict)
 
     def evaluate(self, dataset: Dataset, state: TrainerState, name: str | None = None) -> EvaluationResult:
-        """
-        Draws and scores every prompt of `dataset`, whose name is `name` among several.
-
-        Raises:
-            ValueError: if gold scores cannot be normalized to the base model's.
-        """
+        """Draws and scores every prompt of `dataset`, whose name is `name` among several. Raises `ValueError` if gold
+        scores cannot be normalized to the base model's."""
         base = self._base(dataset, state)[0] if self.gold_scorer.reward_funcs else None
         with _unchanged_random_state(), self.policy.evaluating():
             return self._evaluate(dataset, state, name, base)
@@ -141,10 +108,7 @@ class Evaluator:
     def evaluate_base(self, dataset: Dataset, state: TrainerState, name: str | None = None) -> EvaluationResult:
         """[`evaluate`] of the base model, which is drawn once for each set and kept. Without images if it was."""
         base, drawn = self._base(dataset, state)
-        if drawn is not None:
-            return drawn
-        gold = gold_score(base.gold, base.gold, num_images_per_prompt=self.args.num_generations_eval)
-        return self._result(dataset, name, {"reward": base.reward}, base, base, gold)
+        return drawn or self._result(dataset, name, {"reward": base.reward}, base, base, rows=[], images=[])
 
     def _base(self, dataset: Dataset, state: TrainerState) -> tuple[BaseScores, EvaluationResult | None]:
         key = self._key(dataset)
@@ -163,12 +127,10 @@ class Evaluator:
 
     # ---- Drawing and scoring ----
 
-    def _evaluate(
-        self, dataset: Dataset, state: TrainerState, name: str | None, base: BaseScores | None
-    ) -> EvaluationResult:
+    def _evaluate(self, dataset: Dataset, state: TrainerState, name: str | None, base: BaseScores | None):
         """With `base=None` and gold functions, the model that is drawn with becomes the base."""
         accelerator, number = self.policy.accelerator, self.args.num_generations_eval
-        self.policy.encode_ahead([dataset])
+        self.policy.conditions.encode_ahead(self.args, [dataset])
         total = len(dataset) * number
         # Every process takes the same number of samples, so that sharded forwards stay in step: some twice
         each = math.ceil(total / accelerator.num_processes)
@@ -194,35 +156,35 @@ class Evaluator:
                         f"The gold function {gold_name!r} returned None for every image of this evaluation set: it is "
                         "left out of the gold average."
                     )
-        gold = gold_score(base.gold, scores.gold, num_images_per_prompt=number) if base else None
-        return self._result(dataset, name, metrics, scores, base, gold, rows, images)
+        return self._result(dataset, name, metrics, scores, base, rows, images)
 
     def _result(
         self,
         dataset: Dataset,
         name: str | None,
-        metrics: dict[str, float],
+        metrics: dict,
         scores: BaseScores,
         base: BaseScores | None,
-        gold: GoldScore | None,
-        rows: list[dict[str, Any]] = (),
-        images: list[Image.Image] = (),
+        rows,
+        images,
     ) -> EvaluationResult:
+        number, gold = self.args.num_generations_eval, None
         if scores.diversity is not None:
             metrics |= {"diversity": scores.diversity}
-        if gold is not None:
+        if base is not None:
+            gold = gold_score(base.gold, scores.gold, num_images_per_prompt=number)
             metrics |= {f"gold/{gold_name}": value for gold_name, value in gold.scores.items()}
             metrics |= {"gold/average": gold.average, "gold/average_std_err": gold.standard_error}
         return EvaluationResult(
             name=name,
             metrics={key: None if math.isnan(value) else value for key, value in metrics.items()},
-            images=list(images),
+            images=images,
             prompts=[row["prompt"] for row in rows],
             key=self._key(dataset),
             reward=scores.reward,
             base_reward=math.nan if base is None else base.reward,
             gold=gold,
-            num_samples=len(dataset) * self.args.num_generations_eval,
+            num_samples=len(dataset) * number,
             save=self.save,
         )
 
@@ -231,13 +193,8 @@ class Evaluator:
         images: list[Image.Image] = []
         for first in range(0, len(rows), size):
             part = rows[first : first + size]
-            condition = self.policy.condition(
-                [row["prompt"] for row in part], self.sampler.images_to_edit(part), self.guidance_scale
-            )
-
-            def show(step: int, first: int = first) -> None:
-                self.sampler.show_stage(f"evaluating {first + 1}/{len(rows)}, step {step + 1}/{num_steps}")
-
+            prompts, stage = [row["prompt"] for row in part], f"evaluating {first + 1}/{len(rows)}, step "
+            condition = self.policy.condition(prompts, self.sampler.images_to_edit(part), self.guidance_scale)
             images += draw_batch(
                 self.policy.backbone,
                 self._forward,
@@ -247,7 +204,7 @@ class Evaluator:
                 indices=indices[first : first + size],
                 num_inference_steps=num_steps,
                 guidance_scale=condition.guidance_scale,
-                on_step=show,
+                on_step=lambda step, stage=stage: self.sampler.show_stage(f"{stage}{step + 1}/{num_steps}"),
             )
         return images
 
@@ -256,14 +213,9 @@ class Evaluator:
         with self.policy.sampling():
             return self.policy.sampling_module(*args, **kwargs)
 
-    def _scored(
-        self, scorer: RewardScorer, rows: list[dict[str, Any]], images: list[Image.Image], state: TrainerState
-    ) -> torch.Tensor:
-        prompts, columns = [row["prompt"] for row in rows], columns_of(rows)
-        return gather_rewards(
-            self.policy.accelerator,
-            lambda: scorer.score(prompts, images, columns, trainer_state=state).rewards,
-        )
+    def _scored(self, scorer: RewardScorer, rows: list[dict], images: list[Image.Image], state) -> torch.Tensor:
+        arguments = [row["prompt"] for row in rows], images, columns_of(rows)
+        return gather_rewards(self.policy.accelerator, lambda: scorer.score(*arguments, trainer_state=state).rewards)
 
     @property
     def guidance_scale(self) -> float:
@@ -272,16 +224,11 @@ class Evaluator:
 
     def _key(self, dataset: Dataset) -> str:
         """A fingerprint of what an evaluation draws and scores: under the same one, scores are paired by index."""
-        settings = {
-            "columns": {name: dataset[name][:] for name in sorted(dataset.column_names) if name != "image"},
-            "gold": self.gold_scorer.names,
-            "guidance_scale": self.guidance_scale,
-            **{
-                name: getattr(self.args, name)
-                for name in ("seed", "num_generations_eval", "eval_num_inference_steps", "negative_prompt")
-            },
-            **{name: getattr(self.args, name) for name in ("height", "width", "max_sequence_length")},
-        }
+        columns = {name: dataset[name][:] for name in sorted(dataset.column_names) if name != "image"}
+        settings = {"columns": columns, "gold": self.gold_scorer.names, "guidance_scale": self.guidance_scale}
+        for name in ("seed", "num_generations_eval", "eval_num_inference_steps", "negative_prompt"):
+            settings[name] = getattr(self.args, name)
+        settings |= {name: getattr(self.args, name) for name in ("height", "width", "max_sequence_length")}
         if self.policy.backbone.takes_image:
             settings["images"] = [image_fingerprint(row["image"]) for row in dataset]
         return hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()[:16]
@@ -296,7 +243,7 @@ class Evaluator:
         self._base_scores |= {key: BaseScores.from_json(base) for key, base in state.get("base_scores", {}).items()}
 
 
-def group_diversity(accelerator, images: list[Image.Image], group_size: int, total: int) -> float:
+def group_diversity(accelerator: Accelerator, images: list[Image.Image], group_size: int, total: int) -> float:
     """Diversity within the groups of all processes' images, of which the first `total` count."""
     # A group may be split over processes; reduced images are small enough to be gathered
     thumbs = torch.from_numpy(thumbnails(images)).to(accelerator.device)

@@ -159,8 +159,8 @@ class FlowGRPOConfig(FlowRLConfig):
         if self.sde_window_range is None:
             self.sde_window_range = [0, self.num_stochastic_steps]
         steps = self.sde_window_range
-        if not isinstance(steps, list) or len(steps) != 2 or not all(isinstance(step, int) for step in steps):
-            raise ValueError(f"sde_window_range is {steps}, but must be two whole numbers: [first, end].")
+        pair = isinstance(steps, list) and len(steps) == 2 and all(isinstance(step, int) for step in steps)
+        self._check("sde_window_range", pair, "two whole numbers: [first, end]")
         first, end = steps
         if not 0 <= first < end <= self.num_stochastic_steps:
             raise ValueError(

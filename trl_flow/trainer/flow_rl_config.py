@@ -229,9 +229,8 @@ class FlowRLConfig(_BaseConfig):
         self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
         self._check_types()
         self._check_advantage_power()
-        for name in ("num_inference_steps", "eval_num_inference_steps", "height", "width", "max_sequence_length"):
-            self._check(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("num_iterations", "num_generations_eval", "num_images_to_log"):
+        counts = ("num_inference_steps", "eval_num_inference_steps", "height", "width", "max_sequence_length")
+        for name in (*counts, "num_iterations", "num_generations_eval", "num_images_to_log"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
         at_least_two = "at least 2: an advantage compares the images of one prompt with each other"
         self._check("num_generations", self.num_generations >= 2, at_least_two)
@@ -240,7 +239,11 @@ class FlowRLConfig(_BaseConfig):
         self._check("advantage_clip", self.advantage_clip > 0, "above 0")
         self._check("reward_timeout", self.reward_timeout is None or self.reward_timeout > 0, "above 0, or None")
         self._check("diagnostics_steps", self.diagnostics_steps >= 0, "0 or more")
-        self._check_reward_weights()
+        weights = [] if self.reward_weights is None else self.reward_weights
+        is_list = isinstance(weights, list | tuple) and all(isinstance(weight, int | float) for weight in weights)
+        ok = is_list and all(map(math.isfinite, weights)) and (any(weights) or not weights)
+        wanted = "a list of finite numbers that are not all 0: a reward with weight 0 is watched, and not trained on"
+        self._check("reward_weights", ok, wanted)
         if self.prompt_embeds_dir is not None and not self.precompute_prompt_embeds:
             raise ValueError(
                 f"prompt_embeds_dir is {self.prompt_embeds_dir!r}, but precompute_prompt_embeds is False: no "
@@ -290,17 +293,6 @@ class FlowRLConfig(_BaseConfig):
             elif int in options and (isinstance(value, bool) or not isinstance(value, int)):
                 raise TypeError(f"{name} is {value!r} of type {type(value).__name__}, but must be a whole number.")
 
-    def _check_reward_weights(self) -> None:
-        weights = [1.0] if self.reward_weights is None else self.reward_weights
-        ok = isinstance(weights, list | tuple) and all(
-            isinstance(weight, int | float) and math.isfinite(weight) for weight in weights
-        )
-        self._check(
-            "reward_weights",
-            ok and (any(weights) or not weights),
-            "a list of finite numbers that are not all 0: a reward with weight 0 is watched, and not trained on",
-        )
-
     def _check_advantage_power(self) -> None:
         if self.advantage_power == "auto":
             self._check("target_kl", self.target_kl is None or self.target_kl > 0, "above 0, or None")
@@ -319,11 +311,8 @@ class FlowRLConfig(_BaseConfig):
 
     def _resolve_batches(self) -> None:
         # The arithmetic of TRL's GRPOConfig, with what to change in the messages
-        global_batch = self.per_device_train_batch_size * self.world_size
-        sizes = (
-            f"per_device_train_batch_size ({self.per_device_train_batch_size}) x processes ({self.world_size}) = "
-            f"{global_batch}"
-        )
+        size, global_batch = self.per_device_train_batch_size, self.per_device_train_batch_size * self.world_size
+        sizes = f"per_device_train_batch_size ({size}) x processes ({self.world_size}) = {global_batch}"
         both = self.generation_batch_size is not None and self.steps_per_generation is not None
         # A copy of a config (`dataclasses.replace`) has both, resolved, and they agree
         if both and self.generation_batch_size != global_batch * self.steps_per_generation:
@@ -332,17 +321,14 @@ class FlowRLConfig(_BaseConfig):
                 f"({self.steps_per_generation}) cannot both be set: one follows from the other, and {sizes}. Remove "
                 "one."
             )
-        if self.generation_batch_size is not None:
-            if self.generation_batch_size < 1 or self.generation_batch_size % global_batch != 0:
-                raise ValueError(
-                    f"generation_batch_size ({self.generation_batch_size}) must be a multiple of {sizes}."
-                )
-            self.steps_per_generation = self.generation_batch_size // global_batch
-        else:
+        if self.generation_batch_size is None:
             if self.steps_per_generation is None:
                 self.steps_per_generation = self.gradient_accumulation_steps
             self._check("steps_per_generation", self.steps_per_generation >= 1, "at least 1")
             self.generation_batch_size = global_batch * self.steps_per_generation
+        if self.generation_batch_size < 1 or self.generation_batch_size % global_batch != 0:
+            raise ValueError(f"generation_batch_size ({self.generation_batch_size}) must be a multiple of {sizes}.")
+        self.steps_per_generation = self.generation_batch_size // global_batch
         if self.generation_batch_size % self.num_generations != 0:
             raise ValueError(
                 f"generation_batch_size is {self.generation_batch_size} = {sizes} x steps_per_generation "

@@ -104,11 +104,10 @@ class FlowRLTrainer(GroupTrainer):
         eval_reward_funcs: RewardFunc | list[RewardFunc] | None = None,
     ):
         is_path = isinstance(model, str | os.PathLike)
-        checks.check_model(model, backbone)
+        checks.check_model(model, backbone, args, self.config_class)
         if args is None:
             name = model if is_path else model.config.get("_name_or_path") or "model"
             args = self.config_class(f"{Path(name).name}-{self._name}")
-        checks.check_config(args, self.config_class)
         # Some fields are changed for transformers below; the caller's object may serve a second trainer
         args = copy.copy(args)
 
@@ -145,15 +144,10 @@ class FlowRLTrainer(GroupTrainer):
         conditions = PromptCache.of(self.backbone, args)
         conditions.encode_ahead(args, list(named_datasets.values()))
 
-        super().__init__(
-            model=module,
-            args=args,
-            data_collator=identity,  # rows stay dictionaries
-            train_dataset=checks.repeated(train_dataset, args),
-            eval_dataset=eval_dataset,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
+        train_dataset = checks.repeated(train_dataset, args)
+        further = {"eval_dataset": eval_dataset, "callbacks": callbacks, "optimizers": optimizers}
+        # The collator leaves rows the dictionaries that they are
+        super().__init__(model=module, args=args, data_collator=identity, train_dataset=train_dataset, **further)
         checks.check_single_device(args)
         # Only used with `remove_unused_columns=True`
         self._signature_columns = ["prompt", *(["image"] if self.backbone.takes_image else [])]
@@ -163,20 +157,12 @@ class FlowRLTrainer(GroupTrainer):
 
         # The stages, in their order
         self.algorithm = self.create_algorithm()
-        keep_reference = self.algorithm.needs_reference
-        self.policy = Policy(
-            self.backbone,
-            args,
-            self.accelerator,
-            lambda: self.model_wrapped,
-            conditions,
-            keep_reference=keep_reference,
-        )
+        wrapped, keep_reference = lambda: self.model_wrapped, self.algorithm.needs_reference
+        self.policy = Policy(self.backbone, args, self.accelerator, wrapped, conditions, keep_reference=keep_reference)
         self.sampler = Sampler(self.policy, self.algorithm.dynamics, args, self._show_stage)
         self.phase_scorer = PhaseScorer(self.scorer, self.reward_weights, self.sampler, args, self.accelerator)
-        self.evaluator = Evaluator(
-            self.policy, self.sampler, self.scorer, self.reward_weights, self.gold_scorer, args, save=self._save_to
-        )
+        given = self.policy, self.sampler, self.scorer, self.reward_weights, self.gold_scorer, args
+        self.evaluator = Evaluator(*given, save=self._save_to)
         parts = {"policy": self.policy, "algorithm": self.algorithm, "evaluator": self.evaluator}
         self.run_state = RunState(args, parts)
         self.metrics = Metrics(self.accelerator)

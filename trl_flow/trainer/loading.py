@@ -17,16 +17,8 @@ _WHERE = ("cache_dir", "local_files_only", "proxies", "revision", "token")
 
 
 def component_dtypes(args: FlowRLConfig, *, trains_adapter: bool) -> dict[str, torch.dtype]:
-    """
-    The dtype in which each part of a pipeline is loaded, by its name; `"default"` is that of all others.
-
-    Args:
-        args ([`FlowRLConfig`]): `bf16`, `fp16` and `model_init_kwargs` decide.
-        trains_adapter (`bool`): whether the transformer's own weights are frozen.
-
-    Raises:
-        ValueError: for an unknown dtype.
-    """
+    """The dtype in which each part of a pipeline is loaded, by its name; `"default"` is that of all others. `bf16`,
+    `fp16` and `model_init_kwargs` decide. Raises `ValueError` for an unknown dtype."""
     kwargs = args.model_init_kwargs or {}
     # diffusers' older name for it, which it warns of
     dtype = kwargs.get("torch_dtype") if kwargs.get("dtype") is None else kwargs["dtype"]
@@ -36,10 +28,8 @@ def component_dtypes(args: FlowRLConfig, *, trains_adapter: bool) -> dict[str, t
         return {"default": _as_dtype(dtype)}
     frozen = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     # The VAE loses accuracy in half precision; weights that are trained need float32
-    dtypes = {"default": frozen, "vae": torch.float32}
-    if not trains_adapter:
-        dtypes |= {"transformer": torch.float32, "unet": torch.float32}
-    return dtypes
+    full = ["vae"] if trains_adapter else ["vae", "transformer", "unet"]
+    return {"default": frozen} | dict.fromkeys(full, torch.float32)
 
 
 def _as_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -51,13 +41,9 @@ def _as_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 
 def quantization_settings(settings: dict[str, Any], compute_dtype: torch.dtype) -> dict[str, Any]:
-    """
-    Checked keyword arguments for diffusers' `BitsAndBytesConfig`, with the defaults of QLoRA: NF4, computed in the
-    dtype of the other weights.
-
-    Raises:
-        ValueError: for settings that it does not know, and unless one of `load_in_4bit` and `load_in_8bit` is set.
-    """
+    """Keyword arguments for diffusers' `BitsAndBytesConfig`, with the defaults of QLoRA: NF4, computed in the dtype of
+    the other weights. Raises `ValueError` for unknown ones, and unless one of `load_in_4bit` and `load_in_8bit` is
+    set."""
     known = [name for name in inspect.signature(BitsAndBytesConfig).parameters if name != "kwargs"]
     unknown = [name for name in settings if name not in known]
     if unknown:
@@ -70,12 +56,9 @@ def quantization_settings(settings: dict[str, Any], compute_dtype: torch.dtype) 
 
 
 def _quantization_config(
-    model: str, kwargs: dict[str, Any], dtypes: dict[str, torch.dtype], *, trains_adapter: bool
-) -> PipelineQuantizationConfig | None:
+    model: str, given: Any, kwargs: dict[str, Any], dtypes: dict[str, torch.dtype], *, trains_adapter: bool
+) -> PipelineQuantizationConfig:
     """What quantizes the trained part's base weights, from settings of bitsandbytes or diffusers' own object."""
-    given = kwargs.pop("quantization_config", None)
-    if given is None:
-        return None
     if not trains_adapter:
         raise ValueError(
             "The base weights are to be quantized (quantization_config, load_in_4bit or load_in_8bit), but without a "
@@ -108,20 +91,12 @@ def _quantization_config(
 
 
 def load_pipeline(model: str | os.PathLike, args: FlowRLConfig, peft_config: PeftConfig | None) -> DiffusionPipeline:
-    """
-    The pipeline of a hub id or folder, its parts in the dtypes of [`component_dtypes`].
-
-    `model_init_kwargs` may have a `quantization_config`: a `diffusers.PipelineQuantizationConfig`, or a dictionary of
-    settings of bitsandbytes for the trained part (`{"load_in_4bit": True}`).
-
-    Raises:
-        ValueError: if it cannot be loaded, or not so.
-    """
-    path = os.fspath(model)
-    kwargs = dict(args.model_init_kwargs or {})
-    trains_adapter = peft_config is not None
+    """The pipeline of a hub id or folder, its parts in the dtypes of [`component_dtypes`]. `model_init_kwargs` may
+    have a `quantization_config`: a `diffusers.PipelineQuantizationConfig`, or settings of bitsandbytes for the trained
+    part (`{"load_in_4bit": True}`). Raises `ValueError` if it cannot be loaded."""
+    path, trains_adapter = os.fspath(model), peft_config is not None
     dtypes = component_dtypes(args, trains_adapter=trains_adapter)
-    kwargs.pop("torch_dtype", None)
+    kwargs = {name: value for name, value in (args.model_init_kwargs or {}).items() if name != "torch_dtype"}
     kwargs["dtype"] = dtypes["default"] if len(dtypes) == 1 else dtypes
     if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "model_index.json")):
         raise ValueError(
@@ -129,8 +104,8 @@ def load_pipeline(model: str | os.PathLike, args: FlowRLConfig, peft_config: Pef
             f"{sorted(os.listdir(path))[:10]}. Pass the folder that DiffusionPipeline.save_pretrained wrote, or "
             "a hub id."
         )
-    quantization = _quantization_config(path, kwargs, dtypes, trains_adapter=trains_adapter)
-    if quantization is not None:
+    if (given := kwargs.pop("quantization_config", None)) is not None:
+        quantization = _quantization_config(path, given, kwargs, dtypes, trains_adapter=trains_adapter)
         kwargs["quantization_config"] = quantization
     try:
         return DiffusionPipeline.from_pretrained(path, **kwargs)

@@ -11,12 +11,7 @@ from trl_flow.algorithms import Algorithm, StepSums
 
 
 class Metrics:
-    """
-    Adds up what is measured until it is logged.
-
-    Args:
-        accelerator ([`~accelerate.Accelerator`]): of the trainer.
-    """
+    """Adds up what is measured until it is logged."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator

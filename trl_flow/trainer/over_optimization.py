@@ -51,19 +51,12 @@ class OverOptimizationCallback(TrainerCallback):
     STATE_KEY = "over_optimization"
 
     def __init__(
-        self,
-        patience: int = 2,
-        stop: bool = False,
-        num_standard_errors: float = 2.0,
-        eval_name: str | None = None,
+        self, patience: int = 2, stop: bool = False, num_standard_errors: float = 2.0, eval_name: str | None = None
     ):
         if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
             raise ValueError(f"patience is {patience!r}, but must be a whole number of evaluations, at least 1.")
         if not isinstance(num_standard_errors, int | float):
-            raise TypeError(
-                f"num_standard_errors is {num_standard_errors!r} of type {type(num_standard_errors).__name__}, but "
-                "must be a number."
-            )
+            raise TypeError(f"num_standard_errors is {num_standard_errors!r}, but must be a number.")
         if not (math.isfinite(num_standard_errors) and num_standard_errors >= 0):
             raise ValueError(f"num_standard_errors is {num_standard_errors!r}, but must be a number of at least 0.")
         self.patience = patience
@@ -95,17 +88,10 @@ class OverOptimizationCallback(TrainerCallback):
         """What a checkpoint has to hold, as JSON; `{}` before the first evaluation."""
         if self._best is None:
             return {}
-        return {
-            "key": self._key,
-            "count": self._count,
-            "best": {
-                "step": self._best_step,
-                "reward": self._best_reward,
-                "average": self._best.average,
-                "influence": self._best.influence.tolist(),
-            },
-            "kept": None if self._kept_step is None else [self._kept_step, self._kept_average],
-        }
+        best = {"step": self._best_step, "reward": self._best_reward}
+        best |= {"average": self._best.average, "influence": self._best.influence.tolist()}
+        kept = None if self._kept_step is None else [self._kept_step, self._kept_average]
+        return {"key": self._key, "count": self._count, "best": best, "kept": kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what [`state_dict`] gave."""
@@ -135,9 +121,8 @@ class OverOptimizationCallback(TrainerCallback):
         evaluation: EvaluationResult | None = None,
         **kwargs,
     ) -> TrainerControl:
-        if not self._training or evaluation is None or evaluation.name != self.watched:
-            return control
-        if math.isnan(evaluation.gold.average):
+        is_watched = self._training and evaluation is not None and evaluation.name == self.watched
+        if not is_watched or math.isnan(evaluation.gold.average):
             return control
         if self._key != evaluation.key:
             if self._key is not None:
@@ -183,9 +168,7 @@ class OverOptimizationCallback(TrainerCallback):
         content |= {"gold": finite(gold.scores), "gold_relative_to_base": finite(gold.relative)}
         write_json(folder / SCORES_NAME, content)
 
-    def _message(
-        self, evaluation: EvaluationResult, step: int, difference: float, error: float, output_dir: str
-    ) -> str:
+    def _message(self, evaluation: EvaluationResult, step: int, difference: float, error: float, output_dir: str):
         of = "the base model" if self._best_step == 0 else f"update {self._best_step}"
         message = (
             f"Over-optimization: at update {step} the optimized reward is {evaluation.reward:.4g}, above "

@@ -1,8 +1,9 @@
 """The rewards of a sampling phase: computed while it is sampled, gathered from all processes, and measured."""
 
+import contextlib
 import math
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers.utils import logging
 from trl_flow.algorithms import PhaseScores
 from trl_flow.functional import combine_rewards, frac_zero_std
 from trl_flow.rewards.checks import RewardError, is_dense
-from trl_flow.rewards.scorer import RewardLogs, RewardScorer, Scores
+from trl_flow.rewards.scorer import RewardLogs, RewardScorer, ScoringSession
 from trl_flow.rollout import StepPlan, decode
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.sampler import SampledPart, Sampler
@@ -46,14 +47,8 @@ def gather_rewards(accelerator: Accelerator, score: Callable[[], torch.Tensor]) 
 
 
 def reward_metrics(rewards_per_func: torch.Tensor, rewards: torch.Tensor, names: list[str]) -> dict[str, float]:
-    """
-    `reward`, `reward_std` and `rewards/{name}/mean` and `/std`; NaN where there is nothing to average.
-
-    Args:
-        rewards_per_func (`torch.Tensor`): `(N, K)`.
-        rewards (`torch.Tensor`): their weighted sums, `(N,)`.
-        names (`list[str]`): of the `K` functions.
-    """
+    """`reward`, `reward_std` and `rewards/{name}/mean` and `/std`, NaN where there is nothing to average: of the
+    functions' rewards `(N, K)` and their weighted sums `(N,)`."""
     metrics = {}
     columns = {f"rewards/{name}/": rewards_per_func[:, i] for i, name in enumerate(names)}
     for name, values in {"": rewards, **columns}.items():
@@ -64,85 +59,63 @@ def reward_metrics(rewards_per_func: torch.Tensor, rewards: torch.Tensor, names:
     return metrics
 
 
+@dataclass(eq=False)
 class PhaseScorer:
-    """
-    Scores sampling phases.
+    """Scores sampling phases by the optimized reward functions of `scorer`, whose weights are `(K,)`. The `sampler`'s
+    backbone decodes what VGPO scores of unfinished images."""
 
-    Args:
-        scorer ([`RewardScorer`]): the optimized reward functions.
-        reward_weights (`torch.Tensor`): one for each.
-        sampler ([`Sampler`]): decodes what VGPO scores of unfinished images.
-        args ([`FlowRLConfig`]): group size, overlap.
-        accelerator ([`~accelerate.Accelerator`]): of the trainer.
-    """
+    scorer: RewardScorer
+    reward_weights: torch.Tensor
+    sampler: Sampler
+    args: FlowRLConfig
+    accelerator: Accelerator
+    _has_scored: bool = False
 
-    def __init__(
-        self,
-        scorer: RewardScorer,
-        reward_weights: torch.Tensor,
-        sampler: Sampler,
-        args: FlowRLConfig,
-        accelerator: Accelerator,
-    ):
-        self.scorer = scorer
-        self.reward_weights = reward_weights
-        self.sampler = sampler
-        self.args = args
-        self.accelerator = accelerator
-        # The functions that score unfinished images: those that can, and whose scores count
-        pairs = zip(scorer.reward_funcs, reward_weights.tolist(), strict=True)
-        self.dense = [i for i, (func, weight) in enumerate(pairs) if is_dense(func) and weight != 0]
-        self._has_scored = False
+    @property
+    def dense(self) -> list[int]:
+        """The functions that score unfinished images: those that can, and whose scores count."""
+        pairs = zip(self.scorer.reward_funcs, self.reward_weights.tolist(), strict=True)
+        return [i for i, (func, weight) in enumerate(pairs) if is_dense(func) and weight != 0]
 
-    def phase(self, rows: list[dict[str, Any]], plan: StepPlan, state: TrainerState) -> "ScoringPhase":
+    @contextlib.contextmanager
+    def phase(self, rows: list[dict[str, Any]], plan: StepPlan, state: TrainerState) -> Iterator["ScoringPhase"]:
         """Scores one phase of this process's `rows`; a context manager around sampling."""
         # Not in the background in the first phase: the functions load their models then, and while one loads, the
         # default dtype of the whole process is the model's. Nor with dropout, which draws from the global random
         # generators, as the functions may: both would get other numbers at each run.
         background = self.args.overlap_rewards and self.args.disable_dropout and self._has_scored
-        self._has_scored = True
-        return ScoringPhase(self, rows, plan, state, background=background)
-
-
-class ScoringPhase:
-    """
-    One sampling phase of [`PhaseScorer`]: `add` the parts as they are sampled, then `finish`.
-
-    Attributes:
-        images (`list[PIL.Image.Image]`): the finished images so far.
-        logs ([`RewardLogs`]): of this process's samples, after `finish`.
-        metrics (`dict[str, float]`): of all processes' rewards, after `finish`.
-    """
-
-    def __init__(
-        self, parent: PhaseScorer, rows: list[dict[str, Any]], plan: StepPlan, state: TrainerState, *, background: bool
-    ):
-        self.parent = parent
-        self.rows = rows
-        self.plan = plan
-        self.state = state
-        self.images: list[Image.Image] = []
-        self.logs = RewardLogs()
-        self.metrics: dict[str, float] = {}
-        self._session = parent.scorer.session(background=background, trainer_state=state)
-        # On the host, and as latents: the images of all steps at once would take gigabytes
-        self._predicted: list[torch.Tensor] = []
-        self._submitted = 0
-
-    def __enter__(self) -> "ScoringPhase":
-        self._session.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        busy = self._session.busy
-        self._session.__exit__(kind, error, traceback)
-        if busy and isinstance(error, torch.OutOfMemoryError):
+        self._has_scored, busy = True, False
+        try:
+            with self.scorer.session(background=background, trainer_state=state) as session:
+                try:
+                    yield ScoringPhase(self, rows, plan, state, session)
+                finally:
+                    busy = session.busy
+        except torch.OutOfMemoryError as error:
+            if not busy:
+                raise
             raise torch.OutOfMemoryError(
                 f"{error} Rewards were being computed while images were sampled: set overlap_rewards=False, or lower "
                 "per_device_train_batch_size."
             ) from error
+
+
+@dataclass(eq=False)
+class ScoringPhase:
+    """One sampling phase of [`PhaseScorer`]: `add` the parts as they are sampled, then `finish`. `images` are the
+    finished ones so far; `logs`, of this process's samples, and `metrics`, of all processes', are there at the end."""
+
+    parent: PhaseScorer
+    rows: list[dict[str, Any]]
+    plan: StepPlan
+    state: TrainerState
+    session: ScoringSession
+    images: list[Image.Image] = field(default_factory=list)
+    logs: RewardLogs = field(default_factory=RewardLogs)
+    metrics: dict[str, float] = field(default_factory=dict)
+    _submitted: int = 0
+    # On the host, and as latents: the images of all steps at once would take gigabytes
+    _predicted: list[torch.Tensor] = field(default_factory=list)
 
     def add(self, part: SampledPart) -> None:
         """Takes a part, and has the groups scored that are complete: a reward may compare a group's images."""
@@ -155,15 +128,14 @@ class ScoringPhase:
         if end < len(self.rows):
             end = max(0, (offset + end) // number * number - offset)
         if end > self._submitted:
-            if not self._session.background:
+            if not self.session.background:
                 self.parent.sampler.show_stage("rewards")
-            rows = self.rows[self._submitted : end]
-            images = self.images[self._submitted : end]
-            self._session.submit([row["prompt"] for row in rows], images, columns_of(rows))
+            rows, images = self.rows[self._submitted : end], self.images[self._submitted : end]
+            self.session.submit([row["prompt"] for row in rows], images, columns_of(rows))
             self._submitted = end
         if self.parent.accelerator.num_processes == 1:
             # Several processes raise at a common point, so that none waits for the others
-            self._session.raise_error()
+            self.session.raise_error()
 
     def finish(self) -> PhaseScores:
         """Waits for the rewards; those of all processes' samples."""
@@ -171,9 +143,14 @@ class ScoringPhase:
         parent.sampler.show_stage("rewards")
 
         def collect() -> torch.Tensor:
-            scores = self._session.result()
+            scores = self.session.result()
             self.logs = scores.logs
-            self._warn_of_unscored(scores)
+            unscored = self._combine(scores.rewards).isnan()
+            if unscored.any():
+                logger.warning(
+                    "Every reward function that counts returned None for "
+                    f"{self.rows[int(unscored.nonzero()[0])]['prompt']!r}: the sample is left out of its group."
+                )
             return scores.rewards
 
         rewards_per_func = gather_rewards(parent.accelerator, collect)
@@ -184,24 +161,12 @@ class ScoringPhase:
     def _combine(self, rewards_per_func: torch.Tensor) -> torch.Tensor:
         return combine_rewards(rewards_per_func, self.parent.reward_weights.to(rewards_per_func.device))
 
-    def _warn_of_unscored(self, scores: Scores) -> None:
-        unscored = self._combine(scores.rewards).isnan()
-        if unscored.any():
-            prompt = self.rows[int(unscored.nonzero()[0])]["prompt"]
-            logger.warning(
-                f"Every reward function that counts returned None for {prompt!r}: the sample is left out of its group."
-            )
-
     def _instant(self, terminal: torch.Tensor) -> torch.Tensor:
-        """
-        Rewards of the images predicted after each step (VGPO Eq. 10), of all processes' samples: `(N, T', K)`.
-
-        One step's images are decoded, scored and dropped before the next, so that no more are held than the finished
-        ones. Functions that cannot judge an unfinished image count with their reward of the finished one.
-        """
-        parent = self.parent
+        """Rewards of the images predicted after each step (VGPO Eq. 10), of all processes' samples: `(N, T', K)`.
+        Functions that cannot judge an unfinished image count with their reward of the finished one."""
+        parent, steps = self.parent, []
         number = parent.args.num_inference_steps - self.plan.project_from
-        steps = []
+        # One step's images are decoded, scored and dropped before the next: no more are held than the finished ones
         for t in range(number):
             by_func = terminal
             if parent.dense and t < number - 1:
@@ -220,13 +185,9 @@ class ScoringPhase:
         return torch.stack(steps, dim=1)
 
     def _score_predicted(self, latents: torch.Tensor) -> torch.Tensor:
-        scores = self.parent.scorer.score(
-            [row["prompt"] for row in self.rows],
-            decode(self.parent.sampler.policy.backbone, latents),
-            columns_of(self.rows),
-            trainer_state=self.state,
-            only=self.parent.dense,
-        )
+        prompts, images = [row["prompt"] for row in self.rows], decode(self.parent.sampler.policy.backbone, latents)
+        options = {"trainer_state": self.state, "only": self.parent.dense}
+        scores = self.parent.scorer.score(prompts, images, columns_of(self.rows), **options)
         for name, values in scores.logs.metrics.items():
             self.logs.metrics[name] += values
         return scores.rewards

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from datasets import Dataset
 from diffusers.training_utils import EMAModel, cast_training_params
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from PIL import Image
@@ -30,14 +29,8 @@ from trl_flow.trainer.trl_compat import disable_dropout_in_model
 
 @dataclass(frozen=True)
 class Condition:
-    """
-    What the model is told besides latents and timestep, for a batch.
-
-    Attributes:
-        positive (`dict[str, torch.Tensor]`): of the prompts, each `(B, ...)`.
-        negative (`dict[str, torch.Tensor]` or `None`): of the negative prompts; `None`: no guidance.
-        guidance_scale (`float`): strength of the guidance.
-    """
+    """What the model is told besides latents and timestep, for a batch: of the prompts and of the negative prompts
+    (`None`: no guidance) tensors `(B, ...)`."""
 
     positive: dict[str, torch.Tensor]
     negative: dict[str, torch.Tensor] | None
@@ -45,23 +38,20 @@ class Condition:
 
 
 def prepare_module(backbone: Backbone, args: FlowRLConfig, peft_config: PeftConfig | None) -> torch.nn.Module:
-    """
-    Freezes the pipeline, makes its transformer (or U-Net) trainable, and returns what `Trainer` trains.
-
-    Raises:
-        ValueError: if a module has no values, or the trained one has adapters already.
-    """
+    """Freezes the pipeline, makes its transformer (or U-Net) trainable, and returns what `Trainer` trains. Raises
+    `ValueError` if a module has no values, or the trained one has adapters already."""
     pipeline = backbone.pipeline
     # Offloading would take the trained weights away between two forwards
     pipeline.remove_all_hooks()
     for name, module in pipeline.components.items():
-        if isinstance(module, torch.nn.Module):
-            if any(p.is_meta for p in module.parameters()):
-                raise ValueError(
-                    f"The pipeline's {name} has weights on the meta device, which hold no values. Load the pipeline "
-                    "with from_pretrained and pass it as it is, or pass its hub id or folder."
-                )
-            module.requires_grad_(False).eval()
+        if not isinstance(module, torch.nn.Module):
+            continue
+        if any(p.is_meta for p in module.parameters()):
+            raise ValueError(
+                f"The pipeline's {name} has weights on the meta device, which hold no values. Load the pipeline with "
+                "from_pretrained and pass it as it is, or pass its hub id or folder."
+            )
+        module.requires_grad_(False).eval()
     if args.enable_vae_slicing:
         pipeline.vae.enable_slicing()
     if args.enable_vae_tiling:
@@ -95,22 +85,13 @@ def prepare_module(backbone: Backbone, args: FlowRLConfig, peft_config: PeftConf
 
 class Policy:
     """
-    The trained model, its conditions, and the named sets of its weights.
+    The trained model, its conditions, and the named sets of its weights. Raises `ValueError` for what cannot be done
+    with sharded weights.
 
     Args:
-        backbone ([`Backbone`]): the pipeline.
-        args ([`FlowRLConfig`]): guidance, negative prompt, EMA.
-        accelerator ([`~accelerate.Accelerator`]): of the trainer.
         wrapped (`Callable`): gives the module as the trainer has wrapped it (DDP, FSDP, DeepSpeed).
-        conditions ([`PromptCache`]): encodes prompts.
         keep_reference (`bool`): whether `at("reference")` will be asked for. An adapter is switched off for it; of a
             model whose weights are all trained a frozen copy is made.
-
-    Attributes:
-        updates_since_sampling (`int`): optimizer steps since the samples at hand were drawn; set by the loop.
-
-    Raises:
-        ValueError: for what cannot be done with sharded weights.
     """
 
     def __init__(
@@ -127,38 +108,26 @@ class Policy:
         self.args = args
         self.accelerator = accelerator
         self.conditions = conditions
-        self.updates_since_sampling = 0
+        self.updates_since_sampling = 0  # optimizer steps since the samples at hand were drawn; set by the loop
         self._wrapped = wrapped
         self.is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        self._check_sharding(keep_reference)
-        self._place_frozen_modules()
-        self._reference: torch.nn.Module | None = None
-        if keep_reference and not self.is_adapter:
-            self._reference = copy.deepcopy(self.module).requires_grad_(False).eval()
-        self.ema = EMAModel(self.trained_parameters, decay=args.ema_decay) if args.use_ema else None
-        self._forced: torch.nn.Module | None = None
-
-    def _check_sharding(self, keep_reference: bool) -> None:
-        refused = {
-            "use_ema": self.args.use_ema,
-            "diagnostics_steps": self.args.diagnostics_steps,
-            "a quantized model": is_quantized(self.backbone.model),
-            "beta > 0 with full fine-tuning": keep_reference and not self.is_adapter,
-        }
-        for name, used in refused.items():
+        copied = keep_reference and not self.is_adapter
+        not_sharded = {"use_ema": args.use_ema, "diagnostics_steps": args.diagnostics_steps}
+        not_sharded |= {"a quantized model": is_quantized(backbone.model), "beta > 0 with full fine-tuning": copied}
+        for name, used in not_sharded.items():
             if used and self.is_sharded:
                 raise ValueError(
                     f"{name} is not supported with FSDP or DeepSpeed, which shard the weights. Leave it out, or use "
                     "several processes without sharding (--accelerate_config multi_gpu)."
                 )
-
-    def _place_frozen_modules(self) -> None:
-        for name, module in self.backbone.pipeline.components.items():
+        for name, module in backbone.pipeline.components.items():
             # The prompt cache moves the text encoders where their embeddings are on disk
-            elsewhere = name.startswith("text_encoder") and self.args.precompute_prompt_embeds
-            if isinstance(module, torch.nn.Module) and module is not self.backbone.model and not elsewhere:
-                if not is_quantized(module):
-                    module.to(self.accelerator.device)
+            elsewhere = module is backbone.model or (name.startswith("text_encoder") and args.precompute_prompt_embeds)
+            if isinstance(module, torch.nn.Module) and not elsewhere and not is_quantized(module):
+                module.to(accelerator.device)
+        self._reference = copy.deepcopy(self.module).requires_grad_(False).eval() if copied else None
+        self.ema = EMAModel(self.trained_parameters, decay=args.ema_decay) if args.use_ema else None
+        self._forced: torch.nn.Module | None = None
 
     # ---- The module ----
 
@@ -191,10 +160,7 @@ class Policy:
     # ---- Forwards ----
 
     def condition(
-        self,
-        prompts: list[str],
-        images: list[Image.Image] | None = None,
-        guidance_scale: float | None = None,
+        self, prompts: list[str], images: list[Image.Image] | None = None, guidance_scale: float | None = None
     ) -> Condition:
         """The condition of `B` prompts, and of the images to be edited; `guidance_scale` defaults to training's."""
         scale = self.args.guidance_scale if guidance_scale is None else guidance_scale
@@ -204,17 +170,8 @@ class Policy:
         return Condition(self.conditions(prompts, images), negative, scale)
 
     def predict(self, latents: torch.Tensor, timestep: torch.Tensor, condition: Condition) -> torch.Tensor:
-        """
-        What the model predicts, guidance included: the velocity of flow models, noise or `v` of U-Nets.
-
-        Args:
-            latents (`torch.Tensor`): `x_t`, `(B, ...)`.
-            timestep (`torch.Tensor`): a value of the schedule's `timesteps`, a scalar.
-            condition ([`Condition`]): of the `B` samples.
-
-        Returns:
-            `torch.Tensor`: float32, `(B, ...)`.
-        """
+        """What the model predicts for latents `(B, ...)` at a value of the schedule's `timesteps`, guidance included:
+        the velocity of flow models, noise or `v` of U-Nets, float32, `(B, ...)`."""
         # Gradients are reduced over processes by the wrapped module
         module = self._wrapped() if torch.is_grad_enabled() else self.sampling_module
         return self.backbone.guided_prediction(
@@ -241,19 +198,10 @@ class Policy:
         finally:
             self.module.train(was_training)
 
-    def encode_ahead(self, datasets: list[Dataset]) -> None:
-        """With `precompute_prompt_embeds`, writes the embeddings of all prompts that are not on disk yet."""
-        self.conditions.encode_ahead(self.args, datasets)
-
     @contextlib.contextmanager
     def at(self, name: str) -> Iterator[None]:
-        """
-        Another set of the weights in place of the trained ones.
-
-        Args:
-            name (`str`): `"reference"`, the model as it was before training, for forwards without gradients, or
-                `"average"`, the moving average; without `use_ema` that is the trained weights themselves.
-        """
+        """Another set of the weights in place of the trained ones: `"reference"`, the model as it was before training,
+        for forwards without gradients, or `"average"`, the moving average, without `use_ema` the trained weights."""
         if name == "reference":
             with self.sampling(), self._without_adapter():
                 yield
@@ -320,34 +268,23 @@ class Policy:
     # ---- Saving ----
 
     def save(self, folder: str | os.PathLike, *, base_model: str | None, state_dict: dict | None) -> None:
-        """
-        Writes the adapter in diffusers' format and in PEFT's, which resuming needs, or the full model.
-
-        Args:
-            folder (`str` or `os.PathLike`): where. What is shared is the average, where there is one. A folder called
-                `checkpoint-...` gets the trained weights themselves for resuming.
-            base_model (`str`, *optional*): hub id or folder of the pipeline, for the adapter's config.
-            state_dict (`dict`, *optional*): of sharded weights, gathered.
-        """
+        """Writes the adapter in diffusers' format and in PEFT's, which resuming needs, or the full model; of the
+        average, where there is one. A folder `checkpoint-...` gets the trained weights themselves for resuming.
+        `base_model` is the pipeline's hub id or folder, `state_dict` that of sharded weights, gathered."""
         is_checkpoint = Path(folder).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
-        common = {"state_dict": state_dict, "base_model": base_model}
-        if self.is_adapter:
-            pipeline_class, component = type(self.backbone.pipeline), self.backbone.component
-            with self.at("average"):
-                sharing.save_lora(pipeline_class, self.module, folder, component=component, **common)
-            if is_checkpoint and self.ema is not None:
-                sharing.save_adapter(self.module, folder, **common)
-        else:
+        if not self.is_adapter:
             with contextlib.nullcontext() if is_checkpoint else self.at("average"):
                 sharing.save_full(self.module, folder, state_dict=state_dict)
+            return
+        pipeline_class, component = type(self.backbone.pipeline), self.backbone.component
+        common = {"state_dict": state_dict, "base_model": base_model}
+        with self.at("average"):
+            sharing.save_lora(pipeline_class, self.module, folder, component=component, **common)
+        if is_checkpoint and self.ema is not None:
+            sharing.save_adapter(self.module, folder, **common)
 
     def load(self, checkpoint: str) -> None:
-        """
-        The trained weights of a checkpoint.
-
-        Raises:
-            ValueError: if it holds no adapter where one is trained, or another one.
-        """
+        """Takes a checkpoint's weights; `ValueError` if it holds no adapter where one is trained, or another one."""
         if not self.is_adapter:
             sharing.load_full(self.module, checkpoint)
             return
@@ -379,9 +316,7 @@ class Policy:
         """Takes what [`state_dict`] gave; of `{}` the average begins at the weights as they are."""
         if self.ema is None:
             return
-        if "ema_step" not in state:
-            self.ema = EMAModel(self.trained_parameters, decay=self.args.ema_decay)
-            return
-        self.ema.optimization_step = state["ema_step"]
-        device = self.accelerator.device
-        self.ema.shadow_params = [state[f"average.{i}"].to(device) for i in range(len(self.ema.shadow_params))]
+        self.ema = EMAModel(self.trained_parameters, decay=self.args.ema_decay)
+        if "ema_step" in state:
+            averages = [state[f"average.{i}"].to(self.accelerator.device) for i in range(len(self.ema.shadow_params))]
+            self.ema.optimization_step, self.ema.shadow_params = state["ema_step"], averages

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 
@@ -28,16 +27,12 @@ def _key(prompt: str, image: Image.Image | None) -> tuple[str, str | None]:
 
 class PromptCache:
     """
-    The conditions of prompts on the CPU, the least recently used forgotten first.
+    The conditions of prompts on the CPU, the least recently used forgotten first: the default 2 GiB hold about 1,200
+    prompts of Stable Diffusion 3.5. With a `store` they are kept on disk too, and the text encoders are held on the
+    CPU, but for the time in which something is encoded that is not on disk.
 
     Each prompt, with its image where the backbone takes one, is encoded by itself, never in a batch: its condition
     then does not depend on which prompts it was drawn with, nor on the number of processes.
-
-    Args:
-        backbone ([`Backbone`]): encodes.
-        max_bytes (`int`): memory for the conditions. 2 GiB hold about 1,200 prompts of Stable Diffusion 3.5.
-        store ([`PromptEmbedStore`], *optional*): keeps them on disk too. The text encoders are then held on the CPU,
-            and on the backbone's device only while something is encoded that is not on disk.
     """
 
     def __init__(self, backbone: Backbone, max_bytes: int = 2 * 2**30, store: PromptEmbedStore | None = None):
@@ -102,12 +97,7 @@ class PromptCache:
         return self._conditions[key]
 
     def write(
-        self,
-        pairs: Callable[[], Iterable[tuple[str, Image.Image | None]]],
-        *,
-        rank: int = 0,
-        num_processes: int = 1,
-        progress: bool = False,
+        self, pairs: Callable[[], Iterable], *, rank: int = 0, num_processes: int = 1, progress: bool = False
     ) -> None:
         """Encodes to disk what is not there yet of `pairs()`, prompts with their images; of that every
         `num_processes`-th from the `rank`-th on. Raises `OSError` if it does not fit on the disk."""
@@ -122,7 +112,7 @@ class PromptCache:
                     continue
                 condition = self._encode(prompt, image)
                 if bar.n == 0:
-                    self._check_space(condition, len(missing))
+                    self.store.check_space(condition, len(missing))
                 self.store.save(*key, condition)
                 missing.remove(key)
                 bar.update()
@@ -151,16 +141,6 @@ class PromptCache:
             # Those of the other processes too, should each machine have a folder of its own
             args.distributed_state.wait_for_everyone()
             self.write(pairs, progress=progress)
-
-    def _check_space(self, condition: dict[str, torch.Tensor], number: int) -> None:
-        needed = number * sum(value.nbytes for value in condition.values())
-        free = shutil.disk_usage(self.store.folder).free
-        if needed > free:
-            raise OSError(
-                f"The embeddings of {number} prompts take about {needed / 2**30:.1f} GiB, but {self.store.folder} has "
-                f"{free / 2**30:.1f} GiB free. Make room there, set prompt_embeds_dir to another folder, train on "
-                "fewer prompts, or set precompute_prompt_embeds=False."
-            )
 
     def __call__(self, prompts: list[str], images: list[Image.Image] | None = None) -> dict[str, torch.Tensor]:
         """Conditions of `prompts`, and of the images to be edited with them, stacked along the batch, on the

@@ -1,21 +1,23 @@
 """Conditions of prompts on disk, one safetensors file each, under a fingerprint of all that they depend on."""
 
-import contextlib
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
 import transformers
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from transformers.utils import logging
 
 from trl_flow.backbones.base import Backbone
+from trl_flow.evaluation.outputs import whole_file
 
 
 logger = logging.get_logger(__name__)
@@ -27,11 +29,9 @@ def default_folder() -> Path:
 
 
 def encoding_fingerprint(backbone: Backbone) -> str:
-    """
-    A hash of everything but the prompt that a condition depends on: the class and the settings of the backbone, the
+    """A hash of everything but the prompt that a condition depends on: the class and the settings of the backbone, the
     weights of all modules that are not trained (with their dtypes and device), the tokenizers, and the versions of
-    the libraries that encode.
-    """
+    the libraries that encode."""
     pipeline = backbone.pipeline
     digest = hashlib.sha256()
     settings = {
@@ -52,10 +52,7 @@ def encoding_fingerprint(backbone: Backbone) -> str:
         if component is backbone.model:
             continue
         if isinstance(component, torch.nn.Module):
-            for key, tensor in sorted(component.state_dict().items()):
-                digest.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                # As bytes: numpy has no bfloat16
-                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            _add(digest, component.state_dict(), prefix=f"{name}.")
         elif name.startswith(("tokenizer", "processor")) and component is not None:
             with tempfile.TemporaryDirectory() as folder:
                 component.save_pretrained(folder)
@@ -66,17 +63,9 @@ def encoding_fingerprint(backbone: Backbone) -> str:
 
 
 class PromptEmbedStore:
-    """
-    A folder of conditions, which any number of processes may read and write at once.
-
-    Args:
-        folder (`str` or `PathLike`): where; made if it is not there.
-        fingerprint (`str`): of what encodes, see [`encoding_fingerprint`]. Each has a folder of its own within
-            `folder`, so that several models can share it.
-
-    Raises:
-        ValueError: if the folder cannot be made.
-    """
+    """A folder of conditions, which any number of processes may read and write at once. Each fingerprint of what
+    encodes ([`encoding_fingerprint`]) has a folder of its own within it, so that several models can share it. Raises
+    `ValueError` if it cannot be made."""
 
     def __init__(self, folder: str | os.PathLike, fingerprint: str):
         self.folder = Path(folder, fingerprint[:32])
@@ -94,8 +83,7 @@ class PromptEmbedStore:
     def __contains__(self, key: tuple[str, str | None]) -> bool:
         """Whether there is a file of full length for a prompt and the fingerprint of its image."""
         try:
-            # Reads the head, and holds the file's length against it
-            with safe_open(self._path(*key), framework="pt"):
+            with safe_open(self._path(*key), framework="pt"):  # reads the head, which says how long the file is
                 return True
         except (SafetensorError, OSError, ValueError):
             return False
@@ -118,31 +106,36 @@ class PromptEmbedStore:
         return condition
 
     def save(self, prompt: str, image: str | None, condition: dict[str, torch.Tensor]) -> None:
-        """
-        Writes a condition. Others see all of it or nothing: it gets its name when it is complete.
-
-        Raises:
-            OSError: if it cannot be written; what to do is in the message.
-        """
-        path = self._path(prompt, image)
-        # A name that no other process or machine has
-        temporary = path.with_suffix(f".{os.getpid()}-{os.urandom(4).hex()}.tmp")
+        """Writes a condition, of which others see all or nothing. Raises `OSError` if it cannot be written."""
         condition = {name: tensor.contiguous() for name, tensor in condition.items()}
         try:
-            save_file(condition, temporary, metadata={"checksum": _checksum(condition), "prompt": prompt})
-            os.replace(temporary, path)
-        except (OSError, SafetensorError) as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+            with whole_file(self._path(prompt, image)) as file:
+                file.write(save(condition, metadata={"checksum": _checksum(condition), "prompt": prompt}))
+        except OSError as error:
             raise OSError(
                 f"The embeddings of a prompt could not be written to {self.folder}: {error}. Make room there, or set "
                 "prompt_embeds_dir to another folder."
             ) from error
 
+    def check_space(self, condition: dict[str, torch.Tensor], number: int) -> None:
+        """Raises `OSError` if `number` conditions of this size do not fit on the disk."""
+        needed, free = number * sum(value.nbytes for value in condition.values()), shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise OSError(
+                f"The embeddings of {number} prompts take about {needed / 2**30:.1f} GiB, but {self.folder} has "
+                f"{free / 2**30:.1f} GiB free. Make room there, set prompt_embeds_dir to another folder, train on "
+                "fewer prompts, or set precompute_prompt_embeds=False."
+            )
+
+
+def _add(digest: Any, tensors: dict[str, torch.Tensor], prefix: str = "") -> None:
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{prefix}{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        # As bytes: numpy has no bfloat16
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
 
 def _checksum(condition: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(condition.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    _add(digest, condition)
     return digest.hexdigest()

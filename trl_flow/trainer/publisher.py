@@ -18,15 +18,7 @@ logger = logging.get_logger(__name__)
 
 
 class Publisher:
-    """
-    Writes a run's model card and uploads its output folder. To be used on the main process.
-
-    Args:
-        args ([`FlowRLConfig`]): `output_dir` and the fields that begin with `hub_` decide.
-        backbone ([`Backbone`]): what is trained.
-        model_id (`str`, *optional*): what the pipeline was loaded from.
-        reward_names (`list[str]`): the rewards that are optimized.
-    """
+    """Writes a run's model card and uploads its output folder. To be used on the main process."""
 
     def __init__(self, args: FlowRLConfig, backbone: Backbone, model_id: str | None, reward_names: list[str]):
         self.args = args
@@ -38,17 +30,10 @@ class Publisher:
         self._uploads: list[Future[CommitInfo]] = []
 
     def write_card(
-        self,
-        model: torch.nn.Module,
-        log_history: list[dict[str, Any]],
-        hub_model_id: str | None,
-        *,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
+        self, model: torch.nn.Module, log_history: list[dict], hub_model_id: str | None, tags=None, **names: str | None
     ) -> None:
-        """Writes `README.md` to the output folder, for `model` as it was trained, unwrapped. Names and tags are as for
-        [`FlowRLTrainer.create_model_card`]."""
+        """Writes `README.md` to the output folder, for `model` as it was trained, unwrapped. `tags`, and `model_name`
+        and `dataset_name`, are as for [`FlowRLTrainer.create_model_card`]."""
         folder = Path(self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         curves = None
@@ -69,12 +54,11 @@ class Publisher:
             settings=settings,
             is_lora=isinstance(model, PeftModel),
             repo_id=hub_model_id,
-            model_name=model_name,
             reward_names=self.reward_names,
-            dataset_name=dataset_name,
             tags=[tags] if isinstance(tags, str) else list(tags or []),
             curves=curves,
             samples=[(grid.relative_to(folder), None) for grid in grids[-1:]],
+            **names,
         )
 
     def push(

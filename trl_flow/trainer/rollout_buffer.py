@@ -16,33 +16,20 @@ from trl_flow.trainer.prompt_cache import image_fingerprint
 
 def micro_batch_indices(number: int, num_micro_batches: int, num_updates: int) -> list[list[int]]:
     """
-    Which of a process's samples go into each micro-batch.
+    The indices of a process's `number` samples in each micro-batch, in the order in which these are trained on.
 
     Micro-batch `k` of `K` takes every `K`-th sample from the `k`-th on, and the `U` updates take turns in choosing
     micro-batches: update `u` is made of the samples `u, u + U, u + 2 U ...` of the global batch, however that is cut
     into processes and into micro-batches of which each update takes as many, and has its share of every group.
-
-    Args:
-        number (`int`): samples of this process, a multiple of `num_micro_batches`.
-        num_micro_batches (`int`): `K`.
-        num_updates (`int`): `U`.
-
-    Returns:
-        `list[list[int]]`: for each micro-batch, in the order in which they are trained on, its samples' indices.
     """
     chosen = [k for update in range(num_updates) for k in range(update, num_micro_batches, num_updates)]
     return [list(range(k, number, num_micro_batches)) for k in chosen]
 
 
 class RolloutBuffer:
-    """
-    What an algorithm keeps of a process's samples: they come in their own order and are kept in that of training, one
-    tensor for each name, allocated once, of which micro-batches are slices. No more than one part is held besides.
-
-    Args:
-        number (`int`): samples of this process.
-        args ([`FlowRLConfig`]): into how many micro-batches, and for how many updates.
-    """
+    """What an algorithm keeps of a process's samples: they come in their own order and are kept in that of training,
+    one tensor for each name, allocated once, of which micro-batches are slices. No more than one part is held
+    besides."""
 
     def __init__(self, number: int, args: FlowRLConfig):
         num_updates = max(1, args.steps_per_generation // args.gradient_accumulation_steps)
@@ -60,21 +47,10 @@ class RolloutBuffer:
             self._tensors[name][self._rows[first : first + len(part)].to(part.device)] = part
 
     def finish(
-        self,
-        rows: list[dict[str, Any]],
-        steps: tuple[int, ...],
-        advantages: torch.Tensor,
-        images: list[Image.Image] | None,
+        self, rows: list[dict[str, Any]], steps: tuple[int, ...], advantages: torch.Tensor, images: list | None
     ) -> list[MicroBatch]:
-        """
-        The micro-batches, in the order in which they are trained on.
-
-        Args:
-            rows (`list[dict[str, Any]]`): the samples' rows, in their own order as all that follows.
-            steps (`tuple[int, ...]`): the kept steps.
-            advantages (`torch.Tensor`): `(N, ...)`.
-            images (`list[PIL.Image.Image]` or `None`): the images that are edited.
-        """
+        """The micro-batches, in the order in which they are trained on; rows, advantages `(N, ...)` and the images
+        that are edited are given in the samples' own order."""
         size = len(self._indices[0])
         return [
             MicroBatch(

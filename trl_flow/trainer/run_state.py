@@ -35,10 +35,7 @@ class Stateful(Protocol):
 class RunState:
     """
     The place in a run, as (generation, update within it), and the samples of the phase that is being trained on.
-
-    Args:
-        args ([`FlowRLConfig`]): the batch arithmetic.
-        parts (`dict[str, Stateful]`): what else is saved, loaded and reset, by its name in the file.
+    `parts` is what else is saved, loaded and reset, by its name in the file.
 
     Attributes:
         generation (`int`): sampling phases that have been trained on to their end.
@@ -99,32 +96,20 @@ class RunState:
         """Writes the state. To be called on all processes: in the middle of a phase each has samples of its own."""
         folder.mkdir(parents=True, exist_ok=True)
         if self.args.process_index == 0:
-            state: dict[str, Any] = {
-                "generation": self.generation,
-                "update": self.update,
-                "settings": self._settings(),
-                "parts": {},
-            }
-            tensors: dict[str, torch.Tensor] = {}
+            parts, tensors = {}, {}
             for name, part in self.parts.items():
                 content = part.state_dict()
                 found = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
                 tensors |= {f"{name}.{key}": value.contiguous() for key, value in found.items()}
-                state["parts"][name] = {key: value for key, value in content.items() if key not in found}
-            if tensors:
-                save_file(tensors, folder / TENSORS_NAME)
-            (folder / STATE_NAME).write_text(json.dumps(state))
+                parts[name] = {key: value for key, value in content.items() if key not in found}
+            save_file(tensors, folder / TENSORS_NAME)
+            state = {"generation": self.generation, "update": self.update, "settings": self._settings()}
+            (folder / STATE_NAME).write_text(json.dumps({**state, "parts": parts}))
         if self._position:
             save_micro_batches(self.micro_batches, folder, self.args.process_index)
 
     def load(self, folder: Path, device: torch.device) -> None:
-        """
-        Goes on from what [`save`] wrote.
-
-        Raises:
-            ValueError: if the batch arithmetic is another one, so that the run would not go on as it began.
-        """
-        self.check(folder)
+        """Goes on from what [`save`] wrote, once [`check`] has passed."""
         for name in self.parts:
             self.load_part(name, folder)
         state = _read(folder)
@@ -137,20 +122,22 @@ class RunState:
 
     def load_part(self, name: str, folder: Path) -> None:
         """Of what [`save`] wrote the state of one part."""
-        tensors = load_file(folder / TENSORS_NAME) if (folder / TENSORS_NAME).is_file() else {}
-        own = {key.removeprefix(f"{name}."): v for key, v in tensors.items() if key.startswith(f"{name}.")}
+        tensors = load_file(folder / TENSORS_NAME).items()
+        own = {key.removeprefix(f"{name}."): value for key, value in tensors if key.startswith(f"{name}.")}
         self.parts[name].load_state_dict(_read(folder)["parts"].get(name, {}) | own)
 
     def _settings(self) -> dict[str, Any]:
-        args = self.args
+        names = (
+            "per_device_train_batch_size",
+            "steps_per_generation",
+            "gradient_accumulation_steps",
+            "num_iterations",
+        )
         return {
-            "generation_batch_size": args.generation_batch_size,
-            "updates_per_generation": str(args.updates_per_generation),
-            "num_processes": args.world_size,
-            "per_device_train_batch_size": args.per_device_train_batch_size,
-            "steps_per_generation": args.steps_per_generation,
-            "gradient_accumulation_steps": args.gradient_accumulation_steps,
-            "num_iterations": args.num_iterations,
+            "generation_batch_size": self.args.generation_batch_size,
+            "updates_per_generation": str(self.args.updates_per_generation),
+            "num_processes": self.args.world_size,
+            **{name: getattr(self.args, name) for name in names},
         }
 
     def check(self, folder: Path) -> None:
@@ -164,26 +151,21 @@ class RunState:
         # Micro-batches of which an update takes no whole share are made of other samples when they are cut otherwise
         steps = [(s["steps_per_generation"], s["gradient_accumulation_steps"]) for s in (own, saved)]
         is_uneven = any(max(pair) % min(pair) for pair in steps)
-        names = (
-            list(own)
-            if in_the_middle or is_uneven
-            else ["generation_batch_size", "updates_per_generation", "num_iterations"]
-        )
+        names = ["generation_batch_size", "updates_per_generation", "num_iterations"]
+        names = list(own) if in_the_middle or is_uneven else names
         different = [name for name in names if own[name] != saved[name]]
         if different:
-            raise ValueError(
-                f"{folder} was written with "
-                + ", ".join(f"{name}={saved[name]}" for name in different)
-                + ", but this run has "
-                + ", ".join(f"{name}={own[name]}" for name in different)
-                + (
-                    ". It stands in the middle of a generation batch, or its updates take uneven shares of one: "
-                    "samples are split that way. Use these settings, or a checkpoint at the end of a generation batch."
-                    if in_the_middle or is_uneven
-                    else ". A run goes on with as many images a sampling phase and as many updates with them as it "
-                    "began with, however they are split over processes and micro-batches. Use these settings."
-                )
+            before, now = (", ".join(f"{name}={values[name]}" for name in different) for values in (saved, own))
+            reason = (
+                "A run goes on with as many images a sampling phase and as many updates with them as it began with, "
+                "however they are split over processes and micro-batches. Use these settings."
             )
+            if in_the_middle or is_uneven:
+                reason = (
+                    "It stands in the middle of a generation batch, or its updates take uneven shares of one: samples "
+                    "are split that way. Use these settings, or a checkpoint at the end of a generation batch."
+                )
+            raise ValueError(f"{folder} was written with {before}, but this run has {now}. {reason}")
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -206,12 +188,8 @@ def step_of(checkpoint: str) -> int:
 
 
 def checkpoint_to_resume(given: str | os.PathLike | bool | None, args: FlowRLConfig) -> str | None:
-    """
-    The checkpoint that `train(resume_from_checkpoint=given)` means.
-
-    Raises:
-        ValueError: if it is not complete, there is none, or its run has come to its end.
-    """
+    """The checkpoint that `train(resume_from_checkpoint=given)` means. Raises `ValueError` if it is not complete, there
+    is none, or its run has come to its end."""
     if not given:
         return None
     checkpoint = last_complete_checkpoint(args.output_dir) if given is True else os.fspath(given)
@@ -231,11 +209,8 @@ def checkpoint_to_resume(given: str | os.PathLike | bool | None, args: FlowRLCon
 
 def last_complete_checkpoint(output_dir: str) -> str:
     """The checkpoint of the highest step that was written to its end; `ValueError` if there is none."""
-    found = sorted(
-        (path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()),
-        key=lambda path: int(path.name.rsplit("-", 1)[1]) if path.name.rsplit("-", 1)[1].isdigit() else -1,
-    )
-    for path in reversed(found):
+    found = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[1].isdigit()]
+    for path in sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True):
         if is_complete(str(path)):
             return str(path)
         logger.warning(f"{path} is not complete (its writing was interrupted) and is passed over.")

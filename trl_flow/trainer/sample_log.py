@@ -15,17 +15,10 @@ from trl_flow.trainer.flow_rl_config import FlowRLConfig
 
 
 class SampleLog:
-    """
-    The latest images of this process with their captions, until they are logged.
-
-    Args:
-        args ([`FlowRLConfig`]): `log_images`, `num_images_to_log`, `report_to`.
-        reward_names (`list[str]`): for the captions.
-    """
+    """The latest images of this process with their captions, until they are logged."""
 
     def __init__(self, args: FlowRLConfig, reward_names: list[str]):
-        self.args = args
-        self.reward_names = reward_names
+        self.args, self.reward_names = args, reward_names
         self._images: list[Image.Image] = []
         self._captions: list[str] = []
 
@@ -33,17 +26,14 @@ class SampleLog:
         self, rows: list[dict[str, Any]], images: list[Image.Image], rewards: torch.Tensor, logs: RewardLogs
     ) -> None:
         """Keeps images from as many groups as fit; `rewards` is `(N, K)`, of this process's samples."""
-        number = min(self.args.num_images_to_log, len(images))
-        chosen = sorted(range(len(images)), key=lambda i: (i % self.args.num_generations, i))[:number]
-        self._images = [images[i] for i in sorted(chosen)]
-        self._captions = [
-            "\n".join(
-                [rows[i]["prompt"]]
-                + [f"{n} {value:.3g}" for n, value in zip(self.reward_names, rewards[i].tolist(), strict=True)]
-                + [f"{column} {values[i]}" for column, values in logs.columns.items() if i in values]
-            )
-            for i in sorted(chosen)
-        ]
+        by_group = sorted(range(len(images)), key=lambda i: (i % self.args.num_generations, i))
+        self._images, self._captions = [], []
+        for i in sorted(by_group[: self.args.num_images_to_log]):
+            scores = zip(self.reward_names, rewards[i].tolist(), strict=True)
+            lines = [rows[i]["prompt"], *(f"{name} {value:.3g}" for name, value in scores)]
+            lines += [f"{column} {values[i]}" for column, values in logs.columns.items() if i in values]
+            self._images.append(images[i])
+            self._captions.append("\n".join(lines))
 
     def flush(self, state: TrainerState, handler: CallbackHandler) -> None:
         """Writes the latest samples, if there are any since the last call."""
@@ -52,12 +42,7 @@ class SampleLog:
             self._images, self._captions = [], []
 
     def write(
-        self,
-        images: list[Image.Image],
-        captions: list[str],
-        name: str,
-        state: TrainerState,
-        handler: CallbackHandler,
+        self, images: list[Image.Image], captions: list[str], name: str, state: TrainerState, handler: CallbackHandler
     ) -> None:
         """A grid of images as `output_dir/images/{name}.png` and in the trackers."""
         if not self.args.log_images or not state.is_world_process_zero:

@@ -1,5 +1,6 @@
 """[`Sampler`]: rows of the data set and a plan in, sampled parts out, reproducible sample by sample."""
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,64 +16,41 @@ from trl_flow.trainer.policy import Policy
 
 @dataclass(frozen=True)
 class SampledPart:
-    """
-    Attributes:
-        first (`int`): index of its first sample among those of this process.
-        rollout ([`Rollout`]): `B` samples.
-        images (`list[PIL.Image.Image]`): the finished images.
-    """
+    """Samples with their finished images; `first` is the first one's index among those of this process."""
 
     first: int
     rollout: Rollout
     images: list[Image.Image]
 
 
+@dataclass(eq=False)
 class Sampler:
     """
-    Samples generation batches in parts of one forward's size.
+    Samples generation batches in parts of one forward's size, and tells `show_stage` what is going on.
 
     Each sample's noise comes from generators of its own, made from its index in the global batch: what is drawn does
     not depend on the size of a part or the number of processes.
-
-    Args:
-        policy ([`Policy`]): predicts.
-        dynamics ([`FlowDynamics`] or [`DDIMDynamics`]): the transitions.
-        args ([`FlowRLConfig`]): batch sizes, seed, shared noise.
-        show_stage (`Callable[[str], None]`): is told what is going on.
     """
 
-    def __init__(self, policy: Policy, dynamics: Dynamics, args: FlowRLConfig, show_stage: Callable[[str], None]):
-        self.policy = policy
-        self.dynamics = dynamics
-        self.args = args
-        self.show_stage = show_stage
+    policy: Policy
+    dynamics: Dynamics
+    args: FlowRLConfig
+    show_stage: Callable[[str], None]
 
     def sample(self, rows: list[dict[str, Any]], plan: StepPlan, generation: int) -> Iterator[SampledPart]:
-        """
-        The local part of a generation batch.
-
-        Args:
-            rows (`list[dict[str, Any]]`): of this process, one for each image.
-            plan ([`StepPlan`]): what happens in each step.
-            generation (`int`): number of the sampling phase.
-
-        Raises:
-            FloatingPointError: if the latents are not finite.
-        """
+        """The local part of a generation batch: `rows` has one for each image of this process. Raises
+        `FloatingPointError` if the latents are not finite."""
         size, num_steps = self.args.per_device_train_batch_size, self.args.num_inference_steps
         offset = self.args.process_index * len(rows)
         total = len(rows) // size * num_steps
         first_step, starts = self._starts(generation, rows, plan)
         for first in range(0, len(rows), size):
-            done = first // size * num_steps
+            done, key = first // size * num_steps, (self.args.seed, generation, RandomStream.TRANSITIONS)
             sampled = self._rollout(
                 rows[first : first + size],
                 starts[first : first + size],
                 plan,
-                generators=[
-                    sample_generator(self.args.seed, generation, RandomStream.TRANSITIONS, offset + first + i)
-                    for i in range(size)
-                ],
+                generators=[sample_generator(*key, offset + first + i) for i in range(size)],
                 first_step=first_step,
                 on_step=lambda step, done=done: self.show_stage(f"sampling {done + step + 1}/{total}"),
             )
@@ -93,21 +71,13 @@ class Sampler:
     def _rollout(self, rows: list[dict[str, Any]], latents: torch.Tensor, plan: StepPlan, **kwargs) -> Rollout:
         condition = self.policy.condition([row["prompt"] for row in rows], self.images_to_edit(rows))
         with self.policy.sampling():
-            return rollout(
-                lambda x, timestep: self.policy.predict(x, timestep, condition),
-                self.dynamics,
-                latents,
-                plan,
-                **kwargs,
-            )
+            predict = functools.partial(self.policy.predict, condition=condition)
+            return rollout(predict, self.dynamics, latents, plan, **kwargs)
 
     def _starts(self, generation: int, rows: list[dict[str, Any]], plan: StepPlan) -> tuple[int, torch.Tensor]:
-        """
-        Where the local samples of a generation batch begin: a step, and the latents there, `(N, ...)`.
-
-        With `share_initial_noise` the images of a group are one and the same up to the first stochastic step: the ODE
-        steps before it are taken once for each group.
-        """
+        """Where the local samples of a generation batch begin: a step, and the latents there, `(N, ...)`. With
+        `share_initial_noise` the images of a group are one and the same up to the first stochastic step: the ODE
+        steps before it are taken once for each group."""
         number, first_step = len(rows), min(plan.stochastic, default=0)
         offset = self.args.process_index * number
         indices = [offset + i for i in range(number)]
@@ -130,22 +100,12 @@ class Sampler:
 
     def _ode_prefix(self, rows: list[dict[str, Any]], noise: torch.Tensor, num_steps: int) -> torch.Tensor:
         """The latents of `rows` after `num_steps` ODE steps from `noise`, both `(M, ...)`."""
-        size = self.args.per_device_train_batch_size
-
-        def show(step: int) -> None:
-            self.show_stage(f"sampling the groups' common steps {step + 1}/{num_steps}")
-
-        parts = [
-            self._rollout(
-                rows[first : first + size],
-                noise[first : first + size],
-                StepPlan(),
-                last_step=num_steps,
-                on_step=show,
-            )
-            for first in range(0, len(rows), size)
-        ]
-        return torch.cat([part.final for part in parts])
+        size, parts, stage = self.args.per_device_train_batch_size, [], "sampling the groups' common steps"
+        options = {"last_step": num_steps, "on_step": lambda step: self.show_stage(f"{stage} {step + 1}/{num_steps}")}
+        for first in range(0, len(rows), size):
+            part, start = rows[first : first + size], noise[first : first + size]
+            parts.append(self._rollout(part, start, StepPlan(), **options).final)
+        return torch.cat(parts)
 
     def _initial_noise(self, generation: int, indices: list[int]) -> torch.Tensor:
         """`x_1` of samples by their global indices, or with `share_initial_noise` of groups by theirs."""

@@ -21,15 +21,9 @@ __all__ = ["EpochRepeatSampler", "GroupTrainer", "_BaseConfig", "disable_dropout
 
 
 class EpochRepeatSampler(RepeatSampler):
-    """[`RepeatSampler`] whose order depends on the epoch's number alone, not on how many epochs were drawn before.
-
-    TRL's sampler draws each epoch's permutation from one running generator, so a run that is resumed in its second
-    epoch sees the first epoch's order again. Here the generator is seeded with `seed + epoch` each time.
-
-    Args:
-        epoch (`Callable[[], int]`): returns the number of the epoch that is about to begin.
-        kwargs: as for [`RepeatSampler`]; `seed` is required.
-    """
+    """[`RepeatSampler`] whose order depends on the epoch's number alone: TRL's draws each epoch's permutation from one
+    running generator, so that a run that is resumed in its second epoch sees the first epoch's order again. Here the
+    generator is seeded with `seed + epoch()` each time."""
 
     def __init__(self, *args, epoch: Callable[[], int], seed: int, **kwargs):
         super().__init__(*args, seed=seed, **kwargs)
@@ -42,11 +36,8 @@ class EpochRepeatSampler(RepeatSampler):
 
 
 class GroupTrainer(_BaseTrainer):
-    """
-    TRL's base trainer with the data loader of its `GRPOTrainer`: it yields whole generation batches, the images of a
-    group next to each other, each batch as often as there are micro-batches in it. It is sampled from at the first
-    time and buffered.
-    """
+    """TRL's base trainer with the data loader of its `GRPOTrainer`: it yields whole generation batches, the images of
+    a group next to each other, each as often as there are micro-batches in it, and is sampled from once."""
 
     def get_train_dataloader(self):
         return self._get_dataloader(
