@@ -185,6 +185,7 @@ class FlowRLTrainer(GroupTrainer):
             OSError: if a reward's model cannot be loaded; nothing has been sampled then.
             RewardError: if a reward function fails. Updates are saved first, whatever `save_strategy` is.
         """
+        self.accelerator.wait_for_everyone()  # the main process may still be writing the checkpoint to resume from
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args)
         callbacks = self.callback_handler.callbacks  # those that were added after the constructor, too
         checks.check_over_optimization(callbacks, self.gold_scorer.names, self.eval_dataset, self.args)

@@ -188,8 +188,8 @@ def step_of(checkpoint: str) -> int:
 
 
 def checkpoint_to_resume(given: str | os.PathLike | bool | None, args: FlowRLConfig) -> str | None:
-    """The checkpoint that `train(resume_from_checkpoint=given)` means. Raises `ValueError` if it is not complete, there
-    is none, or its run has come to its end."""
+    """The checkpoint that `train(resume_from_checkpoint=given)` means. Raises `ValueError` if it is not complete, if
+    there is none, or if its run has come to its end."""
     if not given:
         return None
     checkpoint = last_complete_checkpoint(args.output_dir) if given is True else os.fspath(given)
@@ -209,8 +209,9 @@ def checkpoint_to_resume(given: str | os.PathLike | bool | None, args: FlowRLCon
 
 def last_complete_checkpoint(output_dir: str) -> str:
     """The checkpoint of the highest step that was written to its end; `ValueError` if there is none."""
-    found = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[1].isdigit()]
-    for path in sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True):
+    found = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
+    steps = {path: path.name.rsplit("-", 1)[1] for path in found}
+    for path in sorted(found, key=lambda path: int(steps[path]) if steps[path].isdigit() else -1, reverse=True):
         if is_complete(str(path)):
             return str(path)
         logger.warning(f"{path} is not complete (its writing was interrupted) and is passed over.")
