@@ -268,6 +268,7 @@ def main(folder: str) -> None:
         "stop": stop_of_over_optimization(os.path.join(folder, "stop")),
     }
     Path(folder, f"report-{RANK}.json").write_text(json.dumps(report))
+    torch.distributed.destroy_process_group()  # its threads would be torn out of what they do at exit
 
 
 if __name__ == "__main__":
