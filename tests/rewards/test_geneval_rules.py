@@ -6,8 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_flow.rewards.geneval import CLASSES, COLORS, POSITIONS, TASKS, Detection
-from trl_flow.rewards.geneval.rules import judge, objects_to_color, parse_request, relative_position, select_objects
-from trl_flow.rewards.geneval.vocabulary import geneval_class
+from trl_flow.rewards.geneval.rules import (
+    geneval_class,
+    judge,
+    objects_to_color,
+    parse_request,
+    relative_position,
+    select_objects,
+)
 
 
 def at(label, x, y, score=0.95, color="grey", size=10):

@@ -79,7 +79,8 @@ def test_blips_two_tokens_are_read_as_such(tmp_path, tokenizer_path):
     embeddings = model.blip.text_encoder.embeddings["word_embeddings"].weight.data
     reward = ImageReward(save(model, tmp_path / "weights.pt"), tokenizer_path, device="cpu")
     reward.load()
-    assert reward._loaded.tokenizer("a [DEC] [ENC]").input_ids[2:4] == [size, size + 1]
+    _, read = reward._loaded
+    assert read("a [DEC] [ENC]").input_ids[2:4] == [size, size + 1]
     assert len(embeddings) == size + 2
 
 

@@ -34,6 +34,11 @@ def reward_of(folder):
     return get
 
 
+def parts(reward):
+    """What a reward has loaded."""
+    return reward._loaded if isinstance(reward._loaded, tuple) else vars(reward._loaded).values()
+
+
 def pictures():
     return [picture(0), picture(1, 64, 28), picture(2, 30, 90), picture(3, 28, 28), picture(4)]
 
@@ -157,7 +162,7 @@ def test_close_frees_the_model_and_another_call_loads_it_again(name, folder):
     with make_reward(name, folder) as reward:
         assert reward._loaded is None  # not loaded before it is needed
         scores = reward(PROMPTS, pictures())
-        model = weakref.ref(next(part for part in vars(reward._loaded).values() if isinstance(part, torch.nn.Module)))
+        model = weakref.ref(next(part for part in parts(reward) if isinstance(part, torch.nn.Module)))
         parameter = weakref.ref(next(model().parameters()))
         reward.close()
         assert model() is None and parameter() is None
@@ -188,7 +193,7 @@ def test_no_gradients_are_kept_and_the_callers_mode_stays(name, reward_of):
 def test_a_model_that_gives_nan_stops_training(name, folder):
     reward = make_reward(name, folder)
     reward.load()
-    for part in vars(reward._loaded).values():
+    for part in parts(reward):
         if isinstance(part, torch.nn.Module):
             for parameter in part.parameters():
                 parameter.data.fill_(torch.nan)

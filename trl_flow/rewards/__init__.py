@@ -15,10 +15,7 @@ PUBLIC: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     "ChatModel": ("chat", {}),
     "CheckpointError": ("base", {}),
     "DeQAReward": ("judge", {"deqa": ()}),
-    "GenEvalReward": (
-        "geneval",
-        {"geneval": (), "geneval_strict": ("strict",), "geneval_correct": ("correct",)},
-    ),
+    "GenEvalReward": ("geneval", {"geneval": (), "geneval_strict": ("strict",), "geneval_correct": ("correct",)}),
     "HPSv2Reward": ("hps", {"hpsv2": (), "hpsv2.1": ("v2.1",)}),
     "ImageReward": ("image_reward", {"imagereward": ()}),
     "JPEGCompressibilityReward": ("jpeg", {"jpeg_compressibility": ()}),

@@ -1,11 +1,18 @@
 """What the reward functions of this package have in common: a card, and for those with a model its loading."""
 
 import asyncio
+import dataclasses
+import io
+import json
+import math
 import threading
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, ClassVar, TypeVar
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, get_args
 
 import torch
 from PIL import Image
@@ -14,6 +21,10 @@ from trl_flow.rewards.checks import reward_name
 
 
 Result = TypeVar("Result")
+Images = list[Image.Image]
+Columns = dict[str, list]
+
+_CARDS = json.loads(Path(__file__).with_name("cards.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,19 @@ class RewardInfo:
     license: str
     paper: str
     higher_is_better: bool = True
+
+    @classmethod
+    def of(cls, name: str) -> "RewardInfo":
+        """That of one of the package's rewards, from `cards.json`."""
+        return cls.from_json(_CARDS[name])
+
+    @classmethod
+    def from_json(cls, card: dict[str, Any]) -> "RewardInfo":
+        low, high = card["range"]  # None where there is no bound
+        return cls(**{**card, "range": (-math.inf if low is None else low, math.inf if high is None else high)})
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "range": [end if math.isfinite(end) else None for end in self.range]}
 
 
 class CheckpointError(OSError):
@@ -73,9 +97,7 @@ class ModelReward(ABC):
     def __post_init__(self):
         check_whole_number("batch_size", self.batch_size, 1)
         if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
-            raise TypeError(
-                f"dtype is {self.dtype!r}, but must be a floating-point torch.dtype, such as torch.bfloat16."
-            )
+            raise TypeError(f"dtype is {self.dtype!r}, but must be a floating-point torch.dtype: torch.bfloat16, say.")
         self.device = None if self.device is None else torch.device(self.device)
         self._loaded: Any = None
         # One call at a time: a second thread would otherwise load a second model, or find it closed half-way
@@ -87,7 +109,7 @@ class ModelReward(ABC):
 
     @abstractmethod
     def _score(
-        self, loaded: Any, prompts: list[str], images: list[Image.Image], columns: dict[str, list]
+        self, loaded: Any, prompts: list[str], images: Images, columns: Columns
     ) -> Sequence[float | None] | torch.Tensor:
         """Scores one batch of at most `batch_size` RGB images, without gradients."""
 
@@ -108,7 +130,7 @@ class ModelReward(ABC):
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def __call__(self, prompts: list[str], images: list[Image.Image], **kwargs: Any) -> list[float | None]:
+    def __call__(self, prompts: list[str], images: Images, **kwargs: Any) -> list[float | None]:
         """
         Scores images.
 
@@ -131,12 +153,9 @@ class ModelReward(ABC):
                 self.load()
             for first in range(0, len(images), self.batch_size):
                 part = slice(first, first + self.batch_size)
-                batch = self._score(
-                    self._loaded,
-                    list(prompts[part]),
-                    [image.convert("RGB") for image in images[part]],
-                    {name: list(value[part]) for name, value in columns.items()},
-                )
+                converted = [image.convert("RGB") for image in images[part]]
+                of_part = {name: list(value[part]) for name, value in columns.items()}
+                batch = self._score(self._loaded, list(prompts[part]), converted, of_part)
                 scores += batch.float().tolist() if isinstance(batch, torch.Tensor) else list(batch)
         return scores
 
@@ -147,19 +166,18 @@ class ModelReward(ABC):
         self.close()
 
     def _target_device(self) -> torch.device:
-        if self.device is not None:
-            try:
-                torch.empty(0, device=self.device)
-            except (RuntimeError, AssertionError) as error:
-                raise ValueError(
-                    f"The reward {reward_name(self)} is to run on {self.device}, which "
-                    f'cannot be used here ({error}). Leave device out for what there is, or give device="cpu".'
-                ) from error
-            return self.device
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        if accelerator is None:
-            return torch.device("cpu")
-        return torch.device(accelerator.type, torch.accelerator.current_device_index())
+        if self.device is None:
+            accelerator = torch.accelerator.current_accelerator(check_available=True)
+            here = accelerator and torch.device(accelerator.type, torch.accelerator.current_device_index())
+            return here or torch.device("cpu")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"The reward {reward_name(self)} is to run on {self.device}, which cannot be used here ({error}). "
+                'Leave device out for what there is, or give device="cpu".'
+            ) from error
+        return self.device
 
 
 @dataclass(eq=False)
@@ -182,12 +200,29 @@ class HubReward(ModelReward):
 
 
 def check_whole_number(name: str, value: Any, least: int) -> None:
-    """
-    Raises:
-        ValueError: if `value` is not a whole number of at least `least`. `name` is for the error.
-    """
+    """Raises a `ValueError` if the argument `name` is not a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} is {value!r}, but must be a whole number of at least {least}.")
+
+
+def check_choice(name: str, value: Any, choices: Any, owner: str) -> None:
+    """Raises a `ValueError` if the argument `name` of `owner` is none of `choices`, a `Literal`."""
+    if value not in get_args(choices):
+        raise ValueError(f"{name}={value!r} is no {name} of {owner}: give one of {get_args(choices)}.")
+
+
+def check_callable(name: str, value: Any, signature: str) -> None:
+    """Raises a `TypeError` if the argument `name` is neither a function nor an object that can be called."""
+    if not callable(value) or isinstance(value, type):
+        raise TypeError(f"{name} is {value!r}, but must be a function{signature} or an object with __call__.")
+
+
+def png_file(image: Image.Image) -> bytes:
+    """`image` as a PNG file, in a mode that PNG has."""
+    file = io.BytesIO()
+    # Fast instead of small: a file is sent once, mostly over a fast network. Run lengths suit PNG's filtered rows
+    image.save(file, format="PNG", compress_level=1, compress_type=zlib.Z_RLE)
+    return file.getvalue()
 
 
 async def all_at_once(requests: Iterable[Awaitable[Result]]) -> list[Result]:
@@ -200,15 +235,10 @@ async def all_at_once(requests: Iterable[Awaitable[Result]]) -> list[Result]:
             task.cancel()
 
 
-def require(load: Callable[[], Result], *, reward: str, extra: str) -> Result:
-    """
-    What an optional package is imported by, in a constructor: `require(lambda: import_module("rapidocr"), ...)`.
-
-    Raises:
-        ImportError: if the package is missing, naming the extra that installs it.
-    """
+def require(*packages: str, reward: str, extra: str) -> Any:
+    """Imports optional packages and returns the last. An `ImportError` names the `extra` that `reward` needs."""
     try:
-        return load()
+        return [import_module(package) for package in packages][-1]
     except ImportError as error:
         raise ImportError(
             f'{reward} needs a package that is not installed ({error}). Install it: pip install "trl_flow[{extra}]".'

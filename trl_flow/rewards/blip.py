@@ -1,19 +1,15 @@
 """ImageReward's network, a BLIP text encoder that looks at the image and a head, with checkpoints in BLIP's layout."""
 
-import re
-
 import torch
 from torch import nn
 from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from trl_flow.rewards.base import CheckpointError
-from trl_flow.rewards.checkpoints import build_pretrained, fill, rename
+from trl_flow.rewards.checkpoints import build_pretrained, fill, number_of, rename, sizes_read_from
 from trl_flow.rewards.score_head import ScoreHead
 
 
 # Width of all attention heads in BLIP's base and large encoders
 _HEAD_WIDTH = 64
-
 # BLIP's image encoder has timm's names. Patterns and what stands in their place in transformers
 _VISION_RENAMES = {
     r"^cls_token$": "embeddings.class_embedding",
@@ -25,20 +21,13 @@ _VISION_RENAMES = {
     r"\.attn\.proj\.": ".self_attn.projection.",
     r"\.attn\.": ".self_attn.",
 }
-_VISION_BLOCK = re.compile(r"blocks\.(\d+)\.")
-_TEXT_LAYER = re.compile(r"encoder\.layer\.(\d+)\.")
-# A constant that BERT's text encoder keeps among its weights
-_POSITION_IDS = "embeddings.position_ids"
 
 
 class ImageRewardModel(nn.Module):
     """
-    ImageReward's network (Xu et al., 2023, https://huggingface.co/papers/2304.05977, section 2.3).
-
-    Args:
-        vision (`BlipVisionModel`): reads the image.
-        text (`BlipTextModel`): reads the prompt, with cross-attention to the image's patches in every layer.
-        head (`ScoreHead`): from the state of the prompt's first token to a number.
+    ImageReward's network (Xu et al., 2023, https://huggingface.co/papers/2304.05977, section 2.3): `text` reads the
+    prompt, with cross-attention to the image's patches from `vision` in every layer; `head` makes a number of the
+    state of the prompt's first token.
     """
 
     def __init__(self, vision: BlipVisionModel, text: BlipTextModel, head: ScoreHead):
@@ -47,16 +36,10 @@ class ImageRewardModel(nn.Module):
         self.text = text
         self.head = head
 
-    def forward(
-        self, pixel_values: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, pixel_values: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor):
         """
-        Args:
-            pixel_values (`torch.Tensor`): `(N, 3, H, W)`, normalized, in the encoders' dtype.
-            input_ids, attention_mask (`torch.Tensor`): `(N, L)` token ids, and 1 where there is one.
-
-        Returns:
-            `torch.Tensor`: `(N,)` in the head's dtype, before it is standardized.
+        From normalized pixels `(N, 3, H, W)` in the encoders' dtype, token ids `(N, L)` and 1 where there is one, to
+        `(N,)` in the head's dtype, before it is standardized.
         """
         patches = self.vision(pixel_values=pixel_values).last_hidden_state
         states = self.text(
@@ -74,21 +57,14 @@ def image_reward_model(tensors: dict[str, torch.Tensor], *, source: str) -> Imag
     """
     The network of an ImageReward checkpoint, in float32 and evaluation mode. All sizes are read from its shapes.
     `source` is for errors.
-
-    Raises:
-        CheckpointError: if the state dict is not that of an ImageReward model, naming what does not fit.
     """
     vision = _below("blip.visual_encoder.", tensors)
-    # transformers has BLIP's own names here
-    text = {name: tensor for name, tensor in _below("blip.text_encoder.", tensors).items() if name != _POSITION_IDS}
+    # transformers has BLIP's own names here, but not the constant that BERT keeps among its weights
+    text = _below("blip.text_encoder.", tensors)
+    text.pop("embeddings.position_ids", None)
     head = _below("mlp.", tensors)
-    try:
+    with sizes_read_from(tensors, source=source, kind="ImageReward checkpoint", file="the file ImageReward.pt"):
         vision_config, text_config = _vision_config(vision), _text_config(text)
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(
-            f"{source} is no ImageReward checkpoint: {error} is missing or misshapen. It begins with "
-            f"{', '.join(list(tensors)[:3])}. Give the file ImageReward.pt that its authors published."
-        ) from error
     return ImageRewardModel(
         build_pretrained(BlipVisionModel, vision_config, blip_vision_to_transformers(vision), source=source),
         build_pretrained(BlipTextModel, text_config, text, add_pooling_layer=False, source=source),
@@ -106,7 +82,7 @@ def _vision_config(tensors: dict[str, torch.Tensor]) -> BlipVisionConfig:
     return BlipVisionConfig(
         hidden_size=width,
         intermediate_size=tensors["blocks.0.mlp.fc1.weight"].shape[0],
-        num_hidden_layers=len({match[1] for name in tensors if (match := _VISION_BLOCK.match(name))}),
+        num_hidden_layers=number_of(r"blocks\.(\d+)\.", tensors),
         num_attention_heads=width // _HEAD_WIDTH,
         image_size=grid * patch_size,
         patch_size=patch_size,
@@ -121,7 +97,7 @@ def _text_config(tensors: dict[str, torch.Tensor]) -> BlipTextConfig:
         hidden_size=width,
         encoder_hidden_size=tensors["encoder.layer.0.crossattention.self.key.weight"].shape[1],
         intermediate_size=tensors["encoder.layer.0.intermediate.dense.weight"].shape[0],
-        num_hidden_layers=len({match[1] for name in tensors if (match := _TEXT_LAYER.match(name))}),
+        num_hidden_layers=number_of(r"encoder\.layer\.(\d+)\.", tensors),
         num_attention_heads=width // _HEAD_WIDTH,
         max_position_embeddings=tensors["embeddings.position_embeddings.weight"].shape[0],
     )

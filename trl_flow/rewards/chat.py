@@ -2,19 +2,17 @@
 
 import asyncio
 import base64
-import io
 import json
 import numbers
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any
 
 from PIL import Image
 
-from trl_flow.rewards.base import check_whole_number, require
+from trl_flow.rewards.base import check_whole_number, png_file, require
 
 
 class JudgeError(RuntimeError):
@@ -54,16 +52,10 @@ class ChatModel:
     """
 
     def __init__(
-        self,
-        model: str | None = None,
-        *,
-        base_url: str | None = None,
-        api_key: str | None = None,
-        max_concurrency: int = 32,
-        timeout: float = 120.0,
-        max_retries: int = 8,
-    ):
-        require(lambda: import_module("openai"), reward="A judge", extra="judge")
+        self, model: str | None = None, *, base_url: str | None = None, api_key: str | None = None,
+        max_concurrency: int = 32, timeout: float = 120.0, max_retries: int = 8,
+    ):  # fmt: skip
+        require("openai", reward="A judge", extra="judge")
         base_url = base_url or os.environ.get("OPENAI_BASE_URL")
         if not base_url:
             raise ValueError(
@@ -102,25 +94,26 @@ class ChatModel:
                 other than a chat completion.
         """
         async with self._connected() as connection, connection.slots:
-            parts = [
-                {"type": "text", "text": piece}
-                if isinstance(piece, str)
-                # In a thread, since compressing a large image would hold up the event loop
-                else {"type": "image_url", "image_url": {"url": await asyncio.to_thread(_png_url, piece)}}
-                for piece in content
-            ]
+            parts = []
+            for piece in content:
+                if isinstance(piece, str):
+                    parts.append({"type": "text", "text": piece})
+                else:
+                    # In a thread, since compressing a large image would hold up the event loop
+                    parts.append({"type": "image_url", "image_url": {"url": await asyncio.to_thread(_png_url, piece)}})
             messages = [{"role": "user", "content": parts}]
             if answer_prefix is not None:
                 messages.append({"role": "assistant", "content": answer_prefix})
                 options["extra_body"] = {"continue_final_message": True, "add_generation_prompt": False}
-            model = await self._model_name(connection)
+            async with connection.asking_for_model:
+                self.model = self.model or await self._only_model(connection.client)
             completion = await self._request(
-                connection.client.chat.completions.create(model=model, messages=messages, **options)
+                connection.client.chat.completions.create(model=self.model, messages=messages, **options)
             )
         if not getattr(completion, "choices", None):
-            raise JudgeError(
-                f"The server at {self.base_url} answered, but not with a chat completion: {str(completion)[:200]!r}. "
-                "Check that base_url is that of an OpenAI-compatible server; it mostly ends in /v1."
+            raise self._error(
+                f"answered, but not with a chat completion: {str(completion)[:200]!r}. Check that base_url is that of "
+                "an OpenAI-compatible server; it mostly ends in /v1."
             )
         return completion.choices[0]
 
@@ -135,12 +128,10 @@ class ChatModel:
 
         loop = asyncio.get_running_loop()
         if loop not in self._connections:
+            # A machine that is away should not take as long to notice as an answer takes to write
+            timeout = Timeout(self.timeout, connect=min(self.timeout, 10.0))
             client = AsyncOpenAI(
-                base_url=self.base_url,
-                api_key=self.api_key,
-                # A machine that is away should not take as long to notice as an answer takes to write
-                timeout=Timeout(self.timeout, connect=min(self.timeout, 10.0)),
-                max_retries=self.max_retries,
+                base_url=self.base_url, api_key=self.api_key, timeout=timeout, max_retries=self.max_retries
             )
             self._connections[loop] = _Connection(client, asyncio.Semaphore(self.max_concurrency))
         connection = self._connections[loop]
@@ -153,18 +144,13 @@ class ChatModel:
                 del self._connections[loop]
                 await connection.client.close()
 
-    async def _model_name(self, connection: _Connection) -> str:
-        async with connection.asking_for_model:
-            if self.model is None:
-                listed = await self._request(connection.client.models.list())
-                names = [model.id for model in getattr(listed, "data", None) or []]
-                if len(names) != 1:
-                    raise JudgeError(
-                        f"The server at {self.base_url} serves {len(names)} models: {', '.join(names) or 'none'}. "
-                        "Name the judge's: model=..."
-                    )
-                self.model = names[0]
-        return self.model
+    async def _only_model(self, client: Any) -> str:
+        listed = await self._request(client.models.list())
+        names = [model.id for model in getattr(listed, "data", None) or []]
+        if len(names) != 1:
+            served = ", ".join(names) or "none"
+            raise self._error(f"serves {len(names)} models: {served}. Name the judge's: model=...")
+        return names[0]
 
     async def _request(self, request: Any) -> Any:
         import openai
@@ -173,26 +159,24 @@ class ChatModel:
         try:
             return await request
         except openai.APITimeoutError as error:
-            reason = (
+            raise self._error(
                 f"gave no answer within {self.timeout:g} seconds, in {tries}. Look whether it is overloaded: lower "
                 "max_concurrency, or raise timeout."
-            )
-            raise self._failed(reason) from error
+            ) from error
         except openai.APIConnectionError as error:
-            reason = f"cannot be reached, in {tries}: {error.__cause__ or error}. Look whether it runs, and whether "
-            raise self._failed(reason + "base_url is right.") from error
+            raise self._error(
+                f"cannot be reached, in {tries}: {error.__cause__ or error}. Look whether it runs, and whether "
+                "base_url is right."
+            ) from error
         except openai.APIStatusError as error:
             hint = " Check base_url and model. The former mostly ends in /v1." if error.status_code == 404 else ""
-            raise self._failed(f"answered with status {error.status_code}: {error.message[:1000]}{hint}") from error
+            raise self._error(f"answered with status {error.status_code}: {error.message[:1000]}{hint}") from error
         except (openai.OpenAIError, json.JSONDecodeError) as error:
-            raise self._failed(f"gave an answer that cannot be read: {error}") from error
+            raise self._error(f"gave an answer that cannot be read: {error}") from error
 
-    def _failed(self, reason: str) -> JudgeError:
+    def _error(self, reason: str) -> JudgeError:
         return JudgeError(f"The server at {self.base_url} {reason}")
 
 
 def _png_url(image: Image.Image) -> str:
-    file = io.BytesIO()
-    # The fastest level: it is sent once, mostly to the same machine
-    image.convert("RGB").save(file, format="PNG", compress_level=1)
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return f"data:image/png;base64,{base64.b64encode(png_file(image.convert('RGB'))).decode()}"

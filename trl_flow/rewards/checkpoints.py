@@ -6,7 +6,7 @@ the caller to convert. Whatever goes wrong is one `CheckpointError` that names t
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,16 +33,8 @@ _NAMES = 6
 
 def find_file(source: str, filename: str, *, revision: str | None, token: str | bool | None) -> Path:
     """
-    The local path of a file of weights, downloaded (with a progress bar) if it is not in the Hub's cache.
-
-    Args:
-        source (`str`): a Hub id, a folder with `filename` in it, or the file itself, whatever its name.
-        filename (`str`): the file's name in the repository or folder.
-        revision (`str`, *optional*): branch, tag or commit on the Hub.
-        token (`str` or `bool`, *optional*): for private and gated repositories, as in `huggingface_hub`.
-
-    Raises:
-        CheckpointError: if there is no such file, or it cannot be downloaded.
+    The local path of a file of weights, downloaded if it is not in the Hub's cache. `source` is a Hub id, a folder
+    with `filename` in it, or the file itself, whatever its name.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -52,8 +44,8 @@ def find_file(source: str, filename: str, *, revision: str | None, token: str | 
             return path / filename
         found = ", ".join(sorted(entry.name for entry in path.iterdir())[:_NAMES]) or "nothing"
         raise CheckpointError(
-            f"the folder {source} has no file {filename} (it has {found}). Put the file there, or give its "
-            "path instead of the folder's."
+            f"the folder {source} has no file {filename} (it has {found}). Put the file there, or give its path "
+            "instead of the folder's."
         )
     try:
         return Path(hf_hub_download(source, filename, revision=revision, token=token))
@@ -63,12 +55,8 @@ def find_file(source: str, filename: str, *, revision: str | None, token: str | 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """
-    The tensors in a torch or safetensors file, on the CPU. Nothing but tensors is unpickled.
-
-    A dictionary inside under `state_dict` or `model`, where training scripts put it, is taken out.
-
-    Raises:
-        CheckpointError: if the file is damaged, or holds anything else.
+    The tensors in a torch or safetensors file, on the CPU. Nothing but tensors is unpickled. A dictionary inside under
+    `state_dict` or `model`, where training scripts put it, is taken out.
     """
     try:
         if path.suffix == ".safetensors":
@@ -76,94 +64,88 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different one for every kind of damage
         raise CheckpointError(
-            f"{path} cannot be read as a file of tensors ({_short(error)}). It is damaged or "
-            "only partly downloaded, or holds other objects, which are not loaded because they could run any code: "
-            "download it again, or save its state dict alone, torch.save(checkpoint['state_dict'], path)."
+            f"{path} cannot be read as a file of tensors ({_short(error)}). It is damaged or only partly downloaded, "
+            "or holds other objects, which are not loaded because they could run any code: download it again, or save "
+            "its state dict alone, torch.save(checkpoint['state_dict'], path)."
         ) from error
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
-    if not isinstance(content, dict) or not content or not all(torch.is_tensor(value) for value in content.values()):
-        kind = type(content).__name__
+    if not isinstance(content, dict) or not content or not all(map(torch.is_tensor, content.values())):
         names = f" with {_listed([*map(str, content)]) or 'nothing in it'}" if isinstance(content, dict) else ""
         raise CheckpointError(
-            f"{path} holds a {kind}{names} instead of a state dict, names with tensors. Give the file of weights that "
-            "the reward's authors published."
+            f"{path} holds a {type(content).__name__}{names} instead of a state dict, names with tensors. Give the "
+            "file of weights that the reward's authors published."
         )
     return dict(content)
 
 
 def load_pretrained(
-    cls: type[Pretrained], source: str, *, revision: str | None, token: str | bool | None, **kwargs: Any
+    cls: type[Pretrained], source: str, *, revision: str | None, token: str | bool | None
 ) -> Pretrained:
     """
-    `cls.from_pretrained` for models, tokenizers and image processors, of a Hub id or folder.
-
-    Models are loaded in float32 and evaluation mode, on the CPU. Where transformers would only warn and leave
-    parameters random, because the checkpoint does not have them or has them in another shape, this raises.
-
-    Raises:
-        CheckpointError: if something cannot be found, downloaded or fitted.
+    `cls.from_pretrained` for models (in float32 and evaluation mode, on the CPU), tokenizers and image processors, of
+    a Hub id or folder. Where transformers would only warn and leave parameters random, because the checkpoint does not
+    have them or has them in another shape, this raises.
     """
     is_model = issubclass(cls, PreTrainedModel)
-    if is_model:
-        kwargs |= _MODEL_OPTIONS
-    path = Path(source).expanduser()
+    options = {"revision": revision, "token": token, **(_MODEL_OPTIONS if is_model else {})}
+    folder = Path(source).expanduser()
     try:
         with _without_report():
-            loaded = cls.from_pretrained(path if path.is_dir() else source, revision=revision, token=token, **kwargs)
+            loaded = cls.from_pretrained(folder if folder.is_dir() else source, **options)
     except Exception as error:
         raise _explained(error, str(source), revision) from error
     if not is_model:
         return loaded
     model, info = loaded
-    _check_fit(source, missing=info["missing_keys"], mismatched=info["mismatched_keys"])
+    _check_fit(source, {**info, "unexpected_keys": ()})
     return model.eval()
 
 
 def build_pretrained(
-    cls: type[Pretrained],
-    config: PreTrainedConfig,
-    tensors: dict[str, torch.Tensor],
-    *,
-    source: str,
-    **kwargs: Any,
+    cls: type[Pretrained], config: PreTrainedConfig, tensors: dict[str, torch.Tensor], *, source: str, **kwargs: Any
 ) -> Pretrained:
     """
     The transformers model of class `cls` with `config` and with `tensors`, a state dict of any dtype, as its weights:
-    in float32 and evaluation mode, on the CPU. `source` is for errors.
-
-    Raises:
-        CheckpointError: if a parameter is missing, has another shape or is left over.
+    in float32 and evaluation mode, on the CPU. None may be missing, of another shape or left over. `source` is for
+    errors.
     """
     with _without_report():
         model, info = cls.from_pretrained(None, config=config, state_dict=tensors, **_MODEL_OPTIONS, **kwargs)
-    _check_fit(
-        source,
-        missing=info["missing_keys"],
-        mismatched=info["mismatched_keys"],
-        unknown=info["unexpected_keys"],
-    )
+    _check_fit(source, info)
     return model.eval()
 
 
 def fill(module: Module, tensors: dict[str, torch.Tensor], *, source: str) -> Module:
-    """
-    Loads `tensors` into `module`, in evaluation mode. `source` is for errors.
-
-    Raises:
-        CheckpointError: if a parameter is missing, has another shape or is left over.
-    """
+    """Loads `tensors` into `module`, in evaluation mode; errors as from [`build_pretrained`]."""
     expected = module.state_dict()
     both = [(name, tensors[name].shape, expected[name].shape) for name in expected.keys() & tensors.keys()]
-    _check_fit(
-        source,
-        missing=expected.keys() - tensors.keys(),
-        mismatched=[(name, got, want) for name, got, want in both if got != want],
-        unknown=tensors.keys() - expected.keys(),
-    )
+    info = {
+        "missing_keys": expected.keys() - tensors.keys(),
+        "mismatched_keys": [(name, got, want) for name, got, want in both if got != want],
+        "unexpected_keys": tensors.keys() - expected.keys(),
+    }
+    _check_fit(source, info)
     module.load_state_dict(tensors)
     return module.eval()
+
+
+@contextmanager
+def sizes_read_from(tensors: dict[str, torch.Tensor], *, source: str, kind: str, file: str) -> Iterator[None]:
+    """Within it sizes are read from shapes. A `CheckpointError` says that `source` is no `kind`, give `file`."""
+    try:
+        yield
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{source} is no {kind}: {error} is missing or misshapen. It begins with {', '.join(list(tensors)[:3])}. "
+            f"Give {file} that its authors published."
+        ) from error
+
+
+def number_of(pattern: str, tensors: dict[str, torch.Tensor]) -> int:
+    """How many different values the first group of `pattern` has at the beginning of the names: layers, say."""
+    return len({match[1] for name in tensors if (match := re.match(pattern, name))})
 
 
 def rename(name: str, patterns: dict[str, str]) -> str:
@@ -175,8 +157,7 @@ def rename(name: str, patterns: dict[str, str]) -> str:
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    # transformers' table of weights that are left over, such as those of CLIP's text encoder where only its image
-    # encoder is needed. What matters in it is an error here.
+    """Without transformers' table of weights that are left over. What matters in it is an error here."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -185,20 +166,12 @@ def _without_report() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _check_fit(
-    source: str,
-    *,
-    missing: Iterable[str],
-    mismatched: Iterable[tuple[str, torch.Size, torch.Size]],
-    unknown: Iterable[str] = (),
-) -> None:
-    faults = {
-        "misses": missing,
-        "has another shape for": [f"{name} {tuple(got)} instead of {tuple(want)}" for name, got, want in mismatched],
-        "has the unknown": unknown,
-    }
-    found = [f"it {verb} {_listed(sorted(names))}" for verb, names in faults.items() if names]
-    if found:
+def _check_fit(source: str, info: dict[str, Any]) -> None:
+    """`info` is transformers' loading info, with names, or name, shape and expected shape."""
+    mismatched = [f"{name} {tuple(got)} instead of {tuple(want)}" for name, got, want in info["mismatched_keys"]]
+    faults = ("misses", "has another shape for", "has the unknown")
+    names = (info["missing_keys"], mismatched, info["unexpected_keys"])
+    if found := [f"it {fault} {_listed(sorted(some))}" for fault, some in zip(faults, names, strict=True) if some]:
         raise CheckpointError(
             f"{source} does not have the layout that was expected: {'; '.join(found)}. Give the checkpoint that the "
             "reward's authors published, or one of the same architecture."
@@ -207,8 +180,7 @@ def _check_fit(
 
 def _explained(error: Exception, source: str, revision: str | None, filename: str = "") -> CheckpointError:
     """What went wrong with a repository, in terms of what the user can do."""
-    path = Path(source).expanduser()
-    if path.exists():
+    if Path(source).expanduser().exists():
         reason = (
             "lacks a file that is needed, or has a damaged one. Compare it with what the reward's authors published, "
             "and copy all of it"

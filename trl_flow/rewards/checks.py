@@ -67,10 +67,7 @@ def reward_names(funcs: Iterable[RewardFunc]) -> list[str]:
 def is_dense(func: RewardFunc) -> bool:
     """
     Whether `func` can score unfinished images: unless it, or the function inside a `functools.partial`, has an
-    attribute `dense = False`.
-
-    Raises:
-        TypeError: if that attribute is not True or False.
+    attribute `dense = False`. A `TypeError` if that is neither True nor False.
     """
     dense = getattr(func, "dense", getattr(_unwrap(func), "dense", True))
     if not isinstance(dense, bool):
@@ -83,14 +80,10 @@ def is_dense(func: RewardFunc) -> bool:
 
 def check_reward_func(func: RewardFunc, columns: Iterable[str]) -> None:
     """
-    Refuses a reward function that could not be called with the data set at hand, before anything is computed.
+    Refuses a reward function that could not be called with a data set of these columns, before anything is computed.
+    `prompt` is passed as `prompts`, all others under their own names.
 
     A callable without a readable signature (some built in C) is let through.
-
-    Args:
-        func (`Callable`): Reward function.
-        columns (`Iterable[str]`):
-            Names of the data set's columns. `prompt` is passed as `prompts`, all others under their own names.
 
     Raises:
         TypeError: if `func` is no callable, is a class, does not take the keywords it is called with, or has an
@@ -122,14 +115,9 @@ def check_reward_func(func: RewardFunc, columns: Iterable[str]) -> None:
         parameters = inspect.signature(func).parameters.values()
     except (TypeError, ValueError):
         return
-    name = reward_name(func)
-    given = [*RESERVED_COLUMNS, *columns]
-    keywords = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-
-    for p in parameters:
-        if p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
-            continue
+    name, given = reward_name(func), [*RESERVED_COLUMNS, *columns]
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    for p in (p for p in named if p.default is p.empty):
         if p.kind is p.POSITIONAL_ONLY:
             raise TypeError(
                 f"The reward function '{name}' takes '{p.name}' by position only, but reward functions are called by "
@@ -140,6 +128,8 @@ def check_reward_func(func: RewardFunc, columns: Iterable[str]) -> None:
                 f"The reward function '{name}' needs a column '{p.name}', which the data set does not have. "
                 f"Its columns besides 'prompt' are {columns}. Add the column, or give the parameter a default."
             )
+    keywords = {p.name for p in named if p.kind is not p.POSITIONAL_ONLY}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     if not takes_any and (refused := [key for key in given if key not in keywords]):
         raise TypeError(
             f"The reward function '{name}' does not accept {refused}, which it is called with. End its parameters "
@@ -150,10 +140,8 @@ def check_reward_func(func: RewardFunc, columns: Iterable[str]) -> None:
 def check_rewards(result: Any, name: str, prompts: list[str]) -> list[float]:
     """
     What the reward function `name` returned for `prompts`, as one float per image: NaN where it returned None, which
-    means that it does not apply. True and False count as 1 and 0.
-
-    Raises:
-        RewardError: if it is anything but a list, tuple, array or tensor of one finite number (or None) per prompt.
+    means that it does not apply. True and False count as 1 and 0. A `RewardError` if it is anything but a list, tuple,
+    array or tensor of one finite number (or None) per prompt.
     """
     if isinstance(result, torch.Tensor | np.ndarray):
         result = result.tolist()
@@ -181,10 +169,12 @@ def _number(value: Any, name: str, prompt: str, index: int) -> float:
     elif abs(value) > _LARGEST:
         problem, advice = "beyond the range of float32", "Look for a division by 0 or an overflow in it"
     elif math.isnan(value):
-        problem = "not a number"
-        advice = (
-            "Look for 0/0 in it, or for a model that overflows in its precision (try dtype=torch.bfloat16 or "
-            "torch.float32), or return None for images that it cannot judge"
+        problem, advice = (
+            "not a number",
+            (
+                "Look for 0/0 in it, or for a model that overflows in its precision (try dtype=torch.bfloat16 or "
+                "torch.float32), or return None for images that it cannot judge"
+            ),
         )
     else:
         return float(value)

@@ -5,13 +5,14 @@ from dataclasses import KW_ONLY, dataclass
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, PreTrainedTokenizerBase
 
-from trl_flow.rewards.base import CheckpointError, HubReward
+from trl_flow.rewards.base import CheckpointError, HubReward, Images
 from trl_flow.rewards.checkpoints import load_pretrained
 from trl_flow.rewards.pixels import without_ends
 
+
+Preprocess = Callable[[Images], torch.Tensor]
 
 # transformers finds the end of a text by its highest token for models whose configuration says 2, as older ones do
 _OLD_EOS = 2
@@ -22,39 +23,26 @@ class CLIPScorer:
     """
     A CLIP model with what it needs to read prompts and images.
 
-    Attributes:
-        model (`CLIPModel`): in evaluation mode.
-        tokenizer (`PreTrainedTokenizerBase`): of the model.
-        preprocess (`Callable`): from a list of `N` RGB images to pixels, `(N, 3, H, W)` in float32.
-        logit_scale (`float`): the factor by which the model was trained to multiply cosines, 100 for most. Kept aside
-            because the rounding of its logarithm to bfloat16 would be an error of 1 %.
+    `preprocess` makes `N` RGB images into pixels, `(N, 3, H, W)` in float32. `logit_scale` is the factor by which the
+    model was trained to multiply cosines, 100 for most; kept aside because the rounding of its logarithm to bfloat16
+    would be an error of 1 %.
     """
 
     model: CLIPModel
     tokenizer: PreTrainedTokenizerBase
-    preprocess: Callable[[list[Image.Image]], torch.Tensor]
+    preprocess: Preprocess
     logit_scale: float
 
-    def cosines(self, prompts: list[str], images: list[Image.Image]) -> torch.Tensor:
-        """
-        Cosine of the angle between each image's features and its prompt's, in `[-1, 1]`: `(N,)` in float32.
-
-        Prompts that are longer than the text encoder's context are cut.
-        """
+    def cosines(self, prompts: list[str], images: Images) -> torch.Tensor:
+        """The cosine of each image and its prompt, cut to the model's context, in `[-1, 1]`: `(N,)` in float32."""
         pixels = self.preprocess(images).to(self.model.device, self.model.dtype)
         image_features = self.model.get_image_features(pixel_values=pixels).pooler_output
         # The images of a group share their prompt
         different = list(dict.fromkeys(prompts))
-        tokens = self.tokenizer(
-            different,
-            padding=True,
-            truncation=True,
-            max_length=self.model.config.text_config.max_position_embeddings,
-            return_tensors="pt",
-        ).to(self.model.device)
-        text_features = self.model.get_text_features(
-            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
-        ).pooler_output
+        context = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(different, padding=True, truncation=True, max_length=context, return_tensors="pt")
+        ids, mask = tokens.input_ids.to(self.model.device), tokens.attention_mask.to(self.model.device)
+        text_features = self.model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
         text_features = text_features[[different.index(prompt) for prompt in prompts]]
         return F.cosine_similarity(image_features.float(), text_features.float(), dim=-1)
 
@@ -63,13 +51,7 @@ class CLIPScorer:
 class CLIPReward(HubReward):
     """
     A reward from the cosine in a CLIP model in transformers' layout. A subclass says in `_score` what it makes of it,
-    and its `__name__`.
-
-    Args:
-        model (`str`): Hub id or folder of a `CLIPModel`.
-        processor (`str`, *optional*): Hub id or folder of its image processor and tokenizer; by default `model`.
-        processor_revision (`str`, *optional*): branch, tag or commit of `processor` on the Hub.
-        revision, token, device, dtype, batch_size: as in [`HubReward`].
+    its `__name__`, and the default `model` and `processor`: where its image processor and tokenizer are, if elsewhere.
     """
 
     model: str
@@ -91,31 +73,22 @@ class CLIPReward(HubReward):
 
 
 def clip_scorer(
-    model: CLIPModel,
-    tokenizer: PreTrainedTokenizerBase,
-    preprocess: Callable[[list[Image.Image]], torch.Tensor],
-    *,
-    device: torch.device,
+    model: CLIPModel, tokenizer: PreTrainedTokenizerBase, preprocess: Preprocess, *, device: torch.device,
     dtype: torch.dtype,
-) -> CLIPScorer:
+) -> CLIPScorer:  # fmt: skip
     """Puts a CLIP model in float32 on `device` and in `dtype`, together with what it needs."""
     logit_scale = model.logit_scale.exp().item()
     return CLIPScorer(model.to(device, dtype), tokenizer, preprocess, logit_scale)
 
 
-def load_clip_preprocess(
-    source: str, *, revision: str | None, token: str | bool | None
-) -> Callable[[list[Image.Image]], torch.Tensor]:
+def load_clip_preprocess(source: str, *, revision: str | None, token: str | bool | None) -> Preprocess:
     """
     What `source` says is to be done to images, by Pillow: with torchvision, which transformers takes where it is
     installed, the pixels differ.
-
-    Raises:
-        CheckpointError: if it cannot be loaded.
     """
     processor = load_pretrained(CLIPImageProcessorPil, source, revision=revision, token=token)
 
-    def preprocess(images: list[Image.Image]) -> torch.Tensor:
+    def preprocess(images: Images) -> torch.Tensor:
         images = [without_ends(image) for image in images]
         return processor(images=images, input_data_format="channels_last", return_tensors="pt")["pixel_values"]
 
@@ -126,11 +99,8 @@ def load_clip_tokenizer(
     source: str, model: CLIPModel, *, revision: str | None, token: str | bool | None
 ) -> PreTrainedTokenizerBase:
     """
-    The tokenizer for `model`.
-
-    Raises:
-        CheckpointError: if it cannot be loaded, or is not the one of that model: its texts would be read at the wrong
-            place, and every score be wrong without a sign.
+    The tokenizer for `model`. A `CheckpointError` if it is not the one of that model: its texts would be read at the
+    wrong place, and every score be wrong without a sign.
     """
     tokenizer = load_pretrained(CLIPTokenizer, source, revision=revision, token=token)
     config = model.config.text_config

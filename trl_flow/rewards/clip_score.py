@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 import torch
-from PIL import Image
 
-from trl_flow.rewards.base import RewardInfo
+from trl_flow.rewards.base import Columns, Images, RewardInfo
 from trl_flow.rewards.clip import CLIPReward, CLIPScorer
 
 
@@ -27,17 +26,10 @@ class CLIPScoreReward(CLIPReward):
         revision, token, device, dtype, batch_size: As in [`HubReward`].
     """
 
-    info = RewardInfo(
-        range=(0.0, 100.0),
-        typical="20 to 35",
-        license="not stated with the weights; OpenAI's code for them: MIT",
-        paper="https://huggingface.co/papers/2104.08718",
-    )
+    info = RewardInfo.of("CLIPScoreReward")
     __name__ = "clipscore"
 
     model: str = "openai/clip-vit-large-patch14"
 
-    def _score(
-        self, loaded: CLIPScorer, prompts: list[str], images: list[Image.Image], columns: dict[str, list]
-    ) -> torch.Tensor:
+    def _score(self, loaded: CLIPScorer, prompts: list[str], images: Images, columns: Columns) -> torch.Tensor:
         return 100 * loaded.cosines(prompts, images).clamp(min=0)

@@ -2,12 +2,11 @@
 
 import html
 from dataclasses import KW_ONLY, dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
-from PIL import Image
 
-from trl_flow.rewards.base import HubReward, RewardInfo
+from trl_flow.rewards.base import Columns, HubReward, Images, RewardInfo, check_choice
 from trl_flow.rewards.checkpoints import find_file, read_tensors
 from trl_flow.rewards.clip import CLIPScorer, clip_scorer, load_clip_tokenizer
 from trl_flow.rewards.open_clip import clip_from_open_clip
@@ -16,8 +15,8 @@ from trl_flow.rewards.pixels import fit_and_pad
 
 Version = Literal["v2.0", "v2.1"]
 
-_FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
-_NAMES = {"v2.0": "hpsv2", "v2.1": "hpsv2.1"}
+# The file with the weights, and the name in metrics
+_VERSIONS = {"v2.0": ("HPS_v2_compressed.pt", "hpsv2"), "v2.1": ("HPS_v2.1_compressed.pt", "hpsv2.1")}
 _QUOTES = str.maketrans("\u2018\u2019\u201a\u201b\u02bc\u201c\u201d\u201e\u201f", "'''''\"\"\"\"")
 # Of the image encoder of open_clip's ViT-H-14; its text encoder has heads of 64
 _VISION_HEAD_WIDTH = 80
@@ -46,12 +45,7 @@ class HPSv2Reward(HubReward):
         ValueError: if `version` is neither of the two.
     """
 
-    info = RewardInfo(
-        range=(-1.0, 1.0),
-        typical="0.2 to 0.35",
-        license="Apache-2.0",
-        paper="https://huggingface.co/papers/2306.09341",
-    )
+    info = RewardInfo.of("HPSv2Reward")
 
     version: Version = "v2.0"
     model: str = "xswu/HPSv2"
@@ -61,27 +55,19 @@ class HPSv2Reward(HubReward):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.version not in get_args(Version):
-            raise ValueError(f"version={self.version!r} is no version of HPSv2: give one of {get_args(Version)}.")
-        self.__name__ = _NAMES[self.version]
+        check_choice("version", self.version, Version, "HPSv2")
+        self._file, self.__name__ = _VERSIONS[self.version]
 
     def _load(self, device: torch.device) -> CLIPScorer:
-        path = find_file(self.model, _FILES[self.version], revision=self.revision, token=self.token)
+        path = find_file(self.model, self._file, revision=self.revision, token=self.token)
         model = clip_from_open_clip(read_tensors(path), vision_head_width=_VISION_HEAD_WIDTH, source=str(path))
         tokenizer = load_clip_tokenizer(self.tokenizer, model, revision=self.tokenizer_revision, token=self.token)
         size = model.config.vision_config.image_size
+        return clip_scorer(
+            model, tokenizer, lambda images: torch.stack([fit_and_pad(image, size) for image in images]),
+            device=device, dtype=self.dtype,
+        )  # fmt: skip
 
-        def preprocess(images: list[Image.Image]) -> torch.Tensor:
-            return torch.stack([fit_and_pad(image, size) for image in images])
-
-        return clip_scorer(model, tokenizer, preprocess, device=device, dtype=self.dtype)
-
-    def _score(
-        self, loaded: CLIPScorer, prompts: list[str], images: list[Image.Image], columns: dict[str, list]
-    ) -> torch.Tensor:
-        return loaded.cosines([_cleaned(prompt) for prompt in prompts], images)
-
-
-def _cleaned(prompt: str) -> str:
-    """A prompt as open_clip's tokenizer reads it: HTML entities, even those of entities, and curly quotes resolved."""
-    return html.unescape(html.unescape(prompt.translate(_QUOTES)))
+    def _score(self, loaded: CLIPScorer, prompts: list[str], images: Images, columns: Columns) -> torch.Tensor:
+        # As open_clip's tokenizer reads them: HTML entities, even those of entities, and curly quotes resolved
+        return loaded.cosines([html.unescape(html.unescape(prompt.translate(_QUOTES))) for prompt in prompts], images)

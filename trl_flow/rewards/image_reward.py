@@ -3,25 +3,19 @@
 from dataclasses import KW_ONLY, dataclass
 
 import torch
-from PIL import Image
 from transformers import BertTokenizer, PreTrainedTokenizerBase
 
-from trl_flow.rewards.base import CheckpointError, HubReward, RewardInfo
+from trl_flow.rewards.base import CheckpointError, Columns, HubReward, Images, RewardInfo
 from trl_flow.rewards.blip import ImageRewardModel, image_reward_model
 from trl_flow.rewards.checkpoints import find_file, load_pretrained, read_tensors
 from trl_flow.rewards.pixels import fill_and_crop
 
 
-_FILE = "ImageReward.pt"
 # Of the scores on the authors' training set, which they are standardized by
 _MEAN, _STD = 0.16717362830052426, 1.0333394966054072
 _MAX_TOKENS = 35
 
-
-@dataclass(frozen=True)
-class _Loaded:
-    model: ImageRewardModel
-    tokenizer: PreTrainedTokenizerBase
+_Loaded = tuple[ImageRewardModel, PreTrainedTokenizerBase]
 
 
 @dataclass(eq=False)
@@ -39,12 +33,7 @@ class ImageReward(HubReward):
         revision, token, device, dtype, batch_size: As in [`HubReward`].
     """
 
-    info = RewardInfo(
-        range=(-float("inf"), float("inf")),
-        typical="-2 to 2",
-        license="Apache-2.0",
-        paper="https://huggingface.co/papers/2304.05977",
-    )
+    info = RewardInfo.of("ImageReward")
     __name__ = "imagereward"
 
     model: str = "zai-org/ImageReward"
@@ -53,7 +42,7 @@ class ImageReward(HubReward):
     tokenizer_revision: str | None = None
 
     def _load(self, device: torch.device) -> _Loaded:
-        path = find_file(self.model, _FILE, revision=self.revision, token=self.token)
+        path = find_file(self.model, "ImageReward.pt", revision=self.revision, token=self.token)
         model = image_reward_model(read_tensors(path), source=str(path))
         tokenizer = load_pretrained(BertTokenizer, self.tokenizer, revision=self.tokenizer_revision, token=self.token)
         # The two that BLIP adds to BERT's; scoring needs them only for the rare prompt that has them in its text
@@ -68,16 +57,12 @@ class ImageReward(HubReward):
         model.text.to(device, self.dtype)
         # In bfloat16 its steps would be of a few hundredths
         model.head.to(device, torch.float32)
-        return _Loaded(model, tokenizer)
+        return model, tokenizer
 
-    def _score(
-        self, loaded: _Loaded, prompts: list[str], images: list[Image.Image], columns: dict[str, list]
-    ) -> torch.Tensor:
-        device = loaded.model.vision.device
-        tokens = loaded.tokenizer(
-            prompts, padding=True, truncation=True, max_length=_MAX_TOKENS, return_tensors="pt"
-        ).to(device)
-        size = loaded.model.vision.config.image_size
+    def _score(self, loaded: _Loaded, prompts: list[str], images: Images, columns: Columns) -> torch.Tensor:
+        model, tokenizer = loaded
+        device, size = model.vision.device, model.vision.config.image_size
+        tokens = tokenizer(prompts, padding=True, truncation=True, max_length=_MAX_TOKENS, return_tensors="pt")
         pixels = torch.stack([fill_and_crop(image, size) for image in images]).to(device, self.dtype)
-        raw = loaded.model(pixels, tokens.input_ids, tokens.attention_mask)
+        raw = model(pixels, tokens.input_ids.to(device), tokens.attention_mask.to(device))
         return (raw - _MEAN) / _STD

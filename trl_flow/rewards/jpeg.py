@@ -10,16 +10,9 @@ from PIL import Image
 from trl_flow.rewards.base import RewardInfo
 
 
-def jpeg_kilobytes(image: Image.Image, quality: int) -> float:
-    """Size of `image` as a JPEG file, in kilobytes (1000 bytes, as in DDPO). `image` is converted to RGB."""
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, format="JPEG", quality=quality)
-    return buffer.tell() / 1000
-
-
 class JPEGIncompressibilityReward:
     """
-    Size of the image as a JPEG file in kilobytes: the more detail, the higher.
+    Size of the image, in RGB, as a JPEG file in kilobytes (1000 bytes, as in DDPO): the more detail, the higher.
 
     Values are positive. They start at the size of an empty JPEG file, about 0.6 kB for the smallest image and growing
     with its area, and reach about 1.2 kB per 1000 pixels for noise at quality 95.
@@ -28,12 +21,7 @@ class JPEGIncompressibilityReward:
         quality (`int`, defaults to 95): JPEG quality from 1 to 100. 95 is DDPO's.
     """
 
-    info = RewardInfo(
-        range=(0.0, math.inf),
-        typical="50 to 150 for images of 512 x 512 pixels",
-        license="none: it loads nothing",
-        paper="https://huggingface.co/papers/2305.13301",
-    )
+    info = RewardInfo.of("JPEGIncompressibilityReward")
     dense = True
 
     def __init__(self, quality: int = 95):
@@ -43,10 +31,15 @@ class JPEGIncompressibilityReward:
         self.__name__ = "jpeg_incompressibility"
 
     def __call__(self, prompts: list[str], images: list[Image.Image], **kwargs) -> list[float]:
-        return [jpeg_kilobytes(image, self.quality) for image in images]
+        return [self._kilobytes(image) for image in images]
+
+    def _kilobytes(self, image: Image.Image) -> float:
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, format="JPEG", quality=self.quality)
+        return buffer.tell() / 1000
 
 
-class JPEGCompressibilityReward:
+class JPEGCompressibilityReward(JPEGIncompressibilityReward):
     """
     `offset` minus the size of the image as a JPEG file in kilobytes: the smoother, the higher.
 
@@ -59,19 +52,13 @@ class JPEGCompressibilityReward:
         offset (`float`, defaults to 0.0): Added to every reward, in kilobytes.
     """
 
-    info = RewardInfo(
-        range=(-math.inf, 0.0),
-        typical="-150 to -50 for images of 512 x 512 pixels",
-        license="none: it loads nothing",
-        paper="https://huggingface.co/papers/2305.13301",
-    )
-    dense = True
+    info = RewardInfo.of("JPEGCompressibilityReward")
 
     def __init__(self, quality: int = 95, offset: float = 0.0):
-        self._incompressibility = JPEGIncompressibilityReward(quality)
+        super().__init__(quality)
         self.offset = offset
         self.info = dataclasses.replace(self.info, range=(-math.inf, offset))
         self.__name__ = "jpeg_compressibility"
 
     def __call__(self, prompts: list[str], images: list[Image.Image], **kwargs) -> list[float]:
-        return [self.offset - size for size in self._incompressibility(prompts, images)]
+        return [self.offset - size for size in super().__call__(prompts, images)]

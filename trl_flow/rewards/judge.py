@@ -5,22 +5,14 @@ import logging
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 from PIL import Image
 
-from trl_flow.rewards.base import RewardInfo, all_at_once
+from trl_flow.rewards import judge_prompts
+from trl_flow.rewards.base import Images, RewardInfo, all_at_once, check_choice
 from trl_flow.rewards.chat import ChatModel, JudgeError
-from trl_flow.rewards.judge_prompts import (
-    DEQA_ANSWER_PREFIX,
-    DEQA_LEVELS,
-    DEQA_QUESTION,
-    UNIFIED_REWARD_AXES,
-    UNIFIED_REWARD_SCORE,
-    UNIFIED_REWARD_SCORE_WITH_ELEMENTS,
-    axis_score,
-    final_score,
-)
+from trl_flow.rewards.judge_prompts import DEQA_ANSWER_PREFIX, DEQA_LEVELS, DEQA_QUESTION
 
 
 logger = logging.getLogger(__name__)
@@ -28,7 +20,47 @@ logger = logging.getLogger(__name__)
 UnifiedRewardScore = Literal["overall", "overall_with_elements", "alignment", "coherence", "style"]
 
 
-class VLMJudgeReward:
+class UnreadableAnswer(ValueError):
+    """A judge's answer holds no score or preference; the message is the answer."""
+
+
+class Question:
+    """What a vision-language model is asked about images, and how its answer is read: base of judges and comparers."""
+
+    # Of the first request and of the second. At 0 the second answer would be the first one again
+    _temperatures: ClassVar[tuple[float, ...]] = (0.0, 0.7)
+
+    def __init__(self, prompt_template: str, parse: Callable[[str], Any], max_tokens: int, **server: Any):
+        if not isinstance(prompt_template, str) or not callable(parse):
+            raise TypeError(
+                "A judge needs a text and a function that reads the answer, but was given "
+                f"{prompt_template!r} and {parse!r}."
+            )
+        self.prompt_template = prompt_template
+        self.parse = parse
+        self.max_tokens = max_tokens
+        self.chat = ChatModel(**server)
+
+    async def _ask(self, prompt: str, *images: Image.Image) -> tuple[Any, str]:
+        """What the first answer that can be read says, or None, and the last answer."""
+        for temperature in self._temperatures:
+            choice = await self._answer(prompt, images, temperature)
+            # Empty where the server sent no text, as for an answer cut off while thinking
+            text = choice.message.content or ""
+            if (outcome := self._read(choice, text)) is not None:
+                break
+        return outcome, text
+
+    async def _answer(self, prompt: str, images: tuple[Image.Image, ...], temperature: float) -> Any:
+        # Not str.format: templates and prompts may hold braces of their own
+        question = self.prompt_template.replace("{prompt}", prompt)
+        return await self.chat.answer([*images, question], max_tokens=self.max_tokens, temperature=temperature)
+
+    def _read(self, choice: Any, text: str) -> Any:
+        return self.parse(text)
+
+
+class VLMJudgeReward(Question):
     """
     The score that a vision-language model gives each image, asked by a prompt of your own.
 
@@ -57,78 +89,33 @@ class VLMJudgeReward:
         JudgeError: on a call, if the server cannot be reached, refuses, or gives no answer that can be read.
     """
 
-    info: ClassVar[RewardInfo] = RewardInfo(
-        range=(-math.inf, math.inf),
-        typical="what the prompt asks for",
-        license="that of the model that is served",
-        paper="https://huggingface.co/papers/2306.05685",
-    )
+    info: ClassVar[RewardInfo] = RewardInfo.of("VLMJudgeReward")
     # A request for every image and step, to models that have not been trained on noise
     dense: ClassVar[bool] = False
 
-    # Of the first request and of the second. At 0 the second answer would be the first one again
-    _temperatures: ClassVar[tuple[float, ...]] = (0.0, 0.7)
-
     def __init__(
-        self,
-        prompt_template: str,
-        parse: Callable[[str], float | None],
-        *,
-        name: str = "vlm_judge",
-        range: tuple[float, float] = (-math.inf, math.inf),
-        max_tokens: int = 1024,
-        **server: Any,
-    ):
+        self, prompt_template: str, parse: Callable[[str], float | None], *, name: str = "vlm_judge",
+        range: tuple[float, float] = (-math.inf, math.inf), max_tokens: int = 1024, **server: Any,
+    ):  # fmt: skip
         low, high = range
         if not low < high:
             raise ValueError(f"range is {range!r}, but must be the smallest and the largest score, in that order.")
-        check_question(prompt_template, parse)
-        self.prompt_template = prompt_template
-        self.parse = parse
-        self.max_tokens = max_tokens
-        self.chat = ChatModel(**server)
+        super().__init__(prompt_template, parse, max_tokens, **server)
         self.info = dataclasses.replace(self.info, range=(low, high))
         self.__name__ = name
 
     async def __call__(
-        self,
-        prompts: list[str],
-        images: list[Image.Image],
-        log_metric: Callable[[str, float], None] | None = None,
-        **kwargs: Any,
+        self, prompts: list[str], images: Images, log_metric: Callable[[str, float], None] | None = None, **kwargs: Any
     ) -> list[float | None]:
-        """
-        Scores images.
-
-        Args:
-            prompts (`list[str]`), images (`list[PIL.Image.Image]`): `N` of each.
-            log_metric (`Callable`, *optional*): given the share of images without a score.
-
-        Returns:
-            `list[float | None]`: `N` scores.
-        """
-        judged = await all_at_once(self._judge(prompt, image) for prompt, image in zip(prompts, images, strict=True))
-        report_unreadable(
-            self.__name__, [answer for score, answer in judged if score is None], len(judged), log_metric
-        )
+        """`N` scores for `N` prompts and images. `log_metric` is given the share of images without a score."""
+        judged = await all_at_once(self._ask(prompt, image) for prompt, image in zip(prompts, images, strict=True))
+        unreadable = [answer for score, answer in judged if score is None]
+        report_unreadable(self.__name__, unreadable, len(judged), log_metric)
         return [score for score, _ in judged]
 
-    async def _judge(self, prompt: str, image: Image.Image) -> tuple[float | None, str]:
-        """The score, or None, and the last answer."""
-        for temperature in self._temperatures:
-            choice = await self._ask(prompt, image, temperature)
-            score = self._score(choice)
-            if score is not None and self.info.range[0] <= score <= self.info.range[1]:
-                return score, answer_text(choice)
-        return None, answer_text(choice)
-
-    async def _ask(self, prompt: str, image: Image.Image, temperature: float) -> Any:
-        # Not str.format: templates and prompts may hold braces of their own
-        question = self.prompt_template.replace("{prompt}", prompt)
-        return await self.chat.answer([image, question], max_tokens=self.max_tokens, temperature=temperature)
-
-    def _score(self, choice: Any) -> float | None:
-        return self.parse(answer_text(choice))
+    def _read(self, choice: Any, text: str) -> float | None:
+        score, (low, high) = self.parse(text), self.info.range
+        return score if score is not None and low <= score <= high else None
 
 
 class UnifiedReward(VLMJudgeReward):
@@ -146,30 +133,22 @@ class UnifiedReward(VLMJudgeReward):
             - `"alignment"`, `"coherence"`, `"style"`: one of the three scores of UnifiedReward 2.0
               (`CodeGoat24/UnifiedReward-2.0-qwen-7b` and its other sizes).
         max_tokens (`int`, defaults to 1024): length of an answer.
-        server: how the model is reached: `model`, `base_url`, `api_key`, `max_concurrency`, `timeout`, `max_retries`,
-            as in [`ChatModel`].
+        server: as in [`VLMJudgeReward`].
 
     Raises:
         ValueError: if `score` is none of these.
         ImportError, ValueError, JudgeError: as [`VLMJudgeReward`].
     """
 
-    info = RewardInfo(
-        range=(1.0, 5.0),
-        typical="3.1 for Stable Diffusion 3.5 Medium on DrawBench, 3.4 once it is trained for human preference",
-        license="MIT",
-        paper="https://huggingface.co/papers/2503.05236",
-    )
+    info = RewardInfo.of("UnifiedReward")
 
     def __init__(self, score: UnifiedRewardScore = "overall", *, max_tokens: int = 1024, **server: Any):
-        if score not in get_args(UnifiedRewardScore):
-            raise ValueError(
-                f"score={score!r} is no score of UnifiedReward: give one of {get_args(UnifiedRewardScore)}."
-            )
-        prompt, parse = {
-            "overall": (UNIFIED_REWARD_SCORE, final_score),
-            "overall_with_elements": (UNIFIED_REWARD_SCORE_WITH_ELEMENTS, final_score),
-        }.get(score, (UNIFIED_REWARD_AXES, partial(axis_score, axis=score)))
+        check_choice("score", score, UnifiedRewardScore, "UnifiedReward")
+        prompt, parse = judge_prompts.UNIFIED_REWARD_AXES, partial(judge_prompts.axis_score, axis=score)
+        if score.startswith("overall"):
+            prompt, parse = judge_prompts.UNIFIED_REWARD_SCORE, judge_prompts.final_score
+        if score == "overall_with_elements":
+            prompt = judge_prompts.UNIFIED_REWARD_SCORE_WITH_ELEMENTS
         name = "unifiedreward" if score == "overall" else f"unifiedreward_{score}"
         super().__init__(prompt, parse, name=name, range=self.info.range, max_tokens=max_tokens, **server)
 
@@ -190,37 +169,28 @@ class DeQAReward(VLMJudgeReward):
     can load it. Another vision-language model gives scores on the same scale, but not DeQA's.
 
     Args:
-        server: how the model is reached: `model`, `base_url`, `api_key`, `max_concurrency`, `timeout`, `max_retries`,
-            as in [`ChatModel`]. The server must be able to continue an answer (`continue_final_message`), as vLLM and
-            SGLang are.
+        server: as in [`VLMJudgeReward`]. It must be able to continue an answer (`continue_final_message`), as vLLM
+            and SGLang are.
 
     Raises:
         ImportError, ValueError, JudgeError: as [`VLMJudgeReward`].
     """
 
-    info = RewardInfo(
-        range=(1.0, 5.0),
-        typical="4.1 for Stable Diffusion 3.5 Medium on DrawBench",
-        license="MIT",
-        paper="https://huggingface.co/papers/2501.11561",
-    )
+    info = RewardInfo.of("DeQAReward")
     # Probabilities do not depend on the temperature
     _temperatures = (0.0,)
 
     def __init__(self, **server: Any):
         super().__init__(DEQA_QUESTION, _first_level, name="deqa", range=self.info.range, max_tokens=4, **server)
 
-    async def _ask(self, prompt: str, image: Image.Image, temperature: float) -> Any:
+    async def _answer(self, prompt: str, images: tuple[Image.Image, ...], temperature: float) -> Any:
         return await self.chat.answer(
-            [DEQA_QUESTION, image],
-            answer_prefix=DEQA_ANSWER_PREFIX,
-            max_tokens=self.max_tokens,
-            temperature=temperature,
-            logprobs=True,
-            top_logprobs=20,
-        )
+            [self.prompt_template, *images],
+            answer_prefix=DEQA_ANSWER_PREFIX, max_tokens=self.max_tokens, temperature=temperature,
+            logprobs=True, top_logprobs=20,
+        )  # fmt: skip
 
-    def _score(self, choice: Any) -> float | None:
+    def _read(self, choice: Any, text: str) -> float | None:
         tokens = choice.logprobs.content if choice.logprobs else None
         weights = dict.fromkeys(DEQA_LEVELS, 0.0)
         for candidate in tokens[0].top_logprobs if tokens else ():
@@ -230,7 +200,7 @@ class DeQAReward(VLMJudgeReward):
                 weights[word] += math.exp(candidate.logprob)
         total = sum(weights.values())
         if total == 0:
-            return self.parse(answer_text(choice))
+            return self.parse(text)
         return sum(DEQA_LEVELS[word] * weight for word, weight in weights.items()) / total
 
 
@@ -239,39 +209,8 @@ def _first_level(answer: str) -> float | None:
     return DEQA_LEVELS.get(words[0].strip(".,!*")) if words else None
 
 
-def answer_text(choice: Any) -> str:
-    """The text of an answer; empty where the server sent none, as for an answer cut off while thinking."""
-    return choice.message.content or ""
-
-
-def check_question(prompt_template: str, parse: Callable) -> None:
-    """Raises a `TypeError` if `prompt_template` is no text or `parse` no callable."""
-    if not isinstance(prompt_template, str) or not callable(parse):
-        raise TypeError(
-            "A judge needs a text and a function that reads the answer, but was given "
-            f"{prompt_template!r} and {parse!r}."
-        )
-
-
-class UnreadableAnswer(ValueError):
-    """A judge's answer holds no score or preference; the message is the answer."""
-
-
-def report_unreadable(
-    name: str, unreadable: list[str], total: int, log_metric: Callable[[str, float], None] | None
-) -> None:
-    """
-    Logs how many of `total` answers could not be read.
-
-    Args:
-        name (`str`): of the reward.
-        unreadable (`list[str]`): the answers that could not be read.
-        total (`int`): how many answers there are.
-        log_metric (`Callable`, *optional*): given their share.
-
-    Raises:
-        JudgeError: if there were two answers or more, and none of them could be read.
-    """
+def report_unreadable(name: str, unreadable: list[str], total: int, log_metric: Callable | None) -> None:
+    """Logs the share of answers to `name` that could not be read; a `JudgeError` if that is all of several."""
     if not total:
         return
     if log_metric is not None:

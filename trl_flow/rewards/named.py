@@ -43,17 +43,11 @@ def named_reward(name: str) -> Any:
 
 
 def named_rewards(names: Sequence[str] | str | None, option: str = "reward_funcs") -> list[Any]:
-    """
-    The reward functions that `names` stand for, as [`named_reward`].
-
-    Raises:
-        ValueError, ImportError: as [`named_reward`], and if there is no name.
-    """
+    """The reward functions that `names` stand for, each as [`named_reward`]; there must be at least one."""
     names = [names] if isinstance(names, str) else list(names or [])
     if not names:
-        raise ValueError(
-            f"{option} is missing. Name at least one of {', '.join(NAMED_REWARDS)}, or a dotted import path."
-        )
+        known = ", ".join(NAMED_REWARDS)
+        raise ValueError(f"{option} is missing. Name at least one of {known}, or a dotted import path.")
     return [named_reward(name) for name in names]
 
 

@@ -1,13 +1,12 @@
 """Whether the text that a prompt asks for can be read in the image."""
 
-from importlib import import_module
 from typing import Any
 
 import torch
 from PIL import Image
 
 from trl_flow.prompt_words import quoted_text
-from trl_flow.rewards.base import ModelReward, RewardInfo, check_whole_number, require
+from trl_flow.rewards.base import Columns, Images, ModelReward, RewardInfo, check_whole_number, require
 
 
 def text_score(recognized: str, target: str) -> float:
@@ -60,20 +59,14 @@ class OCRReward(ModelReward):
         TypeError: on a call, if an entry of the column `text` is neither a text nor None.
     """
 
-    info = RewardInfo(
-        range=(0.0, 1.0),
-        typical="0.6 for Stable Diffusion 3.5 Medium on Flow-GRPO's prompts, 0.92 to 0.95 once it is trained",
-        license="Apache-2.0",
-        paper="https://huggingface.co/papers/2505.05470",
-    )
+    info = RewardInfo.of("OCRReward")
     # Unreadable text scores 0, and what can be read early is finished early
     dense = True
 
     def __init__(self, num_threads: int | None = None):
         if num_threads is not None:
             check_whole_number("num_threads", num_threads, 1)
-        for package in ("onnxruntime", "rapidfuzz", "rapidocr"):
-            require(lambda package=package: import_module(package), reward="OCRReward", extra="ocr")
+        require("onnxruntime", "rapidfuzz", "rapidocr", reward="OCRReward", extra="ocr")
         super().__init__(device="cpu")
         self.num_threads = num_threads
         self.__name__ = "ocr"
@@ -87,21 +80,15 @@ class OCRReward(ModelReward):
     def _load(self, device: torch.device) -> Any:
         from rapidocr import RapidOCR
 
-        settings: dict[str, Any] = {
-            "Global.log_level": "error",  # else one line for every image without text
-            "Global.use_cls": False,
-            # Its own bounds enlarge small images, and fail on long and narrow ones
-            "Global.use_preprocess_img": False,
-            "Det.limit_type": "max",
-            "Det.limit_side_len": 960,
-        }
+        # Its own bounds enlarge small images, and fail on long and narrow ones
+        settings: dict[str, Any] = {"Global.use_preprocess_img": False, "Det.limit_type": "max"}
+        # At other levels it logs a line for every image without text
+        settings |= {"Det.limit_side_len": 960, "Global.use_cls": False, "Global.log_level": "error"}
         if self.num_threads is not None:
             settings["EngineConfig.onnxruntime.intra_op_num_threads"] = self.num_threads
         return RapidOCR(params=settings)
 
-    def _score(
-        self, loaded: Any, prompts: list[str], images: list[Image.Image], columns: dict[str, list]
-    ) -> list[float | None]:
+    def _score(self, loaded: Any, prompts: list[str], images: Images, columns: Columns) -> list[float | None]:
         targets = columns["text"] if "text" in columns else [quoted_text(prompt) for prompt in prompts]
         for prompt, target in zip(prompts, targets, strict=True):
             if target is not None and not isinstance(target, str):

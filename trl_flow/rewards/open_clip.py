@@ -1,12 +1,9 @@
 """CLIP checkpoints in open_clip's layout, as transformers' `CLIPModel`."""
 
-import re
-
 import torch
 from transformers import CLIPConfig, CLIPModel
 
-from trl_flow.rewards.base import CheckpointError
-from trl_flow.rewards.checkpoints import build_pretrained, rename
+from trl_flow.rewards.checkpoints import build_pretrained, number_of, rename, sizes_read_from
 
 
 # Patterns in open_clip's names and what stands in their place in transformers
@@ -28,7 +25,6 @@ _RENAMES = {
     r"\.c_fc\.": ".fc1.",
     r"\.c_proj\.": ".fc2.",
 }
-_LAYER = re.compile(r"(.*resblocks)\.(\d+)\.")
 
 
 def open_clip_to_transformers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -57,20 +53,16 @@ def open_clip_config(
     """
     The configuration that an open_clip state dict belongs to. All sizes are read from its shapes; what shapes do not
     tell, the width of the attention heads and the activation, must be given.
-
-    Raises:
-        KeyError: if a parameter that a size is read from is missing.
     """
     vocab_size, text_width = tensors["token_embedding.weight"].shape
     vision_width, _, patch_size, _ = tensors["visual.conv1.weight"].shape
     grid = round((tensors["visual.positional_embedding"].shape[0] - 1) ** 0.5)
 
     def tower(name: str, width: int, head_width: int) -> dict[str, int | str]:
-        layers = {match[2] for key in tensors if (match := _LAYER.match(key)) and match[1] == name}
         return {
             "hidden_size": width,
             "intermediate_size": tensors[f"{name}.0.mlp.c_fc.weight"].shape[0],
-            "num_hidden_layers": len(layers),
+            "num_hidden_layers": number_of(rf"{name}\.(\d+)\.", tensors),
             "num_attention_heads": width // head_width,
             "hidden_act": hidden_act,
             "projection_dim": tensors["text_projection"].shape[1],
@@ -93,17 +85,7 @@ def open_clip_config(
 
 
 def clip_from_open_clip(tensors: dict[str, torch.Tensor], *, vision_head_width: int, source: str) -> CLIPModel:
-    """
-    The model of an open_clip state dict, in float32 and evaluation mode. `source` is for errors.
-
-    Raises:
-        CheckpointError: if the state dict is not one of an open_clip vision transformer, naming what does not fit.
-    """
-    try:
+    """The model of an open_clip state dict, in float32 and evaluation mode. `source` is for errors."""
+    with sizes_read_from(tensors, source=source, kind="open_clip checkpoint of a vision transformer", file="the file"):
         config = open_clip_config(tensors, vision_head_width=vision_head_width)
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(
-            f"{source} is no open_clip checkpoint of a vision transformer: {error} is missing or misshapen. "
-            f"It begins with {', '.join(list(tensors)[:3])}. Give the file that the reward's authors published."
-        ) from error
     return build_pretrained(CLIPModel, config, open_clip_to_transformers(tensors), source=source)

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 import torch
-from PIL import Image
 
-from trl_flow.rewards.base import RewardInfo
+from trl_flow.rewards.base import Columns, Images, RewardInfo
 from trl_flow.rewards.clip import CLIPReward, CLIPScorer
 
 
@@ -24,18 +23,11 @@ class PickScoreReward(CLIPReward):
         revision, token, device, dtype, batch_size: As in [`HubReward`].
     """
 
-    info = RewardInfo(
-        range=(-100.0, 100.0),
-        typical="20 to 24",
-        license="weights: not stated; the CLIP that they were tuned from: MIT",
-        paper="https://huggingface.co/papers/2305.01569",
-    )
+    info = RewardInfo.of("PickScoreReward")
     __name__ = "pickscore"
 
     model: str = "yuvalkirstain/PickScore_v1"
     processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
-    def _score(
-        self, loaded: CLIPScorer, prompts: list[str], images: list[Image.Image], columns: dict[str, list]
-    ) -> torch.Tensor:
+    def _score(self, loaded: CLIPScorer, prompts: list[str], images: Images, columns: Columns) -> torch.Tensor:
         return loaded.logit_scale * loaded.cosines(prompts, images)

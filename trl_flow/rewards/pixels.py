@@ -24,17 +24,10 @@ def without_ends(image: Image.Image) -> Image.Image:
 
 def fill_and_crop(image: Image.Image, size: int) -> torch.Tensor:
     """
-    Scales an image with Pillow's bicubic filter until its shorter side has `size` pixels, takes the middle and
-    normalizes it: what OpenAI's CLIP does, and those who built on it.
+    Scales an RGB image with Pillow's bicubic filter until its shorter side has `size` pixels, takes the middle and
+    normalizes it: `(3, size, size)` in float32. It is what OpenAI's CLIP does, and those who built on it.
 
     (`CLIPImageProcessor` rounds margins down where these round them: one pixel apart in some sizes.)
-
-    Args:
-        image (`PIL.Image.Image`): in RGB, of any size.
-        size (`int`): in pixels.
-
-    Returns:
-        `torch.Tensor`: `(3, size, size)` in float32.
     """
     image = without_ends(image)
     short = min(image.size)
@@ -47,17 +40,10 @@ def fill_and_crop(image: Image.Image, size: int) -> torch.Tensor:
 
 def fit_and_pad(image: Image.Image, size: int) -> torch.Tensor:
     """
-    Scales an image until its longer side has `size` pixels, with a bicubic filter that is widened for shrinking,
-    centers it on black and normalizes it: what HPSv2 does.
+    Scales an RGB image until its longer side has `size` pixels, with a bicubic filter that is widened for shrinking,
+    centers it on black and normalizes it: `(3, size, size)` in float32. It is what HPSv2 does.
 
     Values between the 256 steps are kept, and so is what overshoots, where Pillow would round and cut.
-
-    Args:
-        image (`PIL.Image.Image`): in RGB, of any size.
-        size (`int`): in pixels.
-
-    Returns:
-        `torch.Tensor`: `(3, size, size)` in float32.
     """
     pixels = _tensor(image)
     scale = size / max(image.size)

@@ -11,20 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from trl_flow.rewards.base import RewardInfo, all_at_once
-from trl_flow.rewards.chat import ChatModel
-from trl_flow.rewards.judge import (
-    UnreadableAnswer,
-    answer_text,
-    check_question,
-    report_unreadable,
-)
-from trl_flow.rewards.judge_prompts import (
-    UNIFIED_REWARD_PAIR,
-    UNIFIED_REWARD_THINK_PAIR,
-    Preference,
-    preferred_image,
-)
+from trl_flow.rewards.base import RewardInfo, all_at_once, check_callable
+from trl_flow.rewards.judge import Question, UnreadableAnswer, report_unreadable
+from trl_flow.rewards.judge_prompts import UNIFIED_REWARD_PAIR, UNIFIED_REWARD_THINK_PAIR, Preference, preferred_image
 
 
 # Which of two images is better: the first, the second or neither; or the probability that it is the first
@@ -32,7 +21,7 @@ Outcome = Preference | float
 Comparer = Callable[[str, Image.Image, Image.Image], Outcome | Awaitable[Outcome]]
 
 
-class VLMComparer:
+class VLMComparer(Question):
     """
     Asks a vision-language model which of two images is better.
 
@@ -43,8 +32,7 @@ class VLMComparer:
         parse (`Callable[[str], "a" | "b" | "tie" | float | None]`): gives the outcome in an answer, None if there is
             none. A number is the probability that the first image is better.
         max_tokens (`int`, defaults to 4096): length of an answer.
-        server: how the model is reached: `model`, `base_url`, `api_key`, `max_concurrency`, `timeout`, `max_retries`,
-            as in [`ChatModel`].
+        server: how the model is reached, as in [`ChatModel`].
 
     Raises:
         ImportError: if the openai package is missing.
@@ -57,22 +45,13 @@ class VLMComparer:
     def __init__(
         self, prompt_template: str, parse: Callable[[str], Outcome | None], *, max_tokens: int = 4096, **server: Any
     ):
-        check_question(prompt_template, parse)
-        self.prompt_template = prompt_template
-        self.parse = parse
-        self.max_tokens = max_tokens
-        self.chat = ChatModel(**server)
+        super().__init__(prompt_template, parse, max_tokens, **server)
 
     async def __call__(self, prompt: str, image_a: Image.Image, image_b: Image.Image) -> Outcome:
-        question = self.prompt_template.replace("{prompt}", prompt)
-        for temperature in (0.0, 0.7):
-            choice = await self.chat.answer(
-                [image_a, image_b, question], max_tokens=self.max_tokens, temperature=temperature
-            )
-            outcome = self.parse(answer_text(choice))
-            if outcome is not None:
-                return outcome
-        raise UnreadableAnswer(answer_text(choice))
+        outcome, answer = await self._ask(prompt, image_a, image_b)
+        if outcome is None:
+            raise UnreadableAnswer(answer)
+        return outcome
 
 
 class UnifiedRewardComparer(VLMComparer):
@@ -118,8 +97,7 @@ class WinRateReward:
             that `image_a` is better, sync or async; by default [`UnifiedRewardComparer`], Pref-GRPO's.
         both_orders (`bool`, defaults to `False`): whether each two images are compared a second time in the other
             order. Judges tend to prefer the first image (or the second); this evens it out, for twice the price.
-        server: how the default comparer reaches its model: `model`, `base_url`, `api_key`, `max_concurrency`,
-            `timeout`, `max_retries`, as in [`ChatModel`].
+        server: how the default comparer reaches its model, as in [`ChatModel`].
 
     Raises:
         TypeError: if there are both a comparer and server settings, or the comparer cannot be called.
@@ -129,12 +107,7 @@ class WinRateReward:
         JudgeError: on a call, as [`VLMComparer`], and if no answer at all can be read.
     """
 
-    info: ClassVar[RewardInfo] = RewardInfo(
-        range=(0.0, 1.0),
-        typical="0.5 on average, by definition",
-        license="that of the model that is served; UnifiedReward-Think: MIT",
-        paper="https://huggingface.co/papers/2508.20751",
-    )
+    info: ClassVar[RewardInfo] = RewardInfo.of("WinRateReward")
     dense: ClassVar[bool] = False
     # A call must hold whole groups: the trainer splits calls between groups only
     needs_group: ClassVar[bool] = True
@@ -144,11 +117,8 @@ class WinRateReward:
             raise TypeError(
                 f"WinRateReward was given both a comparer and {', '.join(server)}. Give the latter to the comparer."
             )
-        if comparer is not None and (not callable(comparer) or inspect.isclass(comparer)):
-            raise TypeError(
-                f"comparer is {comparer!r}, but must be a function (prompt, image_a, image_b), or an object with such "
-                "a __call__."
-            )
+        if comparer is not None:
+            check_callable("comparer", comparer, " (prompt, image_a, image_b)")
         self.comparer = UnifiedRewardComparer(**server) if comparer is None else comparer
         self.both_orders = both_orders
         self.__name__ = "win_rate"
@@ -163,22 +133,13 @@ class WinRateReward:
         **columns: Any,
     ) -> list[float | None]:
         """
-        Scores groups of images.
-
-        Args:
-            prompts (`list[str]`), images (`list[PIL.Image.Image]`): `N` of each, those of a group next to each other.
-            trainer_state, log_extra: not used.
-            log_metric (`Callable`, *optional*): given the share of comparisons without a readable answer.
-            columns: the data set's further columns, lists of `N` entries.
-
-        Returns:
-            `list[float | None]`: `N` shares.
+        The shares of `N` images, those of a group next to each other. `columns` are the data set's, lists of `N`
+        entries; `log_metric` is given the share of comparisons without a readable answer.
         """
-        rows = [{"prompt": prompt} for prompt, _ in zip(prompts, images, strict=True)]
-        for name, column in columns.items():
+        rows = [(prompt,) for prompt, _ in zip(prompts, images, strict=True)]
+        for column in columns.values():
             if isinstance(column, list | tuple) and len(column) == len(rows):
-                for row, entry in zip(rows, column, strict=True):
-                    row[name] = entry
+                rows = [(*row, entry) for row, entry in zip(rows, column, strict=True)]
         pairs = [pair for group in _groups(rows) for pair in itertools.combinations(group, 2)]
         if self.both_orders:
             pairs = [ordered for a, b in pairs for ordered in ((a, b), (b, a))]
@@ -197,21 +158,19 @@ class WinRateReward:
                 return 0.5
             return _probability(outcome, prompts[a])
 
-        wins, comparisons = [0.0] * len(rows), [0] * len(rows)
+        shares: list[list[float]] = [[] for _ in rows]
         for (a, b), first_wins in zip(pairs, await all_at_once(compare(a, b) for a, b in pairs), strict=True):
-            wins[a] += first_wins
-            wins[b] += 1 - first_wins
-            comparisons[a] += 1
-            comparisons[b] += 1
+            shares[a].append(first_wins)
+            shares[b].append(1 - first_wins)
         report_unreadable(self.__name__, unreadable, len(pairs), log_metric)
-        return [won / count if count else None for won, count in zip(wins, comparisons, strict=True)]
+        return [sum(wins) / len(wins) if wins else None for wins in shares]
 
 
-def _groups(rows: list[dict[str, Any]]) -> list[list[int]]:
+def _groups(rows: list[tuple]) -> list[list[int]]:
     """The indices of equal rows next to each other."""
     groups: list[list[int]] = []
     for index, row in enumerate(rows):
-        if groups and all(_equal(value, rows[groups[-1][-1]][name]) for name, value in row.items()):
+        if groups and all(map(_equal, row, rows[groups[-1][-1]])):
             groups[-1].append(index)
         else:
             groups.append([index])

@@ -1,22 +1,17 @@
 """A reward function on a reward server, or the same one on several: see `trl-flow serve-rewards`."""
 
 import asyncio
-import io
 import itertools
 import json
 import logging
 import math
 import os
 import time
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
-from PIL import Image
-
-from trl_flow.rewards.base import RewardInfo, all_at_once, check_whole_number, require
+from trl_flow.rewards.base import Images, RewardInfo, all_at_once, check_whole_number, png_file, require
 from trl_flow.rewards.checks import RewardError, check_rewards
 
 
@@ -41,11 +36,8 @@ class RewardServerError(ConnectionError, RuntimeError):
 
 class _Failed(Exception):
     """
-    An attempt failed in a way that may pass, or that another server may not share.
-
-    Args:
-        reason (`str`): why.
-        busy (`float`, *optional*): seconds after which a server that is only busy asks to be asked again.
+    An attempt failed in a way that may pass, or that another server may not share. `busy` are the seconds after which
+    a server that is only busy asks to be asked again.
     """
 
     def __init__(self, reason: str, busy: float | None = None):
@@ -64,6 +56,11 @@ class _Server:
 
     def rest(self, seconds: float) -> None:
         self.rest_until = time.monotonic() + min(seconds, _LONGEST_REST)
+
+    def note(self, error: Exception) -> str:
+        """Keeps what is said of the server's last failure."""
+        self.last_error = str(error) if isinstance(error, _Failed) else f"{type(error).__name__}: {error}".rstrip(": ")
+        return self.last_error
 
 
 class RemoteReward:
@@ -103,18 +100,11 @@ class RemoteReward:
     """
 
     def __init__(
-        self,
-        url: str | Sequence[str],
-        *,
-        reward: str | None = None,
-        columns: Sequence[str] | None = None,
-        token: str | None = None,
-        batch_size: int | None = None,
-        timeout: float = 120.0,
-        retries: int = 5,
+        self, url: str | Sequence[str], *, reward: str | None = None, columns: Sequence[str] | None = None,
+        token: str | None = None, batch_size: int | None = None, timeout: float = 120.0, retries: int = 5,
         backoff: float = 1.0,
-    ):
-        httpx2 = require(lambda: import_module("httpx2"), reward="RemoteReward", extra="remote")
+    ):  # fmt: skip
+        httpx2 = require("httpx2", reward="RemoteReward", extra="remote")
         if isinstance(columns, str):
             raise ValueError(f"columns is {columns!r}, but must be a list of names: [{columns!r}].")
         if batch_size is not None:
@@ -144,7 +134,8 @@ class RemoteReward:
         self.__name__ = self._reward
         self.dense: bool = self._card["dense"]
         self.needs_group: bool = self._card["needs_group"]
-        self.info: RewardInfo | None = _read_info(self._card["info"])
+        info = self._card["info"]
+        self.info: RewardInfo | None = None if info is None else RewardInfo.from_json(info)
         if batch_size is not None and batch_size > accepted:
             raise ValueError(
                 f"batch_size is {batch_size}, but a server accepts {accepted} images in a request (its --max-images)."
@@ -153,17 +144,10 @@ class RemoteReward:
         # models round differently in batches of another size
         self.batch_size = batch_size or accepted
 
-    async def __call__(self, prompts: list[str], images: list[Image.Image], **kwargs: Any) -> list[float | None]:
+    async def __call__(self, prompts: list[str], images: Images, **kwargs: Any) -> list[float | None]:
         """
-        Scores images.
-
-        Args:
-            prompts (`list[str]`), images (`list[PIL.Image.Image]`): `N` of each. Images of a mode that PNG does not
-                have are sent as RGB.
-            kwargs: the data set's other columns, lists of `N` entries. Whatever is no list is not sent.
-
-        Returns:
-            `list[float | None]`: `N` scores.
+        `N` scores for `N` prompts and images. Images of a mode that PNG does not have are sent as RGB, and of `kwargs`
+        the lists: the data set's other columns, `N` entries each.
 
         Raises:
             RewardServerError: if no server is left, or one refuses what it is sent.
@@ -211,33 +195,29 @@ class RemoteReward:
                 response = await client.post(f"{server.url}/score", files=form)
                 scores = self._scores(self._read(server, response), prompts)
             except (_Failed, httpx2.TransportError) as error:
-                busy = isinstance(error, _Failed) and error.busy is not None
+                server.note(error)
+                busy = error.busy if isinstance(error, _Failed) else None
                 # One that is busy has not failed: others are being served. But it is not waited for for ever either
-                failed[server] += not busy or time.monotonic() > patient_until
-                self._note_failure(server, error)
+                failed[server] += busy is None or time.monotonic() > patient_until
+                if busy is not None:
+                    server.rest(busy)
+                # Requests that were under way together fail together, and count as one failure
+                elif server.rest_until <= time.monotonic():
+                    server.failures += 1
+                    server.rest(self.backoff * 2 ** min(server.failures - 1, 16))
+                    if server.failures == 1:  # it would be reported once a minute otherwise
+                        logger.warning(
+                            f"The reward server {server.url} failed ({server.last_error}). It is left alone for a "
+                            "while and then tried again."
+                        )
             else:
                 if server.failures:
-                    logger.warning("The reward server %s answers again.", server.url)
+                    logger.warning(f"The reward server {server.url} answers again.")
                 server.failures = 0
                 return scores
             finally:
                 server.running -= 1
         raise self._none_left(f"answers for {self._reward!r}")
-
-    def _note_failure(self, server: _Server, error: Exception) -> None:
-        server.last_error = _described(error)
-        if isinstance(error, _Failed) and error.busy is not None:
-            server.rest(error.busy)
-        # Requests that were under way together fail together, and count as one failure
-        elif server.rest_until <= time.monotonic():
-            server.failures += 1
-            server.rest(self.backoff * 2 ** min(server.failures - 1, 16))
-            if server.failures == 1:  # it would be reported once a minute otherwise
-                logger.warning(
-                    "The reward server %s failed (%s). It is left alone for a while and then tried again.",
-                    server.url,
-                    server.last_error,
-                )
 
     def _none_left(self, verb: str) -> RewardServerError:
         errors = ", ".join(f"{server.url} ({server.last_error})" for server in self._servers)
@@ -262,16 +242,11 @@ class RemoteReward:
                     offer = self._read(server, client.get(f"{server.url}/rewards"))
                     accepted.append(self._read_offer(server, offer))
                 except (_Failed, httpx2.TransportError) as error:
-                    server.last_error = _described(error)
-                    away.append(server)
+                    away.append(f"The reward server {server.url} does not answer ({server.note(error)}).")
         if not accepted:
             raise self._none_left("offers its reward functions")
-        for server in away:
-            logger.warning(
-                "The reward server %s does not answer (%s). The others are used, and it is tried again later.",
-                server.url,
-                server.last_error,
-            )
+        for sentence in away:
+            logger.warning(f"{sentence} The others are used, and it is tried again later.")
         return min(accepted)
 
     def _read_offer(self, server: _Server, offer: Any) -> int:
@@ -282,23 +257,20 @@ class RemoteReward:
                     "trl_flow on both"
                 )
             cards = {card["name"]: card for card in offer["rewards"]}
-            max_images = int(offer["limits"]["max_images"])
+            names, max_images = ", ".join(cards), int(offer["limits"]["max_images"])
         except (KeyError, TypeError, ValueError) as error:
             raise _Failed("it is not a reward server of trl-flow") from error
-        if self._reward is None:
-            if len(cards) != 1:
-                raise ValueError(
-                    f"The reward server {server.url} offers {', '.join(cards)}. Choose one: "
-                    f"reward={next(iter(cards))!r}."
-                )
-            self._reward = next(iter(cards))
-        if self._reward not in cards:
+        if self._reward is None and len(cards) != 1:
             raise ValueError(
-                f"The reward server {server.url} does not offer {self._reward!r}, only {', '.join(cards)}."
+                f"The reward server {server.url} offers {names}. Choose one: reward={next(iter(cards))!r}."
             )
-        self._card = self._card or cards[self._reward]
-        if cards[self._reward] != self._card:
-            raise ValueError(f"The reward server {server.url}: {self._other_settings(cards[self._reward])}")
+        self._reward = self._reward or names
+        if self._reward not in cards:
+            raise ValueError(f"The reward server {server.url} does not offer {self._reward!r}, only {names}.")
+        card = cards[self._reward]
+        self._card = self._card or card
+        if card != self._card:
+            raise ValueError(f"The reward server {server.url}: {self._other_settings(card)}")
         return max_images
 
     def _other_settings(self, card: Any) -> str:
@@ -361,9 +333,8 @@ class RemoteReward:
                     "larger --max-images."
                 )
             if parts and end - parts[-1].start <= size:
-                parts[-1] = slice(parts[-1].start, end)
-            else:
-                parts.append(slice(start, end))
+                start = parts.pop().start
+            parts.append(slice(start, end))
         return parts
 
 
@@ -382,12 +353,7 @@ def _checked_url(url: str, httpx2: Any) -> str:
 
 
 def checked_token(token: str | None, source: str) -> str | None:
-    """
-    `token` without white space around it.
-
-    Raises:
-        ValueError: if it is no token. `source` is for the error, which does not show it: it is a secret all the same.
-    """
+    """`token` without white space around it. The error names its `source` and does not show it: it is a secret."""
     if token is None:
         return None
     token = token.strip()
@@ -396,13 +362,8 @@ def checked_token(token: str | None, source: str) -> str | None:
     return token
 
 
-def _described(error: Exception) -> str:
-    return str(error) if isinstance(error, _Failed) else f"{type(error).__name__}: {error}".rstrip(": ")
-
-
-def _form(reward: str, prompts: list[str], images: list[Image.Image], columns: dict[str, list]) -> list[tuple]:
+def _form(reward: str, prompts: list[str], images: Images, columns: dict[str, list]) -> list[tuple]:
     """The fields of a request."""
-    fields = {"rewards": [reward], "prompts": list(prompts), "columns": columns}
     for name, values in columns.items():
         try:
             json.dumps(values, allow_nan=False)
@@ -411,21 +372,9 @@ def _form(reward: str, prompts: list[str], images: list[Image.Image], columns: d
                 f"The column {name!r} cannot be sent to a reward server: {error}. Columns are sent as JSON. If the "
                 "reward does not need it, name those that it does: RemoteReward(..., columns=[...])."
             ) from error
+    fields = {"rewards": [reward], "prompts": list(prompts), "columns": columns}
     form: list[tuple] = [(name, (None, json.dumps(value), "application/json")) for name, value in fields.items()]
-    return form + [("images", (f"{i}.png", _png(image), "image/png")) for i, image in enumerate(images)]
-
-
-def _png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    if image.mode not in _PNG_MODES:
-        image = image.convert("RGB")
-    # Fast instead of small: a file is sent once, mostly over a fast network. Run lengths suit PNG's filtered rows
-    image.save(file, format="PNG", compress_level=1, compress_type=zlib.Z_RLE)
-    return file.getvalue()
-
-
-def _read_info(info: dict | None) -> RewardInfo | None:
-    if info is None:
-        return None
-    low, high = info["range"]
-    return RewardInfo(**{**info, "range": (-math.inf if low is None else low, math.inf if high is None else high)})
+    for i, image in enumerate(images):
+        png = png_file(image if image.mode in _PNG_MODES else image.convert("RGB"))
+        form.append(("images", (f"{i}.png", png, "image/png")))
+    return form

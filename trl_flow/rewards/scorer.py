@@ -8,21 +8,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
 import torch
-from PIL import Image
 
-from trl_flow.rewards.base import ModelReward
-from trl_flow.rewards.checks import (
-    RewardError,
-    RewardFunc,
-    check_reward_func,
-    check_rewards,
-    is_async,
-    reward_names,
-)
+from trl_flow.rewards.base import Columns, Images, ModelReward
+from trl_flow.rewards.checks import RewardError, RewardFunc, check_reward_func, check_rewards, is_async, reward_names
 
 
 # Seconds that a call which was not waited for is given when the process ends
@@ -96,6 +87,7 @@ class RewardScorer:
         self.reward_funcs = list(reward_funcs)
         self.timeout = timeout
         self.names = reward_names(self.reward_funcs) if names is None else list(names)
+        self._models = [func for func in self.reward_funcs if isinstance(func, ModelReward)]
 
     def check(self, columns: Iterable[str]) -> None:
         """Refuses functions that cannot be called with these columns: see [`check_reward_func`]."""
@@ -105,25 +97,18 @@ class RewardScorer:
 
     def load(self) -> None:
         """Loads the models of all reward functions that have one, now instead of at the first call."""
-        for func in self.reward_funcs:
-            if isinstance(func, ModelReward):
-                func.load()
+        for func in self._models:
+            func.load()
 
     def close(self) -> None:
         """Frees the models again. A later call loads them."""
-        for func in self.reward_funcs:
-            if isinstance(func, ModelReward):
-                func.close()
+        for func in self._models:
+            func.close()
 
     def score(
-        self,
-        prompts: list[str],
-        images: list[Image.Image],
-        columns: dict[str, list],
-        *,
-        trainer_state: Any = None,
+        self, prompts: list[str], images: Images, columns: Columns, *, trainer_state: Any = None,
         only: Sequence[int] | None = None,
-    ) -> Scores:
+    ) -> Scores:  # fmt: skip
         """
         Scores `N` samples.
 
@@ -141,14 +126,9 @@ class RewardScorer:
         collected, logs = RewardLogs(), RewardLogs()
 
         def arguments() -> dict[str, Any]:
-            return {
-                "prompts": list(prompts),
-                "images": [image.copy() for image in images],
-                **{name: list(values) for name, values in columns.items()},
-                "trainer_state": trainer_state,
-                "log_metric": collected.log_metric,
-                "log_extra": collected.log_extra,
-            }
+            own = {name: list(values) for name, values in columns.items()}
+            own.update(prompts=list(prompts), images=[image.copy() for image in images], trainer_state=trainer_state)
+            return {**own, "log_metric": collected.log_metric, "log_extra": collected.log_extra}
 
         started: dict[int, Future] = {}
         values: dict[int, list[float]] = {}
@@ -171,7 +151,7 @@ class RewardScorer:
         return Scores(rewards, logs, values)
 
     def session(self, *, background: bool, trainer_state: Any = None) -> "ScoringSession":
-        """Scores samples part by part: see [`ScoringSession`]."""
+        """Scores samples part by part."""
         return ScoringSession(self, background=background, trainer_state=trainer_state)
 
     def _finish_async(self, started: dict[int, Future], values: dict[int, list[float]], prompts: list[str]) -> None:
@@ -199,11 +179,6 @@ class ScoringSession:
     A context manager. When it is left by an error, parts that have not begun are dropped, and the one that is being
     scored is waited for: nothing goes on behind the caller's back. Ctrl-C does not wait. The call goes on in its
     thread, and Python waits for it when the process ends.
-
-    Args:
-        scorer ([`RewardScorer`]): by which the parts are scored.
-        background (`bool`): whether to use a thread.
-        trainer_state (`TrainerState`, *optional*): handed to the functions.
     """
 
     def __init__(self, scorer: RewardScorer, *, background: bool, trainer_state: Any = None):
@@ -220,12 +195,10 @@ class ScoringSession:
         """Whether a call in the background has not ended yet."""
         return any(not call.done() for call in self._calls)
 
-    def submit(self, prompts: list[str], images: list[Image.Image], columns: dict[str, list]) -> None:
+    def submit(self, prompts: list[str], images: Images, columns: Columns) -> None:
         """
-        Scores a part, or has it scored when those before it have been. Arguments as in [`RewardScorer.score`].
-
-        A `RewardError` is kept for [`raise_error`] and [`result`]; other errors, such as Ctrl-C, are raised at once
-        where there is no thread.
+        Scores a part, or has it scored when those before it have been. A `RewardError` is kept for [`raise_error`] and
+        [`result`]; other errors, such as Ctrl-C, are raised at once where there is no thread.
         """
         call = functools.partial(self._score, prompts, images, columns)
         if self._executor is None:
@@ -248,31 +221,26 @@ class ScoringSession:
             rewards = torch.cat([rewards, part.rewards])
         return Scores(rewards, logs)
 
-    def _score(self, prompts: list[str], images: list[Image.Image], columns: dict[str, list]) -> None:
+    def _score(self, prompts: list[str], images: Images, columns: Columns) -> None:
         if self._error is not None:
             return
         try:
             self._parts.append(self._scorer.score(prompts, images, columns, trainer_state=self._trainer_state))
-        except RewardError as error:
-            failure = error
+        except BaseException as error:
+            self._error = error
             if self.background and isinstance(error.__cause__, torch.OutOfMemoryError):
-                failure = RewardError(
+                self._error = RewardError(
                     f"{error} It was called while images were sampled, so that both needed memory: set "
                     "overlap_rewards=False, or lower per_device_train_batch_size or the function's own batch size."
                 )
-                failure.__cause__ = error
-            self._error = failure
-        except BaseException as error:
-            self._error = error
-            if not self.background:
+                self._error.__cause__ = error
+            if not self.background and not isinstance(error, RewardError):
                 raise
 
     def __enter__(self) -> "ScoringSession":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *details: Any) -> None:
         if self._executor is not None:
             self._executor.shutdown(wait=kind is None or issubclass(kind, Exception), cancel_futures=True)
 
@@ -365,8 +333,8 @@ def _late(names: list[str], timeout: float) -> RewardError:
 
 
 def _failed(name: str, error: Exception) -> RewardError:
-    message = str(error).rstrip(".")
+    raised = f"{type(error).__name__}: {error}".rstrip(".")
     return RewardError(
-        f"The reward function '{name}' raised {type(error).__name__}: {message}. Its traceback stands above this one. "
+        f"The reward function '{name}' raised {raised}. Its traceback stands above this one. "
         "Fix it, or have it return None for samples that it cannot judge."
     )

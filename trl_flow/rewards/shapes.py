@@ -1,10 +1,8 @@
 """How well an image of the bundled world follows its prompt, judged by rules."""
 
-from typing import Literal, get_args
+from typing import Any, Literal
 
-from PIL import Image
-
-from trl_flow.rewards.base import RewardInfo
+from trl_flow.rewards.base import Images, RewardInfo, check_choice
 from trl_flow.shapes import check, parse_caption
 
 
@@ -29,28 +27,18 @@ class ShapesReward:
             the bundled world.
     """
 
-    info = RewardInfo(
-        range=(0.0, 1.0),
-        typical="0.57 (soft), 0.15 (strict) and 0.74 (fidelity) for the bundled pipeline without guidance",
-        license="Apache-2.0",
-        paper="none: the rules of the world that comes with this package",
-    )
+    info = RewardInfo.of("ShapesReward")
     dense = True
 
     def __init__(self, score: Score = "soft"):
-        if score not in get_args(Score):
-            raise ValueError(f"score={score!r} is not a score of the shapes checker: give one of {get_args(Score)}.")
+        check_choice("score", score, Score, "the shapes checker")
         self.score = score
         self.__name__ = f"shapes_{score}"
 
     def __call__(
-        self,
-        prompts: list[str],
-        images: list[Image.Image],
-        objects: list[list[dict]] | None = None,
-        relation: list[str | None] | None = None,
-        **kwargs,
-    ) -> list[float]:
+        self, prompts: list[str], images: Images, objects: list[list[dict]] | None = None,
+        relation: list[str | None] | None = None, **kwargs: Any,
+    ) -> list[float]:  # fmt: skip
         if objects is None:
             targets = [parse_caption(prompt) for prompt in prompts]
         else:

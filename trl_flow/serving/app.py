@@ -17,15 +17,14 @@ import torch
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
-from PIL import Image
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import ClientDisconnect
 
-from trl_flow.rewards.base import ModelReward
+from trl_flow.rewards.base import Images, ModelReward, RewardInfo, check_callable
 from trl_flow.rewards.checks import RewardError, RewardFunc, check_reward_func, is_dense
 from trl_flow.rewards.remote import PROTOCOL
 from trl_flow.rewards.scorer import RewardScorer
-from trl_flow.serving.form import Body, ScoreRequest, decode_images, read_score_request
+from trl_flow.serving.form import Body, ScoreRequest, decode_images, read_score_request, refuse
 from trl_flow.serving.limits import Limits
 from trl_flow.serving.metrics import Metrics
 
@@ -39,13 +38,9 @@ logger = logging.getLogger(__name__)
 
 
 def create_app(
-    rewards: Sequence[RewardFunc],
-    *,
-    limits: Limits | None = None,
-    token: str | None = None,
-    on_ready: Callable[[], None] | None = None,
-    on_failure: Callable[[BaseException], None] | None = None,
-) -> FastAPI:
+    rewards: Sequence[RewardFunc], *, limits: Limits | None = None, token: str | None = None,
+    on_ready: Callable[[], None] | None = None, on_failure: Callable[[BaseException], None] | None = None,
+) -> FastAPI:  # fmt: skip
     """
     An application that scores images with `rewards`.
 
@@ -72,14 +67,9 @@ def create_app(
     """  # noqa: E501
     service = _Service(rewards, limits or Limits(), token)
 
-    @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service.start(on_ready, on_failure)
-        yield
-        await run_in_threadpool(service.stop)
-
     # Without the pages that describe an API: they load scripts from elsewhere
-    app = FastAPI(title="trl-flow reward server", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    pages = dict.fromkeys(("docs_url", "redoc_url", "openapi_url"))
+    app = FastAPI(title="trl-flow reward server", lifespan=lambda _: service.running(on_ready, on_failure), **pages)
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -118,6 +108,9 @@ def create_app(
     return app
 
 
+_Job = tuple[Future, Callable[[], Any]]
+
+
 class _Service:
     """The reward functions of a server, and what stands between them and the requests."""
 
@@ -127,24 +120,24 @@ class _Service:
         self.scorer = RewardScorer(rewards)
         self.rewards = dict(zip(self.scorer.names, rewards, strict=True))
         for name, func in self.rewards.items():
-            if not callable(func) or isinstance(func, type):
-                raise TypeError(f"The reward {name!r} is {func!r}, but must be a function or an object with __call__.")
+            check_callable(f"The reward {name!r}", func, "")
         self.limits = limits
         self.ready = False
         self._cards = {name: _card(name, func) for name, func in self.rewards.items()}
-        self.description = {
-            "protocol": PROTOCOL,
-            "rewards": list(self._cards.values()),
-            "limits": dataclasses.asdict(limits),
-        }
+        cards = list(self._cards.values())
+        self.description = {"protocol": PROTOCOL, "rewards": cards, "limits": dataclasses.asdict(limits)}
         self._authorization = None if token is None else f"Bearer {token}".encode()
         self._inside = 0
         self.metrics = Metrics(lambda: self._inside)
         # One request is scored while the images of the next are decoded; more would only take memory
         self._decoded = asyncio.Semaphore(2)
-        self._worker: _Worker | None = None
 
-    def start(self, on_ready: Callable[[], None] | None, on_failure: Callable[[BaseException], None] | None) -> None:
+    @contextlib.asynccontextmanager
+    async def running(
+        self, on_ready: Callable[[], None] | None, on_failure: Callable[[BaseException], None] | None
+    ) -> AsyncIterator[None]:
+        """Loads the models; at the end it frees them, unless a function hangs, which is left behind with its model."""
+
         def load() -> None:
             try:
                 self.scorer.load()
@@ -157,47 +150,40 @@ class _Service:
             if on_ready is not None:
                 on_ready()
 
-        self._worker = _Worker()
-        self._worker.submit(load)
-
-    def stop(self) -> None:
+        # The one thread in which reward functions run, in the order of the requests: they need not be safe to call
+        # from several. Not an executor's, for which Python waits at the end of the process even if a function hangs
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        worker = threading.Thread(target=_work, args=(self._jobs,), name="scoring", daemon=True)
+        worker.start()
+        self._jobs.put((Future(), load))
+        yield
         self.ready = False
-        if self._worker.stop(_STOP):  # what hangs is left behind with its model, which ends with the process
+        self._jobs.put(None)
+        await run_in_threadpool(worker.join, _STOP)
+        if not worker.is_alive():
             self.scorer.close()
 
     def authorize(self, request: Request) -> None:
-        """
-        Raises:
-            HTTPException: 401 without the token.
-        """
+        """Answers 401 without the token."""
         given = request.headers.get("authorization", "").encode("latin-1")
         # Takes as long for a token that is nearly right as for one that is not
         if self._authorization is not None and not hmac.compare_digest(given, self._authorization):
-            raise HTTPException(
-                401,
-                "This server asks for a token: send it as 'Authorization: Bearer TOKEN'.",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
+            reason = "This server asks for a token: send it as 'Authorization: Bearer TOKEN'."
+            raise HTTPException(401, reason, headers={"WWW-Authenticate": "Bearer"})
 
     async def answer(self, request: Request, body: Body) -> dict[str, dict[str, Any]]:
         """
         The scores that `request` asks for and the cards of what gave them, both by the names of the reward functions:
-        a client sees by these that a server has been replaced by another one since it asked.
-
-        Raises:
-            HTTPException: 4xx for what cannot be accepted, 500 if a reward function fails, 503 if there are too many
-                requests or models are being loaded.
-            ClientDisconnect: if the client goes away.
+        a client sees by these that a server has been replaced by another one since it asked. Answered 4xx what cannot
+        be accepted, 500 if a function fails, 503 if there are too many requests or models are being loaded.
         """
         started = time.perf_counter()
         self.authorize(request)
-        again = {"Retry-After": "1"}
-        if not self.ready:
-            raise HTTPException(503, "The models of this server are being loaded. Try again.", headers=again)
         # Before anything of the upload is read: this is what bounds the memory
-        if self._inside >= self.limits.max_waiting:
-            reason = f"{self._inside} requests are waiting, which is the limit. Try again."
-            raise HTTPException(503, reason, headers=again)
+        if not self.ready or self._inside >= self.limits.max_waiting:
+            full = f"{self._inside} requests are waiting, which is the limit."
+            reason = full if self.ready else "The models of this server are being loaded."
+            raise HTTPException(503, f"{reason} Try again.", headers={"Retry-After": "1"})
         self._inside += 1
         try:
             asked = await read_score_request(body, request.headers.get("content-type", ""), self.limits)
@@ -215,11 +201,9 @@ class _Service:
         # Each once: a field of a megabyte may hold a name very often
         names = list(self.rewards if asked.rewards is None else dict.fromkeys(asked.rewards))
         for name in names:
-            if name not in self.rewards:
-                # Not what is wrong with the request: another server may have it
-                raise HTTPException(
-                    404, f"There is no reward {name[:80]!r} on this server, only {', '.join(self.rewards)}."
-                )
+            # Not what is wrong with the request: another server may have it
+            missing = f"There is no reward {name[:80]!r} on this server, only {', '.join(self.rewards)}."
+            refuse(name not in self.rewards, 404, missing)
             try:
                 check_reward_func(self.rewards[name], asked.columns)
             except (TypeError, ValueError) as error:
@@ -227,9 +211,10 @@ class _Service:
         return names
 
     async def _scored(
-        self, request: Request, names: list[str], asked: ScoreRequest, images: list[Image.Image]
+        self, request: Request, names: list[str], asked: ScoreRequest, images: Images
     ) -> dict[str, list[float | None]]:
-        future = self._worker.submit(lambda: self._score(names, asked.prompts, images, asked.columns))
+        future: Future = Future()
+        self._jobs.put((future, lambda: self._score(names, asked, images)))
         scores, gone = asyncio.wrap_future(future), asyncio.ensure_future(_disconnected(request))
         try:
             await asyncio.wait([scores, gone], return_when=asyncio.FIRST_COMPLETED)
@@ -248,15 +233,13 @@ class _Service:
             gone.cancel()
             scores.cancel()
 
-    def _score(
-        self, names: list[str], prompts: list[str], images: list[Image.Image], columns: dict[str, list]
-    ) -> dict[str, list[float | None]]:
+    def _score(self, names: list[str], asked: ScoreRequest, images: Images) -> dict[str, list[float | None]]:
         scores = {}
         for name in names:
             index, started = self.scorer.names.index(name), time.perf_counter()
             try:
                 with torch.no_grad():
-                    values = self.scorer.score(prompts, images, columns, only=[index]).values[index]
+                    values = self.scorer.score(asked.prompts, images, asked.columns, only=[index]).values[index]
             except BaseException as error:
                 self.metrics.errors.labels(name).inc()
                 if isinstance(error, RewardError):
@@ -269,51 +252,27 @@ class _Service:
         return scores
 
 
-class _Worker:
-    """
-    The one thread in which a server's reward functions run, in the order of the requests: they need not be safe to
-    call from several. Not an executor's, for which Python waits at the end of the process even if a function hangs.
-    """
-
-    def __init__(self):
-        self._jobs: queue.SimpleQueue[tuple[Future, Callable[[], Any]] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="scoring", daemon=True)
-        self._thread.start()
-
-    def submit(self, function: Callable[[], Any]) -> Future:
-        """Has `function` called in its turn; if the future is cancelled before that, not at all."""
-        future: Future = Future()
-        self._jobs.put((future, function))
-        return future
-
-    def stop(self, timeout: float) -> bool:
-        """Ends the thread after what was submitted. Returns whether it did so within `timeout` seconds."""
-        self._jobs.put(None)
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
-
-    def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            future, function = job
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(function())
-                except BaseException as error:
-                    future.set_exception(error)
-            del job, future, function  # and with them the images, before waiting for the next
-
-
 def _card(name: str, func: RewardFunc) -> dict[str, Any]:
     """What a client should know of a reward function, as JSON: infinite ends of its range are null."""
     info = getattr(func, "info", None)
-    if info is not None:
-        info = dataclasses.asdict(info)
-        info["range"] = [end if math.isfinite(end) else None for end in info["range"]]
     dtype = str(func.dtype).removeprefix("torch.") if isinstance(func, ModelReward) else None
     needs_group = bool(getattr(func, "needs_group", False))
-    return {"name": name, "dense": is_dense(func), "needs_group": needs_group, "dtype": dtype, "info": info}
+    known = {"name": name, "dense": is_dense(func), "needs_group": needs_group, "dtype": dtype}
+    return {**known, "info": None if info is None else RewardInfo.to_json(info)}
 
 
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def _work(jobs: "queue.SimpleQueue[_Job | None]") -> None:
+    """Does what is submitted, but for what has been cancelled by then."""
+    while (job := jobs.get()) is not None:
+        future, function = job
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+        del job, future, function  # and with them the images, before waiting for the next

@@ -1,12 +1,12 @@
 """The command `trl-flow serve-rewards`."""
 
 import argparse
-import importlib
 import ipaddress
 import os
 import signal
 import socket
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,39 +23,24 @@ Prints its address on one line when the models are loaded. SIGTERM and Ctrl-C le
 Endpoints: POST /score, GET /rewards, GET /metrics (Prometheus), GET /health (needs no token).
 """
 
-_LIMITS = {
-    "max_images": "images in a request",
-    "max_image_bytes": "bytes of a PNG file",
-    "max_pixels": "width x height of an image",
-    "max_json_bytes": "bytes of the prompts, and of the columns",
-    "max_body_bytes": "bytes of a request",
-    "max_waiting": "requests at a time; more are told to come again",
-    "upload_timeout": "seconds within which a request must have arrived",
-}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `trl-flow serve-rewards`."""
     add = parser.add_argument
-    add(
-        "--rewards",
-        required=True,
-        metavar="NAMES",
-        help="reward functions, separated by commas: names of the package's, or dotted import paths such as "
-        "my_rewards.brightness, looked for in the current folder too",
+    rewards = (
+        "reward functions, separated by commas: names of the package's, or dotted import paths such as "
+        "my_rewards.brightness, looked for in the current folder too"
     )
+    add("--rewards", required=True, metavar="NAMES", help=rewards)
     address = "address to listen on (default: %(default)s); one that other machines can reach takes a token"
     add("--host", default="127.0.0.1", help=address)
     port = "default: %(default)s; 0 takes a free one, and the line that is printed tells which"
     add("--port", type=int, default=8000, help=port)
-    add(
-        "--token-file",
-        type=Path,
-        metavar="PATH",
-        help="file that holds the token which clients must send; default: the environment variable "
-        "TRL_FLOW_REWARD_TOKEN. There is no option for the token itself, since others on the machine see the "
-        "options of a process",
+    token = (
+        "file that holds the token which clients must send; default: the environment variable TRL_FLOW_REWARD_TOKEN. "
+        "There is no option for the token itself, since others on the machine see the options of a process"
     )
+    add("--token-file", type=Path, metavar="PATH", help=token)
     grace = "seconds that running requests are given when the server is told to end (default: %(default)s)"
     add("--grace", type=int, default=30, metavar="N", help=grace)
     model = parser.add_argument_group("models", "for the reward functions that have one")
@@ -63,18 +48,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: each function's own")
     model.add_argument("--batch-size", type=int, metavar="N", help="images at a time; default: each function's own")
     limits = parser.add_argument_group("limits", "what is beyond them is refused, and the server goes on")
-    for name, text in _LIMITS.items():
-        default = getattr(Limits, name)
-        kind, option = type(default), "--" + name.replace("_", "-")
-        limits.add_argument(option, type=kind, default=default, metavar="N", help=f"{text} (default: {default})")
+    for field in fields(Limits):
+        kind, option = type(field.default), "--" + field.name.replace("_", "-")
+        text = f"{field.metadata['help']} (default: {field.default})"
+        limits.add_argument(option, type=kind, default=field.default, metavar="N", help=text)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """
-    Serves until SIGTERM or Ctrl-C.
-
-    Args:
-        arguments (`argparse.Namespace`): with the options of [`add_arguments`].
+    Serves until SIGTERM or Ctrl-C, with the options of [`add_arguments`].
 
     Returns:
         `int`: exit code; 0 after SIGTERM, 1 if the models could not be loaded.
@@ -83,15 +65,14 @@ def run(arguments: argparse.Namespace) -> int:
         ValueError, TypeError, OSError: if the options cannot be followed.
         ImportError: if the extra `serve` is not installed, or what a reward function needs.
     """
-    from trl_flow.rewards.base import require
+    from trl_flow.rewards.base import check_whole_number
     from trl_flow.rewards.named import named_rewards
 
-    uvicorn = require(_import_server, reward="A reward server", extra="serve")
+    uvicorn = _import_server()
     from trl_flow.serving.app import create_app
 
-    limits = Limits(**{name: getattr(arguments, name) for name in _LIMITS})
-    if arguments.grace < 0:
-        raise ValueError(f"--grace is {arguments.grace}, but must be a number of seconds of at least 0.")
+    limits = Limits(**{field.name: getattr(arguments, field.name) for field in fields(Limits)})
+    check_whole_number("--grace", arguments.grace, 0)
     token = _read_token(arguments.token_file)
     if token is None and not _is_loopback(arguments.host):
         raise ValueError(
@@ -134,31 +115,27 @@ def run(arguments: argparse.Namespace) -> int:
         listening.close()
     if failures:
         print(f"trl-flow serve-rewards: error: {failures[0]}", file=sys.stderr)
-        return 1
-    return 0
+    return 1 if failures else 0
 
 
 def _import_server() -> Any:
-    for name in ("fastapi", "python_multipart", "prometheus_client"):
-        importlib.import_module(name)
-    return importlib.import_module("uvicorn")
+    from trl_flow.rewards.base import require
+
+    packages = ("fastapi", "python_multipart", "prometheus_client", "uvicorn")
+    return require(*packages, reward="A reward server", extra="serve")
 
 
 def _read_token(path: Path | None) -> str | None:
     from trl_flow.rewards.remote import TOKEN_VARIABLE, checked_token
 
-    if path is None:
-        token, source = os.environ.get(TOKEN_VARIABLE), f"the environment variable {TOKEN_VARIABLE}"
-    else:
-        token, source = path.read_text(encoding="utf-8"), f"the file {os.fspath(path)!r}"
-    return checked_token(token, f"The token in {source}")
+    if path is not None:
+        return checked_token(path.read_text(encoding="utf-8"), f"The token in the file {os.fspath(path)!r}")
+    return checked_token(os.environ.get(TOKEN_VARIABLE), f"The token in the environment variable {TOKEN_VARIABLE}")
 
 
 def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
@@ -178,22 +155,18 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _configure(reward: Any, device: str | None, dtype: str | None, batch_size: int | None) -> None:
-    """Before it loads its model, if it has one."""
+    """Sets the options of a reward function that has a model, before it loads it."""
     import torch
 
-    from trl_flow.rewards.base import ModelReward
+    from trl_flow.rewards.base import ModelReward, check_whole_number
 
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"--batch-size is {batch_size}, but must be at least 1.")
+    if batch_size is not None:
+        check_whole_number("--batch-size", batch_size, 1)
     try:
         device = None if device is None else torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"--device is {device!r}, which torch does not know: {error}") from error
-    if not isinstance(reward, ModelReward):
-        return
-    if device is not None:
-        reward.device = device
-    if dtype is not None:
-        reward.dtype = getattr(torch, dtype)
-    if batch_size is not None:
-        reward.batch_size = batch_size
+    options = {"device": device, "dtype": dtype and getattr(torch, dtype), "batch_size": batch_size}
+    for name, value in options.items():
+        if value is not None and isinstance(reward, ModelReward):
+            setattr(reward, name, value)

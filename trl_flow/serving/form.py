@@ -40,19 +40,17 @@ _LINGER = 2.0
 
 @dataclass
 class ScoreRequest:
-    """
-    What a client asks for.
-
-    Attributes:
-        prompts (`list[str]`), images (`list[bytes]`): one prompt and one PNG file for each of `N` images.
-        columns (`dict[str, list]`): further columns, `N` JSON values each.
-        rewards (`list[str]` or `None`): names of reward functions; `None` is all.
-    """
+    """What a client asks for: `N` prompts and PNG files, columns of `N` values, names of rewards, None for all."""
 
     prompts: list[str]
     images: list[bytes]
     columns: dict[str, list]
     rewards: list[str] | None
+
+
+def refuse(condition: Any, status: int, reason: str) -> None:
+    if condition:
+        raise HTTPException(status, reason)
 
 
 class Body:
@@ -68,16 +66,10 @@ class Body:
         self.complete = False
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """
-        Raises:
-            HTTPException: 413 if the body is too long, without reading it if it says so itself.
-            ClientDisconnect: if the client goes away.
-        """
+        """What arrives, up to the limit; a body that says itself that it is too long is not read."""
         while not self.complete:
-            if max(self._declared, self._length) > self._max_bytes:
-                raise HTTPException(
-                    413, f"A request may have {self._max_bytes} bytes, and this one has more. Send fewer images."
-                )
+            too_long = f"A request may have {self._max_bytes} bytes, and this one has more. Send fewer images."
+            refuse(max(self._declared, self._length) > self._max_bytes, 413, too_long)
             yield await self._next()
 
     async def discard(self) -> None:
@@ -105,11 +97,6 @@ async def read_score_request(body: Body, content_type: str, limits: Limits) -> S
     """
     Reads and checks all but the images.
 
-    Args:
-        body ([`Body`]): of the request.
-        content_type (`str`): its header of that name.
-        limits ([`Limits`]): what is accepted.
-
     Raises:
         HTTPException: 400 for what cannot be read, 408 for what does not arrive in time, 413 for too much, 415 for
             something other than PNG files in a multipart form, 422 for parts that do not fit each other.
@@ -123,24 +110,17 @@ async def read_score_request(body: Body, content_type: str, limits: Limits) -> S
     values: dict[str, Any] = {}
     for name, value in items:
         if name == IMAGE_FIELD and isinstance(value, UploadFile):
-            if value.content_type != "image/png":
-                raise HTTPException(
-                    415, f"Image {len(images)} is sent as {value.content_type!r}. Send PNG files, as image/png."
-                )
-            if value.size > limits.max_image_bytes:
-                raise HTTPException(
-                    413, f"Image {len(images)} has more than {limits.max_image_bytes} bytes, which is the limit."
-                )
+            image, kind, most = f"Image {len(images)}", value.content_type, limits.max_image_bytes
+            refuse(kind != "image/png", 415, f"{image} is sent as {kind!r}. Send PNG files, as image/png.")
+            refuse(value.size > most, 413, f"{image} has more than {most} bytes, which is the limit.")
             images.append(await value.read())
             await value.close()
-        elif name in values:
-            raise HTTPException(400, f"The form has two fields {name!r}. Give it once.")
-        elif name in JSON_FIELDS and isinstance(value, str):
-            values[name] = _read_json(name, value.encode("latin-1"))
-        else:
-            raise HTTPException(
-                400, f"The form has a field {name[:80]!r}. There are files {IMAGE_FIELD} and {', '.join(JSON_FIELDS)}."
-            )
+            continue
+        refuse(name in values, 400, f"The form has two fields {name!r}. Give it once.")
+        expected = f"There are files {IMAGE_FIELD} and {', '.join(JSON_FIELDS)}."
+        known = name in JSON_FIELDS and isinstance(value, str)
+        refuse(not known, 400, f"The form has a field {name[:80]!r}. {expected}")
+        values[name] = _read_json(name, value.encode("latin-1"))
     request = ScoreRequest(values.get("prompts"), images, values.get("columns", {}), values.get("rewards"))
     _check(request)
     return request
@@ -158,34 +138,28 @@ class _Parser(MultiPartParser):
 async def _read_form(body: Body, content_type: str, limits: Limits) -> list[tuple[str, str | UploadFile]]:
     kind, options = parse_options_header(content_type)
     boundary = options.get(b"boundary", b"").decode("latin-1")
-    if kind != b"multipart/form-data" or not _BOUNDARY.fullmatch(boundary):
-        raise HTTPException(
-            415,
-            f"The request is of type {content_type[:80]!r}. Send multipart/form-data with a boundary: PNG files as "
-            f"{IMAGE_FIELD!r}, and JSON as {', '.join(map(repr, JSON_FIELDS))}.",
-        )
+    refuse(
+        kind != b"multipart/form-data" or not _BOUNDARY.fullmatch(boundary),
+        415,
+        f"The request is of type {content_type[:80]!r}. Send multipart/form-data with a boundary: PNG files as "
+        f"{IMAGE_FIELD!r}, and JSON as {', '.join(map(repr, JSON_FIELDS))}.",
+    )
     # Latin-1 keeps the bytes of fields as they are, for a strict decoder. What a client names may be slow, or none
     headers = Headers({"content-type": f'multipart/form-data; boundary="{boundary}"; charset=latin-1'})
-    parser = _Parser(
-        headers,
-        body.chunks(),
-        max_files=limits.max_images,
-        max_fields=len(JSON_FIELDS),
-        max_part_size=limits.max_json_bytes,
-    )
+    most = {"max_files": limits.max_images, "max_fields": len(JSON_FIELDS), "max_part_size": limits.max_json_bytes}
+    parser = _Parser(headers, body.chunks(), **most)
     parser.spool_max_size = limits.max_body_bytes  # from which it would write files to disk
     try:
         form = await parser.parse()
     except MultiPartException as error:
         raise HTTPException(400, f"The form cannot be accepted: {error.message}") from error
-    if not parser.ended:
-        raise HTTPException(400, "The form ends before its closing boundary.")
+    refuse(not parser.ended, 400, "The form ends before its closing boundary.")
     return form.multi_items()
 
 
 def _read_json(name: str, data: bytes) -> Any:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
+    def constant(text: str) -> None:
+        raise ValueError(f"{text} is not JSON")
 
     def finite(text: str) -> float:
         value = float(text)
@@ -195,7 +169,7 @@ def _read_json(name: str, data: bytes) -> Any:
 
     try:
         text = data.decode("utf-8")
-        value = json.loads(text, parse_constant=refuse, parse_float=finite)
+        value = json.loads(text, parse_constant=constant, parse_float=finite)
         if "\\u" in text:  # JSON can spell halves of characters, which no text may hold
             json.dumps(value, ensure_ascii=False).encode()
         return value
@@ -207,22 +181,22 @@ def _read_json(name: str, data: bytes) -> Any:
 def _check(request: ScoreRequest) -> None:
     """Whether the parts have the types that they should, and fit each other."""
     prompts, columns, number = request.prompts, request.columns, len(request.images)
-    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise HTTPException(422, "The field 'prompts' must be a list of strings.")
-    if not number or len(prompts) != number:
-        raise HTTPException(422, f"There are {len(prompts)} prompts and {number} images. Send one prompt for each.")
-    if not isinstance(columns, dict):
-        raise HTTPException(422, "The field 'columns' must be an object of lists.")
+    refuse(not _are_strings(prompts), 422, "The field 'prompts' must be a list of strings.")
+    counts = f"There are {len(prompts)} prompts and {number} images. Send one prompt for each."
+    refuse(not number or len(prompts) != number, 422, counts)
+    refuse(not isinstance(columns, dict), 422, "The field 'columns' must be an object of lists.")
     for name, values in columns.items():
-        if name in ("self", "prompt", *RESERVED_COLUMNS):
-            raise HTTPException(422, f"A column cannot be called {name!r}: reward functions are given that anyway.")
-        if not isinstance(values, list) or len(values) != number:
-            raise HTTPException(
-                422, f"The column {name[:80]!r} must be a list of {number} values, one for each image."
-            )
+        taken = f"A column cannot be called {name[:80]!r}: reward functions are given that anyway."
+        refuse(name in ("self", "prompt", *RESERVED_COLUMNS), 422, taken)
+        fits = isinstance(values, list) and len(values) == number
+        refuse(not fits, 422, f"The column {name[:80]!r} must be a list of {number} values, one for each image.")
     names = request.rewards
-    if names is not None and not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
-        raise HTTPException(422, "The field 'rewards' must be a list of names. Leave it out for all.")
+    asks = names is None or (names and _are_strings(names))
+    refuse(not asks, 422, "The field 'rewards' must be a list of names. Leave it out for all.")
+
+
+def _are_strings(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
 def decode_images(files: list[bytes], max_pixels: int) -> list[Image.Image]:
@@ -238,12 +212,9 @@ def decode_images(files: list[bytes], max_pixels: int) -> list[Image.Image]:
         try:
             image = Image.open(io.BytesIO(data), formats=["PNG"])
             width, height = image.size
-            if width * height > max_pixels or max(width, height) > _LONGEST_SIDE:
-                raise HTTPException(
-                    413,
-                    f"Image {index} has {width} x {height} pixels. The limit is {max_pixels} in all, and "
-                    f"{_LONGEST_SIDE} on a side.",
-                )
+            limit = f"The limit is {max_pixels} in all, and {_LONGEST_SIDE} on a side."
+            too_large = width * height > max_pixels or max(width, height) > _LONGEST_SIDE
+            refuse(too_large, 413, f"Image {index} has {width} x {height} pixels. {limit}")
             image.load()
         except HTTPException:
             raise

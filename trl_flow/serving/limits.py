@@ -1,7 +1,11 @@
 """What a reward server accepts."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
+
+
+def _limit(default: float, text: str):
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
@@ -11,30 +15,20 @@ class Limits:
 
     The server holds at most `max_waiting * max_body_bytes` bytes of uploads, and the decoded images of two requests.
 
-    Attributes:
-        max_images (`int`): images in a request.
-        max_image_bytes (`int`): bytes of a PNG file.
-        max_pixels (`int`): width times height of an image, read from its header before anything is decoded.
-        max_json_bytes (`int`): bytes of each JSON field.
-        max_body_bytes (`int`): bytes of a whole request, counted while they arrive.
-        max_waiting (`int`): requests that are uploading, waiting or being scored. More are answered 503.
-        upload_timeout (`float`): seconds within which a request must have arrived.
-
     Raises:
         ValueError: if one of them is not above 0, or is not a whole number and should be.
     """
 
-    max_images: int = 32
-    max_image_bytes: int = 16 * 2**20
-    max_pixels: int = 2048**2
-    max_json_bytes: int = 2**20
-    max_body_bytes: int = 256 * 2**20
-    max_waiting: int = 32
-    upload_timeout: float = 60.0
+    max_images: int = _limit(32, "images in a request")
+    max_image_bytes: int = _limit(16 * 2**20, "bytes of a PNG file")
+    max_pixels: int = _limit(2048**2, "width x height of an image, read from its header before anything is decoded")
+    max_json_bytes: int = _limit(2**20, "bytes of each JSON field: the prompts, the columns")
+    max_body_bytes: int = _limit(256 * 2**20, "bytes of a request, counted while they arrive")
+    max_waiting: int = _limit(32, "requests that are uploading, waiting or being scored; more are told to come again")
+    upload_timeout: float = _limit(60.0, "seconds within which a request must have arrived")
 
     def __post_init__(self):
-        for field in fields(self):
-            value, is_time = getattr(self, field.name), field.name == "upload_timeout"
-            if not isinstance(value, (int, float) if is_time else int) or not 0 < value < math.inf:
-                kind = "number of seconds" if is_time else "whole number"
-                raise ValueError(f"{field.name} is {value!r}, but must be a {kind} above 0.")
+        for name, value in vars(self).items():
+            kinds, kind = ((int, float), "number of seconds") if name == "upload_timeout" else (int, "whole number")
+            if not isinstance(value, kinds) or not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value!r}, but must be a {kind} above 0.")

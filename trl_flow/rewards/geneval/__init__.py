@@ -6,8 +6,8 @@ What needs models is loaded when it is first used, so that its words and rules d
 from importlib import import_module
 from typing import Any
 
+from trl_flow.prompt_words import CLASSES, COLORS, POSITIONS, TASKS
 from trl_flow.rewards.geneval.rules import Detection, GenEvalResult
-from trl_flow.rewards.geneval.vocabulary import CLASSES, COLORS, POSITIONS, TASKS
 
 
 _LAZY = {

@@ -9,10 +9,10 @@ from PIL import Image
 from torch.nn.functional import normalize
 from transformers import CLIPModel
 
+from trl_flow.prompt_words import COLORS
 from trl_flow.rewards.checkpoints import load_pretrained
 from trl_flow.rewards.clip import load_clip_preprocess, load_clip_tokenizer
 from trl_flow.rewards.geneval.rules import Detection
-from trl_flow.rewards.geneval.vocabulary import COLORS
 
 
 # GenEval's templates
@@ -78,14 +78,10 @@ class CLIPColorClassifier:
 
     def __init__(
         self,
-        model: str = "openai/clip-vit-large-patch14",
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
-        batch_size: int = 64,
-    ):
+        model: str = "openai/clip-vit-large-patch14", *,
+        revision: str | None = None, token: str | bool | None = None,
+        device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, batch_size: int = 64,
+    ):  # fmt: skip
         source: dict[str, Any] = {"revision": revision, "token": token}
         self._model = load_pretrained(CLIPModel, model, **source).to(device, dtype)
         self._tokenizer = load_clip_tokenizer(model, self._model, **source)
@@ -95,14 +91,7 @@ class CLIPColorClassifier:
 
     @torch.inference_mode()
     def __call__(self, crops: Sequence[Image.Image], names: Sequence[str]) -> list[str]:
-        """
-        Args:
-            crops (`Sequence[PIL.Image.Image]`): one object each, as from [`crop_object`].
-            names (`Sequence[str]`): the class of each.
-
-        Returns:
-            `list[str]`: the color of each.
-        """
+        """The color of each of the objects in `crops`, as from [`crop_object`]; `names` are their classes."""
         colors: list[str] = []
         for first in range(0, len(crops), self._batch_size):
             part = slice(first, first + self._batch_size)

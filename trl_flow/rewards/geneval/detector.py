@@ -15,9 +15,9 @@ from transformers import (
     Mask2FormerPreTrainedModel,
 )
 
+from trl_flow.prompt_words import CLASSES
 from trl_flow.rewards.checkpoints import load_pretrained
-from trl_flow.rewards.geneval.rules import Detection
-from trl_flow.rewards.geneval.vocabulary import CLASSES, geneval_class
+from trl_flow.rewards.geneval.rules import Detection, geneval_class
 
 
 class _Mask2Former(Mask2FormerForUniversalSegmentation):
@@ -47,9 +47,7 @@ class Mask2FormerDetector:
     Args:
         model (`str`, defaults to `"facebook/mask2former-swin-small-coco-instance"`): hub id or folder of a Mask2Former
             whose labels are COCO's.
-        revision (`str`, *optional*), token (`str` or `bool`, *optional*): as in `huggingface_hub`.
-        device (`str` or `torch.device`, defaults to `"cpu"`), dtype (`torch.dtype`, defaults to `torch.float32`): of
-            the model.
+        revision, token, device, dtype: as in [`CLIPColorClassifier`].
         min_score (`float`, defaults to 0.3): detections of at most this score are left out.
         shortest_edge (`int`, defaults to 800), longest_edge (`int`, defaults to 1333): sizes in pixels.
 
@@ -65,16 +63,11 @@ class Mask2FormerDetector:
 
     def __init__(
         self,
-        model: str = "facebook/mask2former-swin-small-coco-instance",
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
-        min_score: float = 0.3,
-        shortest_edge: int = 800,
-        longest_edge: int = 1333,
-    ):
+        model: str = "facebook/mask2former-swin-small-coco-instance", *,
+        revision: str | None = None, token: str | bool | None = None,
+        device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+        min_score: float = 0.3, shortest_edge: int = 800, longest_edge: int = 1333,
+    ):  # fmt: skip
         # Swin halves a quarter of the size three times: from less than 64 a single pixel could be left
         if not 64 <= shortest_edge <= longest_edge:
             raise ValueError(
@@ -96,53 +89,35 @@ class Mask2FormerDetector:
     @torch.inference_mode()
     def __call__(self, images: Sequence[Image.Image]) -> list[list[Detection]]:
         """
-        Args:
-            images (`Sequence[PIL.Image.Image]`): RGB images.
-
-        Returns:
-            `list[list[Detection]]`: what is on each, the most confident first, with masks and labels in GenEval's
-            words.
+        What is on each of some RGB images, the most confident first, with masks and labels in GenEval's words:
+        `list[list[Detection]]`.
         """
         if not images:
             return []
         # Narrower strips would be left with no pixel when scaled
+        least = [max(32, max(image.size) // 40) for image in images]
         widened = [
-            image.resize([max(edge, 32, max(image.size) // 40) for edge in image.size])
-            if min(image.size) < max(32, max(image.size) // 40)
-            else image
-            for image in images
+            image.resize([max(edge, at_least) for edge in image.size]) if min(image.size) < at_least else image
+            for image, at_least in zip(images, least, strict=True)
         ]
         inputs = self._processor(widened, size=self._size, return_tensors="pt").to(self._model.device)
-        outputs = self._model(
-            pixel_values=inputs["pixel_values"].to(self._model.dtype), pixel_mask=inputs["pixel_mask"]
-        )
-        padded = inputs["pixel_values"].shape[-2:]
+        pixels, inside = inputs["pixel_values"].to(self._model.dtype), inputs["pixel_mask"]
+        outputs = self._model(pixel_values=pixels, pixel_mask=inside)
+        of_images = zip(images, outputs.class_queries_logits, outputs.masks_queries_logits, inside, strict=True)
         return [
-            self._read_out(image, classes.float(), masks.float(), padded, inside)
-            for image, classes, masks, inside in zip(
-                images, outputs.class_queries_logits, outputs.masks_queries_logits, inputs["pixel_mask"], strict=True
-            )
+            self._read_out(image, classes.float(), masks.float(), own_inside)
+            for image, classes, masks, own_inside in of_images
         ]
 
     def _read_out(
-        self,
-        image: Image.Image,
-        class_logits: torch.Tensor,
-        mask_logits: torch.Tensor,
-        padded: torch.Size,
-        inside: torch.Tensor,
+        self, image: Image.Image, class_logits: torch.Tensor, mask_logits: torch.Tensor, inside: torch.Tensor
     ) -> list[Detection]:
         """
-        One image's detections, from the logits of its Q queries.
+        One image's detections, from the logits of its Q queries, `(Q, number of classes + 1)` with "no object" last
+        and `(Q, H / 4, W / 4)`. `inside` is `(H, W)`: 1 where the image is, 0 in the padding at its right and bottom.
 
         A detection's score is the probability of its class times the mean probability of its mask's pixels. A query
         may be detected as several classes.
-
-        Args:
-            class_logits: `(Q, number of classes + 1)`, the last for "no object".
-            mask_logits: `(Q, h, w)`, a quarter of `padded`.
-            padded: height and width of the batch's images with their padding.
-            inside: `(*padded)`, 1 where the image is and 0 in the padding, which is at the right and the bottom.
         """
         scores, which = class_logits.softmax(-1)[:, :-1].flatten().topk(len(class_logits))
         # A mask's share only lowers the score: what is not above `min_score` here never will be
@@ -151,16 +126,13 @@ class Mask2FormerDetector:
         detections = []
         # One by one: masks of large images are large
         for score, query, label in zip(scores, which // len(self._labels), which % len(self._labels), strict=False):
-            mask = interpolate(mask_logits[query][None, None], size=padded, mode="bilinear", align_corners=False)
+            mask = interpolate(mask_logits[query][None, None], size=inside.shape, mode="bilinear", align_corners=False)
             mask = mask[..., :height, :width]
             mask = interpolate(mask, size=(image.height, image.width), mode="bilinear", align_corners=False)[0, 0]
             covered = mask > 0
             score = float(score * (mask.sigmoid() * covered).sum() / (covered.sum() + 1e-6))
             if score > self.min_score:
-                rows, columns = (
-                    covered.any(1).nonzero().flatten().tolist(),
-                    covered.any(0).nonzero().flatten().tolist(),
-                )
+                rows, columns = (covered.any(axis).nonzero().flatten().tolist() for axis in (1, 0))
                 box = (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
                 detections.append(Detection(self._labels[label], score, box, covered.cpu().numpy()))
         return sorted(detections, key=lambda detection: -detection.score)

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
-from PIL import Image
 
-from trl_flow.rewards.base import HubReward, RewardInfo
+from trl_flow.rewards.base import Columns, HubReward, Images, RewardInfo, check_callable, check_choice
 from trl_flow.rewards.geneval.colors import CLIPColorClassifier, crop_object
 from trl_flow.rewards.geneval.detector import Mask2FormerDetector
 from trl_flow.rewards.geneval.rules import (
@@ -22,8 +21,9 @@ from trl_flow.rewards.geneval.rules import (
 
 
 Score = Literal["partial", "strict", "correct"]
-Detector = Callable[[list[Image.Image]], Sequence[Sequence[Detection]]]
-ColorClassifier = Callable[[list[Image.Image], list[str]], Sequence[str]]
+Clauses = list[list[dict] | None]
+Detector = Callable[[Images], Sequence[Sequence[Detection]]]
+ColorClassifier = Callable[[Images, list[str]], Sequence[str]]
 
 
 @dataclass(eq=False)
@@ -69,13 +69,8 @@ class GenEvalReward(HubReward):
         TypeError: if `detector` or `color_classifier` is no callable.
     """
 
-    info = RewardInfo(
-        # Of the default score: one object is wanted and 16, the most that are counted, are found
-        range=(-14.0, 1.0),
-        typical="correct: 0.63 (Stable Diffusion 3.5 Medium) to 0.95 (the same, tuned on it by Flow-GRPO)",
-        license='rules and CLIP: MIT; Mask2Former\'s weights: "other" on the hub (its code: MIT)',
-        paper="https://arxiv.org/abs/2310.11513",
-    )
+    # The range is that of the default score: one object is wanted and 16, the most that are counted, are found
+    info = RewardInfo.of("GenEvalReward")
 
     score: Score = "partial"
     _: KW_ONLY
@@ -92,12 +87,10 @@ class GenEvalReward(HubReward):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.score not in get_args(Score):
-            raise ValueError(f"score={self.score!r} is not one of GenEval's scores: give one of {get_args(Score)}.")
+        check_choice("score", self.score, Score, "GenEval")
         for name in ("detector", "color_classifier"):
-            function = getattr(self, name)
-            if function is not None and (not callable(function) or isinstance(function, type)):
-                raise TypeError(f"{name} is {function!r}, but must be a function, or an object with a `__call__`.")
+            if getattr(self, name) is not None:
+                check_callable(name, getattr(self, name), "")
         for name in ("threshold", "counting_threshold", "nms_threshold"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not between 0 and 1.")
@@ -111,27 +104,12 @@ class GenEvalReward(HubReward):
 
     def __call__(
         self,
-        prompts: list[str],
-        images: list[Image.Image],
-        tag: list[str | None],
-        include: list[list[dict] | None],
-        exclude: list[list[dict] | None] | None = None,
-        log_metric: Callable[[str, float], None] | None = None,
-        **kwargs: Any,
-    ) -> list[float | None]:
+        prompts: list[str], images: Images, tag: list[str | None], include: Clauses, exclude: Clauses | None = None,
+        log_metric: Callable[[str, float], None] | None = None, **kwargs: Any,
+    ) -> list[float | None]:  # fmt: skip
         """
-        Scores images.
-
-        Args:
-            prompts (`list[str]`), images (`list[PIL.Image.Image]`): `N` of each.
-            tag, include, exclude (`list`): GenEval's metadata, `N` entries each.
-            log_metric (`Callable`, *optional*): what the accuracy of each task is logged by.
-
-        Returns:
-            `list[float | None]`: `N` scores, `None` where a row asks for nothing.
-
-        Raises:
-            ValueError: if a row is not GenEval's metadata, naming the prompt.
+        `N` scores for `N` prompts, images and rows of metadata, `None` where a row asks for nothing. A `ValueError`
+        names the prompt whose row is not GenEval's metadata.
         """
         results = self.results(prompts, images, tag, include, exclude)
         if log_metric is not None:
@@ -146,15 +124,12 @@ class GenEvalReward(HubReward):
     def results(
         self,
         prompts: list[str],
-        images: list[Image.Image],
+        images: Images,
         tag: list[str | None],
-        include: list[list[dict] | None],
-        exclude: list[list[dict] | None] | None = None,
+        include: Clauses,
+        exclude: Clauses | None = None,
     ) -> list[GenEvalResult | None]:
-        """
-        All three scores of each image and what was found on it, `None` where a row asks for nothing; arguments and
-        errors as for a call.
-        """
+        """All three scores of each image and what was found on it; arguments and errors as for a call."""
         exclude = [None] * len(tag) if exclude is None else exclude
         if not len(prompts) == len(tag) == len(include) == len(exclude):
             raise ValueError(
@@ -171,17 +146,14 @@ class GenEvalReward(HubReward):
             request = parse_request(tag, include, exclude)
             names = [clause.name for clause in (*request.include, *request.exclude)]
             colors = [clause.color for clause in request.include if clause.color is not None]
-            self._check_words("classes", self.detector or Mask2FormerDetector, names)
-            self._check_words("colors", self.color_classifier or CLIPColorClassifier, colors)
+            models = self.detector or Mask2FormerDetector, self.color_classifier or CLIPColorClassifier
+            for kind, model, words in zip(("classes", "colors"), models, (names, colors), strict=True):
+                known = getattr(model, kind, None)
+                if known is not None and (unknown := [word for word in words if word not in known]):
+                    raise ValueError(f"it asks for {unknown[0]!r}, but the {kind} are {', '.join(sorted(known))}.")
         except ValueError as error:
             raise ValueError(f"The prompt {prompt!r} cannot be scored by '{self.__name__}': {error}") from error
         return request
-
-    @staticmethod
-    def _check_words(kind: str, model: Any, words: list[str]) -> None:
-        known = getattr(model, kind, None)
-        if known is not None and (unknown := [word for word in words if word not in known]):
-            raise ValueError(f"it asks for {unknown[0]!r}, but the {kind} are {', '.join(sorted(known))}.")
 
     def _load(self, device: torch.device) -> tuple[Detector, ColorClassifier]:
         options: dict[str, Any] = {"token": self.token, "device": device, "dtype": self.dtype}
@@ -192,24 +164,16 @@ class GenEvalReward(HubReward):
         )
 
     def _score(
-        self,
-        loaded: tuple[Detector, ColorClassifier],
-        prompts: list[str],
-        images: list[Image.Image],
-        columns: dict[str, list],
+        self, loaded: tuple[Detector, ColorClassifier], prompts: list[str], images: Images, columns: Columns
     ) -> list[GenEvalResult | None]:
         detector, color_classifier = loaded
         requests: list[Request | None] = columns["requests"]
         asked = [i for i, request in enumerate(requests) if request is not None]
-        objects = {
-            i: select_objects(
-                detections,
-                threshold=self.counting_threshold if requests[i].tag == "counting" else self.threshold,
-                max_objects=self.max_objects,
-                nms_threshold=self.nms_threshold,
-            )
-            for i, detections in zip(asked, self._detect(detector, [images[i] for i in asked]), strict=True)
-        }
+        objects = {}
+        for i, detections in zip(asked, _detect(detector, [images[i] for i in asked]), strict=True):
+            threshold = self.counting_threshold if requests[i].tag == "counting" else self.threshold
+            limits = {"max_objects": self.max_objects, "nms_threshold": self.nms_threshold}
+            objects[i] = select_objects(detections, threshold=threshold, **limits)
         # The whole batch's colors at once. By the index too: a detector may give the same object for several images
         colored = [(i, name, one) for i in asked for name, one in objects_to_color(objects[i], requests[i])]
         crops = [crop_object(images[i], one) for i, _, one in colored]
@@ -224,17 +188,16 @@ class GenEvalReward(HubReward):
             )
         return results
 
-    @staticmethod
-    def _detect(detector: Detector, images: list[Image.Image]) -> list[list[Detection]]:
-        found = [list(detections) for detections in detector(images)] if images else []
-        if len(found) != len(images):
-            raise ValueError(
-                f"The detector returned {len(found)} lists of detections for {len(images)} images. It must return one "
-                "for each, empty where it finds nothing."
-            )
-        for one in (one for detections in found for one in detections):
-            if not isinstance(one, Detection):
-                raise ValueError(
-                    f"The detector returned {one!r}, but must return objects of trl_flow.rewards.geneval.Detection."
-                )
-        return found
+
+def _detect(detector: Detector, images: Images) -> list[list[Detection]]:
+    found = [list(detections) for detections in detector(images)] if images else []
+    if len(found) != len(images):
+        raise ValueError(
+            f"The detector returned {len(found)} lists of detections for {len(images)} images. It must return one for "
+            "each, empty where it finds nothing."
+        )
+    if others := [one for detections in found for one in detections if not isinstance(one, Detection)]:
+        raise ValueError(
+            f"The detector returned {others[0]!r}, but must return objects of trl_flow.rewards.geneval.Detection."
+        )
+    return found

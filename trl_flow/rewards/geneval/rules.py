@@ -12,17 +12,39 @@ Three scores come out of them, from two sources:
   objects, the same for those of the right color, and 1 or 0 for the position.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from trl_flow.rewards.geneval.vocabulary import POSITIONS, TASKS, geneval_class
+from trl_flow.prompt_words import POSITIONS, TASKS
 
 
 Box = tuple[float, float, float, float]
+
+# What detectors call these classes: COCO's own names, and those of the older lists that some checkpoints carry
+_OTHER_NAMES = {
+    "mouse": "computer mouse",
+    "remote": "tv remote",
+    "keyboard": "computer keyboard",
+    "aeroplane": "airplane",
+    "motorbike": "motorcycle",
+    "sofa": "couch",
+    "pottedplant": "potted plant",
+    "diningtable": "dining table",
+    "tvmonitor": "tv",
+    "tv monitor": "tv",
+    "hair dryer": "hair drier",
+}
+
+
+def geneval_class(label: str) -> str:
+    """What GenEval calls the class that a detector calls `label`; other labels come back in lower case."""
+    name = label.strip().lower().replace("_", " ")
+    return _OTHER_NAMES.get(name, name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,30 +74,21 @@ class Detection:
             raise TypeError(f"A detection's label is {self.label!r}, but must be a string: the name of its class.")
         if not math.isfinite(self.score):
             raise ValueError(f"A detection of {self.label!r} has the score {self.score}, which is no confidence.")
+        has_box = f"A detection of {self.label!r} has the box {self.box}"
         if len(self.box) != 4 or not all(math.isfinite(edge) for edge in self.box):
-            raise ValueError(
-                f"A detection of {self.label!r} has the box {self.box}, but a box is four finite numbers: left, top, "
-                "right, bottom."
-            )
+            raise ValueError(f"{has_box}, but a box is four finite numbers: left, top, right, bottom.")
         left, top, right, bottom = self.box
         if right < left or bottom < top:
             raise ValueError(
-                f"A detection of {self.label!r} has the box {self.box}, whose right or bottom edge comes before "
-                "its left or top one: give left, top, right, bottom, and not left, top, width, height."
+                f"{has_box}, whose right or bottom edge comes before its left or top one: give left, top, right, "
+                "bottom, and not left, top, width, height."
             )
 
 
-@dataclass(frozen=True)
-class Clause:
+class Clause(NamedTuple):
     """
-    One entry of `include` or `exclude`.
-
-    Attributes:
-        name (`str`): class of the objects, GenEval's word.
-        count (`int`): how many of them, at least 1.
-        color (`str`, *optional*): what color they have to be.
-        position (`tuple[str, int]`, *optional*): one of "left of", "right of", "above", "below", and the index of the
-            earlier clause whose objects it refers to.
+    One entry of `include` or `exclude`: at least 1 object of a class (GenEval's word), their color, and where they
+    are: a word of `POSITIONS` and the index of the earlier clause whose objects it refers to.
     """
 
     name: str
@@ -84,8 +97,7 @@ class Clause:
     position: tuple[str, int] | None = None
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What a prompt asks for: its task and the clauses, in the order of the metadata."""
 
     tag: str
@@ -119,67 +131,58 @@ def parse_request(tag: Any, include: Any, exclude: Any = None) -> Request:
     Raises:
         ValueError: if it is not GenEval's metadata, saying what is wrong and what the shape is.
     """
-    if tag not in TASKS:
-        raise _wrong(f"the tag is {tag!r}, but must be one of {', '.join(TASKS)}")
-    if not isinstance(include, list | tuple) or not include:
-        raise _wrong(f"`include` is {include!r}, but must be a list of at least one clause")
-    if exclude is not None and not isinstance(exclude, list | tuple):
-        raise _wrong(f"`exclude` is {exclude!r}, but must be a list of clauses")
-    return Request(
-        tag,
-        tuple(_parse_clause(clause, index) for index, clause in enumerate(include)),
-        tuple(_parse_clause(clause, index=0) for clause in exclude or ()),
+    _expect(tag in TASKS, f"the tag is {tag!r}, but must be one of {', '.join(TASKS)}")
+    some = isinstance(include, list | tuple) and len(include) > 0
+    _expect(some, f"`include` is {include!r}, but must be a list of at least one clause")
+    _expect(
+        exclude is None or isinstance(exclude, list | tuple),
+        f"`exclude` is {exclude!r}, but must be a list of clauses",
     )
+    included = tuple(_parse_clause(clause, index) for index, clause in enumerate(include))
+    return Request(tag, included, tuple(_parse_clause(clause, index=0) for clause in exclude or ()))
 
 
 def _parse_clause(clause: Any, index: int) -> Clause:
-    if not isinstance(clause, Mapping):
-        raise _wrong(f"a clause is {clause!r}, but must be a dictionary")
+    _expect(isinstance(clause, Mapping), f"a clause is {clause!r}, but must be a dictionary")
     clause = {key: value for key, value in clause.items() if value is not None}
-    if unknown := clause.keys() - {"class", "count", "color", "position"}:
-        raise _wrong(f"the clause {clause} has the unknown keys {sorted(unknown)}")
-    name, count, color = clause.get("class"), clause.get("count"), clause.get("color")
-    if not isinstance(name, str) or not name:
-        raise _wrong(f"the clause {clause} has no `class`")
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise _wrong(f"the clause {clause} has the count {count!r}, but must have a whole number of at least 1")
-    if color is not None and not isinstance(color, str):
-        raise _wrong(f"the clause {clause} has the color {color!r}, but must have a word")
-    return Clause(geneval_class(name), count, color, _parse_position(clause, index))
-
-
-def _parse_position(clause: Mapping[str, Any], index: int) -> tuple[str, int] | None:
-    position = clause.get("position")
-    if position is None:
-        return None
-    if not isinstance(position, list | tuple) or len(position) != 2 or position[0] not in POSITIONS:
-        raise _wrong(
-            f"the clause {dict(clause)} has the position {position!r}, but must have [relation, index of a clause], "
-            f"the relation one of {', '.join(POSITIONS)}"
+    unknown = sorted(clause.keys() - {"class", "count", "color", "position"})
+    name, count, color, position = (clause.get(key) for key in ("class", "count", "color", "position"))
+    has = f"the clause {clause} has"
+    _expect(not unknown, f"{has} the unknown keys {unknown}")
+    _expect(name and isinstance(name, str), f"{has} no `class`")
+    counts = _is_whole(count) and count >= 1
+    _expect(counts, f"{has} the count {count!r}, but must have a whole number of at least 1")
+    _expect(color is None or isinstance(color, str), f"{has} the color {color!r}, but must have a word")
+    if position is not None:
+        _expect(
+            isinstance(position, list | tuple) and len(position) == 2 and position[0] in POSITIONS,
+            f"{has} the position {position!r}, but must have [relation, index of a clause], the relation one of "
+            f"{', '.join(POSITIONS)}",
         )
-    relation, target = position
-    if isinstance(target, bool) or not isinstance(target, int) or not 0 <= target < index:
-        raise _wrong(
-            f"the clause {dict(clause)}, number {index}, refers to the clause {target!r}, but can only refer to one "
-            "before it"
+        _expect(
+            _is_whole(position[1]) and 0 <= position[1] < index,
+            f"the clause {clause}, number {index}, refers to the clause {position[1]!r}, but can only refer to one "
+            "before it",
         )
-    return relation, target
+        position = tuple(position)
+    return Clause(geneval_class(name), count, color, position)
 
 
-def _wrong(what: str) -> ValueError:
-    return ValueError(
-        f"This is not GenEval's metadata: {what}. A row looks like "
-        '{"tag": "position", "include": [{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": '
-        '["left of", 0]}], "prompt": "a photo of a cat left of a dog"}.'
-    )
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _expect(condition: Any, otherwise: str) -> None:
+    if not condition:
+        raise ValueError(
+            f"This is not GenEval's metadata: {otherwise}. A row looks like "
+            '{"tag": "position", "include": [{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": '
+            '["left of", 0]}], "prompt": "a photo of a cat left of a dog"}.'
+        )
 
 
 def select_objects(
-    detections: Iterable[Detection],
-    *,
-    threshold: float,
-    max_objects: int = 16,
-    nms_threshold: float = 1.0,
+    detections: Iterable[Detection], *, threshold: float, max_objects: int = 16, nms_threshold: float = 1.0
 ) -> dict[str, list[Detection]]:
     """
     The detections that count as objects, by class in GenEval's words, the most confident first.
@@ -192,17 +195,13 @@ def select_objects(
     for detection in sorted(detections, key=lambda detection: -detection.score):
         if detection.score > threshold:
             objects.setdefault(geneval_class(detection.label), []).append(detection)
-    return {name: _suppress(found[:max_objects], nms_threshold) for name, found in objects.items()}
-
-
-def _suppress(found: list[Detection], nms_threshold: float) -> list[Detection]:
-    if nms_threshold >= 1.0:
-        return found
-    kept: list[Detection] = []
-    for detection in found:
-        if all(_overlap(detection.box, other.box) < nms_threshold for other in kept):
-            kept.append(detection)
-    return kept
+    for name, found in objects.items():
+        kept: list[Detection] = []
+        for detection in found[:max_objects]:
+            if nms_threshold >= 1 or all(_overlap(detection.box, other.box) < nms_threshold for other in kept):
+                kept.append(detection)
+        objects[name] = kept
+    return objects
 
 
 def _overlap(a: Box, b: Box) -> float:
@@ -247,24 +246,16 @@ def objects_to_color(objects: Mapping[str, Sequence[Detection]], request: Reques
 
 
 def judge(
-    objects: Mapping[str, Sequence[Detection]],
-    request: Request,
-    color_of: Callable[[str, Detection], str],
+    objects: Mapping[str, Sequence[Detection]], request: Request, color_of: Callable[[str, Detection], str],
     position_threshold: float = 0.1,
-) -> GenEvalResult:
+) -> GenEvalResult:  # fmt: skip
     """
-    Applies the rules.
+    Applies the rules to `objects` as from [`select_objects`]. `color_of` tells the color of an object of a class, and
+    is asked for those of [`objects_to_color`] only; `position_threshold` is as in [`relative_position`].
 
     `exclude` enters `correct` and `strict`. In GenEval's prompts only counting has such clauses, and what they
     exclude is not the exact count either, so that there it makes no difference to Flow-GRPO's `strict`, which leaves
     it out.
-
-    Args:
-        objects (`Mapping[str, Sequence[Detection]]`): as from [`select_objects`].
-        request (`Request`): what the prompt asks for.
-        color_of (`Callable[[str, Detection], str]`): the color of an object of a class. Asked for objects of
-            [`objects_to_color`] only.
-        position_threshold (`float`, defaults to 0.1): as in [`relative_position`].
     """
     excluded = any(len(objects.get(clause.name, ())) >= clause.count for clause in request.exclude)
     enough, _ = _judge_include(objects, request, color_of, position_threshold, exact=False)
@@ -278,12 +269,9 @@ def judge(
 
 
 def _judge_include(
-    objects: Mapping[str, Sequence[Detection]],
-    request: Request,
-    color_of: Callable[[str, Detection], str],
-    position_threshold: float,
-    exact: bool,
-) -> tuple[bool, list[float]]:
+    objects: Mapping[str, Sequence[Detection]], request: Request, color_of: Callable[[str, Detection], str],
+    position_threshold: float, exact: bool,
+) -> tuple[bool, list[float]]:  # fmt: skip
     """Whether all `include` clauses hold, and what each thing looked at is worth."""
     parts: list[float] = []
     # What later clauses' positions refer to: the objects of each clause, None where it does not hold
@@ -308,8 +296,7 @@ def _judge_include(
             others = groups[target]
             holds = others is not None and all(
                 relation in relative_position(one.box, other.box, position_threshold)
-                for one in found
-                for other in others
+                for one, other in itertools.product(found, others)
             )
             if not holds:
                 parts.append(0.0)
@@ -318,7 +305,7 @@ def _judge_include(
             if others is not None:
                 parts.append(1.0)
         groups.append(found if holds else None)
-    return all(group is not None for group in groups), parts
+    return None not in groups, parts
 
 
 def _share(found: int, wanted: int) -> float:
