@@ -1,4 +1,7 @@
-"""A schedule and a noise level in, Gaussian transitions out: one class for flow models, one for U-Nets with DDIM."""
+"""A schedule and a noise level in, Gaussian transitions out: one class for flow models, one for U-Nets with DDIM.
+
+A `step` is an index into the schedule, or a tensor `(B,)` with one for each sample.
+"""
 
 from dataclasses import dataclass
 
@@ -14,6 +17,9 @@ from trl_flow.functional import (
     ode_transition,
     project_to_data,
 )
+
+
+Step = int | torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class FlowDynamics:
         """The steps that add noise; the others, such as the last one of CPS, cannot be trained."""
         return _stochastic_steps(self)
 
-    def transition(self, prediction: torch.Tensor, latents: torch.Tensor, step: int) -> Transition:
+    def transition(self, prediction: torch.Tensor, latents: torch.Tensor, step: Step) -> Transition:
         """The stochastic transition of `step` from `latents`, both tensors `(B, ...)`."""
         sigma, sigma_next = self.schedule.sigmas[step], self.schedule.sigmas[step + 1]
         arguments = (prediction, latents, sigma, sigma_next)
@@ -54,16 +60,20 @@ class FlowDynamics:
         """The clean latents that the model predicts before `step`: one ODE step to the end (VGPO, Eq. 10)."""
         return project_to_data(latents, self.schedule.sigmas[step], prediction)
 
-    def dt(self, step: int) -> torch.Tensor:
-        """`t - t'`, above 0, a scalar."""
+    def dt(self, step: Step) -> torch.Tensor:
+        """`t - t'`, above 0, a scalar or `(B,)` as `step` is."""
         return self.schedule.sigmas[step] - self.schedule.sigmas[step + 1]
 
-    def beta(self, step: int) -> torch.Tensor:
-        """`1 + η² (1 - t) / (2 t)`, a scalar: the factor of Dance-SDE's mean besides `dt` (GRPO-Guard)."""
+    def beta(self, step: Step) -> torch.Tensor:
+        """`1 + η² (1 - t) / (2 t)`, as `step`: the factor of Dance-SDE's mean besides `dt` (GRPO-Guard)."""
         sigma = self.schedule.sigmas[step]
         return 1 + self.noise_level**2 * (1 - sigma) / (2 * sigma)
 
-    def diffusion(self, transition: Transition, step: int) -> torch.Tensor:
+    def gain(self, step: Step) -> torch.Tensor:
+        """The factor with which the prediction enters the mean, `-d mean / d prediction`, above 0, as `step`."""
+        return _gain(self, step)
+
+    def diffusion(self, transition: Transition, step: Step) -> torch.Tensor:
         """The diffusion coefficient `std / sqrt(dt)`, `(B,)`: the unit of Flow-GRPO's KL."""
         return transition.std / self.dt(step).sqrt()
 
@@ -87,7 +97,7 @@ class DDIMDynamics:
         (`set_alpha_to_one` and `steps_offset` of the scheduler)."""
         return _stochastic_steps(self)
 
-    def transition(self, prediction: torch.Tensor, latents: torch.Tensor, step: int) -> Transition:
+    def transition(self, prediction: torch.Tensor, latents: torch.Tensor, step: Step) -> Transition:
         """The stochastic transition of `step` from `latents`, both tensors `(B, ...)`."""
         return self._step(prediction, latents, step, self.schedule.alphas_cumprod_next[step], self.noise_level)
 
@@ -99,29 +109,30 @@ class DDIMDynamics:
         """The clean latents that the model predicts before `step` (VGPO, Eq. 10), `(B, ...)`."""
         return self._step(prediction, latents, step, 1.0, 0.0).mean
 
-    def dt(self, step: int) -> torch.Tensor:
+    def dt(self, step: Step) -> torch.Tensor:
+        """The length of a step, as `step`: DDIM has none but [`gain`]."""
+        return self.gain(step)
+
+    def gain(self, step: Step) -> torch.Tensor:
         """
-        The factor with which the prediction enters the mean, `-d mean / d prediction`, above 0, a scalar: DDIM has no
-        other length of a step.
+        The factor with which the prediction enters the mean, `-d mean / d prediction`, above 0, as `step`.
 
         With `e` the predicted noise it is `c = sqrt(a' (1 - a) / a) - sqrt(1 - a' - std^2)`, and `sqrt(a) c` for
         v-prediction; at η = 0 `c` is `sqrt(a')` times the step in `sqrt((1 - a) / a)`. RatioNorm's gradient
         (GRPO-Guard, Eq. 8) is `-c mean(noise * d prediction)`, so that the weight `1 / dt` makes it equal over steps.
         """
-        # The mean is linear in the prediction
-        one = self.schedule.alphas_cumprod.new_ones(1, 1)
-        return -self.transition(one, torch.zeros_like(one), step).mean.squeeze()
+        return _gain(self, step)
 
-    def beta(self, step: int) -> torch.Tensor:
-        """1, a scalar: `dt` holds all of the factor, so that the weights of Dance-SDE are `1 / dt` here, too."""
+    def beta(self, step: Step) -> torch.Tensor:
+        """1, as `step`: `dt` holds all of the factor, so that the weights of Dance-SDE are `1 / dt` here, too."""
         return torch.ones_like(self.schedule.alphas_cumprod[step])
 
-    def diffusion(self, transition: Transition, step: int) -> torch.Tensor:
+    def diffusion(self, transition: Transition, step: Step) -> torch.Tensor:
         """`std`, `(B,)`, which gives the Gaussians' own KL (DPOK, arXiv:2305.16381)."""
         return transition.std
 
     def _step(
-        self, prediction: torch.Tensor, latents: torch.Tensor, step: int, alpha_next: torch.Tensor | float, eta: float
+        self, prediction: torch.Tensor, latents: torch.Tensor, step: Step, alpha_next: torch.Tensor | float, eta: float
     ) -> Transition:
         alpha, kind = self.schedule.alphas_cumprod[step], self.schedule.prediction_type
         return ddim_transition(prediction, latents, alpha, alpha_next, noise_level=eta, prediction_type=kind)
@@ -141,3 +152,10 @@ def _stochastic_steps(dynamics: Dynamics) -> list[int]:
     probe = dynamics.schedule.timesteps.new_zeros(1, 1, dtype=torch.float32)
     steps = range(dynamics.schedule.num_steps)
     return [step for step in steps if dynamics.transition(probe, probe, step).std.item() > 0]
+
+
+def _gain(dynamics: Dynamics, step: Step) -> torch.Tensor:
+    # The mean is linear in the prediction
+    one = torch.ones(*(step.shape if isinstance(step, torch.Tensor) else (1,)), 1, device=dynamics.schedule.timesteps.device)
+    gain = -dynamics.transition(one, torch.zeros_like(one), step).mean[:, 0]
+    return gain if isinstance(step, torch.Tensor) else gain[0]

@@ -15,6 +15,7 @@ from trl_flow.functional.slas import (
     effective_sample_share,
     max_advantage_power,
     max_advantage_power_bounded,
+    max_advantage_power_sub_gaussian,
     super_linear,
 )
 from trl_flow.functional.transitions import (
@@ -50,6 +51,7 @@ __all__ = [
     "log_ratio",
     "max_advantage_power",
     "max_advantage_power_bounded",
+    "max_advantage_power_sub_gaussian",
     "normalize_then_sum",
     "ode_transition",
     "project_to_data",
