@@ -156,6 +156,8 @@ def _stochastic_steps(dynamics: Dynamics) -> list[int]:
 
 def _gain(dynamics: Dynamics, step: Step) -> torch.Tensor:
     # The mean is linear in the prediction
-    one = torch.ones(*(step.shape if isinstance(step, torch.Tensor) else (1,)), 1, device=dynamics.schedule.timesteps.device)
+    one = torch.ones(
+        *(step.shape if isinstance(step, torch.Tensor) else (1,)), 1, device=dynamics.schedule.timesteps.device
+    )
     gain = -dynamics.transition(one, torch.zeros_like(one), step).mean[:, 0]
     return gain if isinstance(step, torch.Tensor) else gain[0]

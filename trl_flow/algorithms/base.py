@@ -45,9 +45,8 @@ class PhaseScores:
         rewards_per_func (`torch.Tensor`): `(N, K)`, float32, NaN where a reward function does not apply.
         names (`list[str]`): of the `K` reward functions.
         plan ([`StepPlan`]): by which the samples were drawn.
-        instant (`torch.Tensor` or `None`): rewards of the images that were predicted after each step from
-            `plan.project_from` on, `(N, T - project_from, K)`, NaN as above; of the last step they are
-            `rewards_per_func`.
+        instant (`torch.Tensor` or `None`): with `plan.project`, rewards of the images that were predicted after each
+            of the `T` steps, `(N, T, K)`, NaN as above; of the last step they are `rewards_per_func`.
     """
 
     rewards_per_func: torch.Tensor

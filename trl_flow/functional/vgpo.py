@@ -113,7 +113,7 @@ def value_share(values: Tensor, num_generations: int, *, scale: Number) -> Tenso
 def _dual_parts(values: Tensor, num_generations: int, scale: Number) -> tuple[Tensor, Tensor]:
     """`omega (Q - mean) / (std + 1e-4)` and `omega k Q`, both `(B, T)` and 0 for samples with NaN."""
     check_shapes("(B, T)", values=values)
-    scale = torch.as_tensor(scale).to(values)
+    scale = torch.as_tensor(scale, dtype=promote(values)[0].dtype, device=values.device)
     if scale.shape not in ((), values.shape[1:]):
         raise ValueError(
             f"scale has shape {tuple(scale.shape)}: it must be a number, or have one for each of the "
