@@ -42,12 +42,13 @@ def prompts(number: int = len(PROMPTS), **columns) -> Dataset:
 
 
 def tiny_config(output_dir, cls: type[FlowGRPOConfig] = FlowGRPOConfig, **fields) -> FlowGRPOConfig:
-    """Two groups of four images, three sampling steps, two updates; `fields` change whatever a test is about."""
+    """Two groups of four images, four sampling steps of which three are trained, two updates of a phase each; `fields`
+    change whatever a test is about."""
     defaults = {
         "output_dir": str(output_dir),
         "per_device_train_batch_size": 8,
         "num_generations": 4,
-        "num_inference_steps": 3,
+        "num_inference_steps": 4,
         "eval_num_inference_steps": 2,
         "height": 16,
         "width": 16,
@@ -63,6 +64,8 @@ def tiny_config(output_dir, cls: type[FlowGRPOConfig] = FlowGRPOConfig, **fields
         "disable_tqdm": True,
         "log_images": False,
     }
+    if "generation_batch_size" not in fields:
+        defaults["steps_per_generation"] = fields.get("gradient_accumulation_steps", 1)
     return cls(**defaults | fields)
 
 
@@ -124,7 +127,7 @@ class Stages:
         buffer = RolloutBuffer(len(rows), self.args)
         for part in self.sampler.sample(rows, plan, generation):
             buffer.add(part.first, self.algorithm.keep(part.rollout))
-        instant = None if instant is None else instant[:, plan.project_from :, None]
+        instant = None if instant is None else instant[:, :, None]
         scores = PhaseScores(torch.tensor(rewards)[:, None], ["reward"], plan, instant)
         advantages, _ = self.algorithm.advantages(scores)
         return buffer.finish(rows, plan.kept, advantages, None)

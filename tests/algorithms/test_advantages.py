@@ -23,7 +23,7 @@ def estimated(
     """The advantages and metrics of `(N, K)` rewards, in groups of four."""
     weights = torch.tensor([1.0] * rewards.shape[1] if weights is None else weights)
     names = [f"reward {k}" for k in range(rewards.shape[1])] if names is None else names
-    plan = StepPlan((0, 1, 2), (0, 1, 2), project_from=None if instant is None else 0)
+    plan = StepPlan((0, 1, 2), (0, 1, 2), project=instant is not None)
     estimator = AdvantageEstimator(tiny_config(tmp_path, cls=cls, **fields), weights)
     return estimator(PhaseScores(rewards, names, plan, instant))
 

@@ -8,7 +8,7 @@ docstring says so. NaN among rewards says that a reward does not apply to a samp
 """
 
 from trl_flow.functional.grpo import clipped_loss, gaussian_kl, group_advantages, ratio_statistics, transition_kl
-from trl_flow.functional.guard import log_ratio, timestep_weight
+from trl_flow.functional.guard import log_ratio, probed_mean, timestep_weight
 from trl_flow.functional.rewards import combine_rewards, fill_missing, frac_zero_std, normalize_then_sum
 from trl_flow.functional.slas import (
     adapt_power,
@@ -54,6 +54,7 @@ __all__ = [
     "max_advantage_power_sub_gaussian",
     "normalize_then_sum",
     "ode_transition",
+    "probed_mean",
     "project_to_data",
     "ratio_statistics",
     "super_linear",

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import TrainerState
 from transformers.trainer_callback import CallbackHandler
 
-from trl_flow.algorithms import Algorithm, StepSums
+from trl_flow.algorithms import Algorithm, LossOutput, StepSums
 from trl_flow.evaluation.grids import image_grid
 from trl_flow.rewards.scorer import RewardLogs
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
@@ -40,13 +40,16 @@ class Metrics:
         self._sums.clear()
 
     @torch.no_grad()
-    def add(self, unit: int, stats: Mapping[str, torch.Tensor]) -> None:
-        """Samples' statistics `(B,)` of one unit, summed up on the device, without waiting for it."""
-        for name, values in stats.items():
+    def add(self, unit: int, output: LossOutput) -> None:
+        """The samples' statistics `(B,)` of one unit, summed up on the device, without waiting for it."""
+        for name, values in output.stats.items():
             values = values.to(self._dtype)
-            sums = torch.stack([torch.ones_like(values), values, values.square()]).sum(dim=1)
-            before = self._sums[unit].get(name)
-            self._sums[unit][name] = sums if before is None else before + sums
+            terms = torch.stack([torch.ones_like(values), values, values.square()])
+            everything = {unit: torch.ones_like(values)}
+            for counted, mask in (everything if output.counted is None else output.counted).items():
+                sums = terms @ mask.to(self._dtype)
+                before = self._sums[counted].get(name)
+                self._sums[counted][name] = sums if before is None else before + sums
 
     def flush(self, algorithm: Algorithm) -> dict[str, float | None]:
         """All metrics since the last log, of all processes, by their names; `None` for a mean over nothing."""
