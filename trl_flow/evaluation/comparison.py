@@ -45,9 +45,8 @@ def compare_scores(
     means: dict[str, dict] = {}
     differences: dict[str, dict] = {}
     for model, found in scores.items():
-        means[model] = {
-            r: mean_interval(values, num_images_per_prompt=number).to_dict() for r, values in found.items()
-        }
+        intervals = {r: mean_interval(values, num_images_per_prompt=number) for r, values in found.items()}
+        means[model] = {reward: interval.to_dict() for reward, interval in intervals.items()}
         if model != base:
             differences[model] = {r: _difference(scores[base][r], values, number) for r, values in found.items()}
     averages, note = _gold(scores, gold, number)

@@ -12,8 +12,8 @@ _SIDE = 32
 
 def thumbnails(images: Sequence[Image.Image]) -> np.ndarray:
     """Images of any size and mode reduced to 32 x 32 RGB: uint8 of shape `(N, 3072)`."""
-    size, box = (_SIDE, _SIDE), Image.Resampling.BOX
-    return np.stack([np.ravel(i.convert("RGB").resize(size, box, reducing_gap=2.0)) for i in images])
+    how = {"size": (_SIDE, _SIDE), "resample": Image.Resampling.BOX, "reducing_gap": 2.0}
+    return np.stack([np.ravel(image.convert("RGB").resize(**how)) for image in images])
 
 
 def pixel_features(thumbs: np.ndarray) -> np.ndarray:

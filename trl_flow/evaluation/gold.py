@@ -75,9 +75,7 @@ def gold_score(
     """
     if list(base) != list(scores) or not scores:
         raise ValueError(f"base has scores of {list(base)} and scores of {list(scores)}, but both must be the same.")
-    means: dict[str, float] = {}
-    relative: dict[str, float] = {}
-    contributions: list[np.ndarray] = []
+    means, relative, contributions = {}, {}, []
     for name in scores:
         try:
             before, after = paired_prompt_means(base[name], scores[name], num_images_per_prompt)
@@ -97,14 +95,12 @@ def gold_score(
             contributions.append(np.where(present, (after - ratio * before) / scale, 0.0))
     if not contributions:
         return GoldScore(means, relative, math.nan, np.full(len(before), math.nan))
-    return GoldScore(means, relative, float(np.nanmean(list(relative.values()))), np.mean(contributions, axis=0))
+    return GoldScore(means, relative, float(np.nanmean([*relative.values()])), np.mean(contributions, axis=0))
 
 
 def gold_difference(before: GoldScore, after: GoldScore) -> tuple[float, float]:
-    """
-    How the gold score changed between two evaluations of the same prompts and seeds: the difference of the averages,
-    `after` less `before`, and its standard error, paired over the prompts; NaN for a single prompt.
-    """
+    """How the gold score changed between two evaluations of the same prompts and seeds: the difference of the
+    averages, `after` less `before`, and its standard error, paired over the prompts; NaN for a single prompt."""
     if before.influence.shape != after.influence.shape:
         numbers = f"{len(before.influence)} and of {len(after.influence)}"
         raise ValueError(f"The gold scores are of {numbers} prompts, but must be of the same ones.")
