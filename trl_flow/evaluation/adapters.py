@@ -195,9 +195,7 @@ def _does_not_fit(adapter: Adapter, pipeline: DiffusionPipeline, error: Exceptio
         folder = Path(adapter.path).parent
         inside = sorted(path.name for path in folder.iterdir())[:10] if folder.is_dir() else []
         hint = f" The folder {folder} holds {inside}." if inside else ""
-        return ValueError(
-            f"the adapter {adapter.name!r}: there is no file or folder {adapter.path!r}, and it could not be had from "
-            f"the Hub either: {cause}.{hint}"
-        )
+        what = f"the adapter {adapter.name!r}: there is no file or folder {adapter.path!r}"
+        return ValueError(f"{what}, and it could not be had from the Hub either: {cause}.{hint}")
     what = f"the adapter {adapter.name!r} ({adapter.path}) could not be loaded into this {type(pipeline).__name__}"
     return ValueError(f"{what}: {cause}. Was it trained on another model?")

@@ -29,16 +29,10 @@ def diversity(
     """
     Mean over the prompts of the mean distance between two different images of the prompt.
 
-    Args:
-        images (`Sequence[PIL.Image.Image]`): `N` images, those of one prompt next to each other.
-        num_images_per_prompt (`int`): `K`, at least 2 and a divisor of `N`.
-        embed (`Callable`, *optional*): gives images features `(N, D)`, of which Euclidean distances are taken, such
-            as the unit vectors of an image encoder. By default images are reduced to 32 x 32 RGB, and the distance
-            is the root mean square of the differences: 0 for equal images, 1 for a black and a white one.
-
-    Raises:
-        ValueError: if `num_images_per_prompt` does not fit the number of images, or `embed` gives anything but one
-            vector for each image.
+    `images` are `N`, those of one prompt next to each other, `K` (at least 2) for each. `embed` gives them features
+    `(N, D)`, of which Euclidean distances are taken, such as the unit vectors of an image encoder. By default images
+    are reduced to 32 x 32 RGB, and the distance is the root mean square of the differences: 0 for equal images, 1 for
+    a black and a white one. `ValueError` if `K` does not fit `N`, or `embed` gives anything but one vector for each.
     """
     features = pixel_features(thumbnails(images)) if embed is None else np.asarray(embed(images), dtype=np.float64)
     if features.ndim != 2 or len(features) != len(images):

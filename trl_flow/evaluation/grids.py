@@ -91,16 +91,10 @@ def image_grid(
     Captions are wrapped at the image's width and cut, with an ellipsis, after eight lines; line breaks in them are
     kept. Characters that the font lacks appear as boxes.
 
-    Args:
-        images (`Sequence[PIL.Image.Image]`): the images, of any sizes and modes.
-        captions (`Sequence[str]`, *optional*): one for each image.
-        columns (`int`, *optional*): images in a row; by default about as many as there are rows.
-        path (`str` or `os.PathLike`, *optional*): file to write as well; its folder is made if need be.
-        upscale (`int`, *optional*): factor by which all images are enlarged, by nearest neighbor. By default the
-            smallest with which the largest image has a side of 128 pixels or more.
-
-    Raises:
-        ValueError: if there is no image, or not one caption for each, or `columns` or `upscale` is below 1.
+    The images may be of any sizes and modes; `columns` of them are in a row, by default about as many as there are
+    rows. `path` is a file to write as well; its folder is made if need be. All images are enlarged by the factor
+    `upscale`, by nearest neighbor, by default the smallest with which the largest has a side of 128 pixels or more.
+    `ValueError` if there is no image, or not one caption for each, or `columns` or `upscale` is below 1.
     """
     if len(images) == 0:
         raise ValueError("images is empty: there is nothing to put into a grid.")

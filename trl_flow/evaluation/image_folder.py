@@ -48,8 +48,6 @@ class ImageFolder:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
 
-    # ---- what is drawn ----
-
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keeps other processes from writing here, where the system can (Windows cannot). The lock ends with the
@@ -80,18 +78,16 @@ class ImageFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"output_dir {self.path} is a file. Give a folder.")
         if (self.path / SETTINGS).is_file():
-            files = (path for path in self.path.rglob("*") if path.is_file())
-            earlier = self.settings() if any(path.name not in (SETTINGS, _LOCK) for path in files) else None
+            names = {path.name for path in self.path.rglob("*") if path.is_file()}
+            earlier = self.settings() if names - {SETTINGS, _LOCK} else None
             if earlier and (differences := _differences(earlier, settings, models, sets)):
                 raise ValueError(
                     f"output_dir {self.path} holds images of another evaluation: {', '.join(differences)}. Choose "
                     "another folder, or the same settings."
                 )
         elif self.path.is_dir() and any(child.name != _LOCK for child in self.path.iterdir()):
-            raise ValueError(
-                f"output_dir {self.path} is not empty and holds no {SETTINGS} of an earlier evaluation, so its files "
-                "are left alone. Choose another folder."
-            )
+            what = f"is not empty and holds no {SETTINGS} of an earlier evaluation, so its files are left alone"
+            raise ValueError(f"output_dir {self.path} {what}. Choose another folder.")
         existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         if not os.access(existing, os.W_OK | os.X_OK):
             raise ValueError(f"output_dir {self.path} cannot be written: this user may not write to {existing}.")
@@ -108,8 +104,6 @@ class ImageFolder:
             hint = "Draw one first: trl-flow evaluate --model ... --prompts ... --output_dir DIR."
             raise ValueError(f"{self.path} is no evaluation's folder: it has no {SETTINGS}. {hint}")
         return read_json(self.path / SETTINGS)
-
-    # ---- images ----
 
     def image_path(self, set_name: str, model: str, index: int) -> Path:
         """Where the image is, or will be."""
@@ -135,8 +129,6 @@ class ImageFolder:
         except (OSError, SyntaxError) as error:
             hint = "Delete it and evaluate again: it is drawn anew."
             raise ValueError(f"The image {path} is missing or damaged ({error}). {hint}") from error
-
-    # ---- scores ----
 
     def scores(self, rewards: Mapping[str, str], columns: Mapping[str, str]) -> ScoreLists:
         """The scores that may be used again: but for those of rewards that something else of the same name has

@@ -24,11 +24,9 @@ class DrawingOptions:
     """
     What decides, with models and prompts, what is drawn. Names as in diffusers; `None` is the pipeline's own default.
 
-    Attributes:
-        seed (`int`): non-negative; an image's noise depends on it and on the image's index alone.
-        num_images_per_prompt (`int`): images for each prompt, `K`.
-        batch_size (`int`): images at a time. It changes images by rounding only, but all must be drawn with one.
-        dtype, device (`str` or `None`): of the pipeline; filled in when it is loaded.
+    An image's noise depends on the non-negative `seed` and on the image's index alone. `batch_size`, images at a time,
+    changes images by rounding only, but all must be drawn with one. `dtype` and `device` are filled in when the
+    pipeline is loaded.
     """
 
     seed: int = 0

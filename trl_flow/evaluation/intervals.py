@@ -69,10 +69,8 @@ def prompt_means(scores: Sequence[float] | np.ndarray, num_images_per_prompt: in
     the scores are not `(N,)` with `N` a multiple of `num_images_per_prompt`."""
     scores = np.asarray(scores, dtype=np.float64)
     if scores.ndim != 1 or num_images_per_prompt < 1 or len(scores) % num_images_per_prompt != 0:
-        raise ValueError(
-            f"The scores have the shape {scores.shape} and num_images_per_prompt is {num_images_per_prompt}, but the "
-            "shape must be (N,) with N a multiple of it."
-        )
+        what = f"The scores have the shape {scores.shape} and num_images_per_prompt is {num_images_per_prompt}"
+        raise ValueError(f"{what}, but the shape must be (N,) with N a multiple of it.")
     groups = scores.reshape(-1, num_images_per_prompt)
     counts = (~np.isnan(groups)).sum(axis=1)
     return np.where(counts > 0, np.nansum(groups, axis=1) / np.maximum(counts, 1), math.nan)

@@ -170,9 +170,6 @@ def all_plots(run: Run, folder: str | os.PathLike | None = None) -> dict[str, Pa
     return drawn
 
 
-# ---- What was logged ----
-
-
 def _histories(runs: Runs) -> dict[str, LogHistory]:
     """Logs by label; a single run has none."""
     if runs == {}:
@@ -224,9 +221,6 @@ def _series(log_history: LogHistory, *keys: str) -> list[list[float]]:
     """The steps at which all keys were logged, and the values of each."""
     entries = [entry for entry in log_history if all(is_number(entry.get(key)) for key in keys)]
     return [[entry[key] for entry in entries] for key in ("step", *keys)]
-
-
-# ---- Figures ----
 
 
 def _side_by_side(rows: dict[str, list], width: float) -> Iterator[tuple[str, np.ndarray, list, float]]:

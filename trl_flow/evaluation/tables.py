@@ -13,6 +13,10 @@ INTERVALS = (
     "± is half of a 95% confidence interval: Student's, over the prompts, with each prompt's images averaged first. "
     "Differences are paired: each prompt's score less the base model's, of images drawn from the same noise."
 )
+_AVERAGE = (
+    "Average: the mean of the gold rewards, each divided by the base model's mean (GRPO-Guard, Table 1); its interval "
+    "is that of a ratio of means over the same prompts."
+)
 
 
 def score_table(differences: Mapping[str, PairedDifference]) -> str:
@@ -99,15 +103,8 @@ def title(results: Mapping[str, Any]) -> str:
 
 def legend(results: Mapping[str, Any]) -> str:
     """What the tables' numbers are."""
-    text = INTERVALS
-    if results["proxy"]:
-        text += " [In brackets]: rewards that were optimized."
-    if results["gold"]:
-        text += (
-            " Average: the mean of the gold rewards, each divided by the base model's mean (GRPO-Guard, Table 1); its "
-            "interval is that of a ratio of means over the same prompts."
-        )
-    return text
+    text = INTERVALS + (" [In brackets]: rewards that were optimized." if results["proxy"] else "")
+    return f"{text} {_AVERAGE}" if results["gold"] else text
 
 
 def _with_half(mean: float | None, low: float | None) -> str:
@@ -138,10 +135,9 @@ def vote_markdown(results: Mapping[str, Any]) -> str:
             mean, low, high = (f"{found['preference'][name]:.0%}" for name in ("mean", "low", "high"))
             prompts = f"{markdown_text(comparison['set'])} ({comparison['num_prompts']})"
             rows.append([prompts, models, QUESTIONS[question].lower(), *counts, mean, f"{low} to {high}"])
-    voters = results["num_voters"]
+    voters = "1 person" if results["num_voters"] == 1 else f"{results['num_voters']} people"
     return (
-        "## Human comparison\n\n"
-        f"Blind votes of {voters} {'person' if voters == 1 else 'people'}, order and sides at random.\n\n"
+        f"## Human comparison\n\nBlind votes of {voters}, order and sides at random.\n\n"
         f"{markdown_table(header, rows, left=3)}\n\n"
         "Counts are votes. Shares are means over prompts; preferred is wins and half the ties, with Wilson's interval "
         "for as many cases as prompts: 50% is no preference."

@@ -57,16 +57,9 @@ class VoteServer:
     arrangement of their own; every vote is on disk before the next pair is shown. What is sent to the browser holds no
     model's name, until all pairs are voted on and the voter asks for the results.
 
-    Args:
-        folder (`str` or `os.PathLike`): an evaluation's folder.
-        models (`Sequence[str]`, *optional*): names; the others are compared with the first. By default all, the base
-            model first.
-        pairs (`int`): prompts of each set, for each comparison.
-        seed (`int`): of the choice of pairs, their order and their sides.
-        port (`int`): 0 is any that is free.
-
-    Raises:
-        ValueError: if there is nothing to vote on, or the port is taken.
+    `folder` is an evaluation's. The first of the `models` (names; by default all, the base model first) is compared
+    with each of the others, on `pairs` prompts of each set. `seed` is of the choice of pairs, their order and their
+    sides; port 0 is any that is free. `ValueError` if there is nothing to vote on, or the port is taken.
     """
 
     def __init__(self, folder: str | os.PathLike, *, models: Sequence[str] | None = None, pairs=100, seed=0, port=0):
@@ -114,8 +107,6 @@ class VoteServer:
         """Puts the votes so far into `results.json`, `results.md` and `votes.png`."""
         with self._report_lock:
             update_votes(self.folder.path)
-
-    # ---- what the browser asks for ----
 
     def answer(self, action: str, request: dict[str, Any]) -> dict[str, Any]:
         """What a voter does (`"next"`, `"vote"`, `"undo"` or `"results"`), and where that leaves them; `VoteError` if
