@@ -14,23 +14,10 @@ from trl_flow.backbones.stable_diffusion_xl import StableDiffusionXLBackbone
 from trl_flow.backbones.z_image import ZImageBackbone
 
 
-__all__ = [
-    "BACKBONES",
-    "Backbone",
-    "DDIMSchedule",
-    "Flux2KleinBackbone",
-    "FluxBackbone",
-    "FluxKontextBackbone",
-    "QwenImageBackbone",
-    "QwenImageEditBackbone",
-    "QwenImageEditPlusBackbone",
-    "Schedule",
-    "StableDiffusion3Backbone",
-    "StableDiffusionBackbone",
-    "StableDiffusionXLBackbone",
-    "ZImageBackbone",
-    "get_backbone",
-]
+__all__ = ["BACKBONES", "Backbone", "DDIMSchedule", "Flux2KleinBackbone", "FluxBackbone", "FluxKontextBackbone"]
+__all__ += ["QwenImageBackbone", "QwenImageEditBackbone", "QwenImageEditPlusBackbone", "Schedule"]
+__all__ += ["StableDiffusion3Backbone", "StableDiffusionBackbone", "StableDiffusionXLBackbone", "ZImageBackbone"]
+__all__ += ["get_backbone"]
 
 # The name of the pipeline's class -> the backbone
 BACKBONES: dict[str, type[Backbone]] = {
