@@ -303,7 +303,6 @@ class PackedBackbone(Backbone):
         return height // multiple, width // multiple
 
     def _grid(self) -> tuple[int, int]:
-        """Height and width of the image in tokens."""
         return self._tokens(self.height, self.width)
 
     def latent_shape(self) -> tuple[int, ...]:
@@ -330,7 +329,6 @@ class EditingBackbone(PackedBackbone):
         """Height and width at which the transformer sees an image of this size."""
 
     def _input_grid(self) -> tuple[int, int]:
-        """Height and width in tokens of the image to edit."""
         return self._tokens(*self._input_size(self.height, self.width))
 
     def _image_latents(self, pixels: Tensor) -> Tensor:

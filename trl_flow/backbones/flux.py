@@ -107,17 +107,14 @@ class FluxKontextBackbone(EditingBackbone, FluxBackbone):
         self.check_image_size(image.height, image.width)
         height, width = self._input_size(self.height, self.width)
         processor = self.pipeline.image_processor
-        image_latents = self._image_latents(
-            processor.preprocess(processor.resize(image, height, width), height, width)
-        )
-        return super().encode_prompt(prompt) | {"image_latents": image_latents}
+        pixels = processor.preprocess(processor.resize(image, height, width), height, width)
+        return super().encode_prompt(prompt) | {"image_latents": self._image_latents(pixels)}
 
     def _image_ids(self, device: torch.device) -> Tensor:
-        own = super()._image_ids(device)
         image_ids = self.pipeline._prepare_latent_image_ids(1, *self._input_grid(), device, self.dtype)
         # As in the pipeline's `prepare_latents`: the first number tells the image from the drawn latents
         image_ids[:, 0] = 1
-        return torch.cat([own, image_ids])
+        return torch.cat([super()._image_ids(device), image_ids])
 
     def call_arguments(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         arguments = super().call_arguments(settings)

@@ -91,9 +91,8 @@ class QwenImageBackbone(PackedBackbone):
         return arguments
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        vae = self.pipeline.vae
-        latents = self.pipeline._unpack_latents(latents, self.height, self.width, self.pipeline.vae_scale_factor)
-        latents = latents.to(vae.dtype)
+        vae, factor = self.pipeline.vae, self.pipeline.vae_scale_factor
+        latents = self.pipeline._unpack_latents(latents, self.height, self.width, factor).to(vae.dtype)
         statistics = (vae.config.latents_mean, vae.config.latents_std)
         mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1).to(latents) for values in statistics)
         # A video of one frame; divided by the inverse as in the pipeline
@@ -125,10 +124,8 @@ class QwenImageEditBackbone(EditingBackbone, QwenImageBackbone):
         return self._scaled(self.input_area, height, width)
 
     def check_image_size(self, height: int, width: int) -> None:
-        if any(
-            self._scaled(area, height, width) != self._scaled(area, self.height, self.width)
-            for area in (self.input_area, self.seen_area)
-        ):
+        areas = (self.input_area, self.seen_area)
+        if any(self._scaled(area, height, width) != self._scaled(area, self.height, self.width) for area in areas):
             raise ValueError(
                 f"It is {height} pixels high and {width} wide, but must have the aspect ratio of the drawn images, "
                 f"{self.height} x {self.width}: a batch holds one shape only. Crop the images, or set height and "
