@@ -30,9 +30,33 @@ from trl_flow.functional.transitions import (
 from trl_flow.functional.vgpo import cumulative_values, dual_advantages, value_share, value_weights
 
 
-__all__ = ["Transition", "adapt_power", "clipped_loss", "combine_rewards", "cps_transition", "cumulative_values"]
-__all__ += ["dance_sde_transition", "ddim_transition", "dual_advantages", "effective_sample_share", "fill_missing"]
-__all__ += ["flow_sde_transition", "frac_zero_std", "gaussian_kl", "gaussian_log_prob", "group_advantages"]
-__all__ += ["log_ratio", "max_advantage_power", "max_advantage_power_bounded", "normalize_then_sum", "ode_transition"]
-__all__ += ["project_to_data", "ratio_statistics", "super_linear", "timestep_weight", "transition_kl", "value_share"]
-__all__ += ["value_weights"]
+__all__ = [
+    "Transition",
+    "adapt_power",
+    "clipped_loss",
+    "combine_rewards",
+    "cps_transition",
+    "cumulative_values",
+    "dance_sde_transition",
+    "ddim_transition",
+    "dual_advantages",
+    "effective_sample_share",
+    "fill_missing",
+    "flow_sde_transition",
+    "frac_zero_std",
+    "gaussian_kl",
+    "gaussian_log_prob",
+    "group_advantages",
+    "log_ratio",
+    "max_advantage_power",
+    "max_advantage_power_bounded",
+    "normalize_then_sum",
+    "ode_transition",
+    "project_to_data",
+    "ratio_statistics",
+    "super_linear",
+    "timestep_weight",
+    "transition_kl",
+    "value_share",
+    "value_weights",
+]

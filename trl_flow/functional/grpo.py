@@ -5,8 +5,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from trl_flow.functional._base import Number, deviations, in_groups, latent_mean, per_sample, promote, spread, step_std
 from trl_flow.functional._checks import check_choice, check_finite, check_number, check_shapes
+from trl_flow.functional._tensors import (
+    STD_EPSILON,
+    Number,
+    deviations,
+    in_groups,
+    latent_mean,
+    noise_scale,
+    per_sample,
+    promote,
+    spread,
+)
 
 
 def clipped_loss(
@@ -22,12 +32,18 @@ def clipped_loss(
         loss = -weight min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A),  r = exp(log_ratio)
 
     Args:
-        log_ratio, advantages: `(B,)`, the former from `log_ratio`.
+        log_ratio: `(B,)`, from `log_ratio`.
+        advantages: `(B,)`.
         epsilon: clip range below 1, at least 0; the published ones are as small as 2e-6.
         epsilon_high: clip range above 1, at least 0; `epsilon` if None.
         weight: `(B,)`, from `timestep_weight`; 1 if None.
 
-    Returns `(B,)`. Raises `ValueError` if a shape is not `(B,)`, or a clip range is negative."""
+    Returns:
+        `(B,)`.
+
+    Raises:
+        ValueError: a shape is not `(B,)`, or a clip range is negative.
+    """
     check_shapes("(B,)", log_ratio=log_ratio, advantages=advantages, weight=weight)
     high = epsilon if epsilon_high is None else epsilon_high
     check_number("epsilon", epsilon, 0)
@@ -47,10 +63,15 @@ def ratio_statistics(
     Args:
         log_ratio, advantages, epsilon, epsilon_high: as for `clipped_loss`.
 
-    Returns tensors `(B,)`: `"deviation"`, `r - 1`, with all the digits that it would lose beside 1; and of 0 and 1
-    `"above"`, `r > 1 + epsilon_high`, and `"below"`, `r < 1 - epsilon` (GRPO-Guard, Fig. 4 of the supplement),
-    `"high"`, those above with a positive advantage, and `"low"`, those below with a negative one, on which the
-    clipping acts (TRL's `clip_ratio`). Raises `ValueError` if a shape is not `(B,)`."""
+    Returns:
+        Tensors `(B,)`: `"deviation"`, `r - 1`, with all the digits that it would lose beside 1; and of 0 and 1
+        `"above"`, `r > 1 + epsilon_high`, and `"below"`, `r < 1 - epsilon` (GRPO-Guard, Fig. 4 of the supplement),
+        `"high"`, those above with a positive advantage, and `"low"`, those below with a negative one, on which the
+        clipping acts (TRL's `clip_ratio`).
+
+    Raises:
+        ValueError: a shape is not `(B,)`.
+    """
     check_shapes("(B,)", log_ratio=log_ratio, advantages=advantages)
     log_r, a = promote(log_ratio, advantages)
     excess = torch.expm1(log_r)
@@ -67,27 +88,41 @@ def gaussian_kl(mean: Tensor, ref_mean: Tensor, diffusion: Number) -> Tensor:
     without `dt`.
 
     Args:
-        mean, ref_mean: `(B, ...)`, the trained model's and the frozen reference's.
+        mean: `(B, ...)`, the trained model's.
+        ref_mean: `(B, ...)`, the frozen reference's.
         diffusion: `(B,)` or scalar, above 0.
 
-    Returns `(B,)`. Raises `ValueError` if a shape does not fit."""
+    Returns:
+        `(B,)`.
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
     check_shapes("(B, ...)", mean=mean, ref_mean=ref_mean)
     current, reference = promote(mean, ref_mean)
     return latent_mean((current - reference) ** 2) / (2 * per_sample("diffusion", diffusion, current) ** 2)
 
 
 def transition_kl(mean: Tensor, old_mean: Tensor, std: Number) -> Tensor:
-    """The KL divergence of two transitions of the same step, `mean((mean - old_mean)^2) / (2 std^2)`, a mean over the
-    latent's dimensions. With the mean stored at rollout it is how far the updates since have moved the policy.
+    """The KL divergence of two transitions of the same step, `mean((mean - old_mean)^2) / (2 std^2)`.
+
+    A mean over the latent's dimensions, as `gaussian_log_prob` is. With the mean stored at rollout it is how far the
+    updates since have moved the policy.
 
     Args:
-        mean, old_mean: `(B, ...)`, the trained model's and the one stored at rollout.
+        mean: `(B, ...)`, the trained model's.
+        old_mean: `(B, ...)`, the one stored at rollout.
         std: `(B,)` or scalar, the standard deviation of the step, above 0.
 
-    Returns `(B,)`. Raises `ValueError` if a shape does not fit, or a `std` on the CPU is not above 0."""
+    Returns:
+        `(B,)`.
+
+    Raises:
+        ValueError: a shape does not fit; a `std` on the CPU is not above 0.
+    """
     check_shapes("(B, ...)", mean=mean, old_mean=old_mean)
     current, previous = promote(mean, old_mean)
-    return latent_mean((current - previous) ** 2) / (2 * step_std(std, current) ** 2)
+    return latent_mean((current - previous) ** 2) / (2 * noise_scale(std, current) ** 2)
 
 
 def group_advantages(
@@ -110,15 +145,20 @@ def group_advantages(
         num_generations: samples per prompt.
         scale_rewards: what to divide by.
 
-    Returns `(N,)`; 0 for samples without a reward. Raises `ValueError` if `rewards` is not `(N,)`, does not split into
-    groups, or holds infinity (this check waits for an accelerator), or `scale_rewards` is unknown."""
+    Returns:
+        `(N,)`; 0 for samples without a reward.
+
+    Raises:
+        ValueError: `rewards` is not `(N,)`, does not split into groups, or holds infinity (this check waits for an
+            accelerator); `scale_rewards` is unknown.
+    """
     check_shapes("(N,)", rewards=rewards)
     check_choice("scale_rewards", scale_rewards, ("group", "batch", "none"))
     grouped = in_groups("rewards", rewards, num_generations)
     check_finite("rewards", rewards, allow_nan=True)
     centered = deviations(grouped)
     if scale_rewards == "group":
-        centered = centered / spread(centered)
+        centered = centered / (spread(centered) + STD_EPSILON)
     elif scale_rewards == "batch":
-        centered = centered / spread(deviations(grouped.view(1, -1)))
+        centered = centered / (spread(deviations(grouped.view(1, -1))) + STD_EPSILON)
     return centered.nan_to_num(nan=0.0).view(-1)

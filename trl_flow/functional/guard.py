@@ -1,6 +1,7 @@
 """GRPO-Guard (arXiv:2510.22319): importance ratios that clip evenly at all steps, and the weight of a step.
 
-The `kind`s of `log_ratio` and `timestep_weight` span the paper's Table 2; its own is `"ratio_norm"`, `"inverse_dt"`.
+The two choices, `kind` of `log_ratio` and `kind` of `timestep_weight`, span the paper's Table 2; GRPO-Guard itself is
+`"ratio_norm"` with `"inverse_dt"`.
 """
 
 from typing import Literal
@@ -8,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from trl_flow.functional._base import Number, latent_mean, over_latent, per_sample, promote, step_std
 from trl_flow.functional._checks import check_choice, check_shapes
+from trl_flow.functional._tensors import Number, latent_mean, noise_scale, over_latent, per_sample, promote
 
 
 def log_ratio(
@@ -31,23 +32,30 @@ def log_ratio(
     | `"mean_revised"` | `-mean(Delta eps) / std` | GRPO-Guard Table 2 |
     | `"ratio_norm"` | `-mean(Delta eps)` | GRPO-Guard Eq. 8 |
 
-    Flow-GRPO and DanceGRPO have the standard one; so has Flow-CPS (arXiv:2509.05952), with a `std` of `sqrt(1 / 2)`:
-    it scores a sample by `-mean((sample - mean)^2)`. No log-probability is needed: these are numbers of order 1 whose
+    Flow-GRPO and DanceGRPO have the standard one. No log-probability is needed: these are numbers of order 1 whose
     difference is of order 1e-7 at 65,536 dimensions, so that in float32 it would be a tenth rounding. Exactly 0 while
     the model is the one that sampled, whatever the kind.
 
+    Flow-CPS (arXiv:2509.05952) scores a sample by `-mean((sample - mean)^2)`, without the variance. Its ratio is
+    `"standard"` with a `std` of `sqrt(1 / 2)`.
+
     Args:
-        sample, old_mean: `(B, ...)`, the next latent and the mean of the step as stored at rollout.
+        sample: `(B, ...)`, the next latent as stored at rollout.
         mean: `(B, ...)`, the trained model's mean of the step.
+        old_mean: `(B, ...)`, the mean stored at rollout.
         std: `(B,)` or scalar, the standard deviation of the step, above 0.
         kind: which ratio.
 
-    Returns `(B,)`, float32 (float64 from float64 input). Raises `ValueError` if a shape does not fit, `kind` is
-    unknown, or a `std` on the CPU is not above 0."""
+    Returns:
+        `(B,)`, float32 (float64 from float64 input).
+
+    Raises:
+        ValueError: a shape does not fit; `kind` is unknown; a `std` on the CPU is not above 0.
+    """
     check_shapes("(B, ...)", sample=sample, mean=mean, old_mean=old_mean)
     check_choice("kind", kind, ("standard", "mean_revised", "ratio_norm"))
     x, current, previous = promote(sample, mean, old_mean)
-    scale = step_std(std, x)
+    scale = noise_scale(std, x)
     move = current - previous
     normalized = latent_mean(move * ((x - previous) / over_latent(scale, x)))
     if kind == "ratio_norm":
@@ -79,7 +87,12 @@ def timestep_weight(
         dt: `(B,)` or scalar, length of the step, above 0.
         beta: `(B,)` or scalar, `1 + eta^2 (1 - t) / (2 t)` for Dance-SDE; only the two kinds that name it look at it.
 
-    Returns `(B,)`. Raises `ValueError` if a shape does not fit, `kind` is unknown, or `beta` is missing."""
+    Returns:
+        `(B,)`.
+
+    Raises:
+        ValueError: a shape does not fit; `kind` is unknown; `beta` is missing.
+    """
     check_shapes("(B,)", std=std)
     check_choice("kind", kind, ("none", "temp", "inverse_dt", "beta_over_dt", "inverse_beta_dt"))
     (scale,) = promote(std)

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from trl_flow.functional._base import deviations, in_groups, promote, spread
 from trl_flow.functional._checks import check_finite, check_shapes
+from trl_flow.functional._tensors import STD_EPSILON, deviations, in_groups, promote, spread
 
 
 def combine_rewards(rewards_per_func: Tensor, weights: Tensor) -> Tensor:
@@ -14,7 +14,12 @@ def combine_rewards(rewards_per_func: Tensor, weights: Tensor) -> Tensor:
         rewards_per_func: `(..., K)`, NaN where a reward does not apply.
         weights: `(K,)`. A reward with weight 0 is only watched: it gives a sample no reward.
 
-    Returns `(...)`; NaN where no reward with a weight applies. Raises `ValueError` if `weights` is not `(K,)`."""
+    Returns:
+        `(...)`; NaN where no reward with a weight applies.
+
+    Raises:
+        ValueError: `weights` is not `(K,)`.
+    """
     rewards, factors = _rewards_and_weights(rewards_per_func, weights)
     return (rewards * factors).nansum(dim=-1).masked_fill((rewards.isnan() | (factors == 0)).all(dim=-1), torch.nan)
 
@@ -38,28 +43,38 @@ def normalize_then_sum(rewards: Tensor, weights: Tensor, num_generations: int) -
         weights: `(K,)`. A reward with weight 0 has no part in anything.
         num_generations: samples per prompt.
 
-    Returns `(N,)`; 0 for samples to which no reward applies, which are also left out of the batch's standard
-    deviation. Raises `ValueError` if `rewards` is not `(N, K)`, does not split into groups, or holds infinity (this
-    check waits for an accelerator), or `weights` is not `(K,)`."""
+    Returns:
+        `(N,)`; 0 for samples to which no reward applies, which are also left out of the batch's standard deviation.
+
+    Raises:
+        ValueError: `rewards` is not `(N, K)`, does not split into groups, or holds infinity (this check waits for an
+            accelerator); `weights` is not `(K,)`.
+    """
     check_shapes("(N, K)", rewards=rewards)
     values, factors = _rewards_and_weights(rewards, weights)
     grouped = in_groups("rewards", values, num_generations)[:, :, factors != 0]
     check_finite("rewards", rewards, allow_nan=True)
     centered = deviations(grouped)
-    normalized = centered / spread(centered)
+    normalized = centered / (spread(centered) + STD_EPSILON)
     total = (normalized * factors[factors != 0]).nansum(dim=2).masked_fill(normalized.isnan().all(dim=2), torch.nan)
-    return (total / spread(total.view(1, -1))).nan_to_num(nan=0.0).view(-1)
+    return (total / (spread(total.view(1, -1)) + STD_EPSILON)).nan_to_num(nan=0.0).view(-1)
 
 
 def fill_missing(rewards: Tensor, num_generations: int) -> Tensor:
-    """Puts the group's mean in place of a NaN, for `cumulative_values`, which needs a number at every step. There a
-    sample has no relative advantage and leaves the others' means as they are.
+    """Puts the group's mean in place of a NaN, for `cumulative_values`, which needs a number at every step.
+
+    At its group's mean a sample has no relative advantage and leaves the others' means as they are.
 
     Args:
         rewards: `(N, ...)`, such as instant rewards `(N, T)`; the `num_generations` samples of a prompt contiguous.
         num_generations: samples per prompt.
 
-    Returns `(N, ...)`; 0 where the whole group is NaN. Raises `ValueError` if `rewards` does not split into groups."""
+    Returns:
+        `(N, ...)`; 0 where the whole group is NaN.
+
+    Raises:
+        ValueError: `rewards` does not split into groups.
+    """
     grouped = in_groups("rewards", rewards, num_generations)
     mean = grouped.nanmean(dim=1, keepdim=True).nan_to_num(nan=0.0)
     return torch.where(grouped.isnan(), mean, grouped).flatten(0, 1)
@@ -73,7 +88,12 @@ def frac_zero_std(rewards: Tensor, num_generations: int) -> Tensor:
             a reward does not apply, differs from nothing.
         num_generations: samples per prompt.
 
-    Returns a scalar tensor. Raises `ValueError` if `rewards` does not split into groups."""
+    Returns:
+        A scalar tensor.
+
+    Raises:
+        ValueError: `rewards` does not split into groups.
+    """
     grouped = in_groups("rewards", rewards[:, None].flatten(1), num_generations)
     highest, lowest = grouped.nan_to_num(nan=-torch.inf).amax(dim=1), grouped.nan_to_num(nan=torch.inf).amin(dim=1)
     return (highest <= lowest).all(dim=1).to(grouped.dtype).mean()

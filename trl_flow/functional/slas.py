@@ -6,19 +6,25 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from trl_flow.functional._base import promote
 from trl_flow.functional._checks import check_finite, check_number
+from trl_flow.functional._tensors import promote
 
 
 def super_linear(advantages: Tensor, power: float) -> Tensor:
-    """The shaped advantage `sign(A) |A|^(1 + gamma)` (SLAS Eq. 20, the metric weight `|A|^gamma` of Eq. 17). It widens
-    those above 1 and shrinks those below: meant for advantages scaled by the batch's standard deviation.
+    """The shaped advantage `sign(A) |A|^(1 + gamma)` (SLAS Eq. 20, the metric weight `|A|^gamma` of Eq. 17).
+
+    Meant for advantages scaled by the batch's standard deviation. It widens those above 1 and shrinks those below.
 
     Args:
         advantages: any shape.
         power: `gamma`, at least 0; 0 gives the advantages back as they are.
 
-    Returns the shape of `advantages`. Raises `ValueError` if `power` is negative or not finite."""
+    Returns:
+        The shape of `advantages`.
+
+    Raises:
+        ValueError: `power` is negative or not finite.
+    """
     check_number("power", power, 0)
     (values,) = promote(advantages)
     if power == 0:
@@ -35,7 +41,9 @@ def effective_sample_share(advantages: Tensor) -> Tensor:
     Args:
         advantages: any shape.
 
-    Returns a scalar tensor; 0 where all advantages are 0."""
+    Returns:
+        A scalar tensor; 0 where all advantages are 0.
+    """
     (values,) = promote(advantages)
     squares = values.numel() * values.square().sum()
     return values.abs().sum() ** 2 / squares.clamp(min=torch.finfo(values.dtype).tiny)
@@ -55,7 +63,9 @@ def adapt_power(power: float, kl: float, target_kl: float, *, gain: float, max_p
         gain: the change for a factor of e between the two, at most which the power moves at once.
         max_power: the power stays in `[0, max_power]`; `inf` for no limit.
 
-    Returns the power of the next update."""
+    Returns:
+        The power of the next update.
+    """
     distance = math.log(target_kl / kl) if kl > 0 else math.inf
     return min(max(power + gain * min(max(distance, -1.0), 1.0), 0.0), max_power)
 
@@ -80,9 +90,13 @@ def max_advantage_power(
         learning_rate: `lr`, at least 0.
         max_kl: the KL an update may cause, above 0.
 
-    Returns the upper end of the interval: a number at least 0. 0 if no power satisfies the bound, or none above 0
-    does; `inf` if there is no upper limit, because no advantage is above 1 in magnitude or the update has length 0.
-    Raises `ValueError` if there are no advantages, one is NaN or infinite, or a number is out of its domain."""
+    Returns:
+        The upper end of the interval: a number at least 0. 0 if no power satisfies the bound, or none above 0 does;
+        `inf` if there is no upper limit, because no advantage is above 1 in magnitude or the update has length 0.
+
+    Raises:
+        ValueError: there are no advantages, one is NaN or infinite, or a number is out of its domain.
+    """
     log_limit = _log_limit(grad_sq_norm, fisher_eigenvalue, learning_rate, max_kl)
     check_finite("advantages", advantages)
     if advantages.numel() == 0:
@@ -124,8 +138,13 @@ def max_advantage_power_bounded(
         bound: `M`, at least 0, of the linear advantages: the range that they are clamped to, for example.
         grad_sq_norm, fisher_eigenvalue, learning_rate, max_kl: as for `max_advantage_power`.
 
-    Returns a number at least 0. 0 if no power is safe for all such advantages, or none above 0 is; `inf` for `M < 1`,
-    for `M = 1` if `C >= 1`, and for an update of length 0. Raises `ValueError` if a number is out of its domain."""
+    Returns:
+        A number at least 0. 0 if no power is safe for all such advantages, or none above 0 is; `inf` for `M < 1`, for
+        `M = 1` if `C >= 1`, and for an update of length 0.
+
+    Raises:
+        ValueError: a number is out of its domain.
+    """
     check_number("bound", bound, 0)
     log_limit = _log_limit(grad_sq_norm, fisher_eigenvalue, learning_rate, max_kl)
     if bound < 1 or log_limit == math.inf or (bound == 1 and log_limit >= 0):
@@ -146,7 +165,7 @@ def _log_limit(grad_sq_norm: float, fisher_eigenvalue: float, learning_rate: flo
 
 
 def _last_before(start: float, is_beyond: Callable[[float], bool]) -> float:
-    """The largest number from `start` on that is not beyond, where `start` is not and all large ones are."""
+    """The largest number from `start` on that is not beyond, given that `start` is not and all large ones are."""
     low, high = start, start + 1
     while not is_beyond(high):
         low, high = high, 2 * high - start

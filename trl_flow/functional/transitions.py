@@ -16,16 +16,17 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from trl_flow.functional._base import Number, latent_mean, over_latent, per_sample, promote, step_std
 from trl_flow.functional._checks import check_choice, check_number, check_on_cpu, check_shapes
+from trl_flow.functional._tensors import Number, latent_mean, noise_scale, over_latent, per_sample, promote
 
 
 class Transition(NamedTuple):
     """The Gaussian `N(mean, std^2 I)` from which the next latent is drawn, `mean + std * noise`.
 
     Attributes:
-        mean: `(B, ...)`, as the latents; float32 (float64 from float64 input). Differentiable in the prediction.
-        std: `(B,)`, the same dtype. 0 where the step is deterministic.
+        mean: `(B, ...)`, the shape of the latents; float32 (float64 from float64 input). Differentiable in the model's
+            prediction.
+        std: `(B,)`, the same dtype; one standard deviation per sample. 0 where the step is deterministic.
     """
 
     mean: Tensor
@@ -48,12 +49,15 @@ def flow_sde_transition(
     Args:
         velocity: `(B, ...)`, predicted at `latents` and `sigma`.
         latents: `(B, ...)`, `x_t`.
-        sigma, sigma_next: `(B,)` or scalar, `t` and `t'`.
+        sigma: `(B,)` or scalar, `t`.
+        sigma_next: `(B,)` or scalar, `t'`.
         noise_level: `eta`, at least 0. 0 gives `ode_transition` exactly.
         sigma_max: `(B,)` or scalar, below 1: the schedule's second sigma, in place of a `sigma` that equals 1.
 
-    Raises `ValueError` if a shape does not fit, `noise_level` is negative, or sigmas on the CPU are out of order or
-    out of `[0, 1]`."""
+    Raises:
+        ValueError: a shape does not fit; `noise_level` is negative; sigmas on the CPU are out of order or out of
+            `[0, 1]`.
+    """
     check_number("noise_level", noise_level, 0)
     x, v, t, t_next = _prepare(velocity, latents, sigma, sigma_next)
     limit = per_sample("sigma_max", sigma_max, x)
@@ -78,7 +82,9 @@ def dance_sde_transition(
         velocity, latents, sigma, sigma_next: as for `flow_sde_transition`; `sigma` above 0.
         noise_level: `eta`, at least 0. 0 gives `ode_transition` exactly.
 
-    Raises as `flow_sde_transition`."""
+    Raises:
+        ValueError: as `flow_sde_transition`.
+    """
     check_number("noise_level", noise_level, 0)
     x, v, t, t_next = _prepare(velocity, latents, sigma, sigma_next)
     dt = t - t_next
@@ -95,20 +101,23 @@ def cps_transition(
         std = t' sin(eta pi / 2)
         mean = (1 - t') x0 + sqrt(t'^2 - std^2) x1
 
-    The noise level after the step is right for every step length: the predicted data keeps the weight `1 - t'`, the
-    predicted and the fresh noise together `t'`. Where the data is one point, this keeps the marginals exactly. But it
-    is no discretization of an SDE, `std` does not shrink with the step: of data that spreads a part of the variance is
-    lost that more steps do not bring back (Gaussian data, exact velocity, 100 to 400 steps: 6 to 8 percent at a noise
-    level of 0.3, 28 at 0.7).
+    The predicted data keeps the weight `1 - t'`, and the predicted and the fresh noise together keep `t'`: the noise
+    level after the step is right for every step length. Where the data is one point, so that the predictions are
+    exact, this keeps the marginals exactly. It is not the discretization of an SDE, though, `std` does not shrink with
+    the step: of data that spreads it keeps the mean, but loses a part of the variance that more steps do not bring
+    back (Gaussian data, exact velocity, 100 to 400 steps: 6 to 8 percent at a noise level of 0.3, 28 at 0.7).
 
-    The step to `t' = 0` is deterministic, `std = 0`. Flow-CPS as published scores a sample by `-mean((x - mean)^2)`;
-    up to a constant, which no ratio sees, that is `gaussian_log_prob` with a `std` of `sqrt(1 / 2)`.
+    The step to `t' = 0` is deterministic, `std = 0`. Flow-CPS as published scores a sample by
+    `-mean((x - mean)^2)`; up to a constant, which no ratio sees, that is `gaussian_log_prob` with a `std` of
+    `sqrt(1 / 2)`.
 
     Args:
         velocity, latents, sigma, sigma_next: as for `flow_sde_transition`.
         noise_level: `eta` in `[0, 1]`. 0 gives `ode_transition` exactly; 1 replaces all of the noise.
 
-    Raises as `flow_sde_transition`, and `ValueError` if `noise_level` is not in `[0, 1]`."""
+    Raises:
+        ValueError: as `flow_sde_transition`; `noise_level` is not in `[0, 1]`.
+    """
     check_number("noise_level", noise_level, 0, 1)
     x, v, t, t_next = _prepare(velocity, latents, sigma, sigma_next)
     noise_prediction = x + over_latent(1 - t, x) * v
@@ -125,7 +134,9 @@ def ode_transition(velocity: Tensor, latents: Tensor, sigma: Number, sigma_next:
     Args:
         velocity, latents, sigma, sigma_next: as for `flow_sde_transition`.
 
-    Raises as `flow_sde_transition`."""
+    Raises:
+        ValueError: as `flow_sde_transition`.
+    """
     x, v, t, t_next = _prepare(velocity, latents, sigma, sigma_next)
     return Transition(x - v * over_latent(t - t_next, x), torch.zeros_like(t))
 
@@ -159,7 +170,9 @@ def ddim_transition(
         noise_level: `eta` in `[0, 1]`; 0 is deterministic DDIM, 1 has the variance of DDPM.
         prediction_type: what the model predicts, diffusers' names.
 
-    Raises `ValueError` if a shape does not fit, `noise_level` is not in `[0, 1]`, or `prediction_type` is unknown."""
+    Raises:
+        ValueError: a shape does not fit; `noise_level` is not in `[0, 1]`; `prediction_type` is unknown.
+    """
     check_number("noise_level", noise_level, 0, 1)
     check_choice("prediction_type", prediction_type, ("epsilon", "v_prediction"))
     check_shapes("(B, ...)", noise_pred=noise_pred, latents=latents)
@@ -187,12 +200,18 @@ def gaussian_log_prob(sample: Tensor, transition: Transition) -> Tensor:
         sample: `(B, ...)`, the next latent, rounded to the dtype in which it is stored.
         transition: where it was drawn from, or what the trained model makes of the same step.
 
-    Returns `(B,)`. Raises `ValueError` if a shape does not fit, or a `std` on the CPU is not above 0: a deterministic
-    step has no log-probability. On an accelerator, which is not made to wait, the result is NaN or infinite."""
+    Returns:
+        `(B,)`.
+
+    Raises:
+        ValueError: a shape does not fit; a `std` on the CPU is not above 0: a deterministic step has no
+            log-probability. On an accelerator, which is not made to wait, the result is NaN or infinite instead.
+    """
     check_shapes("(B, ...)", sample=sample, mean=transition.mean)
     x, mean = promote(sample, transition.mean)
-    std = step_std(transition.std, x)
-    return -0.5 * latent_mean(((x - mean) / over_latent(std, x)) ** 2) - std.log() - 0.5 * math.log(2 * math.pi)
+    std = noise_scale(transition.std, x)
+    scaled = (x - mean) / over_latent(std, x)
+    return -0.5 * latent_mean(scaled**2) - std.log() - 0.5 * math.log(2 * math.pi)
 
 
 def project_to_data(latents: Tensor, sigma: Number, velocity: Tensor) -> Tensor:
@@ -203,17 +222,25 @@ def project_to_data(latents: Tensor, sigma: Number, velocity: Tensor) -> Tensor:
         sigma: `(B,)` or scalar, `t`; 0 gives the latents back.
         velocity: `(B, ...)`, predicted at `latents` and `sigma`.
 
-    Returns `(B, ...)`. Raises `ValueError` if a shape does not fit."""
+    Returns:
+        `(B, ...)`.
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
     check_shapes("(B, ...)", velocity=velocity, latents=latents)
     x, v = promote(latents, velocity)
     return x - over_latent(per_sample("sigma", sigma, x), x) * v
 
 
-def _prepare(velocity: Tensor, latents: Tensor, sigma: Number, sigma_next: Number) -> tuple[Tensor, ...]:
-    """Latents and velocity in one dtype and the two sigmas as `(B,)`."""
+def _prepare(
+    velocity: Tensor, latents: Tensor, sigma: Number, sigma_next: Number
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gives latents and velocity in one dtype and the two sigmas as `(B,)`."""
     check_shapes("(B, ...)", velocity=velocity, latents=latents)
     x, v = promote(latents, velocity)
-    t, t_next = per_sample("sigma", sigma, x), per_sample("sigma_next", sigma_next, x)
+    t = per_sample("sigma", sigma, x)
+    t_next = per_sample("sigma_next", sigma_next, x)
     rule = "a step goes from noise to data, 1 >= sigma >= sigma_next >= 0."
     check_on_cpu((t_next >= 0) & (t_next <= t) & (t <= 1), rule, sigma=t, sigma_next=t_next)
     return x, v, t, t_next

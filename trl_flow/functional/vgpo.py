@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from trl_flow.functional._base import deviations, in_groups, promote, spread
 from trl_flow.functional._checks import check_finite, check_number, check_shapes
+from trl_flow.functional._tensors import STD_EPSILON, deviations, in_groups, promote, spread
 
 
 def cumulative_values(instant_rewards: Tensor, discount: float) -> Tensor:
@@ -17,7 +17,12 @@ def cumulative_values(instant_rewards: Tensor, discount: float) -> Tensor:
             noisiest step. A NaN makes the values up to its step NaN, see `fill_missing`.
         discount: `gamma`, at least 0 and below 1; 0 gives the instant rewards.
 
-    Returns `(B, T)`. Raises `ValueError` if `instant_rewards` is not `(B, T)`, or `discount` is out of its domain."""
+    Returns:
+        `(B, T)`.
+
+    Raises:
+        ValueError: `instant_rewards` is not `(B, T)`; `discount` is out of its domain.
+    """
     check_shapes("(B, T)", instant_rewards=instant_rewards)
     check_number("discount", discount, 0)
     if discount >= 1:
@@ -32,13 +37,19 @@ def cumulative_values(instant_rewards: Tensor, discount: float) -> Tensor:
 def value_weights(values: Tensor) -> Tensor:
     """How much each step of a sample counts, `omega_t = Q_t / mean_t(Q_t)` (VGPO Eq. 12).
 
-    The weights of a sample average to 1 and lie in `[0, T]`; they are 1 where all its values are 0.
+    The weights of a sample average to 1 and lie in `[0, T]`. A sample whose values are all 0 has weights of 1: none of
+    its steps is worth more than another.
 
     Args:
         values: `(B, T)`, from `cumulative_values`, never negative.
 
-    Returns `(B, T)`. Raises `ValueError` if `values` is not `(B, T)`, or holds NaN, infinity or a negative value
-    (these checks wait for an accelerator)."""
+    Returns:
+        `(B, T)`.
+
+    Raises:
+        ValueError: `values` is not `(B, T)`, or holds NaN, infinity or a negative value (these checks wait for an
+            accelerator).
+    """
     check_shapes("(B, T)", values=values)
     check_finite("values", values)
     (q,) = promote(values)
@@ -70,9 +81,13 @@ def dual_advantages(values: Tensor, num_generations: int, *, scale: float) -> Te
         num_generations: samples per prompt.
         scale: `k`, at least 0; 0 leaves the relative part alone.
 
-    Returns `(B, T)`; 0 for samples with NaN, whatever `k`. Raises `ValueError` if `values` is not `(B, T)`, does not
-    split into groups, or holds infinity or a negative value (these checks wait for an accelerator), or `scale` is
-    negative."""
+    Returns:
+        `(B, T)`; 0 for samples with NaN, whatever `k`.
+
+    Raises:
+        ValueError: `values` is not `(B, T)`, does not split into groups, or holds infinity or a negative value (these
+            checks wait for an accelerator); `scale` is negative.
+    """
     check_number("scale", scale, 0)
     relative, absolute = _dual_parts(values, num_generations)
     return relative + scale * absolute
@@ -86,7 +101,12 @@ def value_share(values: Tensor, num_generations: int, *, scale: float) -> Tensor
     Args:
         values, num_generations, scale: as for `dual_advantages`.
 
-    Returns a scalar tensor; 0 where both parts are 0. Raises as `dual_advantages`."""
+    Returns:
+        A scalar tensor; 0 where both parts are 0.
+
+    Raises:
+        ValueError: as `dual_advantages`.
+    """
     check_number("scale", scale, 0)
     relative, absolute = (part.abs().sum() for part in _dual_parts(values, num_generations))
     return scale * absolute / (scale * absolute + relative).clamp(min=torch.finfo(relative.dtype).tiny)
@@ -98,5 +118,5 @@ def _dual_parts(values: Tensor, num_generations: int) -> tuple[Tensor, Tensor]:
     missing = values.isnan().any(dim=1, keepdim=True)
     weights = value_weights(values.masked_fill(missing, 0.0))
     centered = deviations(in_groups("values", values.masked_fill(missing, torch.nan), num_generations))
-    relative = (centered / spread(centered)).flatten(0, 1)
+    relative = (centered / (spread(centered) + STD_EPSILON)).flatten(0, 1)
     return tuple((weights * part).masked_fill(missing, 0.0) for part in (relative, *promote(values)))

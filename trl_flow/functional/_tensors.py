@@ -8,15 +8,22 @@ from trl_flow.functional._checks import check_on_cpu
 
 Number = float | Tensor  # a Python number, a scalar tensor or one number per sample, `(B,)`
 
+# Added to every standard deviation that divides an advantage. TRL's GRPOTrainer has the same 1e-4.
+STD_EPSILON = 1e-4
+
 
 def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Casts all to one dtype: float64 if any of them is float64, float32 otherwise."""
-    dtype = torch.float64 if torch.float64 in {tensor.dtype for tensor in tensors} else torch.float32
+    dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 
 def per_sample(name: str, value: Number, like: Tensor) -> Tensor:
-    """Gives `value`, a number or a tensor of shape `()` or `(B,)`, as `(B,)` in the dtype of `like`, `(B, ...)`."""
+    """Gives `value`, a number or a tensor of shape `()` or `(B,)`, as `(B,)` in the dtype of `like`, `(B, ...)`.
+
+    Raises:
+        ValueError: `value` has another shape.
+    """
     value = value.to(like) if isinstance(value, Tensor) else like.new_full((), value)
     if value.shape not in ((), like.shape[:1]):
         raise ValueError(
@@ -26,7 +33,7 @@ def per_sample(name: str, value: Number, like: Tensor) -> Tensor:
     return value.expand(like.shape[0])
 
 
-def step_std(std: Number, like: Tensor) -> Tensor:
+def noise_scale(std: Number, like: Tensor) -> Tensor:
     """`per_sample` for the standard deviation of a step; one on the CPU must be above 0."""
     scale = per_sample("std", std, like)
     check_on_cpu(
@@ -49,7 +56,11 @@ def latent_mean(latents: Tensor) -> Tensor:
 
 
 def in_groups(name: str, values: Tensor, num_generations: int) -> Tensor:
-    """Splits `(N, ...)` into groups, `(P, G, ...)`, in float32 or float64."""
+    """Splits `(N, ...)` into groups, `(P, G, ...)`, in float32 or float64.
+
+    Raises:
+        ValueError: the samples do not split into whole groups of `num_generations`.
+    """
     number = values.shape[0]
     if num_generations < 1 or number == 0 or number % num_generations != 0:
         raise ValueError(
@@ -68,7 +79,6 @@ def deviations(grouped: Tensor) -> Tensor:
 
 
 def spread(deviations: Tensor) -> Tensor:
-    """What divides an advantage: each group's unbiased standard deviation, `(P, G, ...)` to `(P, 1, ...)`, NaN left
-    out and 0 for groups of one, plus the 1e-4 that TRL's GRPOTrainer adds."""
+    """Each group's unbiased standard deviation, `(P, G, ...)` to `(P, 1, ...)`, NaN left out; 0 for groups of one."""
     number = (~deviations.isnan()).sum(dim=1, keepdim=True)
-    return (deviations.square().nansum(dim=1, keepdim=True) / (number - 1).clamp(min=1)).sqrt() + 1e-4
+    return (deviations.square().nansum(dim=1, keepdim=True) / (number - 1).clamp(min=1)).sqrt()
