@@ -4,26 +4,36 @@ A `step` is an index into the schedule, or a tensor `(B,)` with one for each sam
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from trl_flow import functional
 from trl_flow.backbones.base import DDIMSchedule, Schedule
-from trl_flow.functional import (
-    Transition,
-    cps_transition,
-    dance_sde_transition,
-    ddim_transition,
-    flow_sde_transition,
-    ode_transition,
-    project_to_data,
-)
+from trl_flow.functional import Transition
 
 
 Step = int | torch.Tensor
 
 
+class _Dynamics:
+    @property
+    def stochastic_steps(self) -> list[int]:
+        """The steps that add noise; the others cannot be trained: the last one of CPS, and of DDIM where it ends at
+        `a' = 1` or does not move at all (`set_alpha_to_one` and `steps_offset` of the scheduler)."""
+        probe = self.schedule.timesteps.new_zeros(1, 1, dtype=torch.float32)
+        steps = range(self.schedule.num_steps)
+        return [step for step in steps if self.transition(probe, probe, step).std.item() > 0]
+
+    def gain(self, step: Step) -> torch.Tensor:
+        """The factor with which the prediction enters the mean, `-d mean / d prediction`, above 0, as `step`."""
+        # The mean is linear in the prediction
+        one = torch.ones_like(self.schedule.timesteps[step], dtype=torch.float32).view(-1, 1)
+        return -self.transition(one, torch.zeros_like(one), step).mean.view_as(self.schedule.timesteps[step])
+
+
 @dataclass(frozen=True)
-class FlowDynamics:
+class FlowDynamics(_Dynamics):
     """
     The transitions of a flow model, whose prediction is the velocity `v = x_1 - x_0`.
 
@@ -37,28 +47,24 @@ class FlowDynamics:
     sde_type: str
     noise_level: float
 
-    @property
-    def stochastic_steps(self) -> list[int]:
-        """The steps that add noise; the others, such as the last one of CPS, cannot be trained."""
-        return _stochastic_steps(self)
-
     def transition(self, prediction: torch.Tensor, latents: torch.Tensor, step: Step) -> Transition:
         """The stochastic transition of `step` from `latents`, both tensors `(B, ...)`."""
         sigma, sigma_next = self.schedule.sigmas[step], self.schedule.sigmas[step + 1]
-        arguments = (prediction, latents, sigma, sigma_next)
-        if self.sde_type == "flow":
-            sigma_max = self.schedule.sigmas[1]
-            return flow_sde_transition(*arguments, noise_level=self.noise_level, sigma_max=sigma_max)
-        function = {"dance": dance_sde_transition, "cps": cps_transition}[self.sde_type]
-        return function(*arguments, noise_level=self.noise_level)
+        function = {
+            "flow": partial(functional.flow_sde_transition, sigma_max=self.schedule.sigmas[1]),
+            "dance": functional.dance_sde_transition,
+            "cps": functional.cps_transition,
+        }[self.sde_type]
+        return function(prediction, latents, sigma, sigma_next, noise_level=self.noise_level)
 
     def ode_step(self, prediction: torch.Tensor, latents: torch.Tensor, step: int) -> torch.Tensor:
         """The latents after `step` without noise, an Euler step of the ODE, `(B, ...)`."""
-        return ode_transition(prediction, latents, self.schedule.sigmas[step], self.schedule.sigmas[step + 1]).mean
+        sigma, sigma_next = self.schedule.sigmas[step], self.schedule.sigmas[step + 1]
+        return functional.ode_transition(prediction, latents, sigma, sigma_next).mean
 
     def pred_original_sample(self, prediction: torch.Tensor, latents: torch.Tensor, step: int) -> torch.Tensor:
         """The clean latents that the model predicts before `step`: one ODE step to the end (VGPO, Eq. 10)."""
-        return project_to_data(latents, self.schedule.sigmas[step], prediction)
+        return functional.project_to_data(latents, self.schedule.sigmas[step], prediction)
 
     def dt(self, step: Step) -> torch.Tensor:
         """`t - t'`, above 0, a scalar or `(B,)` as `step` is."""
@@ -69,17 +75,13 @@ class FlowDynamics:
         sigma = self.schedule.sigmas[step]
         return 1 + self.noise_level**2 * (1 - sigma) / (2 * sigma)
 
-    def gain(self, step: Step) -> torch.Tensor:
-        """The factor with which the prediction enters the mean, `-d mean / d prediction`, above 0, as `step`."""
-        return _gain(self, step)
-
     def diffusion(self, transition: Transition, step: Step) -> torch.Tensor:
         """The diffusion coefficient `std / sqrt(dt)`, `(B,)`: the unit of Flow-GRPO's KL."""
         return transition.std / self.dt(step).sqrt()
 
 
 @dataclass(frozen=True)
-class DDIMDynamics:
+class DDIMDynamics(_Dynamics):
     """
     The stochastic transitions of DDIM, for U-Nets whose prediction is the noise or `v` (`schedule.prediction_type`).
 
@@ -90,12 +92,6 @@ class DDIMDynamics:
 
     schedule: DDIMSchedule
     noise_level: float
-
-    @property
-    def stochastic_steps(self) -> list[int]:
-        """The steps that add noise. The last one does not where it ends at `a' = 1` or does not move at all
-        (`set_alpha_to_one` and `steps_offset` of the scheduler)."""
-        return _stochastic_steps(self)
 
     def transition(self, prediction: torch.Tensor, latents: torch.Tensor, step: Step) -> Transition:
         """The stochastic transition of `step` from `latents`, both tensors `(B, ...)`."""
@@ -110,18 +106,14 @@ class DDIMDynamics:
         return self._step(prediction, latents, step, 1.0, 0.0).mean
 
     def dt(self, step: Step) -> torch.Tensor:
-        """The length of a step, as `step`: DDIM has none but [`gain`]."""
-        return self.gain(step)
-
-    def gain(self, step: Step) -> torch.Tensor:
         """
-        The factor with which the prediction enters the mean, `-d mean / d prediction`, above 0, as `step`.
+        The length of a step, as `step`: DDIM has none but [`gain`].
 
-        With `e` the predicted noise it is `c = sqrt(a' (1 - a) / a) - sqrt(1 - a' - std^2)`, and `sqrt(a) c` for
+        With `e` the predicted noise that is `c = sqrt(a' (1 - a) / a) - sqrt(1 - a' - std^2)`, and `sqrt(a) c` for
         v-prediction; at η = 0 `c` is `sqrt(a')` times the step in `sqrt((1 - a) / a)`. RatioNorm's gradient
         (GRPO-Guard, Eq. 8) is `-c mean(noise * d prediction)`, so that the weight `1 / dt` makes it equal over steps.
         """
-        return _gain(self, step)
+        return self.gain(step)
 
     def beta(self, step: Step) -> torch.Tensor:
         """1, as `step`: `dt` holds all of the factor, so that the weights of Dance-SDE are `1 / dt` here, too."""
@@ -134,8 +126,9 @@ class DDIMDynamics:
     def _step(
         self, prediction: torch.Tensor, latents: torch.Tensor, step: Step, alpha_next: torch.Tensor | float, eta: float
     ) -> Transition:
-        alpha, kind = self.schedule.alphas_cumprod[step], self.schedule.prediction_type
-        return ddim_transition(prediction, latents, alpha, alpha_next, noise_level=eta, prediction_type=kind)
+        options = {"noise_level": eta, "prediction_type": self.schedule.prediction_type}
+        alpha = self.schedule.alphas_cumprod[step]
+        return functional.ddim_transition(prediction, latents, alpha, alpha_next, **options)
 
 
 Dynamics = FlowDynamics | DDIMDynamics
@@ -146,18 +139,3 @@ def make_dynamics(schedule: Schedule | DDIMSchedule, *, sde_type: str, noise_lev
     if isinstance(schedule, DDIMSchedule):
         return DDIMDynamics(schedule, noise_level)
     return FlowDynamics(schedule, sde_type, noise_level)
-
-
-def _stochastic_steps(dynamics: Dynamics) -> list[int]:
-    probe = dynamics.schedule.timesteps.new_zeros(1, 1, dtype=torch.float32)
-    steps = range(dynamics.schedule.num_steps)
-    return [step for step in steps if dynamics.transition(probe, probe, step).std.item() > 0]
-
-
-def _gain(dynamics: Dynamics, step: Step) -> torch.Tensor:
-    # The mean is linear in the prediction
-    one = torch.ones(
-        *(step.shape if isinstance(step, torch.Tensor) else (1,)), 1, device=dynamics.schedule.timesteps.device
-    )
-    gain = -dynamics.transition(one, torch.zeros_like(one), step).mean[:, 0]
-    return gain if isinstance(step, torch.Tensor) else gain[0]

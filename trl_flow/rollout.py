@@ -123,7 +123,7 @@ def rollout(
     """
     schedule = dynamics.schedule
     last_step = schedule.num_steps if last_step is None else last_step
-    kept: dict[str, list[torch.Tensor]] = {"latents": [], "next_latents": [], "means": []}
+    kept: list[tuple[torch.Tensor, ...]] = []
     predicted: list[torch.Tensor] = []
     for step in range(first_step, last_step):
         if on_step is not None:
@@ -136,28 +136,20 @@ def rollout(
             noise = draw_noise(latents.shape[1:], generators, latents.device)
             next_latents = transition.mean + transition.std.view(-1, *[1] * (latents.ndim - 1)) * noise
             if step in plan.kept:
-                kept["latents"].append(latents)
-                kept["next_latents"].append(next_latents)
-                kept["means"].append(transition.mean)
+                kept.append((latents, next_latents, transition.mean))
         else:
             next_latents = dynamics.ode_step(prediction, latents, step)
         latents = next_latents
     if last_step == schedule.num_steps:
         predicted.append(latents)
 
-    def stacked(values: list[torch.Tensor]) -> torch.Tensor:
+    def stacked(values: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.stack(values, dim=1) if values else latents.new_zeros(len(latents), 0, *latents.shape[1:])
 
-    tensors, chosen = {name: stacked(values) for name, values in kept.items()}, None
+    of_steps, chosen = [stacked(values) for values in zip(*kept, strict=True)] or [stacked([])] * 3, None
     if plan.kept_per_sample is not None:
         permutations = [torch.randperm(len(plan.kept), generator=generator) for generator in generators]
         chosen = torch.stack(permutations)[:, : plan.kept_per_sample].sort().values.to(latents.device)
         samples = torch.arange(len(latents), device=latents.device)[:, None]
-        tensors = {name: tensor[samples, chosen] for name, tensor in tensors.items()}
-    return Rollout(
-        steps=plan.kept,
-        **tensors,
-        final=latents,
-        pred_original_samples=stacked(predicted) if plan.project else None,
-        chosen=chosen,
-    )
+        of_steps = [tensor[samples, chosen] for tensor in of_steps]
+    return Rollout(plan.kept, *of_steps, latents, stacked(predicted) if plan.project else None, chosen)
