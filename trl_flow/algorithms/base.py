@@ -75,7 +75,7 @@ class LossOutput:
 class StepSums:
     """Sums of the samples' statistics: for each unit and name the number of values, their sum, and that of squares."""
 
-    def __init__(self, sums: Mapping[int, Mapping[str, tuple[float, float, float]]]):
+    def __init__(self, sums: Mapping[int, Mapping[str, Sequence[float]]]):
         self._sums = sums
 
     @property

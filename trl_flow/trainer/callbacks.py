@@ -18,8 +18,7 @@ logger = logging.get_logger(__name__)
 
 
 class FlowProgressCallback(ProgressCallback):
-    """The training bar, with what is going on beside it (sampling, rewards, updating), and one short line a log. The
-    complete metrics go to the trackers and to `trainer_state.json`."""
+    """The training bar, with what is going on beside it (sampling, rewards, updating), and one short line a log."""
 
     # What a person watches; the rest (some forty values a log) would bury it
     SHOWN = ("reward", "reward_std", "kl", "clip_ratio/region_mean", "loss", "grad_norm", "step_time")
@@ -48,17 +47,15 @@ class FlowProgressCallback(ProgressCallback):
         if self.training_bar is not None:
             # A small model changes stage far more often than anybody, or a log file, can follow
             now = time.monotonic()
-            is_due = now - self._shown_at > 0.2
-            self.training_bar.set_postfix_str(stage, refresh=is_due)
-            self._shown_at = now if is_due else self._shown_at
+            self.training_bar.set_postfix_str(stage, refresh=now - self._shown_at > 0.2)
+            self._shown_at = now if now - self._shown_at > 0.2 else self._shown_at
 
 
 class LoopCallback(TrainerCallback):
-    """Calls the trainer once everything is prepared, before the first update, and after each optimizer step."""
+    """Calls the trainer before the first update, once everything is prepared, and after each optimizer step."""
 
     def __init__(self, on_train_begin: Callable[[], None], on_optimizer_step: Callable[[], None]):
-        self._on_train_begin = on_train_begin
-        self._on_optimizer_step = on_optimizer_step
+        self._on_train_begin, self._on_optimizer_step = on_train_begin, on_optimizer_step
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._on_train_begin()
@@ -93,7 +90,6 @@ class RunLogCallback(TrainerCallback):
             if (table := diagnostics_table(state.log_history)) is not None:
                 path = path.with_name("diagnostics.md")
                 path.write_text(table, encoding="utf-8")
-        except OSError as error:
-            # Training is worth more than its log, which checkpoints hold too
+        except OSError as error:  # training is worth more than its log, which checkpoints hold too
             self._writes = False
             logger.warning(f"{path} cannot be written ({error}): logs are kept in checkpoints and trackers only.")

@@ -40,10 +40,8 @@ def check_model(model: Any, backbone: Backbone | None, args: Any, config_class: 
 def check_single_device(args: FlowRLConfig) -> None:
     """Raises `ValueError` where transformers would use `nn.DataParallel`."""
     if args.n_gpu > 1:
-        raise ValueError(
-            f"{args.n_gpu} GPUs are visible to one process, and nn.DataParallel is not supported. Launch with "
-            "`accelerate launch` or `torchrun`, or show one GPU with CUDA_VISIBLE_DEVICES."
-        )
+        instead = "Launch with `accelerate launch` or `torchrun`, or show one GPU with CUDA_VISIBLE_DEVICES."
+        raise ValueError(f"{args.n_gpu} GPUs are visible to one process; nn.DataParallel is unsupported. {instead}")
 
 
 def named_eval_datasets(eval_dataset: Any) -> dict[str, Any]:
@@ -59,8 +57,8 @@ def check_dataset(dataset: Any, name: str) -> None:
         raise TypeError(f"{name} is a {type(dataset).__name__} of splits {list(dataset)}. Pass one: {name}[split].")
     if not isinstance(dataset, Dataset):
         raise TypeError(
-            f"{name} is {'missing' if dataset is None else 'a ' + type(dataset).__name__}, but must be a Dataset "
-            "(datasets.Dataset) with a column 'prompt', as of load_dataset(..., split='train') without streaming."
+            f"{name} is {'missing' if dataset is None else 'a ' + type(dataset).__name__}, but must be a "
+            "datasets.Dataset with a column 'prompt', such as load_dataset(..., split='train') without streaming."
         )
     columns = dataset.column_names
     if "prompt" not in columns:

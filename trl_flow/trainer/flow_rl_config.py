@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from types import UnionType
-from typing import Literal, get_args, get_origin
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -219,9 +219,7 @@ class FlowRLConfig(_BaseConfig):
             )
         if self.auto_find_batch_size:
             instead = "Set it to False and lower per_device_train_batch_size."
-            raise ValueError(
-                f"auto_find_batch_size is set, but a smaller batch would break the groups apart. {instead}"
-            )
+            raise ValueError(f"auto_find_batch_size is set, but smaller batches would break groups apart. {instead}")
         self._resolve_batches()
 
     @property
@@ -242,8 +240,9 @@ class FlowRLConfig(_BaseConfig):
 
     def _check_types(self) -> None:
         """Holds the values of this class's fields, and its subclasses', against their annotations."""
-        for name in {each.name for each in fields(self)} - set(_BaseConfig.__dataclass_fields__):
-            hint, value = type(self).__dataclass_fields__[name].type, getattr(self, name)
+        hints = get_type_hints(type(self))  # HfArgumentParser changes the types of the fields
+        for name in set(type(self).__dataclass_fields__) - set(_BaseConfig.__dataclass_fields__):
+            hint, value = hints[name], getattr(self, name)
             options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
             if value is None and type(None) in options:
                 continue
@@ -298,7 +297,7 @@ class FlowRLConfig(_BaseConfig):
             raise ValueError(
                 f"generation_batch_size is {self.generation_batch_size} = {sizes} x steps_per_generation "
                 f"({self.steps_per_generation}), which is not divisible by num_generations ({self.num_generations}): "
-                "groups must be complete. Change one of these, or gradient_accumulation_steps."
+                "groups must be complete. Change num_generations, one of these, or gradient_accumulation_steps."
             )
         updates = self.updates_per_generation
         if updates.denominator != 1 and updates.numerator != 1:

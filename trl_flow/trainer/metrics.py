@@ -91,7 +91,6 @@ class SampleLog:
             self._captions.append("\n".join(lines))
 
     def flush(self, state: TrainerState, handler: CallbackHandler) -> None:
-        """Writes the latest samples, if there are any since the last call."""
         if self._images:
             self.write(self._images, self._captions, f"step-{state.global_step:06d}", state, handler)
             self._images, self._captions = [], []

@@ -27,10 +27,10 @@ class OverOptimizationCallback(TrainerCallback):
 
     Each evaluation is compared with the one that had the highest gold average so far, at first the base model: if its
     reward is higher and its gold average is lower by more than `num_standard_errors` standard errors (of the
-    difference, paired over the prompts), for `patience` evaluations in a row, a warning is given, and training may
-    stop (`stop`). The model with the highest gold average is kept in `output_dir/best_gold`, in diffusers' format, with its
-    scores in `scores.json`. Needs `eval_reward_funcs` and an evaluation set of two or more prompts. A resumed run goes
-    on counting where its checkpoint stood.
+    difference, paired over the prompts), for `patience` evaluations in a row, a warning is given, and training stops
+    with `stop`. The model with the highest gold average is kept in `output_dir/best_gold`, in diffusers' format, with
+    its scores in `scores.json`. Needs `eval_reward_funcs` and an evaluation set of two or more prompts. A resumed run
+    goes on counting where its checkpoint stood.
 
     Args:
         patience (`int`): evaluations in a row, at least 1.

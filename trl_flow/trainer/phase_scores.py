@@ -173,8 +173,8 @@ class ScoringPhase:
             rewards = self._combine(by_func)
             present = rewards[~rewards.isnan()]
             if len(present) > 1:
-                for name, value in (("mean", present.mean()), ("std", present.std())):
-                    self.metrics[f"instant_reward/{name}_step_{t}"] = value.item()
+                self.metrics[f"instant_reward/mean_step_{t}"] = present.mean().item()
+                self.metrics[f"instant_reward/std_step_{t}"] = present.std().item()
         return torch.stack(steps, dim=1)
 
     def _score_predicted(self, latents: torch.Tensor) -> torch.Tensor:

@@ -52,9 +52,8 @@ class Condition:
 def prepare_module(backbone: Backbone, args: FlowRLConfig, peft_config: PeftConfig | None) -> torch.nn.Module:
     """Freezes the pipeline, makes its transformer (or U-Net) trainable, and returns what `Trainer` trains. Raises
     `ValueError` if a module has no values, or the trained one has adapters already."""
-    pipeline = backbone.pipeline
-    # Offloading would take the trained weights away between two forwards
-    pipeline.remove_all_hooks()
+    pipeline, model = backbone.pipeline, backbone.model
+    pipeline.remove_all_hooks()  # offloading would take the trained weights away between two forwards
     for name, module in pipeline.components.items():
         if not isinstance(module, torch.nn.Module):
             continue
@@ -66,7 +65,6 @@ def prepare_module(backbone: Backbone, args: FlowRLConfig, peft_config: PeftConf
         pipeline.vae.enable_slicing()
     if args.enable_vae_tiling:
         pipeline.vae.enable_tiling()
-    model = backbone.model
     if getattr(model, "peft_config", None):
         raise ValueError(
             f"The pipeline's {backbone.component} already has adapters ({', '.join(model.peft_config)}). Fuse "
@@ -122,7 +120,7 @@ class Policy:
                 instead = "Leave it out, or use processes without sharding (--accelerate_config multi_gpu)."
                 raise ValueError(f"{name} is not supported with FSDP or DeepSpeed, which shard the weights. {instead}")
         for name, module in backbone.pipeline.components.items():
-            # The prompt cache moves the text encoders where their embeddings are on disk
+            # The prompt cache moves text encoders whose embeddings are on disk
             elsewhere = module is backbone.model or (name.startswith("text_encoder") and args.precompute_prompt_embeds)
             if isinstance(module, torch.nn.Module) and not elsewhere and not is_quantized(module):
                 module.to(accelerator.device)
@@ -170,8 +168,8 @@ class Policy:
         return Condition(self.conditions(prompts, images), negative, scale)
 
     def predict(self, latents: torch.Tensor, timestep: torch.Tensor, condition: Condition) -> torch.Tensor:
-        """The prediction for latents `(B, ...)` at a value of the schedule's `timesteps`, guidance included: velocity of
-        flow models, noise or `v` of U-Nets, float32, `(B, ...)`."""
+        """The prediction for latents `(B, ...)` at a value of the schedule's `timesteps`, guidance included: the
+        velocity of flow models, noise or `v` of U-Nets, float32, `(B, ...)`."""
         # Gradients are reduced over processes by the wrapped module
         module = self._wrapped() if torch.is_grad_enabled() else self.sampling_module
         told = condition.positive, condition.negative, condition.guidance_scale

@@ -229,7 +229,7 @@ class PromptCache:
                     bar.update()
 
     def encode_ahead(self, args: FlowRLConfig, datasets: list[Dataset]) -> None:
-        """Writes all prompts of `datasets`, and the negative one, if there is a store. The processes share the work."""
+        """Writes all prompts of `datasets`, and the negative one, to the store, if any; processes share the work."""
         if self.store is None:
             return
         scales = {args.guidance_scale, args.eval_guidance_scale} - {None}

@@ -164,8 +164,7 @@ def step_of(checkpoint: str) -> int:
 
 
 def checkpoint_to_resume(given: str | os.PathLike | bool | None, args: FlowRLConfig) -> str | None:
-    """The checkpoint that `train(resume_from_checkpoint=given)` means. Raises `ValueError` if it is not complete, if
-    there is none, or if its run has come to its end."""
+    """The checkpoint that `train(resume_from_checkpoint=given)` means; `ValueError` without one to go on from."""
     if not given:
         return None
     checkpoint = last_complete_checkpoint(args.output_dir) if given is True else os.fspath(given)
@@ -195,8 +194,7 @@ def last_complete_checkpoint(output_dir: str) -> str:
 
 @contextlib.contextmanager
 def writing_checkpoint(folder: Path, args: FlowRLConfig) -> Iterator[None]:
-    """Around the writing of a checkpoint, on all processes: what could not be written to its end is removed, and a
-    `RuntimeError` says what to do."""
+    """Around the writing of a checkpoint, on all processes: a failed one is removed, and a `RuntimeError` raised."""
     is_main = args.process_index == 0
     try:
         # A folder left by a process that was killed while writing it would mix with this one

@@ -76,9 +76,8 @@ class Sampler:
         """Where the local samples of a generation batch begin: a step, the latents there, `(N, ...)`, and with
         `plan.project` the clean latents predicted before, if any. With `share_initial_noise` the images of a group are
         one and the same up to the first stochastic step: the ODE steps before it are taken once for each group."""
-        number, first_step = len(rows), min(plan.stochastic, default=0)
-        offset = self.args.process_index * number
-        indices, size = range(offset, offset + number), self.args.num_generations
+        number, size, first_step = len(rows), self.args.num_generations, min(plan.stochastic, default=0)
+        indices = range(self.args.process_index * number, (self.args.process_index + 1) * number)
         if not self.args.share_initial_noise:
             return 0, self._initial_noise(generation, indices), None
         groups = [index // size for index in indices]
