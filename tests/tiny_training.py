@@ -124,6 +124,7 @@ class Stages:
     ) -> list[MicroBatch]:
         """A sampling phase whose images get `rewards`, and with `instant` `(N, T)` those of each step."""
         plan, rows = self.algorithm.plan(generation), self.rows()
+        self.policy.sampling_weights = self.policy.copy_weights()
         buffer = RolloutBuffer(len(rows), self.args)
         for part in self.sampler.sample(rows, plan, generation):
             buffer.add(part.first, self.algorithm.keep(part.rollout))

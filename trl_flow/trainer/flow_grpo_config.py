@@ -1,5 +1,7 @@
 """[`FlowGRPOConfig`]: the switches of the clipped policy gradient. The presets below it only change defaults."""
 
+import contextlib
+import json
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -100,8 +102,7 @@ class FlowGRPOConfig(FlowRLConfig):
     beta: float = 0.0
     dense_rewards: bool = False
     value_discount: float = 0.9
-    # HfArgumentParser takes the second of these types
-    value_scale: float | list[float] | str = 0.0
+    value_scale: float | str | list[float] | None = 0.0  # as advantage_power
 
     def __post_init__(self):
         self._read_number("ratio_probe")
@@ -135,19 +136,19 @@ class FlowGRPOConfig(FlowRLConfig):
         return max(1, math.floor(self.timestep_fraction * num_stochastic + 1e-9))
 
     def _check_value_scale(self) -> None:
-        """A number, or one for each step; a list of one is what a command line makes of a number."""
-        scale = self.value_scale
-        if isinstance(scale, list | tuple):
-            scale = scale[0] if len(scale) == 1 else list(scale)
-        numbers = scale if isinstance(scale, list) else [scale]
+        """A number, or a list with one for each step; command lines give text."""
+        if isinstance(self.value_scale, str):
+            with contextlib.suppress(ValueError):
+                self.value_scale = json.loads(self.value_scale)
+        is_list = isinstance(self.value_scale, list | tuple)
+        numbers = list(self.value_scale) if is_list else [self.value_scale]
         ok = all(isinstance(k, int | float) and not isinstance(k, bool) and 0 <= k < math.inf for k in numbers)
         wanted = f"0 or more, or a list of such numbers with one for each of the {self.num_inference_steps} steps"
-        self._check("value_scale", ok and len(numbers) in (1, self.num_inference_steps), wanted)
-        self.value_scale = scale
+        self._check("value_scale", ok and (not is_list or len(numbers) == self.num_inference_steps), wanted)
 
     @property
     def has_value_scale(self) -> bool:
-        return any(self.value_scale) if isinstance(self.value_scale, list) else self.value_scale > 0
+        return self.value_scale > 0 if isinstance(self.value_scale, int | float) else any(self.value_scale)
 
     def _check_combinations(self) -> None:
         if self.train_last_step and self.sde_type == "cps":
@@ -266,5 +267,5 @@ class VGPOConfig(FlowGRPOConfig):
 
     dense_rewards: bool = True
     value_discount: float = 0.9
-    value_scale: float | list[float] | str = 0.05
+    value_scale: float | str | list[float] | None = 0.05
     share_initial_noise: bool = True
