@@ -201,6 +201,6 @@ def writing_checkpoint(folder: Path, args: FlowRLConfig) -> Iterator[None]:
         free = shutil.disk_usage(Path(args.output_dir)).free / 2**20
         raise RuntimeError(
             f"The checkpoint {folder} could not be written ({type(error).__name__}: {error}); {free:.0f} MiB are free "
-            "there. It is removed, and earlier ones are untouched. Make room and resume with "
+            "there. It is removed, and earlier checkpoints are untouched. Make room and resume with "
             "train(resume_from_checkpoint=True)."
         ) from error
