@@ -80,7 +80,8 @@ def check_backbone(backbone: Any, args: FlowRLConfig, peft_config: PeftConfig | 
         raise TypeError(f"backbone is a {kind}, but must be a trl_flow.backbones.Backbone. Subclass it: one file.")
     pipeline, model = backbone.pipeline, backbone.model
     if args.gradient_checkpointing and not getattr(model, "_supports_gradient_checkpointing", False):
-        raise ValueError(f"{type(model).__name__} has no gradient checkpointing. Set gradient_checkpointing=False.")
+        what = f"gradient_checkpointing is on, which {type(model).__name__} does not support"
+        raise ValueError(f"{what}. Set gradient_checkpointing=False.")
     if args.negative_prompt is not None and not backbone.takes_negative_prompt:
         raise ValueError(
             f"negative_prompt is {args.negative_prompt!r}, but {kind} takes none: this model's guidance leads away "

@@ -47,7 +47,7 @@ def quantization_settings(settings: dict[str, Any], compute_dtype: torch.dtype) 
     if unknown := [name for name in settings if name not in known]:
         raise ValueError(f"quantization_config has {', '.join(unknown)}, but only {', '.join(known)} are known.")
     if bool(settings.get("load_in_4bit")) == bool(settings.get("load_in_8bit")):
-        raise ValueError(f"quantization_config is {settings}, but must set load_in_4bit or load_in_8bit to true.")
+        raise ValueError(f"quantization_config is {settings}, but must have one of load_in_4bit and load_in_8bit.")
     return {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": compute_dtype} | settings
 
 
@@ -56,8 +56,9 @@ def _quantization_config(
 ) -> PipelineQuantizationConfig:
     if not trains_adapter:
         raise ValueError(
-            "The base weights are to be quantized (quantization_config, load_in_4bit or load_in_8bit): these cannot "
-            "be trained. Train an adapter: pass a peft_config (use_peft in a recipe), or leave the quantization out."
+            "The base weights are to be quantized (quantization_config, load_in_4bit or load_in_8bit), but "
+            "without a peft_config all weights are trained. Train an adapter: pass a peft_config (use_peft in a "
+            "recipe), or leave the quantization out."
         )
     if isinstance(given, PipelineQuantizationConfig):
         return given
