@@ -6,14 +6,6 @@ from trl_flow.memory.report import CARDS, GIB, as_json, as_text, savings
 
 
 __all__ = [
-    "CARDS",
-    "GIB",
-    "Estimate",
-    "Plan",
-    "as_json",
-    "as_text",
-    "empty_pipeline",
-    "estimate",
-    "fetch_configs",
+    "CARDS", "GIB", "Estimate", "Plan", "as_json", "as_text", "empty_pipeline", "estimate", "fetch_configs",
     "savings",
-]
+]  # fmt: skip

@@ -19,16 +19,8 @@ INDEX = "model_index.json"
 
 
 def fetch_configs(model: str | os.PathLike, revision: str | None = None, token: str | None = None) -> Path:
-    """
-    The folder with a pipeline's configuration files. Of a model on the Hub only these are downloaded.
-
-    Args:
-        model (`str` or `PathLike`): hub id, or a folder.
-        revision, token (`str`, *optional*): of the Hub.
-
-    Raises:
-        ValueError: if there is no such model, it is gated, or the Hub cannot be reached.
-    """
+    """The folder with the configuration files of a pipeline, `model`, which is a hub id or a folder. Of a model on the
+    Hub only these are downloaded; `ValueError` if there is none, it is gated, or the Hub cannot be reached."""
     folder, name = Path(model), os.fspath(model)
     if folder.is_file():
         raise ValueError(f"{name!r} is a file. Give the folder of a diffusers pipeline, or a hub id.")
@@ -37,11 +29,10 @@ def fetch_configs(model: str | os.PathLike, revision: str | None = None, token: 
         try:
             folder = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns))
         except Exception as error:  # without a connection the client raises errors of several libraries
-            reason = " ".join(str(error).split())
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise ValueError(
-                f"{name!r} is neither a folder nor a hub id, or its configuration files could not be fetched "
-                f"({type(error).__name__}: {reason}). Check the name and the network, and log in with `hf auth login` "
-                "if the model is private or gated. Or give a folder that holds the files."
+                f"{name!r} is neither a folder nor a hub id, or its configuration files could not be fetched ({reason}"
+                "). Check name and network, log in by `hf auth login`, or give a folder that holds the files."
             ) from error
     if not (folder / INDEX).is_file():
         raise ValueError(f"{name!r} is not a diffusers pipeline: it has no {INDEX}.")
@@ -50,13 +41,9 @@ def fetch_configs(model: str | os.PathLike, revision: str | None = None, token: 
 
 def empty_pipeline(folder: str | os.PathLike) -> DiffusionPipeline:
     """
-    Builds a pipeline on the meta device, where modules have shapes and dtypes but no data. It has no tokenizers.
-
-    Args:
-        folder (`str` or `PathLike`): with `model_index.json`, and `config.json` in a folder for each part.
-
-    Raises:
-        ValueError: if a file is missing or unfit, or the pipeline is not a supported one of diffusers.
+    Builds a pipeline on the meta device, where modules have shapes and dtypes but no data, from a folder with
+    `model_index.json`, and `config.json` in a folder for each part. It has no tokenizers. `ValueError` if a file is
+    missing or unfit, or the pipeline is not a supported one of diffusers.
     """
     index = read_json(Path(folder, INDEX))
     class_name = index.get("_class_name")
@@ -73,11 +60,11 @@ def empty_pipeline(folder: str | os.PathLike) -> DiffusionPipeline:
     for name, value in index.items():
         if name in arguments:
             arguments[name] = _part(Path(folder, name), *value) if isinstance(value, list) else value
-    if arguments.get("safety_checker") is None:
+    if (checker := arguments.get("safety_checker")) is None:
         return pipeline_class(**arguments)
     # Which the pipeline takes only together with its feature extractor
     pipeline = pipeline_class(**arguments | {"safety_checker": None, "requires_safety_checker": False})
-    pipeline.register_modules(safety_checker=arguments["safety_checker"])
+    pipeline.register_modules(safety_checker=checker)
     return pipeline
 
 
@@ -89,18 +76,15 @@ def _part(folder: Path, library: str | None, class_name: str | None) -> Any:
     # Or one of the classes that live beside a pipeline
     cls = getattr(libraries.get(library) or getattr(diffusers.pipelines, library, None), class_name, None)
     if cls is None and (folder / "config.json").is_file():
-        raise ValueError(
-            f"{folder} is a {class_name} of {library}, which the installed libraries do not have. Install a newer "
-            "diffusers or transformers."
-        )
+        what = f"a {class_name} of {library}, which the installed libraries do not have"
+        raise ValueError(f"{folder} is {what}. Install a newer diffusers or transformers.")
     if cls is None or not issubclass(cls, (SchedulerMixin, torch.nn.Module)):
         return None
     if issubclass(cls, SchedulerMixin):
         return cls.from_config(read_json(folder / "scheduler_config.json"))
-    config = read_json(folder / "config.json")
+    config, is_diffusers = read_json(folder / "config.json"), issubclass(cls, ModelMixin)
     try:
         with torch.device("meta"):
-            is_diffusers = issubclass(cls, ModelMixin)
             module = cls.from_config(config) if is_diffusers else cls(cls.config_class.from_dict(config))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{folder / 'config.json'} does not make a {class_name}: {error}.") from error

@@ -88,16 +88,13 @@ class Estimate:
 
 def estimate(model: str | Path | Backbone, plan: Plan) -> Estimate:
     """
-    Estimates the memory on one device of training a model as planned.
-
-    Weights, gradients, optimizer state and stored samples are counted exactly; activations by running the modules
-    without data, see [`trl_flow.memory.dry_run`].
+    Estimates the memory on one device of training a model as planned. Weights, gradients, optimizer state and stored
+    samples are counted exactly; activations by running the modules without data, see [`trl_flow.memory.dry_run`].
 
     Args:
         model (`str`, `Path` or [`Backbone`]): folder with a pipeline's configuration files, see
             [`~trl_flow.memory.fetch_configs`]; or a backbone, whose pipeline may be of any class. It is left as it is;
             its size, prompt length and dtypes count instead of the plan's.
-        plan ([`Plan`]): the training.
 
     Raises:
         ValueError: if the pipeline cannot be built from its configuration files, or cannot be trained so.
@@ -148,9 +145,8 @@ def estimate(model: str | Path | Backbone, plan: Plan) -> Estimate:
         others = sum(resident.values()) - resident.get("vae weights", 0) - (base if plan.quantization else 0)
         phases["encoding the prompts"] = max(0, encoders - others)
     sampling, updating = _dry_runs(model, backbone, policy, plan)
-    phases["sampling"] = sampling + whole
-    phases["decoding"] = _decoding_bytes(backbone, plan)
-    phases["updating"] = updating + whole
+    decoding = _decoding_bytes(backbone, plan)
+    phases |= {"sampling": sampling + whole, "decoding": decoding, "updating": updating + whole}
     used = sum(resident.values()) + max(phases.values())
     return Estimate(numbers, trained, resident, phases, allowance=CONTEXT + int(FRAGMENTATION * used))
 
@@ -218,19 +214,18 @@ def _linear_weights(module: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def _quantized_bytes(module: torch.nn.Module, settings: dict) -> int:
-    """
-    Bytes with the weights of all `Linear` layers as bitsandbytes keeps them: 4 bits and a float32 scale for each block
-    of 64 (nested: 8 bits, and a float32 for 256 of these), or 8 bits and a float32 for each row.
-    """
-
-    def quantized(weight: torch.Tensor) -> int:
+    """Bytes with the weights of all `Linear` layers as bitsandbytes keeps them: 4 bits and a float32 scale for each
+    block of 64 (nested: 8 bits, and a float32 for 256 of these), or 8 bits and a float32 for each row."""
+    total = _bytes(module)
+    for weight in _linear_weights(module):
+        number, blocks = weight.numel(), math.ceil(weight.numel() / 64)
         if settings.get("load_in_8bit"):
-            return weight.numel() + 4 * weight.shape[0]
-        blocks = math.ceil(weight.numel() / 64)
-        nested = settings.get("bnb_4bit_use_double_quant", False)
-        return math.ceil(weight.numel() / 2) + (blocks + 4 * math.ceil(blocks / 256) if nested else 4 * blocks)
-
-    return _bytes(module) + sum(quantized(weight) - weight.nbytes for weight in _linear_weights(module))
+            quantized = number + 4 * weight.shape[0]
+        else:
+            nested = settings.get("bnb_4bit_use_double_quant", False)
+            quantized = math.ceil(number / 2) + (blocks + 4 * math.ceil(blocks / 256) if nested else 4 * blocks)
+        total += quantized - weight.nbytes
+    return total
 
 
 def _largest_block(module: torch.nn.Module) -> int:
@@ -243,9 +238,7 @@ def _optimizer_bytes(name: str, trained: int) -> int:
     """Adam's two moments in the dtype of the trained weights, float32; of the others a rough figure."""
     if "8bit" in name:
         return 2 * trained
-    if name.startswith("lion"):
-        return 4 * trained
-    return 0 if name.startswith(("sgd", "adafactor")) else 8 * trained
+    return (0 if name.startswith(("sgd", "adafactor")) else 4 if name.startswith("lion") else 8) * trained
 
 
 # ---- Activations ----
@@ -255,18 +248,18 @@ def _dry_runs(
     model: str | Path | Backbone, backbone: Backbone, policy: torch.nn.Module, plan: Plan
 ) -> tuple[int, int]:
     """The peaks of a forward without gradients and of one with a backward pass."""
-    batch, guided = plan.args.per_device_train_batch_size, backbone.uses_guidance(plan.args.guidance_scale)
+    batch, empty = plan.args.per_device_train_batch_size, partial(torch.empty, device="meta")
 
     def condition() -> dict[str, torch.Tensor]:
         shapes = backbone.condition_shapes().items()
-        return {name: torch.empty(batch, *shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes}
+        return {name: empty(batch, *shape, dtype=dtype) for name, (shape, dtype) in shapes}
 
     def run(kernels: GPUKernels, backward: bool) -> None:
-        positive, negative = condition(), condition() if guided else None
-        latents = torch.empty(batch, *backbone.latent_shape(), device="meta")
-        timestep = torch.empty((), device="meta")
+        positive = condition()
+        negative = condition() if backbone.uses_guidance(plan.args.guidance_scale) else None
+        latents = empty(batch, *backbone.latent_shape())
         with torch.set_grad_enabled(backward):
-            prediction = backbone.guided_prediction(policy, latents, timestep, positive, negative, 2.0)
+            prediction = backbone.guided_prediction(policy, latents, empty(()), positive, negative, 2.0)
             kernels.forget()
             if backward:
                 prediction.square().mean().backward()

@@ -22,16 +22,10 @@ class PushError(RuntimeError):
 
 
 def upload(
-    folder: str | os.PathLike,
-    repo_id: str,
-    *,
-    token: str | None = None,
-    private: bool | None = None,
-    revision: str | None = None,
-    commit_message: str = "End of training",
-    path_in_repo: str | None = None,
+    folder: str | os.PathLike, repo_id: str, *, token: str | None = None, private: bool | None = None,
+    revision: str | None = None, commit_message: str = "End of training", path_in_repo: str | None = None,
     everything: bool = False,
-) -> CommitInfo:
+) -> CommitInfo:  # fmt: skip
     """
     Uploads weights, model card, curves and sample images of `folder` in one commit; makes the repository if need be.
 
@@ -43,18 +37,17 @@ def upload(
         revision (`str`, *optional*): branch to commit to, by default `main`.
         commit_message (`str`): title of the commit.
         path_in_repo (`str`, *optional*): subfolder of the repository to upload to.
-        everything (`bool`): upload every file of the folder, as for a checkpoint from which others go on training,
-            not only those that `PUBLISHED` names.
+        everything (`bool`): upload every file, as for a checkpoint, not only those that `PUBLISHED` names.
 
     Raises:
         PushError: if the Hub refuses or cannot be reached.
     """
     api = HfApi(token=token, library_name="trl_flow")
     patterns = {} if everything else {"allow_patterns": PUBLISHED, "ignore_patterns": NOT_PUBLISHED}
-    where = {"folder_path": folder, "path_in_repo": path_in_repo, "revision": revision}
+    where = {"path_in_repo": path_in_repo, "revision": revision, "commit_message": commit_message}
     try:
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
-        return api.upload_folder(repo_id=repo.repo_id, commit_message=commit_message, **where, **patterns)
+        return api.upload_folder(repo_id=repo.repo_id, folder_path=folder, **where, **patterns)
     except Exception as error:  # whatever the reason, the user has to know that the run is not lost
         raise PushError(
             f"{folder} could not be pushed to {api.endpoint}/{repo_id}: {error}\nNothing is lost: every file is still "
