@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 
-# A row and where in the file it stands, in words
-Row = tuple[str, dict[str, Any]]
+Row = tuple[str, dict[str, Any]]  # where in the file it stands, in words, and what it holds
 
 
 def read_prompts(path: str | os.PathLike, *, prompt_column: str = "prompt", suffix: str | None = None) -> "Dataset":

@@ -23,8 +23,7 @@ Row = dict[str, Any]
 FLOW_GRPO_MIX = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1}
 
 _COUNTS = {2: "two", 3: "three", 4: "four"}
-# All but "person", which is the first
-_COLORABLE = CLASSES[1:]
+_COLORABLE = CLASSES[1:]  # all but "person", which is the first
 
 # As `load_dataset("json", ...)` reads the published files. A position is a list of a word and a number, and keys are
 # left out where they do not apply: JSON is the type that keeps both
@@ -72,11 +71,9 @@ def generate_geneval_prompts(
 
 def geneval_benchmark() -> Dataset:
     """
-    GenEval's own 553 prompts, in its order: what published scores are measured on. Columns as from
-    [`generate_geneval_prompts`].
-
-    They are drawn again, as `create_prompts.py` drew them, from the same seed: 80 of single objects, 99 of two, 80 of
-    counting, 94 of colors, 100 each of position and color attribution.
+    GenEval's own 553 prompts, in its order: what published scores are measured on. They are drawn again, as
+    `create_prompts.py` drew them: 80 of single objects, 99 of two, 80 of counting, 94 of colors, 100 each of position
+    and color attribution. Columns as from [`generate_geneval_prompts`].
     """
     return _dataset(_benchmark_rows())
 

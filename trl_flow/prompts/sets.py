@@ -77,9 +77,8 @@ def load_geneval(split: str = "train", *, path: Source = None, revision: str | N
     """
     dataset = _flow_grpo_prompts("geneval", split, path, revision)
     _check_column("geneval", dataset, "include")
-    names = dict.fromkeys(("prompt", "tag", "include", "exclude", *dataset.column_names))
-    missing = [None] * len(dataset)
-    return dataset_of({name: dataset[name][:] if name in dataset.column_names else missing for name in names})
+    missing = dict.fromkeys(("prompt", "tag", "include", "exclude"), [None] * len(dataset))
+    return dataset_of(missing | dataset[:])
 
 
 def load_ocr(split: str = "train", *, path: Source = None, revision: str | None = None) -> "Dataset":
@@ -123,8 +122,7 @@ def load_hpdv2(split: str = "train", *, path: Source = None, revision: str | Non
     _check_split("hpdv2", split)
     if split != "benchmark":
         prompts = read_prompts(_hub_file("hpdv2", f"{split}.json", path, revision))["prompt"][:]
-        # One entry for each comparison of images
-        return dataset_of({"prompt": list(dict.fromkeys(prompts))})
+        return dataset_of({"prompt": list(dict.fromkeys(prompts))})  # the file has one for each comparison of images
     if path is not None and Path(path).is_file():
         files = {Path(path).stem: Path(path)}
     else:
@@ -146,7 +144,8 @@ def load_drawbench(split: str = "test", *, path: Source = None, revision: str | 
     if path is not None:
         dataset = read_prompts(path, prompt_column="Prompts")
     else:  # called `train` there, though nobody trains on it
-        get = partial(load_dataset, _repository("drawbench"), revision=revision, split="train")
+        repository = PROMPT_SETS["drawbench"].source.removeprefix("huggingface.co/datasets/")
+        get = partial(load_dataset, repository, revision=revision, split="train")
         dataset = with_prompt_column(_fetched("drawbench", "its file of prompts", get), "Prompts")
     _check_column("drawbench", dataset, "Category")
     return dataset_of({"prompt": dataset["prompt"][:], "category": dataset["Category"][:]})
@@ -187,8 +186,8 @@ def load_unigenbench(
         dimensions = list(dict.fromkeys(point.split("-")[0].strip() for point in testpoints))
         rows.append((theme, subtheme, dimensions, testpoints, descriptions))
     names = ("theme", "subtheme", "dimensions", "testpoints", "testpoint_descriptions")
-    columns = dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
-    return dataset_of({"prompt": dataset["prompt"][:], **columns})
+    columns = zip(names, map(list, zip(*rows, strict=True)), strict=True)
+    return dataset_of({"prompt": dataset["prompt"][:], **dict(columns)})
 
 
 def _load_generated_geneval(split: str = "train", *, path: Source = None, revision: str | None = None) -> "Dataset":
@@ -212,8 +211,7 @@ def _check_split(name: str, split: str) -> None:
 
 def _check_column(name: str, dataset: "Dataset", column: str) -> None:
     if column not in dataset.column_names:
-        words = f"it has no column {column!r}, only {dataset.column_names}"
-        raise ValueError(f"the data set {name!r} cannot be read: {words}.")
+        raise ValueError(f"the data set {name!r} has no column {column!r}, only {dataset.column_names}: give another.")
 
 
 def _flow_grpo_prompts(name: str, split: str, path: Source, revision: str | None) -> "Dataset":
@@ -243,12 +241,9 @@ def _download(url: str, path: Path) -> None:
 def _hub_file(name: str, file: str, path: Source, revision: str | None) -> Path:
     if path is not None:
         return _local_file(name, file, path)
-    get = partial(hf_hub_download, _repository(name), file, repo_type="dataset", revision=revision)
+    repository = PROMPT_SETS[name].source.removeprefix("huggingface.co/datasets/")
+    get = partial(hf_hub_download, repository, file, repo_type="dataset", revision=revision)
     return Path(_fetched(name, file, get))
-
-
-def _repository(name: str) -> str:
-    return PROMPT_SETS[name].source.removeprefix("huggingface.co/datasets/")
 
 
 def _local_file(name: str, file: str, path: str | os.PathLike) -> Path:
@@ -274,18 +269,13 @@ def _fetched(name: str, file: str, get: Callable[[], Any]) -> Any:
 
 
 _LOADERS = {
-    "geneval": load_geneval,
-    "generated_geneval": _load_generated_geneval,
-    "ocr": load_ocr,
-    "pickscore": load_pickscore,
-    "pickscore_sfw": partial(load_pickscore, sfw=True),
-    "hpdv2": load_hpdv2,
-    "drawbench": load_drawbench,
-    "unigenbench": load_unigenbench,
-    "unigenbench_long": partial(load_unigenbench, long=True),
+    "geneval": load_geneval, "generated_geneval": _load_generated_geneval, "ocr": load_ocr,
+    "pickscore": load_pickscore, "pickscore_sfw": partial(load_pickscore, sfw=True),
+    "hpdv2": load_hpdv2, "drawbench": load_drawbench,
+    "unigenbench": load_unigenbench, "unigenbench_long": partial(load_unigenbench, long=True),
     "unigenbench_zh": partial(load_unigenbench, language="zh"),
     "unigenbench_zh_long": partial(load_unigenbench, language="zh", long=True),
-}
+}  # fmt: skip
 # The names under which `load_prompts` and the command line have them
 PROMPT_SETS: dict[str, PromptSet] = {
     name: PromptSet(**about, load=_LOADERS[name])

@@ -30,8 +30,7 @@ def load_prompts(
               `datasets.load_dataset` reads;
             * the id of a data set on the Hub.
         split (`str`, defaults to `"train"`): which part.
-        config (`str`, *optional*): configuration of a data set on the Hub.
-        revision (`str`, *optional*): commit, branch or tag of the repository that it is downloaded from.
+        config, revision (`str`, *optional*): a configuration on the Hub; commit, branch or tag to download.
         prompt_column (`str`, defaults to `"prompt"`): the column with the prompts, `prompt` in the result.
         unique (`bool`, defaults to `False`): leave out rows whose prompt stands in an earlier row.
         seed (`int`, *optional*): shuffle by this seed; default: the source's order.

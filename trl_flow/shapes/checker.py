@@ -15,6 +15,7 @@ from PIL import Image
 from scipy import ndimage
 
 from trl_flow.shapes.world import (
+    CENTERS,
     COLOR_CHROMA,
     COLORS,
     DARK_GROUND,
@@ -31,9 +32,7 @@ from trl_flow.shapes.world import (
 
 # A pixel belongs to a shape when its chroma is at least half of a pure color's, that is when the shape covers half of
 # it. Components below the smallest area are specks: they do not count as objects, and fidelity pays for them.
-_CHROMA_THRESHOLD = 0.5 * COLOR_CHROMA
-_MIN_PIXELS = 12
-_MIN_OVERLAP = 0.75
+_CHROMA_THRESHOLD, _MIN_PIXELS, _MIN_OVERLAP = 0.5 * COLOR_CHROMA, 12, 0.75
 
 # Templates live on a grid of positions relative to the center of mass, in units of the square root of the area. With
 # the usual sizes of 8 to 12 pixels one grid step is about a quarter of a pixel.
@@ -42,8 +41,7 @@ _TEMPLATES = np.stack([signed_distance(shape, _GRID[None, :], _GRID[:, None], 1.
 _TEMPLATE_AREAS = _TEMPLATES.sum(axis=(1, 2))
 
 # Fidelity: this much root mean square error is free (8 bit rounding and the autoencoder), then an exponential fall.
-_FREE_ERROR = 0.04
-_ERROR_SCALE = 0.08
+_FREE_ERROR, _ERROR_SCALE = 0.04, 0.08
 
 
 @dataclass(frozen=True)
@@ -71,8 +69,7 @@ class CheckResult:
         count (`float`): part, `min(n, N) / max(n, N)`.
         color, shape (`float`): parts, number of colors and of shapes in common (as multisets) over `max(n, N)`.
         attribute (`float`): part, the same for (color, shape) pairs: is each shape in its own color?
-        relation (`float` or `None`): part, 1 when some first object stands in the relation to some second object;
-            `None` when the target has no relation.
+        relation (`float` or `None`): part, 1 when some first object stands in it to some second; `None` without one.
         detection (`Detection`): what was seen.
     """
 
@@ -99,10 +96,8 @@ def check(image: Image.Image, objects: Sequence[dict], relation: str | None = No
 
     Args:
         image (`PIL.Image.Image`): an image; one of another size than 32 x 32 is resized first.
-        objects (sequence of `dict`): what is asked for, with the keys `count`, `color` and `shape`, as
-            `trl_flow.shapes.parse_caption` returns them.
-        relation (`str`, *optional*): `"left of"`, `"right of"`, `"above"` or `"below"`: relation asked for between the
-            first and the second entry of `objects`.
+        objects (sequence of `dict`): what is asked for (`count`, `color` and `shape`), as from [`parse_caption`].
+        relation (`str`, *optional*): one of `RELATIONS`, of the first to the second entry of `objects`.
 
     Raises:
         TypeError: when `image` is not a PIL image.
@@ -151,9 +146,7 @@ def detect(image: Image.Image) -> Detection:
 def _as_array(image: Image.Image) -> np.ndarray:
     if not isinstance(image, Image.Image):
         raise TypeError(f"the checker takes a PIL image, received {type(image).__name__}")
-    image = image.convert("RGB")
-    if image.size != (IMAGE_SIZE, IMAGE_SIZE):
-        image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
+    image = image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
     return np.asarray(image, dtype=np.float32) / 255
 
 
@@ -167,34 +160,28 @@ def _detect(array: np.ndarray) -> Detection:
     largest = np.maximum(np.maximum(red, green), blue)
     chroma = largest - np.minimum(np.minimum(red, green), blue)
     colored = chroma >= _CHROMA_THRESHOLD
-    hues = _hue_index(red, green, blue, largest, chroma)
+    # The nearest of the six hues: each third of their circle belongs to the channel that is largest
+    scale = np.maximum(chroma, 1e-6)
+    thirds = [(green - blue) / scale, 2 + (blue - red) / scale, 4 + (red - green) / scale]
+    hues = np.select([largest == red, largest == green], thirds[:2], thirds[2]).round().astype(np.int64) % 6
     labels, areas = _connected(np.where(colored, hues, -1))
     coverage = np.minimum(chroma / COLOR_CHROMA, 1)
 
-    shapes, recognized = [], []
-    names = list(COLORS)
+    shapes, recognized, names = [], [], list(COLORS)
     for label, area in enumerate(areas, start=1):
         if area < _MIN_PIXELS:
             continue
         own = labels == label
-        color = names[hues[own][0]]
         # A shape's anti-aliased edge lies in the eight neighbors of its pixels
         grown = ndimage.binary_dilation(own, np.ones((3, 3)))
-        shape, overlap, x, y, size = _fit(np.where(grown & (own | ~colored), coverage, 0))
-        shapes.append(PlacedShape(color, shape, x, y, size))
+        shape, overlap, *place = _fit(np.where(grown & (own | ~colored), coverage, 0))
+        shapes.append(PlacedShape(names[hues[own][0]], shape, *place))
         recognized.append(bool(overlap >= _MIN_OVERLAP))
 
     plain = largest[chroma < 0.2]
     level = float(np.median(plain)) if plain.size else 0.0
     low, high = DARK_GROUND if level < 0.5 else LIGHT_GROUND
     return Detection(tuple(shapes), tuple(recognized), min(max(level, low), high))
-
-
-def _hue_index(red, green, blue, largest, chroma) -> np.ndarray:
-    """Nearest of the six hues, per pixel: each third of the circle of hues belongs to the channel that is largest."""
-    scale = np.maximum(chroma, 1e-6)
-    hues = [(green - blue) / scale, 2 + (blue - red) / scale, 4 + (red - green) / scale]
-    return np.round(np.select([largest == red, largest == green], hues[:2], hues[2])).astype(np.int64) % 6
 
 
 def _connected(classes: np.ndarray) -> tuple[np.ndarray, list[int]]:
@@ -211,13 +198,10 @@ def _connected(classes: np.ndarray) -> tuple[np.ndarray, list[int]]:
     return numbers[regions], areas[order].tolist()
 
 
-_PIXELS = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5
-
-
 def _fit(coverage: np.ndarray) -> tuple[str, float, float, float, float]:
     """Best fitting shape, its overlap (intersection over union), center of mass x and y, and size."""
     area = float(coverage.sum())
-    x, y = (float((coverage.sum(axis=axis) * _PIXELS).sum()) / area for axis in (0, 1))
+    x, y = (float((coverage.sum(axis=axis) * CENTERS).sum()) / area for axis in (0, 1))
     size = area**0.5
 
     columns, rows = x - 0.5 + _GRID * size, y - 0.5 + _GRID * size
@@ -230,4 +214,4 @@ def _fit(coverage: np.ndarray) -> tuple[str, float, float, float, float]:
 
 def _interpolation(positions: np.ndarray) -> np.ndarray:
     """Weights (36, 32) that interpolate pixel values linearly at the positions; nothing lies outside the image."""
-    return np.maximum(0, 1 - np.abs(positions[:, None] - (_PIXELS - 0.5)[None, :]))
+    return np.maximum(0, 1 - np.abs(positions[:, None] - (CENTERS - 0.5)[None, :]))

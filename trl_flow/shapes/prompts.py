@@ -59,14 +59,12 @@ def make_caption(objects: list[dict], relation: str | None = None) -> str:
 
 def parse_caption(prompt: str) -> tuple[list[dict], str | None]:
     """
-    Objects and relation that a caption such as `"three blue squares"` names; the inverse of `make_caption`.
+    Objects and relation that a caption such as `"three blue squares"` names; the inverse of `make_caption`;
+    `ValueError` when the prompt is not a caption of this world.
 
     Returns:
         `(objects, relation)`: `objects` is a list of dicts with the keys `count`, `color` and `shape`; `relation` is
         one of `RELATIONS`, of the first object to the second, or `None`.
-
-    Raises:
-        ValueError: when the prompt is not a caption of this world.
     """
     if match := _GROUP.fullmatch(prompt):
         word, color, shape, plural = match.groups()

@@ -14,6 +14,7 @@ from PIL import Image
 
 
 IMAGE_SIZE = 32
+CENTERS = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5
 
 # Six hues, 60 degrees apart, all with a chroma (largest minus smallest channel) of COLOR_CHROMA.
 COLORS: dict[str, tuple[float, float, float]] = {
@@ -76,9 +77,6 @@ def signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, size: float) -> 
     return np.maximum(dy, np.abs(dx) * (math.sqrt(3) / 2) - dy / 2) - inradius
 
 
-_CENTERS = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5
-
-
 def render_array(shapes: Sequence[PlacedShape], ground: float) -> np.ndarray:
     """Image of a scene, anti-aliased, later shapes over earlier ones: float32, (32, 32, 3), from 0 to 1, as `ground`
     is."""
@@ -86,7 +84,7 @@ def render_array(shapes: Sequence[PlacedShape], ground: float) -> np.ndarray:
         raise ValueError(f"`ground` is a gray level from 0 (black) to 1 (white), received {ground!r}")
     array = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), ground, dtype=np.float32)
     for placed in shapes:
-        dx, dy = _CENTERS[None, :] - placed.x, _CENTERS[:, None] - placed.y
+        dx, dy = CENTERS[None, :] - placed.x, CENTERS[:, None] - placed.y
         distance = signed_distance(placed.shape, dx, dy, placed.size)
         coverage = np.clip(0.5 - distance, 0, 1)[:, :, None]
         array += coverage * (np.asarray(COLORS[placed.color], dtype=np.float32) - array)

@@ -13,8 +13,7 @@ PUBLISHED = [
     *("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model.safetensors.index.json"),
 ]
 
-# Checkpoints, which hold the optimizer's state, and files that are being written
-NOT_PUBLISHED = ["_*", "*/_*", "checkpoint-*", ".*", "*/.*"]
+NOT_PUBLISHED = ["_*", "*/_*", "checkpoint-*", ".*", "*/.*"]  # the optimizer's state, and files being written
 
 
 class PushError(RuntimeError):
@@ -34,9 +33,7 @@ def upload(
         repo_id (`str`): `owner/name`, or `name` in the token's own account.
         token (`str`, *optional*): a token that may write; by default the one of `hf auth login` or `HF_TOKEN`.
         private (`bool`, *optional*): whether a repository made here is private. By default the account's setting.
-        revision (`str`, *optional*): branch to commit to, by default `main`.
-        commit_message (`str`): title of the commit.
-        path_in_repo (`str`, *optional*): subfolder of the repository to upload to.
+        revision, commit_message, path_in_repo (`str`, *optional*): branch, the commit's title, and subfolder.
         everything (`bool`): upload every file, as for a checkpoint, not only those that `PUBLISHED` names.
 
     Raises:

@@ -59,14 +59,14 @@ def papers_behind(settings: Mapping[str, object]) -> list[Paper]:
     """The papers whose methods a run used, by its `FlowGRPOConfig`'s fields, of which missing ones count as off: none
     for an algorithm with fields of its own."""
     ratio, weighting = settings.get("importance_ratio"), settings.get("timestep_weighting")
+    guards = {"mean_revised", "ratio_norm", "inverse_dt", "beta_over_dt", "inverse_beta_dt"}
     used = {
         "flow-grpo": not {"sde_type", "importance_ratio", "timestep_weighting"}.isdisjoint(settings),
         "dance-grpo": settings.get("sde_type") == "dance",
         "flow-cps": settings.get("sde_type") == "cps",
         "mix-grpo": bool(settings.get("sde_window_size")),
         "tempflow-grpo": weighting == "temp",
-        "grpo-guard": ratio in ("mean_revised", "ratio_norm")
-        or weighting in ("inverse_dt", "beta_over_dt", "inverse_beta_dt"),
+        "grpo-guard": not guards.isdisjoint((ratio, weighting)),
         "slas": bool(settings.get("advantage_power")),
         "vgpo": bool(settings.get("dense_rewards")),
     }
@@ -97,9 +97,8 @@ def create_model_card(
         is_lora (`bool`): whether the folder holds an adapter; otherwise the whole trained module.
         repo_id (`str`, *optional*): where the model is going to be on the Hub; without, code loads the local folder.
         model_name (`str`, *optional*): title; by default the repository's or the folder's name.
-        reward_names (`Sequence[str]`): the rewards that were optimized.
+        reward_names, tags (`Sequence[str]`): the rewards that were optimized; further tags.
         dataset_name (`str`, *optional*): Hub id of the data set of prompts.
-        tags (`Sequence[str]`): further tags.
         curves (`str` or `os.PathLike`, *optional*): plot of the rewards' curves, inside `folder`.
         samples (`Sequence[tuple[str | os.PathLike, str | None]]`): images inside `folder`, each with its prompt, or
             `None` for a grid of several. Those with a prompt also become the Hub's gallery.
@@ -156,11 +155,10 @@ def _loading_code(
     pipeline = type(backbone.pipeline)
     # FSDP2 gives a sharded module a class of its own, derived from FSDPModule and the module's
     trained = next(cls for cls in type(backbone.model).__mro__ if not cls.__name__.startswith("FSDP"))
-    imports = [_import(pipeline)] if is_lora else [_import(pipeline), _import(trained)]
-    on_gpu = dtype = ""
-    if hub_model_id(base_model):  # models of the Hub are large; the others are most likely small ones of one's own
-        imports = ["import torch", *imports]
-        on_gpu, dtype = '.to("cuda")', ", dtype=torch.bfloat16"
+    is_large = bool(hub_model_id(base_model))  # unlike most models of one's own
+    classes = [pipeline] if is_lora else [pipeline, trained]
+    imports = ["import torch"] * is_large + [_import(cls) for cls in classes]
+    on_gpu, dtype = ('.to("cuda")', ", dtype=torch.bfloat16") if is_large else ("", "")
     if base == "pipeline_path()":
         imports.append("from trl_flow.shapes import pipeline_path")
     given = "" if is_lora else f", {component}={component}"
@@ -201,9 +199,8 @@ def _link(folder: Path, path: str | os.PathLike) -> str:
     try:
         return quote((folder / path).resolve().relative_to(folder.resolve()).as_posix())
     except ValueError:
-        raise ValueError(
-            f"{path} lies outside {folder}. A model card only shows images that are uploaded with it: save it there."
-        ) from None
+        why = "a model card only shows images that are uploaded with it: save it there"
+        raise ValueError(f"{path} lies outside {folder}, but {why}.") from None
 
 
 def _quoted(text: str) -> str:

@@ -27,14 +27,12 @@ PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")  # what PEFT n
 
 # Fields of LoraConfig that the exported adapter reproduces exactly (the choice of modules is written out name by
 # name), or that have no use after training. Any other field, of this PEFT or a later one, must be at its default.
-_HELD_FIELDS = frozenset(
-    {
-        *("r", "lora_alpha", "use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "lora_dropout"),
-        *("init_lora_weights", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-        *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-        *("inference_mode", "runtime_config"),
-    }
-)
+_HELD_FIELDS = {
+    *("r", "lora_alpha", "use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "lora_dropout"),
+    *("init_lora_weights", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "runtime_config"),
+}
 
 # The other initializations (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base weights, which the adapter's user
 # does not have; EVA needs a pass over data first.
@@ -89,8 +87,7 @@ def save_lora(
         model ([`~peft.PeftModel`]): the trained module as `get_peft_model` wrapped it.
         output_dir (`str` or `os.PathLike`): folder to write to; made if need be.
         component (`str`): name of the module in the pipeline, `"transformer"` or `"unet"`.
-        state_dict (`dict[str, torch.Tensor]`, *optional*): the model's whole state dict where the model itself holds
-            only shards (FSDP, ZeRO-3).
+        state_dict (`dict[str, torch.Tensor]`, *optional*): the whole one where the model holds shards (FSDP, ZeRO-3).
         base_model (`str` or `os.PathLike`, *optional*): its origin, for `adapter_config.json` if it is a Hub id.
 
     Returns:
@@ -146,9 +143,8 @@ def _adapter_weights(model: PeftModel, state_dict: Mapping | None) -> dict[str, 
     empty = [name for name, tensor in weights.items() if tensor.numel() == 0]
     if empty or not weights:
         raise RuntimeError(
-            f"The adapter '{_ADAPTER}' has {f'empty weights ({empty[0]}, …)' if empty else 'no weights'}. "
-            "When the model is sharded (FSDP, ZeRO-3), pass the gathered state dict, "
-            "state_dict=accelerator.get_state_dict(model)."
+            f"The adapter '{_ADAPTER}' has {f'empty weights ({empty[0]}, …)' if empty else 'no weights'}. When the "
+            "model is sharded (FSDP, ZeRO-3), pass the gathered ones, state_dict=accelerator.get_state_dict(model)."
         )
     return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
 
