@@ -485,11 +485,11 @@ def test_a_fraction_of_the_steps_rounds_down(fraction, steps, number):
 def test_without_a_probe_guard_trains_in_float16_on_gpus_that_have_bfloat16(monkeypatch):
     for module in ("flow_grpo_config", "flow_rl_config"):
         monkeypatch.setattr(f"trl_flow.trainer.{module}.is_torch_bf16_gpu_available", lambda: True)
-    args = GuardConfig(output_dir="out", report_to="none", ratio_probe=0)
+    args = config(GuardConfig, ratio_probe=0)
     assert (args.fp16, args.bf16) == (True, False)
-    for other in (GuardConfig(output_dir="out"), FlowGRPOConfig(output_dir="out", ratio_probe=0)):
+    for other in (config(GuardConfig), config(ratio_probe=0)):
         assert (other.fp16, other.bf16) == (False, True)
-    assert GuardConfig(output_dir="out", ratio_probe=0, bf16=True).bf16
+    assert config(GuardConfig, ratio_probe=0, bf16=True).bf16
 
 
 @pytest.mark.parametrize(("text", "meant"), [("0.1", 0.1), ("0", 0), ("[0.1, 0.1, 0]", [0.1, 0.1, 0])], ids=str)

@@ -162,6 +162,11 @@ class FlowGRPOConfig(FlowRLConfig):
                 f"timestep_weighting={self.timestep_weighting!r} needs the beta of Dance-SDE, but sde_type is "
                 f"{self.sde_type!r}. Use timestep_weighting='inverse_gain', or sde_type='dance'."
             )
+        if self.timestep_fraction_per_sample and self.timestep_fraction < 1 and self.diagnostics_steps > 0:
+            why = (
+                "but with timestep_fraction_per_sample a gradient is of several steps. Set one of them to 0 or False."
+            )
+            raise ValueError(f"diagnostics_steps is {self.diagnostics_steps}, {why}")
         if self.multi_objective_aggregation == "normalize_then_sum" and self.dense_rewards:
             raise ValueError(
                 "multi_objective_aggregation is 'normalize_then_sum', but dense_rewards is True. VGPO weights steps "
