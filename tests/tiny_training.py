@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import LoraConfig
 from tiny_models import tiny_sd3_pipeline
@@ -165,10 +166,12 @@ def tiny_stages(output_dir, *, pipeline=None, lora: LoraConfig | None | str = "d
     backbone = get_backbone(pipeline, **sizes)
     module = prepare_module(backbone, args, tiny_lora() if lora == "default" else lora).train()
     algorithm = ClippedPolicyGradient(args, backbone, torch.ones(1))
+    AcceleratorState._reset_state()  # there is one for the whole process, with one precision
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if args.bf16 else "no")
     policy = Policy(
         backbone,
         args,
-        Accelerator(cpu=True),
+        accelerator,
         lambda: module,
         PromptCache.of(backbone, args),
         keep_reference=algorithm.needs_reference,
