@@ -38,7 +38,14 @@ def savings(plan: Plan, now: Estimate, again: Callable[[Plan], Estimate]) -> lis
     if found.get(tiling, 0) <= found.get("enable_vae_slicing: true", 0):
         found.pop(tiling, None)
     if not lora:  # what trained weights need besides themselves, and half of their own bytes
-        of_training = ("gradients", "buckets of DDP", "moving average", "weights of the", "reference model", "optimizer")
+        of_training = (
+            "gradients",
+            "buckets of DDP",
+            "moving average",
+            "weights of the",
+            "reference model",
+            "optimizer",
+        )
         weights = next(size for name, size in now.resident.items() if name.endswith("weights"))
         found["use_peft: true (an adapter in place of all weights)"] = weights // 2 + sum(
             size for name, size in now.resident.items() if name.startswith(of_training)
