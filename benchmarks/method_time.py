@@ -1,5 +1,5 @@
 """
-What GRPO-Guard, its probe, SLAS and VGPO add to a sampling phase and its two updates of plain Flow-GRPO, as one JSON line.
+What GRPO-Guard, its probe, SLAS and VGPO add to a phase of plain Flow-GRPO with two updates, as one JSON line.
 
     python benchmarks/method_time.py
     python benchmarks/method_time.py --num-steps 6 --batch-size 144
