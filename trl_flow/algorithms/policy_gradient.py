@@ -149,6 +149,12 @@ class ClippedPolicyGradient(Algorithm):
         def transition() -> Transition:
             return dynamics.transition(policy.predict(latents, timestep, condition), latents, step)
 
+        probe_mean = None
+        if policy.updates_since_sampling > 0 and self.probe.is_wanted(policy):
+            # Before the forward whose gradient is taken: no weights change between it and its backward
+            scale = self.probe.scale(policy)
+            with policy.at("probe", scale):
+                probe_mean = transition().mean
         mean, std = current = transition()
         ratio_std = std if self._ratio_std is None else torch.full_like(std, self._ratio_std)
 
@@ -156,10 +162,7 @@ class ClippedPolicyGradient(Algorithm):
             return log_ratio(next_latents, mean, old_mean, ratio_std, kind=args.importance_ratio)
 
         log_ratios, stats, moved = log_ratios_of(mean), {}, mean.detach()
-        if policy.updates_since_sampling > 0 and self.probe.is_wanted(policy):
-            scale = self.probe.scale(policy)
-            with policy.at("probe", scale):
-                probe_mean = transition().mean
+        if probe_mean is not None:
             probed = probed_mean(mean, probe_mean, old_mean, scale=scale)
             exact = log_ratios_of(probed)
             stats["rounding"] = (log_ratios - exact).detach()

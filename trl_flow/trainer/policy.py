@@ -233,7 +233,6 @@ class Policy:
         before = [weights.clone() for weights in own]
         for weights, sampled in zip(own, self.sampling_weights, strict=True):
             weights.copy_(sampled.float().lerp(weights.float(), scale))
-        self._forget_copies()
         try:
             yield
         finally:
@@ -244,6 +243,7 @@ class Policy:
     @torch.no_grad()
     def _local_weights(self) -> list[torch.Tensor]:
         """The trained weights, of sharded ones this process's part; what is written into them counts."""
+        self._forget_copies()  # FSDP's gathered weights would stand in their place
         return [p.to_local() if isinstance(p, DTensor) else p.data for p in self.trained_parameters]
 
     def _forget_copies(self) -> None:
