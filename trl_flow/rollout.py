@@ -33,7 +33,8 @@ class StepPlan:
     Attributes:
         stochastic (`tuple[int, ...]`): steps that add noise, ascending.
         kept (`tuple[int, ...]`): those whose latents and means are kept, ascending; all of them stochastic.
-        project_from (`int`, *optional*): keep the predicted clean latents after each step from this one on.
+        project_from (`int`, *optional*): keep the predicted clean latents after each step from this one on; -1 is
+            before the first step, too.
     """
 
     stochastic: tuple[int, ...] = ()

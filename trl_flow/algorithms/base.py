@@ -58,8 +58,9 @@ class PhaseScores:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A `loss` to be minimized, `(B,)`; `stats` without gradients to sum up over samples for the metrics, each `(B,)`;
-    and `regularization`, what of the loss is not the policy's, such as a KL, `(B,)`."""
+    """A `loss` to be minimized, `(B,)`; `stats` without gradients to sum up over samples for the metrics, each `(B,)`,
+    or `(B, K)` for counts that only the run's own log is to have; and `regularization`, what of the loss is not the
+    policy's, such as a KL, `(B,)`."""
 
     loss: torch.Tensor
     stats: dict[str, torch.Tensor] = field(default_factory=dict)

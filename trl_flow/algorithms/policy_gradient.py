@@ -12,7 +12,15 @@ from trl_flow.algorithms.advantages import AdvantageEstimator
 from trl_flow.algorithms.base import Algorithm, LossOutput, MicroBatch, PhaseScores, StepSums
 from trl_flow.backbones import Backbone
 from trl_flow.dynamics import FlowDynamics, make_dynamics
-from trl_flow.functional import clipped_loss, gaussian_kl, log_ratio, ratio_statistics, timestep_weight, transition_kl
+from trl_flow.functional import (
+    clipped_loss,
+    gaussian_kl,
+    log_ratio,
+    ratio_histogram,
+    ratio_statistics,
+    timestep_weight,
+    transition_kl,
+)
 from trl_flow.rollout import RandomStream, Rollout, StepPlan
 
 
@@ -126,6 +134,9 @@ class ClippedPolicyGradient(Algorithm):
         loss, regularization = clipped_loss(log_ratios, advantages, weight=weight, **clip_range), None
 
         stats = ratio_statistics(log_ratios.detach(), advantages, **clip_range)
+        # In the first update of a phase all ratios are 1, which would bury the others
+        if policy.updates_since_sampling > 0:
+            stats["ratio/histogram"] = ratio_histogram(log_ratios.detach(), **clip_range)
         if args.beta > 0:
             with policy.at("reference"):
                 ref_mean = dynamics.transition(policy.predict(latents, timestep, condition), latents, unit).mean

@@ -71,6 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what is written").add_argument
     add("--output_dir", "--output-dir", metavar="DIR", help="folder to write to (trl-flow-evaluation)")
     add("--grid_prompts", type=int, default=16, metavar="N", help="rows of the image grid (16)")
+    what = "also steps.png: the image that each model predicts at every sampling step, for a few prompts"
+    add("--steps", action="store_true", help=what)
     add("--page_megabytes", type=float, default=50, metavar="MB", help="largest size of the page (50)")
     add("--rescore", action="store_true", help="compute again the scores that an earlier run has kept")
 
@@ -92,7 +94,7 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     if arguments.vote is not None:
         _check_vote(arguments)
     if isinstance(arguments.vote, str) and arguments.model is None:
-        if given := [name for name in ("adapters", "prompts", "proxy", "gold") if getattr(arguments, name)]:
+        if given := [name for name in ("adapters", "prompts", "proxy", "gold", "steps") if getattr(arguments, name)]:
             raise ValueError(
                 f"--vote {arguments.vote} is a vote on what that folder holds, and --{given[0]} is for drawing. "
                 "Remove it, or give --model too."
@@ -106,7 +108,7 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     kept = f"The images and scores so far are in {folder}. The same command goes on from there."
 
     def run() -> None:
-        from trl_flow.evaluation.evaluate import PAGE, REPORT, RESULTS, evaluate_models
+        from trl_flow.evaluation.evaluate import PAGE, REPORT, RESULTS, STEPS, evaluate_models
 
         try:
             comparison = evaluate_models(output_dir=folder, **evaluation)
@@ -115,7 +117,8 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
         except RewardError as error:
             _show_failure(error)
             raise ValueError(f"{error}\n{kept}") from error
-        print(f"\n{comparison.markdown}\nIn {folder}: {REPORT}, {RESULTS}, {PAGE} and the image grids.")
+        written = ", ".join([REPORT, RESULTS, PAGE, *([STEPS] if arguments.steps else [])])
+        print(f"\n{comparison.markdown}\nIn {folder}: {written} and the image grids.")
         if arguments.vote is not None:
             _vote(arguments, folder)()
 
@@ -182,7 +185,7 @@ def _evaluation(arguments: argparse.Namespace) -> dict[str, Any]:
         "proxy": named_rewards(arguments.proxy, "proxy") if arguments.proxy else (),
         "gold": named_rewards(arguments.gold, "gold") if arguments.gold else (),
         "options": DrawingOptions(**options),
-        **{name: getattr(arguments, name) for name in ("grid_prompts", "page_megabytes", "rescore")},
+        **{name: getattr(arguments, name) for name in ("grid_prompts", "steps", "page_megabytes", "rescore")},
     }
 
 

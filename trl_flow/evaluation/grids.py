@@ -17,6 +17,8 @@ _FONT_SIZE = 11
 _LINE_HEIGHT = 15
 _MARGIN = 6
 _MOST_LINES = 8
+# Of the names beside the rows, at most
+_NAME_WIDTH = 140
 _PAPER, _INK = "white", "black"
 
 
@@ -159,39 +161,48 @@ def comparison_grid(
     captions: Sequence[str],
     path: str | os.PathLike | None = None,
     cell: int = 256,
+    names: Sequence[str] | None = None,
 ) -> Image.Image:
     """
     One row of images for each prompt, one column for each model, with the prompts above the rows.
 
     Args:
         rows (`Sequence[Sequence[PIL.Image.Image]]`): the models' images of each prompt.
-        columns, captions (`Sequence[str]`): the models' names, and the prompts; what is beyond three lines is cut.
+        columns, captions (`Sequence[str]`): the models' names, and the prompts; what is beyond three lines is cut. An
+            empty caption takes no space.
         path: as for [`image_grid`].
         cell (`int`): longest side of an image in the grid, in pixels. Larger ones are reduced to it, and smaller ones
             enlarged by a whole factor, by nearest neighbor.
+        names (`Sequence[str]`, *optional*): of the rows, on their left.
     """
     is_full = rows and columns and all(len(row) == len(columns) for row in rows)
-    if not is_full or len(captions) != len(rows) or cell < 1:
+    if not is_full or len(captions) != len(rows) or cell < 1 or (names is not None and len(names) != len(rows)):
         raise ValueError(
             f"There are rows of {[len(row) for row in rows][:10]} images, {len(columns)} columns, {len(captions)} "
-            f"captions and a cell of {cell} pixels. Give an image for each column in every row, and all captions."
+            f"captions, {len(names or [])} names and a cell of {cell} pixels. Give an image for each column in every "
+            "row, and all captions."
         )
     cells = [[_fitted(image, cell) for image in row] for row in rows]
     width = max(image.width for row in cells for image in row)
-    total = len(columns) * (width + _MARGIN) + _MARGIN
-    names = [_wrap(name, width, most_lines=2) for name in columns]
-    header = max(len(lines) for lines in names) * _LINE_HEIGHT
-    texts = [_wrap(str(caption), total - 2 * _MARGIN, most_lines=3) for caption in captions]
-    heights = [max(p.height for p in row) + len(t) * _LINE_HEIGHT for row, t in zip(cells, texts, strict=True)]
-    grid = Image.new("RGB", (total, header + _MARGIN + sum(heights) + len(rows) * 2 * _MARGIN), _PAPER)
+    labels = [_wrap(str(name), _NAME_WIDTH) for name in names or [""] * len(rows)]
+    beside = math.ceil(max((_font().getlength(line) for lines in labels for line in lines), default=-_MARGIN))
+    left = [beside + 2 * _MARGIN + column * (width + _MARGIN) for column in range(len(columns) + 1)]
+    headings = [_wrap(name, width, most_lines=2) for name in columns]
+    header = max(len(lines) for lines in headings) * _LINE_HEIGHT
+    texts = [_wrap(str(caption), left[-1] - 2 * _MARGIN, most_lines=3) for caption in captions]
+    tall = [max(*(p.height for p in row), len(n) * _LINE_HEIGHT) for row, n in zip(cells, labels, strict=True)]
+    heights = [height + len(lines) * _LINE_HEIGHT for height, lines in zip(tall, texts, strict=True)]
+    grid = Image.new("RGB", (left[-1], header + _MARGIN + sum(heights) + len(rows) * 2 * _MARGIN), _PAPER)
     draw = ImageDraw.Draw(grid)
-    for column, lines in enumerate(names):
-        _write_lines(draw, lines, _MARGIN + column * (width + _MARGIN), _MARGIN)
+    for column, lines in enumerate(headings):
+        _write_lines(draw, lines, left[column], _MARGIN)
     top = header + 2 * _MARGIN
-    for row, lines, height in zip(cells, texts, heights, strict=True):
+    for row, lines, label, height in zip(cells, texts, labels, heights, strict=True):
         _write_lines(draw, lines, _MARGIN, top)
+        below = top + len(lines) * _LINE_HEIGHT
+        _write_lines(draw, label, _MARGIN, below)
         for column, image in enumerate(row):
-            grid.paste(image, (_MARGIN + column * (width + _MARGIN), top + len(lines) * _LINE_HEIGHT))
+            grid.paste(image, (left[column], below))
         top += height + 2 * _MARGIN
     return _write(grid, path)
 

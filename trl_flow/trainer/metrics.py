@@ -19,6 +19,7 @@ class Metrics:
         self._dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
         self._values: dict[str, list[float]] = defaultdict(list)
         self._sums: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
+        self._counts: dict[str, torch.Tensor] = {}
 
     def append(self, values: Mapping[str, float]) -> None:
         """Values that are equal on all processes, or of which the main process's count; a log has their means."""
@@ -29,15 +30,28 @@ class Metrics:
         """Forgets all values: those of a training that failed are not the next one's."""
         self._values.clear()
         self._sums.clear()
+        self._counts.clear()
 
     @torch.no_grad()
     def add(self, unit: int, stats: Mapping[str, torch.Tensor]) -> None:
-        """Samples' statistics `(B,)` of one unit, summed up on the device, without waiting for it."""
+        """Samples' statistics `(B,)` and counts `(B, K)` of one unit, summed up on the device, without waiting for
+        it."""
         for name, values in stats.items():
             values = values.to(self._dtype)
+            if values.ndim == 2:
+                key = f"{name}_step_{unit}"
+                self._counts[key] = values.sum(dim=0) + self._counts.get(key, 0)
+                continue
             sums = torch.stack([torch.ones_like(values), values, values.square()]).sum(dim=1)
             before = self._sums[unit].get(name)
             self._sums[unit][name] = sums if before is None else before + sums
+
+    def counts(self) -> dict[str, list[int]]:
+        """What was counted since the last log, of all processes, by names with units. [`flush`] forgets it."""
+        return {
+            key: list(map(round, self.accelerator.reduce(counts, "sum").tolist()))
+            for key, counts in sorted(self._counts.items())
+        }
 
     def flush(self, algorithm: Algorithm) -> dict[str, float | None]:
         """All metrics since the last log, of all processes, by their names; `None` for a mean over nothing."""
