@@ -125,8 +125,8 @@ def test_a_family_of_ones_own_and_several_sets():
     sets = {"first": PROMPTS.select([0]), "second": PROMPTS.select([1, 2])}
     options = DrawingOptions(num_inference_steps=30)
     grid = steps_grid(backbone.pipeline, prompts=sets, options=options, backbone=backbone, num_prompts=1)
-    # 3 x 8 pixels would be enlarged to 102 for 30 columns, but no image is smaller than 128
-    assert grid.size == (39 + 30 * (128 + 6), 6 + 2 * 15 + 2 * (15 + 128 + 12))
+    # 2048 / 30 = 68, but no image is smaller than 96
+    assert grid.size == (39 + 30 * (96 + 6), 6 + 2 * 15 + 2 * (15 + 96 + 12))
 
 
 def test_what_does_not_fit_is_refused(tiny_sd3, tmp_path):

@@ -1,8 +1,7 @@
 """Curves of training runs, as PNG. Figures are made without pyplot, so that no global state is touched.
 
-A run is given as its `output_dir`, finished or still running, as the file of its logs or as `log_history` itself, see
-[`~trl_flow.evaluation.run_log.read_log_history`]. Where several can be compared (`runs`), a dictionary of them gives
-their labels: `gradient_norms({"Flow-GRPO": "out/flow", "GRPO-Guard": "out/guard"})`.
+A run is what [`~trl_flow.evaluation.run_log.read_log_history`] takes, such as an `output_dir`. Where several can be
+compared (`runs`), a dictionary gives their labels: `gradient_norms({"Flow-GRPO": "out/flow", "Guard": "out/guard"})`.
 
 All functions return the figure, and write it to `path` (`str` or `os.PathLike`, *optional*) as PNG, whose folder is
 made if need be. They raise `ValueError` if a run has not logged what they show, saying what to do. `last` (`int`,
@@ -18,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -44,13 +42,12 @@ _MEAN = re.compile(r"(?:eval_(?:(?P<dataset>.+)_)?)?rewards/(?P<name>.+)/mean")
 _STEP = "sampling step (0: noisiest)"
 _MORE_UPDATES = "Train with steps_per_generation a multiple of gradient_accumulation_steps, or num_iterations above 1"
 _POINTS = {"marker": "o", "markersize": 4}
+_BARS = {"elinewidth": 0.8, "capsize": 2}
 
 
 def reward_curves(log_history: Run, path: str | os.PathLike | None = None) -> Figure:
-    """
-    One panel for each reward function, in the order in which they were logged: its mean over training with a band of
-    one standard deviation of the images' rewards, and the evaluations' means as points.
-    """
+    """One panel for each reward function, in the order in which they were logged: its mean over training with a band
+    of one standard deviation of the images' rewards, and the evaluations' means as points."""
     log_history = read_log_history(log_history)
     # Logged means by function and, for evaluations, data set: {name: {key: label}}
     keys: dict[str, dict[str, str]] = {}
@@ -80,20 +77,14 @@ def reward_curves(log_history: Run, path: str | os.PathLike | None = None) -> Fi
 
 
 def ratio_distribution(runs: Runs, path: str | os.PathLike | None = None, *, last: int | None = None) -> Figure:
-    """
-    Mean and spread of the importance ratio at each trained step (GRPO-Guard, Figure 2): left the mean less 1, with
-    bars of one standard deviation, right the standard deviation alone. Refused where all ratios are exactly 1.
-    """
-    rows = _step_rows(runs, "ratio_std", last, "no importance ratios: nothing was trained yet")
-    _check_off_policy(rows)
+    """Mean and spread of the importance ratio at each trained step (GRPO-Guard, Figure 2): left the mean less 1, with
+    bars of one standard deviation, right the standard deviation alone. Refused where all ratios are exactly 1."""
+    rows = _off_policy_rows(runs, "ratio_std", last, "no importance ratios: nothing was trained yet")
     figure = new_figure(9.0, 3.6)
     mean, std = figure.subplots(1, 2)
     for label, steps, found, offset in _side_by_side(rows, 0.12):
-        stds = [row.ratio_std for row in found]
-        shifts = [row.ratio_mean - 1 for row in found]
-        mean.errorbar(
-            steps + offset, shifts, yerr=stds, label=label, linewidth=1.5, elinewidth=0.8, **_POINTS, capsize=2
-        )
+        stds, shifts = [row.ratio_std for row in found], [row.ratio_mean - 1 for row in found]
+        mean.errorbar(steps + offset, shifts, yerr=stds, label=label, linewidth=1.5, **_POINTS, **_BARS)
         std.plot(steps, stds, label=_with_spread(label, stds), **_POINTS)
     mean.axhline(0, color="black", linewidth=0.8, linestyle=":")
     std.set_yscale("log")
@@ -125,6 +116,7 @@ def ratio_histograms(runs: Runs, path: str | os.PathLike | None = None, *, last:
         for side in (-1, 1):
             axes.axvline(side, color="black", linewidth=0.8, linestyle="--")
         _label(axes, label or "importance ratio", "(r - 1) / clip range", "")
+        axes.set_xticks([centers[0], *range(-3, 4), centers[-1]], ["< -5", *range(-3, 4), "> 5"])
     panels[0].set_ylabel("share of samples")
     panels[0].yaxis.set_major_formatter(PercentFormatter(xmax=1))
     figure.colorbar(scale, ax=list(panels), label=_STEP, ticks=MaxNLocator(integer=True))
@@ -146,12 +138,9 @@ def gradient_norms(runs: Runs, path: str | os.PathLike | None = None, *, last: i
 
 
 def clip_shares(runs: Runs, path: str | os.PathLike | None = None, *, last: int | None = None) -> Figure:
-    """
-    Share of importance ratios below and above the clip range at each trained step, whatever the advantage's sign
-    (GRPO-Guard's supplement, Figure 4). Refused where all ratios are exactly 1.
-    """
-    rows = _step_rows(runs, "clip_low", last, "no clip shares: nothing was trained yet")
-    _check_off_policy(rows)
+    """Share of importance ratios below and above the clip range at each trained step, whatever the advantage's sign
+    (GRPO-Guard's supplement, Figure 4). Refused where all ratios are exactly 1."""
+    rows = _off_policy_rows(runs, "clip_low", last, "no clip shares: nothing was trained yet")
     figure = new_figure(9.0, 3.6)
     low, high = figure.subplots(1, 2, sharey=True)
     width = 0.8 / len(rows)
@@ -174,9 +163,7 @@ def reward_std(runs: Runs, path: str | os.PathLike | None = None) -> Figure:
             raise ValueError(not_logged(label, "no reward_std: nothing was trained yet, or not by this trainer"))
         window = max(1, len(values) // 20)
         means = np.convolve(values, np.full(window, 1 / window), mode="valid")
-        color = None
-        if window > 1:
-            color = axes.plot(steps, values, linewidth=0.8, alpha=0.35)[0].get_color()
+        color = axes.plot(steps, values, linewidth=0.8, alpha=0.35)[0].get_color() if window > 1 else None
         axes.plot(steps[window - 1 :], means, color=color, linewidth=1.8, label=label)
     axes.set_ylim(bottom=0)
     _label(axes, "spread of rewards", "update", "reward std")
@@ -184,19 +171,16 @@ def reward_std(runs: Runs, path: str | os.PathLike | None = None) -> Figure:
 
 
 def proxy_against_gold(runs: Runs, path: str | os.PathLike | None = None, *, eval_name: str | None = None) -> Figure:
-    """
-    The optimized reward (the proxy) and the gold average of the evaluations (GRPO-Guard, Figures 1 and 4): both over
-    training, and one against the other. Gold is 1 for the base model; bars are one standard error. `eval_name` is
-    which of several evaluation sets; by default the first that was logged.
-    """
+    """The optimized reward (the proxy) and the gold average of the evaluations (GRPO-Guard, Figures 1 and 4): both
+    over training, and one against the other. Gold is 1 for the base model; bars are one standard error. `eval_name`
+    is which of several evaluation sets; by default the first that was logged."""
     figure = new_figure(12.6, 3.8)
     proxy, gold, both = figure.subplots(1, 3)
     for label, history in _histories(runs).items():
         found = gold_history(history, eval_name=eval_name, label=label)
         style = {"label": label, "linewidth": 1.3, **_POINTS}
         proxy.plot(found.updates, found.proxy, **style)
-        errors = np.nan_to_num(found.standard_errors)
-        gold.errorbar(found.updates, found.gold, yerr=errors, elinewidth=0.8, capsize=2, **style)
+        gold.errorbar(found.updates, found.gold, yerr=np.nan_to_num(found.standard_errors), **style, **_BARS)
         (line,) = both.plot(found.proxy, found.gold, **style)
         # Where the run stands: paths turn back
         both.plot(found.proxy[-1:], found.gold[-1:], marker="s", markersize=8, color=line.get_color(), linestyle="")
@@ -220,16 +204,20 @@ def equal_proxy(
     Gold against proxy, and each run's gold at equal proxy (VGPO, Figure 4c), with bars of its 95% interval: the points
     of [`~trl_flow.evaluation.equal_proxy.gold_at_proxy`], which has the same arguments. A dotted line is a level.
     """
-    points = gold_at_proxy(runs, levels, eval_name=eval_name)
+    points, found = gold_at_proxy(runs, levels, eval_name=eval_name), {}
+    for label, run in runs.items():
+        found[label] = gold_history(run, eval_name=eval_name, label=label)
+    # Side by side, or the bars of several would hide each other
+    width = 0.012 * np.ptp(np.concatenate([history.proxy for history in found.values()]))
     figure = new_figure(7.2, 4.4)
     axes = figure.subplots()
-    for label, history in _histories(runs).items():
-        found = gold_history(history, eval_name=eval_name, label=label)
-        (line,) = axes.plot(found.proxy, found.gold, label=label, linewidth=1.0, marker=".", markersize=4, alpha=0.6)
+    for number, (label, history) in enumerate(found.items()):
+        shift = width * (number - (len(found) - 1) / 2)
+        (line,) = axes.plot(history.proxy, history.gold, label=label, linewidth=1.0, marker=".", alpha=0.6)
         own = [point for point in points if point.run == label]
-        place, height, bars = zip(*((point.level, point.gold, point.half_width) for point in own), strict=True)
+        place, gold, bars = zip(*((point.level + shift, point.gold, point.half_width) for point in own), strict=True)
         style = {"color": line.get_color(), "linestyle": "", "marker": "D", "markersize": 6, "capsize": 3}
-        axes.errorbar(place, height, yerr=np.nan_to_num(bars), **style)
+        axes.errorbar(place, gold, yerr=np.nan_to_num(bars), **style)
     for level in dict.fromkeys(point.level for point in points):
         axes.axvline(level, color="black", linewidth=0.8, linestyle=":")
     axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
@@ -239,16 +227,9 @@ def equal_proxy(
 
 
 def all_plots(run: Run, folder: str | os.PathLike | None = None) -> dict[str, Path]:
-    """
-    Draws every figure that one run has logged the values for, into `folder` (`str` or `os.PathLike`; by default into
-    `plots` in the run's folder).
-
-    Returns:
-        `dict[str, Path]`: the PNG file of each figure, by the name of its function.
-
-    Raises:
-        ValueError: if there is no log, or `folder` is missing and the run is not given by its folder.
-    """
+    """Draws every figure that one run has logged the values for, into `folder` (by default `plots` in the run's
+    folder), and returns the PNG file of each by the name of its function. `ValueError` if there is no log, or `folder`
+    is missing and the run is not given by its folder."""
     history = read_log_history(run)
     if folder is None:
         if not isinstance(run, str | os.PathLike) or not Path(run).is_dir():
@@ -262,9 +243,6 @@ def all_plots(run: Run, folder: str | os.PathLike | None = None) -> dict[str, Pa
             draw(history, path)
             drawn[draw.__name__] = path
     return drawn
-
-
-# ---- What was logged ----
 
 
 def _histories(runs: Runs) -> dict[str, LogHistory]:
@@ -284,7 +262,8 @@ def _step_rows(runs: Runs, value: str, last: int | None, missing: str) -> dict[s
     return rows
 
 
-def _check_off_policy(rows: dict[str, list[StepStatistics]]) -> None:
+def _off_policy_rows(runs: Runs, value: str, last: int | None, missing: str) -> dict[str, list[StepStatistics]]:
+    rows = _step_rows(runs, value, last, missing)
     what = (
         "importance ratios of exactly 1 only: each sampling phase serves a single update, and the ratio is 1 there by "
         f"definition. {_MORE_UPDATES}"
@@ -292,15 +271,13 @@ def _check_off_policy(rows: dict[str, list[StepStatistics]]) -> None:
     for label, found in rows.items():
         if not any(row.ratio_std for row in found):
             raise ValueError(not_logged(label, what))
+    return rows
 
 
 def _series(log_history: LogHistory, *keys: str) -> list[list[float]]:
     """The steps at which all keys were logged, and the values of each."""
     entries = [entry for entry in log_history if all(is_number(entry.get(key)) for key in keys)]
     return [[entry[key] for entry in entries] for key in ("step", *keys)]
-
-
-# ---- Figures ----
 
 
 def _side_by_side(rows: dict[str, list], width: float) -> Iterator[tuple[str, np.ndarray, list, float]]:
@@ -317,9 +294,7 @@ def _with_spread(label: str, values: Sequence[float]) -> str:
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of this size in inches, without pyplot."""
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), dpi=120, layout="constrained")
 
 
 def saved_figure(figure: Figure, path: str | os.PathLike | None) -> Figure:

@@ -18,7 +18,7 @@ from trl_flow.rollout import decode
 
 
 # Width of the images in a grid, all steps together, and what an image has at most and at least
-_WIDTH, _LARGEST, _SMALLEST = 3072, 256, 128
+_WIDTH, _LARGEST, _SMALLEST = 2048, 256, 96
 
 
 @torch.no_grad()
