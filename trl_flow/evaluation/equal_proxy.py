@@ -109,7 +109,7 @@ def gold_at_proxy(
     histories = {label: gold_history(run, eval_name=eval_name, label=label) for label, run in runs.items()}
     highest = {label: float(history.proxy.max()) for label, history in histories.items()}
     told = ", ".join(f"{label} {value:.4g}" for label, value in highest.items())
-    if levels is None:
+    if levels is None or len(levels) == 0:
         start, top = max(history.proxy[0] for history in histories.values()), min(highest.values())
         if top <= start:
             raise ValueError(
@@ -117,15 +117,14 @@ def gold_at_proxy(
                 "levels, or leave runs out."
             )
         levels = [(start + top) / 2, top]
+    points, levels = [], [float(level) for level in levels]
     for level in levels:
-        if not is_number(level) or level > max(highest.values()):
-            raise ValueError(f"The level {level!r} is reached by no run: the highest proxies are {told}.")
-    points = []
-    for level in levels:
+        if not level <= max(highest.values()):
+            raise ValueError(f"The level {level:.4g} is reached by no run: the highest proxies are {told}.")
         for label, history in histories.items():
             columns = (history.updates, history.gold, history.standard_errors)
             values = [value_at_proxy(history.proxy, column, level) for column in columns]
-            points.append(GoldAtProxy(label, float(level), *values, highest[label]))
+            points.append(GoldAtProxy(label, level, *values, highest[label]))
     return points
 
 
