@@ -33,8 +33,7 @@ class StepPlan:
     Attributes:
         stochastic (`tuple[int, ...]`): steps that add noise, ascending.
         kept (`tuple[int, ...]`): those whose latents and means are kept, ascending; all of them stochastic.
-        project_from (`int`, *optional*): keep the predicted clean latents after each step from this one on; -1 is
-            before the first step, too.
+        project_from (`int`, *optional*): keep the predicted clean latents after each step from this one on.
     """
 
     stochastic: tuple[int, ...] = ()

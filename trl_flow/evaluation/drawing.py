@@ -10,13 +10,13 @@ from tqdm.auto import tqdm
 
 from trl_flow.backbones import Backbone, get_backbone
 from trl_flow.dynamics import make_dynamics
-from trl_flow.rollout import RandomStream, Rollout, StepPlan, decode, draw_noise, rollout, sample_generator
+from trl_flow.rollout import RandomStream, StepPlan, decode, draw_noise, rollout, sample_generator
 
 
 Condition = dict[str, torch.Tensor]
 
 
-def sample_batch(
+def draw_batch(
     backbone: Backbone,
     model: torch.nn.Module,
     condition: Condition,
@@ -26,31 +26,31 @@ def sample_batch(
     indices: Sequence[int],
     num_inference_steps: int,
     guidance_scale: float,
-    project_from: int | None = None,
     on_step: Callable[[int], None] | None = None,
-) -> Rollout:
+    predictions: list[torch.Tensor] | None = None,
+) -> list[Image.Image]:
     """
-    Samples one batch along the ODE (for U-Nets by deterministic DDIM): the one way in which evaluations draw.
+    Draws one batch along the ODE (for U-Nets by deterministic DDIM): the one way in which evaluations draw.
 
     `model` is the backbone's trained module, possibly wrapped; the conditions are of `B` prompts, on its device
     (without a negative one there is no guidance by one). `indices` are those of the `B` images in the whole set: an
-    image's noise depends on `seed`, which is non-negative, and its index alone. `project_from` is [`StepPlan`]'s, and
-    `on_step` is called with the index of each step before it is taken.
+    image's noise depends on `seed`, which is non-negative, and its index alone. `on_step` is called with the index of
+    each step before it is taken. `predictions` gets the clean latents `(B, ...)` that are predicted before each step.
     """
     generators = [sample_generator(seed, RandomStream.EVALUATION, index) for index in indices]
     # No step is stochastic, so the kind and the level of the noise have no effect
     dynamics = make_dynamics(backbone.schedule(num_inference_steps), sde_type="flow", noise_level=0.0)
 
     def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        return backbone.guided_prediction(model, latents, timestep, condition, negative_condition, guidance_scale)
+        conditions = (condition, negative_condition)
+        prediction = backbone.guided_prediction(model, latents, timestep, *conditions, guidance_scale)
+        if predictions is not None:
+            predictions.append(dynamics.pred_original_sample(prediction, latents, len(predictions)))
+        return prediction
 
     noise = draw_noise(backbone.latent_shape(), generators, backbone.device)
-    return rollout(predict, dynamics, noise, StepPlan(project_from=project_from), on_step=on_step)
-
-
-def draw_batch(backbone: Backbone, *args, **kwargs) -> list[Image.Image]:
-    """The images of [`sample_batch`], which has the same arguments."""
-    return decode(backbone, sample_batch(backbone, *args, **kwargs).final)
+    latents = rollout(predict, dynamics, noise, StepPlan(), on_step=on_step).final
+    return decode(backbone, latents)
 
 
 def draw(

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from trl_flow.backbones import Backbone
 from trl_flow.evaluation.adapters import BASE, Adapter, loaded_adapter, parse_adapters
-from trl_flow.evaluation.drawing import sample_batch
+from trl_flow.evaluation.drawing import draw_batch
 from trl_flow.evaluation.grids import comparison_grid, evenly
 from trl_flow.evaluation.inputs import DrawingOptions, check_images_to_edit, loaded_backbone, prompt_sets
 from trl_flow.rollout import decode
@@ -57,7 +57,8 @@ def predict_steps(
     negative = None
     if backbone.uses_guidance(guidance_scale):
         negative = backbone.encode_prompt(negative_prompt or "", *edited)
-    sampled = sample_batch(
+    latents: list[torch.Tensor] = []
+    draw_batch(
         backbone,
         backbone.model,
         backbone.encode_prompt(prompt, *edited),
@@ -66,11 +67,10 @@ def predict_steps(
         indices=[index],
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
-        project_from=-1,
         on_step=on_step,
+        predictions=latents,
     )
-    # Without the last, which is no prediction but the end
-    return decode(backbone, sampled.pred_original_samples[0, :-1])
+    return decode(backbone, torch.cat(latents))
 
 
 def steps_grid(
