@@ -51,7 +51,7 @@ def by_rollout(backbone, prompt: str, image, index: int) -> tuple[list[Image.Ima
 
     generators = [sample_generator(3, RandomStream.EVALUATION, index)]
     noise = draw_noise(backbone.latent_shape(), generators, backbone.device)
-    after = rollout(predict, dynamics, noise, StepPlan(project_from=0)).pred_original_samples[0]
+    after = rollout(predict, dynamics, noise, StepPlan(project=True)).pred_original_samples[0]
     prediction = predict(noise, schedule.timesteps[0])
     if hasattr(schedule, "sigmas"):
         first = noise - schedule.sigmas[0] * prediction

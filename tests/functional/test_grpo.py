@@ -57,6 +57,15 @@ def test_batch_scaled_advantages_by_hand():
     torch.testing.assert_close(advantages, double([-0.5222056973, 0.5222056973, 0, 0]), rtol=0, atol=1e-9)
 
 
+def test_centered_batch_scaled_advantages_by_hand():
+    # centered -1, 1, 0, 0: std = sqrt(2 / 3) = 0.8164965809; 1 / (0.8164965809 + 0.0001) = 1.2245948898
+    advantages = group_advantages(double([1, 3, 5, 5]), 2, scale_rewards="batch_centered")
+    torch.testing.assert_close(advantages, double([-1.2245948898, 1.2245948898, 0, 0]), rtol=0, atol=1e-9)
+    # what differs between prompts alone does not count
+    shifted = group_advantages(double([1, 3, 905, 905]), 2, scale_rewards="batch_centered")
+    torch.testing.assert_close(shifted, advantages)
+
+
 def test_groups_are_contiguous():
     # read the other way, as every second sample, no group would have equal rewards
     advantages = group_advantages(torch.tensor([1.0, 1.0, 1.0, 7.0, 7.0, 7.0]), 3, scale_rewards="group")
@@ -76,12 +85,12 @@ def test_samples_without_a_reward_are_left_out_by_hand():
     torch.testing.assert_close(by_batch, 0.4999750012 * unscaled, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+@pytest.mark.parametrize("scale_rewards", ["group", "batch", "batch_centered", "none"])
 def test_a_batch_without_any_reward_has_no_advantage(scale_rewards):
     assert group_advantages(torch.full((4,), math.nan), 2, scale_rewards=scale_rewards).tolist() == [0.0] * 4
 
 
-@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+@pytest.mark.parametrize("scale_rewards", ["group", "batch", "batch_centered", "none"])
 def test_a_group_of_equal_rewards_has_no_advantage_not_even_rounding(scale_rewards):
     # 0.1 three times has a mean that is not 0.1 in float32; divided by 1e-4 the difference would be a signal
     rewards = torch.tensor([0.1, 0.1, 0.1, 0.1 + 1e6, 0.1 + 1e6, 0.1 + 1e6, 0.0, 1.0, 2.0])
@@ -89,14 +98,14 @@ def test_a_group_of_equal_rewards_has_no_advantage_not_even_rounding(scale_rewar
     assert group_advantages(rewards[:6], 3, scale_rewards=scale_rewards).tolist() == [0.0] * 6
 
 
-@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+@pytest.mark.parametrize("scale_rewards", ["group", "batch", "batch_centered", "none"])
 def test_a_group_of_one_has_no_advantage(scale_rewards):
     assert group_advantages(torch.tensor([1.0, 4.0]), 1, scale_rewards=scale_rewards).tolist() == [0.0, 0.0]
     assert group_advantages(torch.tensor([1.0]), 1, scale_rewards=scale_rewards).tolist() == [0.0]
 
 
 @few
-@given(case=groups(), scale_rewards=st.sampled_from(["group", "batch", "none"]))
+@given(case=groups(), scale_rewards=st.sampled_from(["group", "batch", "batch_centered", "none"]))
 def test_advantages_of_a_group_sum_to_zero_and_keep_its_order(case, scale_rewards):
     rewards, size = case
     advantages = group_advantages(double(rewards).flatten(), size, scale_rewards=scale_rewards).view(-1, size)
@@ -107,7 +116,7 @@ def test_advantages_of_a_group_sum_to_zero_and_keep_its_order(case, scale_reward
 
 
 @few
-@given(case=groups(), shift=eighths, scale_rewards=st.sampled_from(["group", "batch", "none"]))
+@given(case=groups(), shift=eighths, scale_rewards=st.sampled_from(["group", "batch", "batch_centered", "none"]))
 def test_advantages_do_not_see_an_offset_of_the_rewards(case, shift, scale_rewards):
     rewards, size = case
     flat = double(rewards).flatten()

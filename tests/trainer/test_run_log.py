@@ -68,6 +68,18 @@ def test_histograms_are_in_the_runs_own_log_and_go_to_no_tracker(tmp_path):
                 assert sum(counts[high + 1 :]) / 8 == pytest.approx(log[f"clip_ratio/high_step_{step}"])
 
 
+def test_a_sample_is_counted_at_its_own_steps_only(tmp_path):
+    fields = FIELDS | {"max_steps": 2, "num_inference_steps": 5, "timestep_fraction": 0.5}
+    tiny_trainer(tmp_path, timestep_fraction_per_sample=True, **fields).train()
+    (histograms,) = filter(None, map(histograms_of, read_log_history(tmp_path)))
+    # Two of four steps for each of eight images, not the same for all
+    assert sum(map(sum, histograms)) == 16 and len(histograms) > 2
+
+
+def histograms_of(log: dict) -> list[list[int]]:
+    return [counts for key, counts in log.items() if key.startswith("ratio/histogram_step_")]
+
+
 def test_evaluations_without_training_leave_a_finished_runs_log_alone(tmp_path):
     tiny_trainer(tmp_path, **FIELDS).train()
     before = (tmp_path / "log_history.jsonl").read_bytes()

@@ -15,13 +15,14 @@ from trl_flow.functional.grpo import (
     ratio_statistics,
     transition_kl,
 )
-from trl_flow.functional.guard import log_ratio, timestep_weight
+from trl_flow.functional.guard import log_ratio, probed_mean, timestep_weight
 from trl_flow.functional.rewards import combine_rewards, fill_missing, frac_zero_std, normalize_then_sum
 from trl_flow.functional.slas import (
     adapt_power,
     effective_sample_share,
     max_advantage_power,
     max_advantage_power_bounded,
+    max_advantage_power_sub_gaussian,
     super_linear,
 )
 from trl_flow.functional.transitions import (
@@ -57,8 +58,10 @@ __all__ = [
     "log_ratio",
     "max_advantage_power",
     "max_advantage_power_bounded",
+    "max_advantage_power_sub_gaussian",
     "normalize_then_sum",
     "ode_transition",
+    "probed_mean",
     "project_to_data",
     "ratio_histogram",
     "ratio_statistics",

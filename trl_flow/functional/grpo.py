@@ -158,15 +158,20 @@ def transition_kl(mean: Tensor, old_mean: Tensor, std: Number) -> Tensor:
 
 
 def group_advantages(
-    rewards: Tensor, num_generations: int, *, scale_rewards: Literal["group", "batch", "none"]
+    rewards: Tensor, num_generations: int, *, scale_rewards: Literal["group", "batch", "batch_centered", "none"]
 ) -> Tensor:
     """Rewards relative to those of the same prompt's other samples.
 
     | `scale_rewards` | advantage | where |
     | --- | --- | --- |
     | `"group"` | `(R - mean_group) / (std_group + 1e-4)` | GRPO; GRPO-Guard Eq. 4 |
-    | `"batch"` | `(R - mean_group) / (std_batch + 1e-4)` | Flow-GRPO, SLAS |
+    | `"batch"` | `(R - mean_group) / (std(R) + 1e-4)`, over the batch | TRL, Flow-GRPO |
+    | `"batch_centered"` | `(R - mean_group) / (std(R - mean_group) + 1e-4)`, over the batch | for SLAS, see below |
     | `"none"` | `R - mean_group` | SLAS Eq. 9 |
+
+    The standard deviation of the raw rewards holds the differences between prompts, too. Where these are large, few
+    advantages are above 1 in magnitude, so that SLAS's power shrinks all of them. Divided by that of the centered
+    rewards they have a spread of 1, and a power amplifies the large ones. SLAS's text does not say which it has.
 
     Standard deviations are unbiased and the 1e-4 is TRL's, so that the numbers are those of its `GRPOTrainer`. A group
     of equal rewards has advantages of exactly 0; so has a group of one.
@@ -185,7 +190,7 @@ def group_advantages(
             accelerator); `scale_rewards` is unknown.
     """
     check_shapes("(N,)", rewards=rewards)
-    check_choice("scale_rewards", scale_rewards, ("group", "batch", "none"))
+    check_choice("scale_rewards", scale_rewards, ("group", "batch", "batch_centered", "none"))
     grouped = in_groups("rewards", rewards, num_generations)
     check_finite("rewards", rewards, allow_nan=True)
     centered = deviations(grouped)
@@ -193,4 +198,6 @@ def group_advantages(
         centered = centered / (spread(centered) + STD_EPSILON)
     elif scale_rewards == "batch":
         centered = centered / (spread(deviations(grouped.view(1, -1))) + STD_EPSILON)
+    elif scale_rewards == "batch_centered":
+        centered = centered / (spread(deviations(centered.view(1, -1))) + STD_EPSILON)
     return centered.nan_to_num(nan=0.0).view(-1)

@@ -217,7 +217,7 @@ class FlowRLTrainer(GroupTrainer):
                     norm = self.policy.gradient_norm(output.policy_loss.mean())
                     self.metrics.append({f"grad_norm/step_{unit}": norm})
                 self.policy.backward(loss)
-            self.metrics.add(unit, output.stats)
+            self.metrics.add(unit, output)
             total += loss.detach()
         self.run_state.advance()
         self._train_step_time += time.perf_counter() - start
@@ -228,7 +228,10 @@ class FlowRLTrainer(GroupTrainer):
 
     def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> MicroBatch:
         if self.run_state.needs_samples:
+            needed = self.algorithm.needs_sampling_weights(self.policy)
+            self.run_state.sampling_weights = self.policy.copy_weights() if needed else []
             self.run_state.micro_batches = self._generate_and_score(generation_batch)
+        self.policy.sampling_weights = self.run_state.sampling_weights
         self.policy.updates_since_sampling = self.run_state.update
         return self.run_state.micro_batch
 
