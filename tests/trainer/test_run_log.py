@@ -69,8 +69,8 @@ def test_histograms_are_in_the_runs_own_log_and_go_to_no_tracker(tmp_path):
 
 
 def test_a_sample_is_counted_at_its_own_steps_only(tmp_path):
-    fields = FIELDS | {"max_steps": 2, "num_inference_steps": 5, "timestep_fraction": 0.5}
-    tiny_trainer(tmp_path, timestep_fraction_per_sample=True, **fields).train()
+    fields = FIELDS | {"max_steps": 2, "num_inference_steps": 5, "diagnostics_steps": 0}
+    tiny_trainer(tmp_path, timestep_fraction=0.5, timestep_fraction_per_sample=True, **fields).train()
     (histograms,) = filter(None, map(histograms_of, read_log_history(tmp_path)))
     # Two of four steps for each of eight images, not the same for all
     assert sum(map(sum, histograms)) == 16 and len(histograms) > 2
