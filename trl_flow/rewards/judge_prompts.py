@@ -40,8 +40,8 @@ def final_score(answer: str) -> float | None:
 
 
 def axis_score(answer: str, axis: Literal["alignment", "coherence", "style"]) -> float | None:
-    """The number after `Alignment Score (1-5):`, or that of another axis, or None."""
-    return _number_after(rf"{axis} Score \(1-5\)", answer)
+    """The number after `Alignment Score (1-5):` (the models leave `(1-5)` out at times), or another axis', or None."""
+    return _number_after(f"{axis} Score", answer)
 
 
 def preferred_image(answer: str) -> Preference | None:
@@ -57,6 +57,7 @@ def preferred_image(answer: str) -> Preference | None:
 
 
 def _number_after(label: str, answer: str) -> float | None:
-    # Asterisks: chat models like to write the label in bold
-    match = re.search(rf"{label}\**:[\s*]*(\d+(?:\.\d+)?)", answer, re.IGNORECASE)
+    # Chat models like to write in bold, with the scale, in brackets, or with Chinese punctuation
+    scale = r"(?:[(（]1\s*[-–]\s*5[)）])?"
+    match = re.search(rf"{label}[\s*]*{scale}[\s*]*[:：][\s*\[]*(\d+(?:\.\d+)?)", answer, re.IGNORECASE)
     return float(match.group(1)) if match else None
