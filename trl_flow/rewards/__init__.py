@@ -30,6 +30,7 @@ PUBLIC: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
         {"shapes_soft": ("soft",), "shapes_strict": ("strict",), "shapes_fidelity": ("fidelity",)},
     ),
     # The judges ask the server at OPENAI_BASE_URL
+    "UniGenBenchReward": ("unigenbench", {"unigenbench": ()}),
     "UnifiedReward": (
         "judge",
         {

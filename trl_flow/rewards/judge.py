@@ -41,13 +41,13 @@ class Question:
         self.max_tokens = max_tokens
         self.chat = ChatModel(**server)
 
-    async def _ask(self, prompt: str, *images: Image.Image) -> tuple[Any, str]:
-        """What the first answer that can be read says, or None, and the last answer."""
+    async def _ask(self, prompt: str, *images: Image.Image, read: Callable | None = None) -> tuple[Any, str]:
+        """What the first answer that can be read (by `read` or else `_read`) says, or None, and the last answer."""
         for temperature in self._temperatures:
             choice = await self._answer(prompt, images, temperature)
             # Empty where the server sent no text, as for an answer cut off while thinking
             text = choice.message.content or ""
-            if (outcome := self._read(choice, text)) is not None:
+            if (outcome := (read or self._read)(choice, text)) is not None:
                 break
         return outcome, text
 
