@@ -27,7 +27,6 @@ COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown",
 POSITIONS = ("left of", "right of", "above", "below")
 
 
-
 def dimension_of(testpoint: str) -> str:
     """UniGenBench's dimension of a test point: "Attribute" of "Attribute - Color", "Style" of "Style"."""
     return testpoint.split("-")[0].strip()

@@ -157,7 +157,7 @@ def test_test_points_in_another_language_are_asked_about_by_their_names():
 )
 def test_rows_that_are_no_test_points_are_refused(names, about):
     reward = UniGenBenchReward(base_url="http://127.0.0.1:9/v1")
-    with pytest.raises(ValueError, match="'p' has the test points .*load_unigenbench"):
+    with pytest.raises(ValueError, match="'p' has test points .*load_unigenbench"):
         asyncio.run(reward(prompts=["p"], images=[flat(1)], testpoints=[names], testpoint_descriptions=[about]))
 
 

@@ -89,8 +89,8 @@ def _question(prompt: str, names: Any, descriptions: Any) -> str | None:
     lists = isinstance(names, list | tuple) and isinstance(descriptions, list | tuple)
     if not lists or len(names) != len(descriptions) or not all(isinstance(t, str) for t in (*names, *descriptions)):
         raise ValueError(
-            f"The prompt {prompt!r} has the test points {names!r} and the descriptions {descriptions!r}, but these must "
-            "be two lists of texts of one length, as trl_flow.prompts.load_unigenbench gives them."
+            f"The prompt {prompt!r} has test points {names!r} and descriptions {descriptions!r}, but must have "
+            "two lists of texts of one length, as trl_flow.prompts.load_unigenbench gives them."
         )
     lines = []
     for name, description in zip(names, descriptions, strict=True):
