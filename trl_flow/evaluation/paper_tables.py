@@ -78,13 +78,13 @@ TABLES = {
             ("GenEval", "geneval", "geneval_correct"),
             ("OCR", "ocr", "ocr"),
             ("PickScore", "pickscore", "pickscore"),
-            ("DrawBench: Aesthetic", "drawbench", "aesthetic"),
-            ("DeQA", "drawbench", "deqa"),
-            ("ImgRwd", "drawbench", "imagereward"),
+            ("Aesthetic on DrawBench", "drawbench", "aesthetic"),
+            ("DeQA on DrawBench", "drawbench", "deqa"),
+            ("ImgRwd on DrawBench", "drawbench", "imagereward"),
             ("PickScore on DrawBench", "drawbench", "pickscore"),
-            ("UniRwd", "drawbench", "unifiedreward"),
+            ("UniRwd on DrawBench", "drawbench", "unifiedreward"),
         ),
-        note="GenEval, OCR and PickScore on their own prompts, the five from Aesthetic on on DrawBench's.",
+        note="GenEval, OCR and PickScore without further words are on their own prompts.",
     ),
     "slas": PaperTable(
         "SLAS, Tables 1 to 3",
@@ -163,10 +163,8 @@ def table_inputs(
 
     found("the model", DiffusionPipeline.load_config, model)
     found("the adapters", parse_adapters, adapters)
-    sets = {
-        set_name: found("prompts", load_prompts, copies.get(set_name, set_name), "test") for set_name in table.sets
-    }
-    funcs = {reward: found(f"the reward {reward}", _ready, reward, others.get(reward)) for reward in table.rewards}
+    sets = {s: found(f"the prompts {s}", load_prompts, copies.get(s, s), "test") for s in table.sets}
+    funcs = {r: found(f"the reward {r}", _ready, r, others.get(r)) for r in table.rewards}
     asked = [reward for reward in table.rewards if reward in _JUDGES and reward not in others and funcs[reward]]
     if len(asked) > 1:
         missing.append(f"the judges {' and '.join(asked)} are two models, but OPENAI_BASE_URL is one address")
