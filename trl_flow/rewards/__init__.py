@@ -7,11 +7,13 @@ from importlib import import_module
 from typing import Any
 
 
+_AXES = ("alignment", "coherence", "style")
+
 # Everything public: its module and, for a reward that commands and recipes can name, its names there, each with the
 # positional arguments that it stands for
 PUBLIC: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     "AestheticReward": ("aesthetic", {"aesthetic": ()}),
-    "CLIPScoreReward": ("clip_score", {"clipscore": ()}),
+    "CLIPScoreReward": ("clip", {"clipscore": ()}),
     "ChatModel": ("chat", {}),
     "CheckpointError": ("base", {}),
     "DeQAReward": ("judge", {"deqa": ()}),
@@ -22,24 +24,13 @@ PUBLIC: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     "JPEGIncompressibilityReward": ("jpeg", {"jpeg_incompressibility": ()}),
     "JudgeError": ("chat", {}),
     "OCRReward": ("ocr", {"ocr": ()}),
-    "PickScoreReward": ("pick_score", {"pickscore": ()}),
+    "PickScoreReward": ("clip", {"pickscore": ()}),
     "RemoteReward": ("remote", {}),
     "RewardServerError": ("remote", {}),
-    "ShapesReward": (
-        "shapes",
-        {"shapes_soft": ("soft",), "shapes_strict": ("strict",), "shapes_fidelity": ("fidelity",)},
-    ),
+    "ShapesReward": ("shapes", {f"shapes_{score}": (score,) for score in ("soft", "strict", "fidelity")}),
     # The judges ask the server at OPENAI_BASE_URL
     "UniGenBenchReward": ("unigenbench", {"unigenbench": ()}),
-    "UnifiedReward": (
-        "judge",
-        {
-            "unifiedreward": (),
-            "unifiedreward_alignment": ("alignment",),
-            "unifiedreward_coherence": ("coherence",),
-            "unifiedreward_style": ("style",),
-        },
-    ),
+    "UnifiedReward": ("judge", {"unifiedreward": (), **{f"unifiedreward_{axis}": (axis,) for axis in _AXES}}),
     "UnifiedRewardComparer": ("preference", {}),
     "UnreadableAnswer": ("judge", {}),
     "VLMComparer": ("preference", {}),

@@ -18,14 +18,11 @@ NAMED_REWARDS: dict[str, tuple[str, ...]] = {
 
 def named_reward(name: str) -> Any:
     """
-    The reward function that `name` stands for.
-
-    Args:
-        name (`str`): a key of `NAMED_REWARDS`; for a judge also with the address of its server behind an `@`, and the
-            model behind a `#` if that serves several, as in `deqa@http://localhost:8000/v1#my-deqa`; a dotted import
-            path such as `my_rewards.brightness`, looked for in the current folder too (a class is called without
-            arguments); or the address of a reward server: of several separated by commas, and with a reward's name
-            behind a `#` if they offer more than one, as in `http://one:8000,http://two:8000#pickscore`.
+    The reward function that `name` stands for: a key of `NAMED_REWARDS`, for a judge also with the address of its
+    server (and a model of several), as in `deqa@http://localhost:8000/v1#my-deqa`; a dotted import path such as
+    `my_rewards.brightness`, looked for in the current folder too (a class is called without arguments), or the address
+    of a reward server: of several separated by commas, and with a reward's name behind a `#` if they offer more than
+    one, as in `http://one:8000,http://two:8000#pickscore`.
 
     Raises:
         ValueError: if there is no such function, naming the nearest that there is.
