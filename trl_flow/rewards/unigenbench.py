@@ -45,7 +45,7 @@ class UniGenBenchReward(Question):
     POINTS: ClassVar[str] = "unigenbench_testpoints"
 
     def __init__(self, *, max_tokens: int = 2048, **server: Any):
-        super().__init__("{prompt}", passed_testpoints, max_tokens, **server)
+        super().__init__("{prompt}", passed_testpoints, max_tokens=max_tokens, **server)
         self.__name__ = "unigenbench"
 
     async def __call__(
