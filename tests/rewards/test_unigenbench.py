@@ -7,6 +7,7 @@ import pytest
 from judge_server import JudgeServer
 from PIL import Image
 
+from trl_flow.evaluation.inputs import computed_by
 from trl_flow.prompt_words import dimension_of
 from trl_flow.rewards import JudgeError, UniGenBenchReward
 from trl_flow.rewards.checks import check_reward_func
@@ -159,6 +160,13 @@ def test_rows_that_are_no_test_points_are_refused(names, about):
     reward = UniGenBenchReward(base_url="http://127.0.0.1:9/v1")
     with pytest.raises(ValueError, match="'p' has test points .*load_unigenbench"):
         asyncio.run(reward(prompts=["p"], images=[flat(1)], testpoints=[names], testpoint_descriptions=[about]))
+
+
+def test_another_judge_scores_anew():
+    """What an evaluation knows a reward by."""
+    address = {"base_url": "http://127.0.0.1:9/v1"}
+    one, other = (computed_by(UniGenBenchReward(model=model, **address)) for model in ("a", "b"))
+    assert one != other and "UniGenBenchReward" in one
 
 
 def test_sets_without_test_points_are_refused_before_anything_is_asked():
