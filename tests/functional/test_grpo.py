@@ -7,7 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_flow.functional import clipped_loss, gaussian_kl, group_advantages, ratio_statistics, transition_kl
+from trl_flow.functional import (
+    clipped_loss,
+    gaussian_kl,
+    group_advantages,
+    ratio_histogram,
+    ratio_statistics,
+    transition_kl,
+)
+from trl_flow.functional.grpo import RATIO_BIN_EDGES
 
 
 few = settings(deadline=None, derandomize=True, max_examples=60)
@@ -284,6 +292,26 @@ def test_clipping_acts_where_the_loss_has_no_gradient():
     clipped = statistics["high"] + statistics["low"]
     assert 0.2 < clipped.mean() < 0.8
     assert torch.equal(clipped == 1, gradient == 0)
+
+
+def test_the_bins_of_ratios_by_hand():
+    """In clip ranges, 0.1 below 1 and 0.4 above: -6, -2, -0.5, 0, 0.5, 2, 6. Bin 0 is below -5, then 2/9 each."""
+    log_ratio = double([0.4, 0.8, 0.95, 1, 1.2, 1.8, 3.4]).log()
+    bins = ratio_histogram(log_ratio, epsilon=0.1, epsilon_high=0.4)
+    # (-2 + 5) * 4.5 = 13.5, (-0.5 + 5) * 4.5 = 20.25, 5 * 4.5 = 22.5, 24.75, 31.5: one bin further, for the tail
+    assert bins.argmax(dim=1).tolist() == [0, 14, 21, 23, 25, 32, 46]
+    assert bins.shape == (7, 47) and bins.sum(dim=1).tolist() == [1.0] * 7
+    assert RATIO_BIN_EDGES[0] == -5 and RATIO_BIN_EDGES[-1] == 5 and {-1.0, 1.0} < set(RATIO_BIN_EDGES)
+    assert ratio_histogram(torch.zeros(2), epsilon=0.0).argmax(dim=1).tolist() == [23, 23]
+
+
+def test_what_lies_outside_in_the_histogram_is_what_the_statistics_count():
+    log_ratio = 4e-6 * torch.randn(500, generator=torch.Generator().manual_seed(0))
+    statistics = ratio_statistics(log_ratio, torch.ones(500), epsilon=2e-6, epsilon_high=3e-6)
+    counts = ratio_histogram(log_ratio, epsilon=2e-6, epsilon_high=3e-6).sum(dim=0)
+    low, high = RATIO_BIN_EDGES.index(-1.0), RATIO_BIN_EDGES.index(1.0)
+    assert counts[: low + 1].sum() == statistics["below"].sum() > 50
+    assert counts[high + 1 :].sum() == statistics["above"].sum() > 50
 
 
 # KL

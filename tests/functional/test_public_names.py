@@ -20,6 +20,7 @@ SIGNATURES = {
     "log_ratio": "sample, mean, old_mean, std, *, kind",
     "timestep_weight": "kind, *, std, dt, beta=None, gain=None",
     "clipped_loss": "log_ratio, advantages, *, epsilon, epsilon_high=None, weight=None",
+    "ratio_histogram": "log_ratio, *, epsilon, epsilon_high=None",
     "ratio_statistics": "log_ratio, advantages, *, epsilon, epsilon_high=None",
     "gaussian_kl": "mean, ref_mean, diffusion",
     "transition_kl": "mean, old_mean, std",

@@ -57,9 +57,10 @@ class PhaseScores:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A `loss` to be minimized, `(B,)`; `stats` without gradients to sum up over samples for the metrics, each `(B,)`;
-    `regularization`, what of the loss is not the policy's, such as a KL, `(B,)`; and `counted`, where the samples'
-    stats belong to several units, for each of these whether a sample's do, bool, `(B,)`."""
+    """A `loss` to be minimized, `(B,)`; `stats` without gradients to sum up over samples for the metrics, each `(B,)`,
+    or `(B, K)` for counts that only the run's own log is to have; `regularization`, what of the loss is not the
+    policy's, such as a KL, `(B,)`; and `counted`, where the samples' stats belong to several units, for each of these
+    whether a sample's do, bool, `(B,)`."""
 
     loss: torch.Tensor
     stats: dict[str, torch.Tensor] = field(default_factory=dict)

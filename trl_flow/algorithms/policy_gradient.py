@@ -20,6 +20,7 @@ from trl_flow.functional import (
     gaussian_kl,
     log_ratio,
     probed_mean,
+    ratio_histogram,
     ratio_statistics,
     timestep_weight,
     transition_kl,
@@ -175,6 +176,9 @@ class ClippedPolicyGradient(Algorithm):
         loss, regularization = clipped_loss(log_ratios, advantages, weight=weight, **clip_range), None
 
         stats |= ratio_statistics(log_ratios.detach(), advantages, **clip_range)
+        # In the first update of a phase all ratios are 1, which would bury the others
+        if policy.updates_since_sampling > 0:
+            stats["ratio/histogram"] = ratio_histogram(log_ratios.detach(), **clip_range)
         if args.beta > 0:
             with policy.at("reference"):
                 ref_mean = transition().mean

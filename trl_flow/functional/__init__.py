@@ -7,7 +7,14 @@ both shapes in the message, a Python number out of its domain too. Values of ten
 docstring says so. NaN among rewards says that a reward does not apply to a sample.
 """
 
-from trl_flow.functional.grpo import clipped_loss, gaussian_kl, group_advantages, ratio_statistics, transition_kl
+from trl_flow.functional.grpo import (
+    clipped_loss,
+    gaussian_kl,
+    group_advantages,
+    ratio_histogram,
+    ratio_statistics,
+    transition_kl,
+)
 from trl_flow.functional.guard import log_ratio, probed_mean, timestep_weight
 from trl_flow.functional.rewards import combine_rewards, fill_missing, frac_zero_std, normalize_then_sum
 from trl_flow.functional.slas import (
@@ -56,6 +63,7 @@ __all__ = [
     "ode_transition",
     "probed_mean",
     "project_to_data",
+    "ratio_histogram",
     "ratio_statistics",
     "super_linear",
     "timestep_weight",

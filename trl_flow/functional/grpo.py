@@ -19,6 +19,10 @@ from trl_flow.functional._tensors import (
 )
 
 
+# In clip ranges: 45 bins of 2/9, so that 0 is in the middle of one and -1 and 1, the clipping, are edges of two
+RATIO_BIN_EDGES = tuple((2 * i - 45) / 9 for i in range(46))
+
+
 def clipped_loss(
     log_ratio: Tensor,
     advantages: Tensor,
@@ -78,6 +82,34 @@ def ratio_statistics(
     above, below = excess > (epsilon if epsilon_high is None else epsilon_high), excess < -epsilon
     flags = {"above": above, "below": below, "high": above & (a > 0), "low": below & (a < 0)}
     return {"deviation": excess} | {name: flag.to(excess.dtype) for name, flag in flags.items()}
+
+
+def ratio_histogram(log_ratio: Tensor, *, epsilon: float, epsilon_high: float | None = None) -> Tensor:
+    """The bin of each importance ratio, as rows of one 1 each: their sum over samples is a histogram (GRPO-Guard,
+    Figure 2).
+
+    Bins are those of `(r - 1) / epsilon` below 1 and `(r - 1) / epsilon_high` above, so that the histograms of
+    all runs, steps and clip ranges have the same ones, and counts may be added: 45 bins of 2/9 from -5 to 5
+    (`RATIO_BIN_EDGES`), before them what is below and behind them what is above. The clipping begins at the edges -1
+    and 1.
+
+    Args:
+        log_ratio, epsilon, epsilon_high: as for `clipped_loss`.
+
+    Returns:
+        `(B, 47)`, of 0 and 1, float32.
+
+    Raises:
+        ValueError: a shape is not `(B,)`.
+    """
+    check_shapes("(B,)", log_ratio=log_ratio)
+    (log_r,) = promote(log_ratio)
+    excess = torch.expm1(log_r)
+    unit = torch.where(excess < 0, epsilon, epsilon if epsilon_high is None else epsilon_high)
+    # A clip range of 0 has no inside but 1 itself
+    in_ranges = torch.where(excess == 0, 0.0, excess / unit)
+    edges = torch.tensor(RATIO_BIN_EDGES, dtype=in_ranges.dtype, device=in_ranges.device)
+    return torch.nn.functional.one_hot(torch.bucketize(in_ranges, edges), len(edges) + 1).float()
 
 
 def gaussian_kl(mean: Tensor, ref_mean: Tensor, diffusion: Number) -> Tensor:

@@ -157,7 +157,8 @@ class FlowRLTrainer(GroupTrainer):
         self.metrics = Metrics(self.accelerator)
         self.sample_log = SampleLog(args, self.scorer.names)
         self.publisher = Publisher(args, self.backbone, self.model_id, self.scorer.names)
-        self.add_callback(RunLogCallback())
+        self._run_log = RunLogCallback()
+        self.add_callback(self._run_log)
         self.add_callback(LoopCallback(self._before_training, self._after_update))
         self._saved: tuple[int, str] | None = None  # the step at which the run was last saved, or resumed, and where
         self._train_step_time = 0.0
@@ -317,6 +318,7 @@ class FlowRLTrainer(GroupTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
+            self._run_log.counts = self.metrics.counts()
             logs |= self.metrics.flush(self.algorithm)
             self.sample_log.flush(self.state, self.callback_handler)
         super().log(logs, start_time)
