@@ -134,17 +134,8 @@ class ClippedPolicyGradient(Algorithm):
         return self.args.updates_per_generation > 1 and self.probe.is_wanted(policy)
 
     def loss(self, policy: "Policy", batch: MicroBatch, unit: int, condition: "Condition") -> LossOutput:
-        args, dynamics, counted = self.args, self.dynamics, None
-        if "chosen" in batch.tensors:
-            index, places = unit, batch.tensors["chosen"][:, unit]
-            step = torch.tensor(batch.steps, device=places.device)[places]
-            advantages = batch.advantages.gather(1, places[:, None])[:, 0]
-            counted = {each: step == each for each in batch.steps}
-        else:
-            index, step = batch.steps.index(unit), unit
-            advantages = batch.advantages[:, index]
-        names = "latents", "next_latents", "means"
-        latents, next_latents, old_mean = (batch.tensors[name][:, index] for name in names)
+        args, dynamics = self.args, self.dynamics
+        step, advantages, (latents, next_latents, old_mean) = self._part(batch, unit)
         timestep = dynamics.schedule.timesteps[step]
 
         def transition() -> Transition:
@@ -190,7 +181,19 @@ class ClippedPolicyGradient(Algorithm):
             self.estimator.power.observe(transition_kl(moved, old_mean, std), policy.updates_since_sampling)
         if not self._ratio_checked and policy.updates_since_sampling == 0:
             self._first_deviation = max(self._first_deviation or 0.0, stats["deviation"].abs().max().item())
+        counted = {each: step == each for each in batch.steps} if isinstance(step, torch.Tensor) else None
         return LossOutput(loss, stats, regularization, counted)
+
+    def _part(self, batch: MicroBatch, unit: int) -> tuple[int | torch.Tensor, torch.Tensor, Sequence[torch.Tensor]]:
+        """The step of a unit, or of each sample `(B,)`, with the advantages, latents, next latents and means there."""
+        if "chosen" in batch.tensors:
+            index, places = unit, batch.tensors["chosen"][:, unit]
+            step = torch.tensor(batch.steps, device=places.device)[places]
+            advantages = batch.advantages.gather(1, places[:, None])[:, 0]
+        else:
+            index, step = batch.steps.index(unit), unit
+            advantages = batch.advantages[:, index]
+        return step, advantages, [batch.tensors[name][:, index] for name in ("latents", "next_latents", "means")]
 
     def after_update(self, policy: "Policy") -> dict[str, float]:
         """Before the first update the policy is the one that sampled: every ratio must have been 1."""

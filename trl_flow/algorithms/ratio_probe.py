@@ -51,7 +51,7 @@ class RatioProbe:
 
     def observe(self, rounding: torch.Tensor) -> None:
         """Takes the difference `(B,)` between log-ratios without the probe and with it."""
-        self._squares += rounding.double().square().sum().item()
+        self._squares = self._squares + rounding.square().sum()  # on the device, without waiting for it
         self._count += len(rounding)
 
     def after_update(self, policy: "Policy") -> dict[str, float]:
@@ -59,7 +59,7 @@ class RatioProbe:
         returns metrics."""
         if not self.is_wanted(policy):
             return {}
-        squares, counts = map(sum, zip(*gather_object([(self._squares, self._count)]), strict=True))
+        squares, counts = map(sum, zip(*gather_object([(float(self._squares), self._count)]), strict=True))
         self._squares, self._count = 0.0, 0
         if squares == 0:  # an update whose ratios are 1, or one that moved nothing
             return {}
@@ -85,4 +85,5 @@ class RatioProbe:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._scale: float = state.get("scale", self.FIRST_SCALE)
         self.floor: float | None = state.get("floor")
-        self._squares, self._count = 0.0, 0
+        self._squares: float | torch.Tensor = 0.0
+        self._count = 0
