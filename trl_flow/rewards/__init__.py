@@ -11,11 +11,19 @@ from typing import Any
 # positional arguments that it stands for
 PUBLIC: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     "AestheticReward": ("aesthetic", {"aesthetic": ()}),
-    "CLIPScoreReward": ("clip_score", {"clipscore": ()}),
+    "CLIPScoreReward": ("clip_score", {"clipscore": (), "clipscore_dfn5b": ("apple/DFN5B-CLIP-ViT-H-14-378",)}),
     "ChatModel": ("chat", {}),
     "CheckpointError": ("base", {}),
     "DeQAReward": ("judge", {"deqa": ()}),
-    "GenEvalReward": ("geneval", {"geneval": (), "geneval_strict": ("strict",), "geneval_correct": ("correct",)}),
+    "GenEvalReward": (
+        "geneval",
+        {
+            "geneval": (),
+            "geneval_nonnegative": ("nonnegative",),
+            "geneval_strict": ("strict",),
+            "geneval_correct": ("correct",),
+        },
+    ),
     "HPSv2Reward": ("hps", {"hpsv2": (), "hpsv2.1": ("v2.1",)}),
     "ImageReward": ("image_reward", {"imagereward": ()}),
     "JPEGCompressibilityReward": ("jpeg", {"jpeg_compressibility": ()}),

@@ -20,7 +20,7 @@ from trl_flow.rewards.geneval.rules import (
 )
 
 
-Score = Literal["partial", "strict", "correct"]
+Score = Literal["partial", "nonnegative", "strict", "correct"]
 Clauses = list[list[dict] | None]
 Detector = Callable[[Images], Sequence[Sequence[Detection]]]
 ColorClassifier = Callable[[Images, list[str]], Sequence[str]]
@@ -41,7 +41,8 @@ class GenEvalReward(HubReward):
 
     Args:
         score (`str`, defaults to `"partial"`): `"partial"` and `"strict"` are Flow-GRPO's training reward and its
-            all-or-nothing version, `"correct"` is GenEval's own score, which papers report. They differ in that
+            all-or-nothing version, `"nonnegative"` is `max(partial, 0)`, for methods that need rewards of one sign
+            (VGPO, Eq. 12), `"correct"` is GenEval's own score, which papers report. They differ in that
             GenEval wants at least the named number of objects where Flow-GRPO wants exactly it; see
             `trl_flow/rewards/geneval/rules.py`.
         detector (`Callable`, *optional*): finds the objects, instead of Mask2Former: a function from a list of RGB
@@ -63,7 +64,7 @@ class GenEvalReward(HubReward):
         revision, token, device, dtype, batch_size: as in [`HubReward`].
 
     Raises:
-        ValueError: if `score` is none of the three, or a threshold or `max_objects` is out of its range. When called,
+        ValueError: if `score` is none of the four, or a threshold or `max_objects` is out of its range. When called,
             if a row is not GenEval's metadata, or the detector or color classifier returns something else than
             described above.
         TypeError: if `detector` or `color_classifier` is no callable.
@@ -129,7 +130,7 @@ class GenEvalReward(HubReward):
         include: Clauses,
         exclude: Clauses | None = None,
     ) -> list[GenEvalResult | None]:
-        """All three scores of each image and what was found on it; arguments and errors as for a call."""
+        """All scores of each image and what was found on it; arguments and errors as for a call."""
         exclude = [None] * len(tag) if exclude is None else exclude
         if not len(prompts) == len(tag) == len(include) == len(exclude):
             raise ValueError(
