@@ -19,16 +19,8 @@ if TYPE_CHECKING:
         VGPOConfig,
     )
 
-__all__ = [
-    "FlowGRPOConfig",
-    "FlowGRPOTrainer",
-    "FlowRLConfig",
-    "FlowRLTrainer",
-    "GuardConfig",
-    "OverOptimizationCallback",
-    "SLASConfig",
-    "VGPOConfig",
-]
+__all__ = ["FlowGRPOConfig", "FlowGRPOTrainer", "FlowRLConfig", "FlowRLTrainer", "GuardConfig"]
+__all__ += ["OverOptimizationCallback", "SLASConfig", "VGPOConfig"]
 
 
 def __getattr__(name: str) -> Any:

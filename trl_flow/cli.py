@@ -5,6 +5,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 
 from trl_flow.commands.recipe import unknown_option
 
@@ -22,7 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         if argv[:1] in (["train"], ["memory"]):  # whose options are known when the recipe has been read
-            (_train if argv[0] == "train" else _memory)(argv[1:])
+            command = import_module(f"trl_flow.commands.{argv[0]}")
+            with _mistakes():
+                run = command.prepare(argv[1:])
+            run()
             return 0
         parser = _parser()
         arguments = parser.parse_args(argv)
@@ -36,8 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         # All processes of a distributed run find the same mistake; one of them tells
         if os.environ.get("RANK", "0") == "0":
-            command = f"trl-flow {argv[0]}" if argv else "trl-flow"
-            print(f"{command}: error: {error}\n({_TRACEBACK}=1 shows where it was found.)", file=sys.stderr)
+            print(f"trl-flow {argv[0]}: error: {error}\n({_TRACEBACK}=1 shows where it was found.)", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         print(f"\nInterrupted. {interrupt}".rstrip(), file=sys.stderr)
@@ -111,21 +114,6 @@ def _mistakes(errors: tuple = (ValueError, TypeError, OSError, ImportError)) -> 
         yield
     except errors as error:
         raise UsageError(str(error) or type(error).__name__) from error
-
-
-def _train(argv: list[str]) -> None:
-    from trl_flow.commands.train import prepare
-
-    with _mistakes():
-        run = prepare(argv)
-    run()
-
-
-def _memory(argv: list[str]) -> None:
-    from trl_flow.commands.memory import run
-
-    with _mistakes():
-        run(argv)
 
 
 def _demo(arguments: argparse.Namespace) -> None:

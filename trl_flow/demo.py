@@ -118,8 +118,7 @@ def run_demo(
     print(f"Loading the model; results go to {folder} ...", flush=True)
     model = pipeline_path() if model is None else model
     prompts = load_prompts("test")
-    # So that every kind of prompt is among them
-    prompts = prompts.select(evenly(len(prompts), settings.eval_prompts))
+    prompts = prompts.select(evenly(len(prompts), settings.eval_prompts))  # every kind of prompt is among them
     pipeline = StableDiffusion3Pipeline.from_pretrained(model).to(torch.float32)
     before = _draw(pipeline, prompts, settings, "Held-out prompts before training")
     scores_before = _score(before, prompts, settings)
@@ -212,9 +211,8 @@ def _claim(output_dir: str | os.PathLike) -> Path:
         for grid in folder.glob("images/step-*.png"):
             grid.unlink()
     except OSError as error:
-        raise DemoError(
-            f"{folder} cannot be written to ({error.strerror or error}). Choose another folder with --output-dir."
-        ) from error
+        why = f"{folder} cannot be written to ({error.strerror or error})"
+        raise DemoError(f"{why}. Choose another folder with --output-dir.") from error
     return folder
 
 

@@ -1,23 +1,27 @@
 """A schedule and a noise level in, Gaussian transitions out: one class for flow models, one for U-Nets with DDIM."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from trl_flow import functional
 from trl_flow.backbones.base import DDIMSchedule, Schedule
-from trl_flow.functional import (
-    Transition,
-    cps_transition,
-    dance_sde_transition,
-    ddim_transition,
-    flow_sde_transition,
-    ode_transition,
-    project_to_data,
-)
+from trl_flow.functional import Transition
+
+
+class _Stochastic:
+    @property
+    def stochastic_steps(self) -> list[int]:
+        """The steps that add noise; the others cannot be trained: the last one of CPS, and of DDIM where it ends at
+        `a' = 1` or does not move at all (`set_alpha_to_one` and `steps_offset` of the scheduler)."""
+        probe = self.schedule.timesteps.new_zeros(1, 1, dtype=torch.float32)
+        steps = range(self.schedule.num_steps)
+        return [step for step in steps if self.transition(probe, probe, step).std.item() > 0]
 
 
 @dataclass(frozen=True)
-class FlowDynamics:
+class FlowDynamics(_Stochastic):
     """
     The transitions of a flow model, whose prediction is the velocity `v = x_1 - x_0`.
 
@@ -31,28 +35,24 @@ class FlowDynamics:
     sde_type: str
     noise_level: float
 
-    @property
-    def stochastic_steps(self) -> list[int]:
-        """The steps that add noise; the others, such as the last one of CPS, cannot be trained."""
-        return _stochastic_steps(self)
-
     def transition(self, prediction: torch.Tensor, latents: torch.Tensor, step: int) -> Transition:
         """The stochastic transition of `step` from `latents`, both tensors `(B, ...)`."""
         sigma, sigma_next = self.schedule.sigmas[step], self.schedule.sigmas[step + 1]
-        arguments = (prediction, latents, sigma, sigma_next)
-        if self.sde_type == "flow":
-            sigma_max = self.schedule.sigmas[1]
-            return flow_sde_transition(*arguments, noise_level=self.noise_level, sigma_max=sigma_max)
-        function = {"dance": dance_sde_transition, "cps": cps_transition}[self.sde_type]
-        return function(*arguments, noise_level=self.noise_level)
+        function = {
+            "flow": partial(functional.flow_sde_transition, sigma_max=self.schedule.sigmas[1]),
+            "dance": functional.dance_sde_transition,
+            "cps": functional.cps_transition,
+        }[self.sde_type]
+        return function(prediction, latents, sigma, sigma_next, noise_level=self.noise_level)
 
     def ode_step(self, prediction: torch.Tensor, latents: torch.Tensor, step: int) -> torch.Tensor:
         """The latents after `step` without noise, an Euler step of the ODE, `(B, ...)`."""
-        return ode_transition(prediction, latents, self.schedule.sigmas[step], self.schedule.sigmas[step + 1]).mean
+        sigma, sigma_next = self.schedule.sigmas[step], self.schedule.sigmas[step + 1]
+        return functional.ode_transition(prediction, latents, sigma, sigma_next).mean
 
     def pred_original_sample(self, prediction: torch.Tensor, latents: torch.Tensor, step: int) -> torch.Tensor:
         """The clean latents that the model predicts before `step`: one ODE step to the end (VGPO, Eq. 10)."""
-        return project_to_data(latents, self.schedule.sigmas[step], prediction)
+        return functional.project_to_data(latents, self.schedule.sigmas[step], prediction)
 
     def dt(self, step: int) -> torch.Tensor:
         """`t - t'`, above 0, a scalar."""
@@ -69,7 +69,7 @@ class FlowDynamics:
 
 
 @dataclass(frozen=True)
-class DDIMDynamics:
+class DDIMDynamics(_Stochastic):
     """
     The stochastic transitions of DDIM, for U-Nets whose prediction is the noise or `v` (`schedule.prediction_type`).
 
@@ -80,12 +80,6 @@ class DDIMDynamics:
 
     schedule: DDIMSchedule
     noise_level: float
-
-    @property
-    def stochastic_steps(self) -> list[int]:
-        """The steps that add noise. The last one does not where it ends at `a' = 1` or does not move at all
-        (`set_alpha_to_one` and `steps_offset` of the scheduler)."""
-        return _stochastic_steps(self)
 
     def transition(self, prediction: torch.Tensor, latents: torch.Tensor, step: int) -> Transition:
         """The stochastic transition of `step` from `latents`, both tensors `(B, ...)`."""
@@ -123,8 +117,9 @@ class DDIMDynamics:
     def _step(
         self, prediction: torch.Tensor, latents: torch.Tensor, step: int, alpha_next: torch.Tensor | float, eta: float
     ) -> Transition:
-        alpha, kind = self.schedule.alphas_cumprod[step], self.schedule.prediction_type
-        return ddim_transition(prediction, latents, alpha, alpha_next, noise_level=eta, prediction_type=kind)
+        options = {"noise_level": eta, "prediction_type": self.schedule.prediction_type}
+        alpha = self.schedule.alphas_cumprod[step]
+        return functional.ddim_transition(prediction, latents, alpha, alpha_next, **options)
 
 
 Dynamics = FlowDynamics | DDIMDynamics
@@ -135,9 +130,3 @@ def make_dynamics(schedule: Schedule | DDIMSchedule, *, sde_type: str, noise_lev
     if isinstance(schedule, DDIMSchedule):
         return DDIMDynamics(schedule, noise_level)
     return FlowDynamics(schedule, sde_type, noise_level)
-
-
-def _stochastic_steps(dynamics: Dynamics) -> list[int]:
-    probe = dynamics.schedule.timesteps.new_zeros(1, 1, dtype=torch.float32)
-    steps = range(dynamics.schedule.num_steps)
-    return [step for step in steps if dynamics.transition(probe, probe, step).std.item() > 0]

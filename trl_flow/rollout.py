@@ -117,7 +117,7 @@ def rollout(
         on_step (`Callable[[int], None]`, *optional*): called with the index of each step before it is taken.
     """
     schedule = dynamics.schedule
-    kept: dict[str, list[torch.Tensor]] = {"latents": [], "next_latents": [], "means": []}
+    kept: list[tuple[torch.Tensor, ...]] = []
     predicted: list[torch.Tensor] = []
     for step in range(first_step, schedule.num_steps if last_step is None else last_step):
         if on_step is not None:
@@ -130,16 +130,10 @@ def rollout(
             noise = draw_noise(latents.shape[1:], generators, latents.device)
             next_latents = transition.mean + transition.std.view(-1, *[1] * (latents.ndim - 1)) * noise
             if step in plan.kept:
-                kept["latents"].append(latents)
-                kept["next_latents"].append(next_latents)
-                kept["means"].append(transition.mean)
+                kept.append((latents, next_latents, transition.mean))
         else:
             next_latents = dynamics.ode_step(prediction, latents, step)
         latents = next_latents
-    empty = latents.new_zeros(len(latents), 0)
-    return Rollout(
-        steps=plan.kept,
-        **{name: torch.stack(values, dim=1) if values else empty for name, values in kept.items()},
-        final=latents,
-        pred_original_samples=None if plan.project_from is None else torch.stack([*predicted, latents], dim=1),
-    )
+    of_steps = [torch.stack(values, dim=1) for values in zip(*kept, strict=True)]
+    projected = None if plan.project_from is None else torch.stack([*predicted, latents], dim=1)
+    return Rollout(plan.kept, *(of_steps or [latents.new_zeros(len(latents), 0)] * 3), latents, projected)

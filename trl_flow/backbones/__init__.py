@@ -3,34 +3,18 @@
 from diffusers import DiffusionPipeline
 
 from trl_flow.backbones.base import Backbone, DDIMSchedule, Schedule
-from trl_flow.backbones.flux import FluxBackbone
+from trl_flow.backbones.flux import FluxBackbone, FluxKontextBackbone
 from trl_flow.backbones.flux2_klein import Flux2KleinBackbone
-from trl_flow.backbones.flux_kontext import FluxKontextBackbone
-from trl_flow.backbones.qwen_image import QwenImageBackbone
-from trl_flow.backbones.qwen_image_edit import QwenImageEditBackbone, QwenImageEditPlusBackbone
+from trl_flow.backbones.qwen_image import QwenImageBackbone, QwenImageEditBackbone, QwenImageEditPlusBackbone
 from trl_flow.backbones.sd3 import StableDiffusion3Backbone
-from trl_flow.backbones.stable_diffusion import StableDiffusionBackbone
-from trl_flow.backbones.stable_diffusion_xl import StableDiffusionXLBackbone
+from trl_flow.backbones.stable_diffusion import StableDiffusionBackbone, StableDiffusionXLBackbone
 from trl_flow.backbones.z_image import ZImageBackbone
 
 
-__all__ = [
-    "BACKBONES",
-    "Backbone",
-    "DDIMSchedule",
-    "Flux2KleinBackbone",
-    "FluxBackbone",
-    "FluxKontextBackbone",
-    "QwenImageBackbone",
-    "QwenImageEditBackbone",
-    "QwenImageEditPlusBackbone",
-    "Schedule",
-    "StableDiffusion3Backbone",
-    "StableDiffusionBackbone",
-    "StableDiffusionXLBackbone",
-    "ZImageBackbone",
-    "get_backbone",
-]
+__all__ = ["BACKBONES", "Backbone", "DDIMSchedule", "Flux2KleinBackbone", "FluxBackbone", "FluxKontextBackbone"]
+__all__ += ["QwenImageBackbone", "QwenImageEditBackbone", "QwenImageEditPlusBackbone", "Schedule"]
+__all__ += ["StableDiffusion3Backbone", "StableDiffusionBackbone", "StableDiffusionXLBackbone", "ZImageBackbone"]
+__all__ += ["get_backbone"]
 
 # The name of the pipeline's class -> the backbone
 BACKBONES: dict[str, type[Backbone]] = {

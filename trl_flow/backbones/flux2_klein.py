@@ -5,8 +5,7 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from PIL import Image
 from torch import Tensor, nn
 
-from trl_flow.backbones.base import JOINT_ATTENTION, Shapes, Tensors
-from trl_flow.backbones.packed import PackedBackbone
+from trl_flow.backbones.base import JOINT_ATTENTION, PackedBackbone, Shapes, Tensors
 
 
 class Flux2KleinBackbone(PackedBackbone):

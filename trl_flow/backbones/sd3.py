@@ -41,12 +41,10 @@ class StableDiffusion3Backbone(Backbone):
         }
 
     def schedule(self, num_inference_steps: int) -> Schedule:
-        scheduler = self.pipeline.scheduler
-        kwargs = {}
+        scheduler, patch, kwargs = self.pipeline.scheduler, self.pipeline.patch_size, {}
         if scheduler.config.get("use_dynamic_shifting", None):
             _, height, width = self.latent_shape()
-            tokens = (height // self.pipeline.patch_size) * (width // self.pipeline.patch_size)
-            kwargs["mu"] = dynamic_shift(scheduler, tokens, max_shift=1.16)
+            kwargs["mu"] = dynamic_shift(scheduler, (height // patch) * (width // patch), max_shift=1.16)
         retrieve_timesteps(scheduler, num_inference_steps, self.device, **kwargs)
         return Schedule.of(scheduler, self.device)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Callable
 
 from trl_flow.commands.recipe import option, read_accelerate_config, read_recipe
 
@@ -18,8 +19,8 @@ All options of `trl-flow train` count as they do there, and the accelerate confi
 """
 
 
-def run(argv: list[str]) -> None:
-    """Prints the estimate; raises an error if something is wrong with what was asked for."""
+def prepare(argv: list[str]) -> Callable[[], None]:
+    """What prints the estimate; raises an error if something is wrong with what was asked for."""
     if not argv:
         raise ValueError("nothing to estimate. Give a recipe, --config recipe.yaml, or a model, --model.")
     argv, recipe = read_recipe(argv)
@@ -44,7 +45,8 @@ def run(argv: list[str]) -> None:
     result = memory.estimate(folder, plan)
     fits = result.total <= min(memory.CARDS) * memory.GIB
     found = [] if fits else memory.savings(plan, result, lambda other: memory.estimate(folder, other))
-    print(json.dumps(memory.as_json(result, found)) if own.json else memory.as_text(result, plan, found))
+    text = json.dumps(memory.as_json(result, found)) if own.json else memory.as_text(result, plan, found)
+    return lambda: print(text)
 
 
 def _sharding(name: str | None) -> tuple[str, int]:

@@ -79,10 +79,8 @@ class FlowScriptArguments(ScriptArguments):
 def training_parser(
     argv: Sequence[str], recipe: Mapping[str, Any], *, num_processes: int | None = None, **kwargs: Any
 ) -> TrlParser:
-    """
-    The parser of all options of a training, with `kwargs` of its own. Defaults depend on the method and the model that
-    `argv` and `recipe` name. With `num_processes` it is for a plan: of so many processes, each on a GPU with bfloat16.
-    """
+    """The parser of all options of a training, with `kwargs` of its own. Defaults depend on the method and the model
+    that `argv` and `recipe` name. With `num_processes` it is for a plan: of so many, each on a GPU with bfloat16."""
     method = option(argv, recipe, "method") or "flow_grpo"
     if method not in METHODS:
         near = did_you_mean(str(method), METHODS)
@@ -180,9 +178,8 @@ def resolve_model(model: Any, args: FlowGRPOConfig, model_args: ModelConfig) -> 
             "load_in_4bit": True,
             "bnb_4bit_quant_type": model_args.bnb_4bit_quant_type,
             "bnb_4bit_use_double_quant": model_args.use_bnb_nested_quant,
+            "bnb_4bit_quant_storage": model_args.bnb_4bit_quant_storage,
         }
-        if model_args.bnb_4bit_quant_storage is not None:
-            quantization["bnb_4bit_quant_storage"] = model_args.bnb_4bit_quant_storage
-        kwargs.setdefault("quantization_config", quantization)
+        kwargs.setdefault("quantization_config", {k: v for k, v in quantization.items() if v is not None})
     args.model_init_kwargs = kwargs
     return model

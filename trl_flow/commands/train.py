@@ -32,10 +32,8 @@ _LAUNCHED = "TRL_FLOW_LAUNCHED"
 
 
 def prepare(argv: list[str]) -> Callable[[], None]:
-    """
-    Checks what was asked for, loading the model, the data and the rewards; raises an error if something is wrong.
-    Returns what trains, or starts the processes that will.
-    """
+    """What trains, or starts the processes that will; raises an error if something is wrong with what was asked for,
+    the model, the data and the rewards, which are loaded."""
     if not argv:
         raise ValueError("nothing to train. Give a recipe, --config recipe.yaml, or options; --help lists them.")
     argv, recipe = read_recipe(argv)
@@ -95,11 +93,8 @@ def _prepare_run(
     if script_args.ignore_bias_buffers:
         raise ValueError("ignore_bias_buffers is TRL's option for old language models. Remove it.")
     model = resolve_model(model_args.model_name_or_path, args, model_args)
-    gold = script_args.eval_reward_funcs
-    rewards = {
-        "reward_funcs": named_rewards(script_args.reward_funcs),
-        "eval_reward_funcs": named_rewards(gold, "eval_reward_funcs") if gold else None,
-    }
+    rewards, gold = named_rewards(script_args.reward_funcs), script_args.eval_reward_funcs
+    gold = named_rewards(gold, "eval_reward_funcs") if gold else None
     bundled, evaluate = model_args.model_name_or_path in BUNDLED_MODELS, args.eval_strategy != "no"
     train_dataset, eval_dataset = load_datasets(script_args, mixture_args, bundled=bundled, evaluate=evaluate)
     resume = args.resume_from_checkpoint
@@ -110,9 +105,9 @@ def _prepare_run(
             f"resume_from_checkpoint is {resume!r}, which is no complete checkpoint. Give one, or `true` for the last "
             "complete one in output_dir."
         )
-    datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+    data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "eval_reward_funcs": gold}
     lora, callbacks = peft_config(script_args, model_args), over_optimization_callbacks(script_args)
-    trainer = FlowGRPOTrainer(model, args=args, **rewards, **datasets, callbacks=callbacks, peft_config=lora)
+    trainer = FlowGRPOTrainer(model, rewards, args=args, **data, callbacks=callbacks, peft_config=lora)
     return lambda: _run(trainer, resume, script_args.dataset_name)
 
 
@@ -124,9 +119,8 @@ def _run(trainer: "FlowGRPOTrainer", resume: str | None, dataset_name: str | Non
         trainer.train(resume_from_checkpoint=resume)
     except KeyboardInterrupt:
         try:
-            last = last_complete_checkpoint(folder)
-            go_on = "Go on from it with the same command and --resume_from_checkpoint true."
-            where = f"The last checkpoint is {last}. {go_on}"
+            where = f"The last checkpoint is {last_complete_checkpoint(folder)}. Go on from it with the same command "
+            where += "and --resume_from_checkpoint true."
         except ValueError:
             where = f"No checkpoint had been written to {folder} (save_steps says how often that happens)."
         raise KeyboardInterrupt(where) from None
@@ -140,10 +134,8 @@ def _run(trainer: "FlowGRPOTrainer", resume: str | None, dataset_name: str | Non
 def load_datasets(
     script_args: "FlowScriptArguments", mixture_args: "DatasetMixtureConfig", *, bundled: bool, evaluate: bool
 ) -> tuple["Dataset", "Dataset | None"]:
-    """
-    The prompts to train on and, with `evaluate`, those to evaluate on; those of the bundled world where no data are
-    named and the model is the bundled one.
-    """
+    """The prompts to train on and, with `evaluate`, those to evaluate on; those of the bundled world where no data are
+    named and the model is the bundled one."""
     from trl import get_dataset
 
     from trl_flow import shapes

@@ -5,9 +5,8 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from trl_flow.backbones import Backbone
 
 BASE = "base"
 
-# diffusers' name for a LoRA, and its name for a model's weights in one file or in shards
+# diffusers' names for a LoRA, and for a model's weights in one file or in shards
 _LORA = "pytorch_lora_weights.safetensors"
 _FULL = (SAFETENSORS_WEIGHTS_NAME, f"{SAFETENSORS_WEIGHTS_NAME}.index.json")
 _CHECKPOINT = re.compile(r"checkpoint-\d+|best_gold")
@@ -32,10 +31,8 @@ _SAMPLED = 256
 
 @dataclass(frozen=True)
 class Adapter:
-    """
-    Trained weights by the `name` that tables and images call them. `path` is a folder (a run's output folder, a
-    checkpoint, a fully fine-tuned model as diffusers saves one), a `.safetensors` file, or a hub id.
-    """
+    """Trained weights by the `name` that tables and images call them. `path` is a folder (a run's output folder, a
+    checkpoint, a fully fine-tuned model as diffusers saves one), a `.safetensors` file, or a hub id."""
 
     name: str
     path: str
@@ -57,16 +54,15 @@ def parse_adapters(
         specifications = [specifications]
     if isinstance(specifications, Mapping):
         specifications = [f"{name}={os.fspath(path)}" for name, path in specifications.items()]
-    named = [_split(os.fspath(specification)) for specification in specifications]
+    named = [split_name(os.fspath(specification)) for specification in specifications]
     short = [_short_name(path) if name is None else name for name, path in named]
     adapters: dict[str, Adapter] = {}
     for name, path in named:
         if name is None and short.count(name := _short_name(path)) > 1:
             name = "/".join(Path(path).parts[-2:])
         if name in adapters:
-            raise ValueError(
-                f"two adapters are called {name!r}: {adapters[name].path} and {path}. Name them: name=path."
-            )
+            both = f"{adapters[name].path} and {path}"
+            raise ValueError(f"two adapters are called {name!r}: {both}. Name them: name=path.")
         if name.lower() == BASE or not name.strip():
             raise ValueError(f"the adapter {path} is called {name!r}, which is kept for the model without an adapter.")
         _check_path(path)
@@ -74,7 +70,8 @@ def parse_adapters(
     return list(adapters.values())
 
 
-def _split(specification: str) -> tuple[str | None, str]:
+def split_name(specification: str) -> tuple[str | None, str]:
+    """`name=path` or a path alone, without a name."""
     name, equals, path = specification.partition("=")
     # A path may have an equals sign of its own
     if not equals or os.path.exists(specification) or "/" in name or os.sep in name:
@@ -146,10 +143,7 @@ def loaded_adapter(backbone: Backbone, adapter: Adapter | None) -> Iterator[None
         yield
         return
     pipeline, original = backbone.pipeline, backbone.model
-
-    with ExitStack() as stack:
-        take_out = partial(setattr, pipeline, backbone.component, original)
-        stack.callback(take_out if adapter.is_full else pipeline.unload_lora_weights)
+    try:
         try:
             if adapter.is_full:
                 trained = type(original).from_pretrained(adapter.path, dtype=original.dtype)
@@ -163,6 +157,11 @@ def loaded_adapter(backbone: Backbone, adapter: Adapter | None) -> Iterator[None
         except Exception as error:
             raise _does_not_fit(adapter, pipeline, error) from error
         yield
+    finally:
+        if adapter.is_full:
+            setattr(pipeline, backbone.component, original)
+        else:
+            pipeline.unload_lora_weights()
 
 
 def _load_lora(pipeline: DiffusionPipeline, adapter: Adapter) -> None:
@@ -196,9 +195,7 @@ def _does_not_fit(adapter: Adapter, pipeline: DiffusionPipeline, error: Exceptio
         folder = Path(adapter.path).parent
         inside = sorted(path.name for path in folder.iterdir())[:10] if folder.is_dir() else []
         hint = f" The folder {folder} holds {inside}." if inside else ""
-        return ValueError(
-            f"the adapter {adapter.name!r}: there is no file or folder {adapter.path!r}, and it could not be had from "
-            f"the Hub either: {cause}.{hint}"
-        )
+        what = f"the adapter {adapter.name!r}: there is no file or folder {adapter.path!r}"
+        return ValueError(f"{what}, and it could not be had from the Hub either: {cause}.{hint}")
     what = f"the adapter {adapter.name!r} ({adapter.path}) could not be loaded into this {type(pipeline).__name__}"
     return ValueError(f"{what}: {cause}. Was it trained on another model?")

@@ -18,13 +18,12 @@ def compare_scores(
     scores: ModelScores, *, proxy: Sequence[str] = (), gold: Sequence[str] = (), num_images_per_prompt: int = 1
 ) -> dict[str, Any]:
     """
-    The comparison of several models on one prompt set.
+    The comparison of several models on one prompt set, by the rewards that were optimized (`proxy`) and others.
 
     Args:
         scores (`Mapping`): by model and reward, `(N,)` each, NaN where the reward does not apply. Entry `i` is the
             same prompt and the same noise for all models; the images of one prompt are next to each other. The first
             model is the base.
-        proxy, gold (`Sequence[str]`): the rewards that were optimized, and those that were not.
         num_images_per_prompt (`int`): `K`, a divisor of `N`.
 
     Returns:
@@ -35,8 +34,7 @@ def compare_scores(
         * `differences`: by model, without the base, and reward: [`~trl_flow.evaluation.scoring.paired_difference`]
           with `low` and `high`, or `None` if no pair of scores is there;
         * `gold`: by model `average`, `standard_error`, `low`, `high` and `relative`
-          ([`~trl_flow.evaluation.gold.gold_score`]), or `None` without one;
-        * `gold_note`: why there is none, if so.
+          ([`~trl_flow.evaluation.gold.gold_score`]), or `None`, and in `gold_note` why.
 
     Raises:
         ValueError: if the shapes do not fit each other.
@@ -45,22 +43,15 @@ def compare_scores(
     means: dict[str, dict] = {}
     differences: dict[str, dict] = {}
     for model, found in scores.items():
-        means[model] = {
-            r: mean_interval(values, num_images_per_prompt=number).to_dict() for r, values in found.items()
-        }
+        intervals = {r: mean_interval(values, num_images_per_prompt=number) for r, values in found.items()}
+        means[model] = {reward: interval.to_dict() for reward, interval in intervals.items()}
         if model != base:
             differences[model] = {r: _difference(scores[base][r], values, number) for r, values in found.items()}
     averages, note = _gold(scores, gold, number)
-    return {
-        "num_prompts": len(next(iter(scores[base].values()))) // number if scores[base] else 0,
-        "num_images_per_prompt": number,
-        "proxy": list(proxy),
-        "gold_rewards": list(gold),
-        "means": means,
-        "differences": differences,
-        "gold": averages,
-        "gold_note": note,
-    }
+    num_prompts = len(next(iter(scores[base].values()))) // number if scores[base] else 0
+    found = {"num_prompts": num_prompts, "num_images_per_prompt": number}
+    found |= {"proxy": list(proxy), "gold_rewards": list(gold), "means": means, "differences": differences}
+    return found | {"gold": averages, "gold_note": note}
 
 
 def _difference(before: Sequence[float], after: Sequence[float], number: int) -> dict[str, Any] | None:

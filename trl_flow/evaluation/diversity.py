@@ -12,8 +12,8 @@ _SIDE = 32
 
 def thumbnails(images: Sequence[Image.Image]) -> np.ndarray:
     """Images of any size and mode reduced to 32 x 32 RGB: uint8 of shape `(N, 3072)`."""
-    size, box = (_SIDE, _SIDE), Image.Resampling.BOX
-    return np.stack([np.ravel(i.convert("RGB").resize(size, box, reducing_gap=2.0)) for i in images])
+    how = {"size": (_SIDE, _SIDE), "resample": Image.Resampling.BOX, "reducing_gap": 2.0}
+    return np.stack([np.ravel(image.convert("RGB").resize(**how)) for image in images])
 
 
 def pixel_features(thumbs: np.ndarray) -> np.ndarray:
@@ -29,16 +29,10 @@ def diversity(
     """
     Mean over the prompts of the mean distance between two different images of the prompt.
 
-    Args:
-        images (`Sequence[PIL.Image.Image]`): `N` images, those of one prompt next to each other.
-        num_images_per_prompt (`int`): `K`, at least 2 and a divisor of `N`.
-        embed (`Callable`, *optional*): gives images features `(N, D)`, of which Euclidean distances are taken, such
-            as the unit vectors of an image encoder. By default images are reduced to 32 x 32 RGB, and the distance
-            is the root mean square of the differences: 0 for equal images, 1 for a black and a white one.
-
-    Raises:
-        ValueError: if `num_images_per_prompt` does not fit the number of images, or `embed` gives anything but one
-            vector for each image.
+    `images` are `N`, those of one prompt next to each other, `K` (at least 2) for each. `embed` gives them features
+    `(N, D)`, of which Euclidean distances are taken, such as the unit vectors of an image encoder. By default images
+    are reduced to 32 x 32 RGB, and the distance is the root mean square of the differences: 0 for equal images, 1 for
+    a black and a white one. `ValueError` if `K` does not fit `N`, or `embed` gives anything but one vector for each.
     """
     features = pixel_features(thumbnails(images)) if embed is None else np.asarray(embed(images), dtype=np.float64)
     if features.ndim != 2 or len(features) != len(images):

@@ -73,35 +73,29 @@ def draw(
     change a pixel by one level of 255: compare runs of the same `batch_size`.
 
     Args:
-        pipeline ([`~diffusers.DiffusionPipeline`] or [`Backbone`]): a pipeline of a supported family, or a backbone,
-            which has its own `height`, `width` and `max_sequence_length`.
-        prompts (`Sequence[str]`): the prompts. Each is encoded once, by itself.
-        seed (`int`): non-negative.
-        num_images_per_prompt (`int`): images for each prompt, `K`.
-        num_inference_steps (`int`): sampling steps.
-        guidance_scale (`float`): strength of the guidance, as in the trainer's config. Whether it runs the negative
-            prompt is the family's rule.
-        negative_prompt (`str`, *optional*): what is to be avoided; `None` is the empty prompt.
-        height, width, max_sequence_length (`int`, *optional*): `None` is the pipeline's own default.
-        images (`Sequence[PIL.Image.Image]`, *optional*): one for each prompt, for pipelines that edit images.
-        batch_size (`int`): images at a time.
-        first_index (`int`): index of the first image, where these are a part of a larger set that is drawn piece by
-            piece.
-        progress (`str`, *optional*): what the progress bar is called; `None` shows none.
+        pipeline: one of a supported family, or a backbone, which has its own height, width and `max_sequence_length`.
+        prompts: each is encoded once, by itself.
+        seed: non-negative.
+        num_images_per_prompt: `K`.
+        num_inference_steps, guidance_scale: as in the trainer's config. Whether guidance runs the negative prompt is
+            the family's rule.
+        negative_prompt, height, width, max_sequence_length: as in diffusers; `None` is the empty prompt, and the
+            pipeline's own default.
+        images: one for each prompt, for pipelines that edit images.
+        batch_size: images at a time.
+        first_index: index of the first image, where these are a part of a larger set.
+        progress: what the progress bar is called; `None` shows none.
 
     Returns:
         `list[PIL.Image.Image]`: `len(prompts) * K` images, those of one prompt next to each other.
 
     Raises:
-        ValueError: if the pipeline's family is not supported, `images` do not fit the prompts or the pipeline, or a
-            backbone is given together with a size.
+        ValueError: if the family is not supported, `images` do not fit, or a backbone is given with a size.
     """
-    if isinstance(pipeline, Backbone):
-        if (height, width, max_sequence_length) != (None, None, None):
-            raise ValueError("height, width and max_sequence_length are the backbone's own. Leave them out.")
-        backbone = pipeline
-    else:
-        backbone = get_backbone(pipeline, height=height, width=width, max_sequence_length=max_sequence_length)
+    sizes = {"height": height, "width": width, "max_sequence_length": max_sequence_length}
+    if isinstance(pipeline, Backbone) and any(size is not None for size in sizes.values()):
+        raise ValueError("height, width and max_sequence_length are the backbone's own. Leave them out.")
+    backbone = pipeline if isinstance(pipeline, Backbone) else get_backbone(pipeline, **sizes)
     if backbone.takes_image and images is None:
         raise ValueError(f"{type(backbone.pipeline).__name__} edits images. Give one image for each prompt.")
     if images is not None and not backbone.takes_image:
@@ -124,7 +118,7 @@ def draw(
     total = len(prompts) * num_images_per_prompt
     with tqdm(total=total, desc=progress, unit="image", disable=progress is None) as bar:
         for first in range(0, total, batch_size):
-            batch = range(first, min(first + batch_size, total))
+            batch = range(total)[first : first + batch_size]
             rows = [i // num_images_per_prompt for i in batch]
             drawn += draw_batch(
                 backbone,

@@ -17,20 +17,13 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from trl_flow.backbones import Backbone
+from trl_flow.evaluation import inputs
 from trl_flow.evaluation.adapters import BASE, Adapter, base_fingerprint, check_adapter, loaded_adapter, parse_adapters
 from trl_flow.evaluation.comparison import compare_scores
 from trl_flow.evaluation.drawing import draw
 from trl_flow.evaluation.grids import comparison_grid, evenly
 from trl_flow.evaluation.image_folder import ImageFolder, PromptList, file_name
-from trl_flow.evaluation.inputs import (
-    DrawingOptions,
-    check_images_to_edit,
-    columns_fingerprint,
-    computed_by,
-    loaded_backbone,
-    prompt_list,
-    prompt_sets,
-)
+from trl_flow.evaluation.inputs import DrawingOptions
 from trl_flow.evaluation.intervals import finite
 from trl_flow.evaluation.outputs import versions, write_json
 from trl_flow.evaluation.page import write_page
@@ -54,11 +47,9 @@ class Comparison:
     """
     A finished comparison.
 
-    Attributes:
-        folder (`Path`): with `results.json`, `results.md`, `comparison.html`, `grid-{set}.png` and the images.
-        results (`dict[str, Any]`): what `results.json` holds; `results["sets"][name]` is from [`compare_scores`].
-        scores (`dict`): `scores[set][model][reward]`, float64 `(N,)`, NaN where a reward does not apply; the images
-            of one prompt are next to each other.
+    `folder` has `results.json`, `results.md`, `comparison.html`, `grid-{set}.png` and the images. `results` is what
+    `results.json` holds; `results["sets"][name]` is from [`compare_scores`]. `scores[set][model][reward]` is float64
+    `(N,)`, NaN where a reward does not apply; the images of one prompt are next to each other.
     """
 
     folder: Path
@@ -94,22 +85,18 @@ def evaluate_models(
     image is drawn. Reward functions with a `close()` are closed when they have scored.
 
     Args:
-        model (`str`, `os.PathLike` or [`~diffusers.DiffusionPipeline`]): hub id, folder, or a loaded pipeline (which
-            is drawn with as it is, on its device and in its dtype).
-        adapters (`Sequence[str]` or `Mapping[str, str]`): paths, `name=path`, or paths by name: folders of runs,
-            checkpoints, LoRA files, hub ids, or folders of a fully fine-tuned transformer or U-Net.
-        prompts ([`~datasets.Dataset`] or `Mapping[str, Dataset]`): a column `prompt` and those that the rewards read;
-            for pipelines that edit images, a column `image`.
-        output_dir (`str` or `os.PathLike`): a new or empty folder, or an earlier comparison's with the same drawing
-            options. Models, prompt sets and rewards may be added to it.
-        proxy, gold (`Callable` or `Sequence[Callable]`): rewards that were optimized, and others. May both be empty.
-        options ([`DrawingOptions`], *optional*): how it is drawn.
-        backbone ([`Backbone`], *optional*): for a loaded pipeline of a family that has none here; it decides height,
-            width and `max_sequence_length`.
-        grid_prompts (`int`): rows of the image grids, spread evenly over the prompts.
-        page_megabytes (`float`): about how large the page may become.
-        rescore (`bool`): compute again the scores that an earlier run has kept.
-        progress (`bool`): show progress bars.
+        model: hub id, folder, or a loaded pipeline (which is drawn with as it is, on its device and in its dtype).
+        adapters: paths, `name=path`, or paths by name: folders of runs, checkpoints, LoRA files, hub ids, or folders
+            of a fully fine-tuned transformer or U-Net.
+        prompts: sets with a column `prompt` and those that the rewards read; to edit images, a column `image`.
+        output_dir: a new or empty folder, or an earlier comparison's with the same drawing options. Models, prompt
+            sets and rewards may be added to it.
+        proxy, gold: rewards that were optimized, and others. May both be empty.
+        backbone: for a loaded pipeline of a family that has none here; it decides height, width and
+            `max_sequence_length`.
+        grid_prompts: rows of the image grids, spread evenly over the prompts.
+        page_megabytes: about how large the page may become.
+        rescore: compute again the scores that an earlier run has kept.
 
     Raises:
         ValueError: if something does not fit, before anything is drawn or written.
@@ -121,7 +108,7 @@ def evaluate_models(
     if not page_megabytes > 0:
         raise ValueError(f"page_megabytes is {page_megabytes!r}, but must be above 0.")
     adapters = parse_adapters(adapters)
-    sets = prompt_sets(prompts)
+    sets = inputs.prompt_sets(prompts)
     proxy, gold = ([funcs] if callable(funcs) else list(funcs) for funcs in (proxy, gold))
     scorer = RewardScorer([*proxy, *gold])
     for name, dataset in sets.items():
@@ -131,10 +118,10 @@ def evaluate_models(
             raise ValueError(f"the prompt set {name!r}: {error}") from error
     folder = ImageFolder(output_dir)
 
-    backbone, options = loaded_backbone(model, options or DrawingOptions(), backbone)
-    check_images_to_edit(sets, backbone)
+    backbone, options = inputs.loaded_backbone(model, options or DrawingOptions(), backbone)
+    inputs.check_images_to_edit(sets, backbone)
     models = _described_models(model, backbone, adapters)
-    lists = {name: prompt_list(dataset, with_images=backbone.takes_image) for name, dataset in sets.items()}
+    lists = {name: inputs.prompt_list(dataset, with_images=backbone.takes_image) for name, dataset in sets.items()}
     folder.claim(asdict(options), models, lists, write=False)
     run = _Run(folder, options, sets, lists, models, progress)
     with folder.locked():
@@ -182,9 +169,9 @@ class _Run:
             model = BASE if adapter is None else adapter.name
             missing = {}
             for name, dataset in self.sets.items():
-                total = len(dataset) * number
+                images = range(len(dataset) * number)
                 # Whole batches: what is drawn in another company may differ by rounding
-                batches = [range(first, min(first + size, total)) for first in range(0, total, size)]
+                batches = [images[first : first + size] for first in images[::size]]
                 missing[name] = [batch for batch in batches if not self.folder.has(name, model, batch)]
             if any(missing.values()):
                 with loaded_adapter(backbone, adapter):
@@ -209,8 +196,10 @@ class _Run:
 
     def score(self, scorer: RewardScorer, drawn: set[tuple[str, str]], rescore: bool) -> ModelScores:
         """The scores of all images: kept ones where they still hold, unless `rescore`."""
-        rewards = {name: computed_by(func) for name, func in zip(scorer.names, scorer.reward_funcs, strict=True)}
-        columns = {name: columns_fingerprint(dataset) for name, dataset in self.sets.items()}
+        rewards = {
+            name: inputs.computed_by(func) for name, func in zip(scorer.names, scorer.reward_funcs, strict=True)
+        }
+        columns = {name: inputs.columns_fingerprint(dataset) for name, dataset in self.sets.items()}
         # Asked for scores by something that there never was, the folder gives those of other rewards only
         kept = self.folder.scores(dict.fromkeys(rewards, "") if rescore else rewards, columns)
         for name, model in drawn:
@@ -266,12 +255,9 @@ class _Run:
         for name, texts in prompts.items():
             # By index, never by score; the first image of each
             rows = evenly(len(texts), grid_prompts)
-            comparison_grid(
-                [[self.folder.load(name, model, row * number) for model in self.models] for row in rows],
-                list(self.models),
-                [texts[row] for row in rows],
-                path=path / f"grid-{file_name(name)}.png",
-            )
+            images = [[self.folder.load(name, model, row * number) for model in self.models] for row in rows]
+            file = path / f"grid-{file_name(name)}.png"
+            comparison_grid(images, list(self.models), [texts[row] for row in rows], path=file)
         options = {"megabytes": page_megabytes, "progress": self.progress}
         write_page(path / PAGE, self.folder, results, prompts=prompts, scores=scores, **options)
         write_json(path / RESULTS, results)
@@ -280,5 +266,5 @@ class _Run:
 
     def _bar(self, what: str, model: str, name: str, initial: int = 0) -> tqdm:
         total = len(self.sets[name]) * self.options.num_images_per_prompt
-        description = f"{what}: {model}" if len(self.sets) == 1 else f"{what}: {model}, {name}"
-        return tqdm(total=total, initial=initial, desc=description, unit="image", disable=not self.progress)
+        what = f"{what}: {model}" if len(self.sets) == 1 else f"{what}: {model}, {name}"
+        return tqdm(total=total, initial=initial, desc=what, unit="image", disable=not self.progress)

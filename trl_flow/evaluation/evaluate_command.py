@@ -1,6 +1,7 @@
 """`trl-flow evaluate`: its options, and what they become. Libraries are imported when it runs."""
 
 import argparse
+import json
 import os
 import textwrap
 import traceback
@@ -32,7 +33,7 @@ Killed, the same command goes on where it stopped. Adapters, prompt sets and rew
 """
 
 BUNDLED = ("bundled", "shapes")
-DTYPES = ("float32", "bfloat16", "float16")
+_TYPES = {"int": int, "float": float}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,44 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         width=100,
         break_on_hyphens=False,
     )
-    add = parser.add_argument_group("what is compared").add_argument
-    add("--model", help="base model: hub id, folder of a pipeline, or `bundled`")
-    adapters = "output folders of runs, checkpoints, LoRA files, hub ids, or fully fine-tuned models"
-    add("--adapters", nargs="*", default=[], metavar="[NAME=]PATH", help=adapters)
-    sets = "generated_geneval, geneval, ocr, pickscore, hpdv2, drawbench, unigenbench, ..."
-    prompts = f"files (.txt, .jsonl, .csv, ...), published sets ({sets}), hub ids, or `bundled`; their test split"
-    add("--prompts", nargs="+", metavar="[NAME=]SET", help=f"prompt sets: {prompts} where they have several")
-    add("--limit", type=int, metavar="N", help="only the first N prompts of each set")
-    add("--proxy", nargs="+", default=[], metavar="REWARD", help="rewards that were optimized, see below")
-    add("--gold", nargs="+", default=[], metavar="REWARD", help="rewards that were not")
-
-    add = parser.add_argument_group("how it is drawn (all models alike)").add_argument
-    add("--seed", type=int, default=0, help="of the noise (0)")
-    add("--num_images_per_prompt", type=int, default=1, metavar="K", help="images for each prompt (1)")
-    add("--num_inference_steps", type=int, metavar="N", help="sampling steps (40; bundled: 10)")
-    add("--guidance_scale", type=float, metavar="S", help="guidance (4.5; bundled: 2)")
-    add("--negative_prompt", metavar="TEXT", help="what is to be avoided")
-    add("--height", type=int, metavar="PIXELS", help="height (the pipeline's own)")
-    add("--width", type=int, metavar="PIXELS", help="width (the pipeline's own)")
-    add("--max_sequence_length", type=int, metavar="N", help="prompt tokens (the pipeline's own)")
-    add("--batch_size", type=int, default=8, metavar="N", help="images at a time (8)")
-    add("--dtype", choices=DTYPES, help="of the model (float32 on CPUs, else bfloat16)")
-    add("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
-
-    add = parser.add_argument_group("what is written").add_argument
-    add("--output_dir", "--output-dir", metavar="DIR", help="folder to write to (trl-flow-evaluation)")
-    add("--grid_prompts", type=int, default=16, metavar="N", help="rows of the image grid (16)")
-    add("--page_megabytes", type=float, default=50, metavar="MB", help="largest size of the page (50)")
-    add("--rescore", action="store_true", help="compute again the scores that an earlier run has kept")
-
-    add = parser.add_argument_group("blind vote by people").add_argument
-    vote = "serve a vote on this machine: on what has just been drawn, or on the folder DIR without drawing"
-    add("--vote", nargs="?", const=True, metavar="DIR", help=vote)
-    models = "the first is compared with each of the others (base and all adapters)"
-    add("--vote_models", nargs="+", metavar="NAME", help=models)
-    add("--vote_pairs", type=int, default=100, metavar="N", help="prompts for each comparison (100)")
-    add("--vote_seed", type=int, default=0, metavar="SEED", help="of the choice, order and sides (0)")
-    add("--port", type=int, default=0, help="of the vote (any that is free)")
+    path = Path(__file__).with_name("command_options.json")
+    for title, options in json.loads(path.read_text(encoding="utf-8")).items():
+        group = parser.add_argument_group(title)
+        for flags, how in options.items():
+            kind = {"type": _TYPES[how.pop("type")]} if "type" in how else {}
+            group.add_argument(*flags.split(), **how, **kind)
 
 
 def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
@@ -93,10 +62,8 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
         _check_vote(arguments)
     if isinstance(arguments.vote, str) and arguments.model is None:
         if given := [name for name in ("adapters", "prompts", "proxy", "gold") if getattr(arguments, name)]:
-            raise ValueError(
-                f"--vote {arguments.vote} is a vote on what that folder holds, and --{given[0]} is for drawing. "
-                "Remove it, or give --model too."
-            )
+            what = f"--vote {arguments.vote} is a vote on what that folder holds, and --{given[0]} is for drawing"
+            raise ValueError(f"{what}. Remove it, or give --model too.")
         return _vote(arguments, arguments.vote)
     folder = arguments.output_dir or (arguments.vote if isinstance(arguments.vote, str) else "trl-flow-evaluation")
     evaluation = _evaluation(arguments)
@@ -137,9 +104,8 @@ def _evaluation(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `evaluate_models`, but for the folder."""
     for name in ("model", "prompts"):
         if not getattr(arguments, name):
-            raise ValueError(
-                f"--{name} is missing. For a vote on a folder that is there: trl-flow evaluate --vote DIR."
-            )
+            hint = "For a vote on a folder that is there: trl-flow evaluate --vote DIR."
+            raise ValueError(f"--{name} is missing. {hint}")
     rewards = [*arguments.proxy, *arguments.gold]
     if twice := next((name for name in rewards if rewards.count(name) > 1), None):
         raise ValueError(f"the reward {twice} is named twice. It is either a proxy or gold.")
@@ -152,6 +118,7 @@ def _evaluation(arguments: argparse.Namespace) -> dict[str, Any]:
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.disable_progress_bar()
         library.set_verbosity_error()
+    from trl_flow.evaluation.adapters import split_name
     from trl_flow.evaluation.inputs import DrawingOptions
     from trl_flow.rewards.named import named_rewards
 
@@ -165,12 +132,8 @@ def _evaluation(arguments: argparse.Namespace) -> dict[str, Any]:
     given = {field.name: getattr(arguments, field.name) for field in fields(DrawingOptions)}
     options |= {name: value for name, value in given.items() if value is not None}
     sets = {}
-    for specification in arguments.prompts:
-        name, equals, source = specification.partition("=")
-        # A path may have an equals sign of its own
-        if not equals or os.path.exists(specification) or "/" in name:
-            name, source = "", specification
-        name = name.strip() or (Path(source).stem if os.path.exists(source) else source)
+    for name, source in map(split_name, arguments.prompts):
+        name = name or (Path(source).stem if os.path.exists(source) else source)
         if name in sets:
             raise ValueError(f"two prompt sets are called {name!r}. Name them: --prompts a={source} ...")
         dataset = _prompts(source)
@@ -219,9 +182,8 @@ def _vote(arguments: argparse.Namespace, folder: str) -> Callable[[], None]:
     """Opens a vote; what is returned serves it."""
     from trl_flow.evaluation.vote import VoteServer
 
-    models, pairs = arguments.vote_models, arguments.vote_pairs
-    server = VoteServer(folder, models=models, pairs=pairs, seed=arguments.vote_seed, port=arguments.port)
-    return partial(_serve, server)
+    names = {"models": "vote_models", "pairs": "vote_pairs", "seed": "vote_seed", "port": "port"}
+    return partial(_serve, VoteServer(folder, **{name: getattr(arguments, own) for name, own in names.items()}))
 
 
 def _serve(server: "VoteServer") -> None:

@@ -27,12 +27,10 @@ class GoldScore:
     """
     A model's gold score compared with the base model's, on the same prompts from the same seeds.
 
-    Attributes:
-        scores (`dict[str, float]`): mean score of each function, NaN where it applies to no prompt.
-        relative (`dict[str, float]`): the same divided by the base model's mean; 1 is the base model.
-        average (`float`): mean of `relative` over the functions that apply; NaN if none does.
-        influence (`np.ndarray`): float64, `(P,)`: what each of the `P` prompts adds to the deviation of `average`
-            from its value over infinitely many prompts, times `P`. Its mean is 0.
+    `scores` has the mean of each function, NaN where it applies to no prompt, `relative` the same divided by the base
+    model's mean, and `average` is the mean of `relative` over the functions that apply; NaN if none does. `influence`
+    (float64, `(P,)`) is what each of the `P` prompts adds to the deviation of `average` from its value over infinitely
+    many prompts, times `P`. Its mean is 0.
     """
 
     scores: dict[str, float]
@@ -63,21 +61,14 @@ def gold_score(
     $\frac{1}{F} \sum_f (a_{fp} - R_f b_{fp}) / \bar b_f$ with $R_f$ the ratio of function $f$. How hard a prompt is
     raises or lowers both of its scores, and so drops out.
 
-    Args:
-        base, scores (`Mapping[str, Sequence[float]]`): the base model's and the trained model's scores by function,
-            each of shape `(N,)`: entry `i` of both has the same prompt and seed, and those of one prompt are next to
-            each other. A pair with a NaN (the function does not apply) is left out.
-        num_images_per_prompt (`int`): `K`, a divisor of `N`.
-
-    Raises:
-        ValueError: if the functions or the shapes differ.
-        BaseMeanError: if a base model's mean is not positive.
+    `base` and `scores` are the base model's and the trained model's scores by function, each `(N,)`: entry `i` of both
+    has the same prompt and seed, and those of one prompt are next to each other. A pair with a NaN (the function does
+    not apply) is left out. `ValueError` if the functions or the shapes differ, [`BaseMeanError`] if a base model's
+    mean is not positive.
     """
     if list(base) != list(scores) or not scores:
         raise ValueError(f"base has scores of {list(base)} and scores of {list(scores)}, but both must be the same.")
-    means: dict[str, float] = {}
-    relative: dict[str, float] = {}
-    contributions: list[np.ndarray] = []
+    means, relative, contributions = {}, {}, []
     for name in scores:
         try:
             before, after = paired_prompt_means(base[name], scores[name], num_images_per_prompt)
@@ -97,14 +88,12 @@ def gold_score(
             contributions.append(np.where(present, (after - ratio * before) / scale, 0.0))
     if not contributions:
         return GoldScore(means, relative, math.nan, np.full(len(before), math.nan))
-    return GoldScore(means, relative, float(np.nanmean(list(relative.values()))), np.mean(contributions, axis=0))
+    return GoldScore(means, relative, float(np.nanmean([*relative.values()])), np.mean(contributions, axis=0))
 
 
 def gold_difference(before: GoldScore, after: GoldScore) -> tuple[float, float]:
-    """
-    How the gold score changed between two evaluations of the same prompts and seeds: the difference of the averages,
-    `after` less `before`, and its standard error, paired over the prompts; NaN for a single prompt.
-    """
+    """How the gold score changed between two evaluations of the same prompts and seeds: the difference of the
+    averages, `after` less `before`, and its standard error, paired over the prompts; NaN for a single prompt."""
     if before.influence.shape != after.influence.shape:
         numbers = f"{len(before.influence)} and of {len(after.influence)}"
         raise ValueError(f"The gold scores are of {numbers} prompts, but must be of the same ones.")

@@ -8,16 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
 # Images below this many pixels a side are enlarged: in a 32-pixel cell nobody sees anything, or reads a caption
 _SMALLEST_SIDE = 128
-_FONT_SIZE = 11
-_LINE_HEIGHT = 15
-_MARGIN = 6
-_MOST_LINES = 8
+_FONT_SIZE, _LINE_HEIGHT, _MARGIN = 11, 15, 6
 _PAPER, _INK = "white", "black"
+_framed = functools.partial(ImageOps.expand, fill=_PAPER)
 
 
 @functools.cache
@@ -27,20 +26,33 @@ def _font() -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSansMono.ttf"), _FONT_SIZE)
 
 
-def _wrap(text: str, width: int, most_lines: int = _MOST_LINES) -> list[str]:
+def _wrap(text: str, width: int, most_lines: int = 8) -> list[str]:
     """`text` in lines of at most `width` pixels; what is beyond `most_lines` is replaced by an ellipsis."""
     columns = max(1, int(width / _font().getlength("x")))
     # As much as can be shown, before the words of what is far longer are looked at
     paragraphs = text[: (columns + 1) * (most_lines + 1)].splitlines()
     lines = [line for paragraph in paragraphs for line in textwrap.wrap(paragraph, columns) or [""]]
-    if len(lines) > most_lines:
-        lines = [*lines[: most_lines - 1], lines[most_lines - 1][: columns - 1] + "…"]
-    return lines
+    last = [lines[most_lines - 1][: columns - 1] + "…"] if len(lines) > most_lines else lines[most_lines - 1 :]
+    return [*lines[: most_lines - 1], *last]
 
 
-def _write_lines(draw: ImageDraw.ImageDraw, lines: Sequence[str], left: int, top: int) -> None:
+def _text(lines: Sequence[str], width: int) -> Image.Image:
+    sheet = Image.new("RGB", (width, len(lines) * _LINE_HEIGHT), _PAPER)
     for number, line in enumerate(lines):
-        draw.text((left, top + number * _LINE_HEIGHT), line, fill=_INK, font=_font())
+        ImageDraw.Draw(sheet).text((0, number * _LINE_HEIGHT), line, fill=_INK, font=_font())
+    return sheet
+
+
+def _joined(parts: Sequence[Image.Image], axis: int, cell: tuple[int, int] = (0, 0)) -> Image.Image:
+    """The images beside (`axis` 0) or below (1) each other, each in a cell of at least this width and height."""
+    sizes = np.maximum([part.size for part in parts], cell)
+    size, corner = sizes.max(axis=0), np.zeros(2, dtype=int)
+    size[axis] = sizes[:, axis].sum()
+    sheet = Image.new("RGB", tuple(size.tolist()), _PAPER)
+    for part, own in zip(parts, sizes, strict=True):
+        sheet.paste(part, tuple(corner.tolist()))
+        corner[axis] += own[axis]
+    return sheet
 
 
 def evenly(total: int, number: int) -> list[int]:
@@ -58,7 +70,8 @@ def _enlarged(images: Sequence[Image.Image], upscale: int | None) -> list[Image.
     return [ImageOps.scale(image.convert("RGB"), upscale, Image.Resampling.NEAREST) for image in images]
 
 
-def _write(grid: Image.Image, path: str | os.PathLike | None) -> Image.Image:
+def _sheet(rows: Sequence[Image.Image], path: str | os.PathLike | None) -> Image.Image:
+    grid = _framed(_joined(rows, 1), (_MARGIN, _MARGIN, 0, 0))
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         grid.save(path)
@@ -78,16 +91,10 @@ def image_grid(
     Captions are wrapped at the image's width and cut, with an ellipsis, after eight lines; line breaks in them are
     kept. Characters that the font lacks appear as boxes.
 
-    Args:
-        images (`Sequence[PIL.Image.Image]`): the images, of any sizes and modes.
-        captions (`Sequence[str]`, *optional*): one for each image.
-        columns (`int`, *optional*): images in a row; by default about as many as there are rows.
-        path (`str` or `os.PathLike`, *optional*): file to write as well; its folder is made if need be.
-        upscale (`int`, *optional*): factor by which all images are enlarged, by nearest neighbor. By default the
-            smallest with which the largest image has a side of 128 pixels or more.
-
-    Raises:
-        ValueError: if there is no image, or not one caption for each, or `columns` or `upscale` is below 1.
+    The images may be of any sizes and modes; `columns` of them are in a row, by default about as many as there are
+    rows. `path` is a file to write as well; its folder is made if need be. All images are enlarged by the factor
+    `upscale`, by nearest neighbor, by default the smallest with which the largest has a side of 128 pixels or more.
+    `ValueError` if there is no image, or not one caption for each, or `columns` or `upscale` is below 1.
     """
     if len(images) == 0:
         raise ValueError("images is empty: there is nothing to put into a grid.")
@@ -99,19 +106,11 @@ def image_grid(
     images = _enlarged(images, upscale)
     width, height = max(image.width for image in images), max(image.height for image in images)
     texts = [_wrap(str(caption), width) for caption in captions] if captions is not None else [[]] * len(images)
-
-    rows = [range(first, min(first + columns, len(images))) for first in range(0, len(images), columns)]
-    heights = [height + max(len(texts[i]) for i in row) * _LINE_HEIGHT + _MARGIN for row in rows]
-    grid = Image.new("RGB", (columns * (width + _MARGIN) + _MARGIN, sum(heights) + _MARGIN), _PAPER)
-    draw = ImageDraw.Draw(grid)
-    top = _MARGIN
-    for row, row_height in zip(rows, heights, strict=True):
-        for column, i in enumerate(row):
-            left = _MARGIN + column * (width + _MARGIN)
-            grid.paste(images[i], (left, top))
-            _write_lines(draw, texts[i], left, top + height)
-        top += row_height
-    return _write(grid, path)
+    rows = []
+    for row in (slice(first, first + columns) for first in range(0, len(images), columns)):
+        below = _joined([_text(lines, width) for lines in texts[row]], 0, (width + _MARGIN, 0))
+        rows += [_joined(images[row], 0, (width + _MARGIN, height)), _framed(below, (0, 0, 0, _MARGIN))]
+    return _sheet(rows, path)
 
 
 def before_after_grid(
@@ -126,12 +125,9 @@ def before_after_grid(
     """
     Each prompt's image before and after training side by side, under a heading, with the prompt below.
 
-    Args:
-        before, after (`Sequence[PIL.Image.Image]`): images of the same prompts, in the same order.
-        captions (`Sequence[str]`): the prompts.
-        scores (`Sequence[tuple[float, float]]`, *optional*): score before and after of each, shown with the prompt.
-        path, upscale: as for [`image_grid`].
-        columns (`int`): pairs in a row.
+    `before` and `after` are images of the same prompts (`captions`), in the same order, and `scores` those before and
+    after of each, shown with the prompt. `path` and `upscale` are as for [`image_grid`], `columns` pairs in a row.
+    `ValueError` if there is no pair, or the numbers differ.
     """
     lengths = [len(part) for part in (before, after, captions, scores) if part is not None]
     if len(before) == 0 or len(set(lengths)) > 1:
@@ -139,15 +135,10 @@ def before_after_grid(
         counts += "" if scores is None else f" and {len(scores)} scores"
         raise ValueError(f"There are {counts}. Give one of each for each prompt, and at least one.")
     enlarged = _enlarged([*before, *after], upscale)
-    pairs = []
-    for first, second in zip(enlarged[: len(before)], enlarged[len(before) :], strict=True):
-        size = (first.width + _MARGIN + second.width, _LINE_HEIGHT + max(first.height, second.height))
-        pair = Image.new("RGB", size, _PAPER)
-        draw = ImageDraw.Draw(pair)
-        for name, image, left in (("before", first, 0), ("after", second, first.width + _MARGIN)):
-            _write_lines(draw, [name], left, 0)
-            pair.paste(image, (left, _LINE_HEIGHT))
-        pairs.append(pair)
+    names = ["before"] * len(before) + ["after"] * len(after)
+    halves = [_joined([_text([name], i.width), i], 1) for name, i in zip(names, enlarged, strict=True)]
+    left = [_framed(half, (0, 0, _MARGIN, 0)) for half in halves[: len(before)]]
+    pairs = [_joined(pair, 0) for pair in zip(left, halves[len(before) :], strict=True)]
     if scores is not None:
         captions = [f"{c}\n{old:.2f} → {new:.2f}" for c, (old, new) in zip(captions, scores, strict=True)]
     return image_grid(pairs, captions, columns=columns, path=path, upscale=1)
@@ -163,37 +154,24 @@ def comparison_grid(
     """
     One row of images for each prompt, one column for each model, with the prompts above the rows.
 
-    Args:
-        rows (`Sequence[Sequence[PIL.Image.Image]]`): the models' images of each prompt.
-        columns, captions (`Sequence[str]`): the models' names, and the prompts; what is beyond three lines is cut.
-        path: as for [`image_grid`].
-        cell (`int`): longest side of an image in the grid, in pixels. Larger ones are reduced to it, and smaller ones
-            enlarged by a whole factor, by nearest neighbor.
+    `rows` are the models' images of each prompt, `columns` the models' names, and `captions` the prompts, of which
+    what is beyond three lines is cut; `path` is as for [`image_grid`]. Images whose longest side is above `cell`
+    pixels are reduced to it, and smaller ones enlarged by a whole factor, by nearest neighbor.
     """
-    is_full = rows and columns and all(len(row) == len(columns) for row in rows)
-    if not is_full or len(captions) != len(rows) or cell < 1:
+    if {len(columns)} != {*map(len, rows)} or not columns or len(captions) != len(rows) or cell < 1:
         raise ValueError(
             f"There are rows of {[len(row) for row in rows][:10]} images, {len(columns)} columns, {len(captions)} "
             f"captions and a cell of {cell} pixels. Give an image for each column in every row, and all captions."
         )
     cells = [[_fitted(image, cell) for image in row] for row in rows]
     width = max(image.width for row in cells for image in row)
-    total = len(columns) * (width + _MARGIN) + _MARGIN
-    names = [_wrap(name, width, most_lines=2) for name in columns]
-    header = max(len(lines) for lines in names) * _LINE_HEIGHT
-    texts = [_wrap(str(caption), total - 2 * _MARGIN, most_lines=3) for caption in captions]
-    heights = [max(p.height for p in row) + len(t) * _LINE_HEIGHT for row, t in zip(cells, texts, strict=True)]
-    grid = Image.new("RGB", (total, header + _MARGIN + sum(heights) + len(rows) * 2 * _MARGIN), _PAPER)
-    draw = ImageDraw.Draw(grid)
-    for column, lines in enumerate(names):
-        _write_lines(draw, lines, _MARGIN + column * (width + _MARGIN), _MARGIN)
-    top = header + 2 * _MARGIN
-    for row, lines, height in zip(cells, texts, heights, strict=True):
-        _write_lines(draw, lines, _MARGIN, top)
-        for column, image in enumerate(row):
-            grid.paste(image, (_MARGIN + column * (width + _MARGIN), top + len(lines) * _LINE_HEIGHT))
-        top += height + 2 * _MARGIN
-    return _write(grid, path)
+    total = len(columns) * (width + _MARGIN)
+    parts = [_joined([_text(_wrap(name, width, most_lines=2), width) for name in columns], 0, (width + _MARGIN, 0))]
+    for row, caption in zip(cells, captions, strict=True):
+        text = _text(_wrap(str(caption), total - _MARGIN, most_lines=3), total - _MARGIN)
+        part = _joined([text, _joined(row, 0, (width + _MARGIN, 0))], 1)
+        parts.append(_framed(part, (0, _MARGIN, 0, _MARGIN)))
+    return _sheet(parts, path)
 
 
 def _fitted(image: Image.Image, side: int) -> Image.Image:

@@ -27,6 +27,8 @@ _SAFE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,79}")
 
 # By set, model and reward, one for each index
 ScoreLists = dict[str, dict[str, dict[str, list[float | None]]]]
+# Path and fingerprint, by name
+Models = dict[str, dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -38,18 +40,13 @@ class PromptList:
 
 
 class ImageFolder:
-    """
-    A folder of images that several models drew of the same prompts from the same noise, made by the first `claim`.
-
+    """A folder of images that several models drew of the same prompts from the same noise, made by the first `claim`:
     `images/{set}/{model}/{index}.png` are the images, `settings.json` says what they are of, and `scores.json` holds
     the scores that were computed. An image's index is `prompt * K + number`. All methods raise `ValueError` if a file
-    of the folder is damaged.
-    """
+    of the folder is damaged."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-
-    # ---- what is drawn ----
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -70,58 +67,43 @@ class ImageFolder:
                     pass
             yield
 
-    def claim(
-        self,
-        settings: Mapping[str, Any],
-        models: Mapping[str, Mapping[str, str]],
-        sets: Mapping[str, PromptList],
-        *,
-        write: bool = True,
-    ) -> None:
-        """
-        Makes the folder this evaluation's, or goes on with an earlier one of the same settings. Models and prompt sets
-        may be added to those that are there. Settings by which nothing was drawn bind nobody.
+    def claim(self, settings: dict[str, Any], models: Models, sets: dict[str, PromptList], *, write=True) -> None:
+        """Makes the folder this evaluation's, or goes on with an earlier one of the same settings. Models and prompt
+        sets may be added to those that are there. Settings by which nothing was drawn bind nobody.
 
         `settings` are everything that decides what is drawn besides `models` (`path` and `fingerprint` by name) and
         prompts. `ValueError` if the folder cannot be written, holds other files, or was drawn with other settings;
-        without `write` that is only asked.
-        """
+        without `write` that is only asked."""
         earlier = None
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"output_dir {self.path} is a file. Give a folder.")
         if (self.path / SETTINGS).is_file():
-            files = (path for path in self.path.rglob("*") if path.is_file())
-            earlier = self.settings() if any(path.name not in (SETTINGS, _LOCK) for path in files) else None
+            names = {path.name for path in self.path.rglob("*") if path.is_file()}
+            earlier = self.settings() if names - {SETTINGS, _LOCK} else None
             if earlier and (differences := _differences(earlier, settings, models, sets)):
                 raise ValueError(
                     f"output_dir {self.path} holds images of another evaluation: {', '.join(differences)}. Choose "
                     "another folder, or the same settings."
                 )
         elif self.path.is_dir() and any(child.name != _LOCK for child in self.path.iterdir()):
-            raise ValueError(
-                f"output_dir {self.path} is not empty and holds no {SETTINGS} of an earlier evaluation, so its files "
-                "are left alone. Choose another folder."
-            )
+            what = f"is not empty and holds no {SETTINGS} of an earlier evaluation, so its files are left alone"
+            raise ValueError(f"output_dir {self.path} {what}. Choose another folder.")
         existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         if not os.access(existing, os.W_OK | os.X_OK):
             raise ValueError(f"output_dir {self.path} cannot be written: this user may not write to {existing}.")
         if write:
-            content = earlier or {"settings": dict(settings), "models": {}, "sets": {}}
+            content = earlier or {"settings": settings, "models": {}, "sets": {}}
             content["models"] |= models
             content["sets"] |= {name: asdict(prompts) for name, prompts in sets.items()}
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / SETTINGS, content)
 
     def settings(self) -> dict[str, Any]:
-        """What `claim` wrote: `settings`, `models` and `sets`; `ValueError` if the folder is no evaluation's."""
+        """What `claim` wrote; `ValueError` if the folder is no evaluation's."""
         if not (self.path / SETTINGS).is_file():
-            raise ValueError(
-                f"{self.path} is no evaluation's folder: it has no {SETTINGS}. Draw one first: trl-flow evaluate "
-                "--model ... --prompts ... --output_dir DIR."
-            )
+            hint = "Draw one first: trl-flow evaluate --model ... --prompts ... --output_dir DIR."
+            raise ValueError(f"{self.path} is no evaluation's folder: it has no {SETTINGS}. {hint}")
         return read_json(self.path / SETTINGS)
-
-    # ---- images ----
 
     def image_path(self, set_name: str, model: str, index: int) -> Path:
         """Where the image is, or will be."""
@@ -145,11 +127,8 @@ class ImageFolder:
             with Image.open(path) as image:
                 return image.convert("RGB")
         except (OSError, SyntaxError) as error:
-            raise ValueError(
-                f"The image {path} is missing or damaged ({error}). Delete it and evaluate again: it is drawn anew."
-            ) from error
-
-    # ---- scores ----
+            hint = "Delete it and evaluate again: it is drawn anew."
+            raise ValueError(f"The image {path} is missing or damaged ({error}). {hint}") from error
 
     def scores(self, rewards: Mapping[str, str], columns: Mapping[str, str]) -> ScoreLists:
         """The scores that may be used again: but for those of rewards that something else of the same name has
@@ -159,10 +138,9 @@ class ImageFolder:
         others = {name for name, what in rewards.items() if content["rewards"].get(name) != what}
         sets = {name for name, what in columns.items() if content["columns"].get(name) != what}
         kept = {name: by_model for name, by_model in content["scores"].items() if name not in sets}
-        for by_model in kept.values():
-            for by_reward in by_model.values():
-                for reward in others & by_reward.keys():
-                    del by_reward[reward]
+        for by_reward in (found for by_model in kept.values() for found in by_model.values()):
+            for reward in others & by_reward.keys():
+                del by_reward[reward]
         return kept
 
     def keep_scores(self, scores: ScoreLists, rewards: Mapping[str, str], columns: Mapping[str, str]) -> None:
@@ -186,14 +164,11 @@ def file_name(name: str) -> str:
 
 
 def _differences(
-    earlier: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    models: Mapping[str, Mapping[str, str]],
-    sets: Mapping[str, PromptList],
+    earlier: dict[str, Any], settings: dict[str, Any], models: Models, sets: dict[str, PromptList]
 ) -> list[str]:
     """What an earlier evaluation did otherwise, in words."""
     # As JSON, in which a tuple is a list
-    old, new = earlier["settings"], json.loads(json.dumps(dict(settings)))
+    old, new = earlier["settings"], json.loads(json.dumps(settings))
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     found = [f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in names]
     for name, model in models.items():

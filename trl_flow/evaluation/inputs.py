@@ -16,16 +16,17 @@ from trl_flow.backbones import Backbone, get_backbone
 from trl_flow.evaluation.image_folder import PromptList
 
 
+_SIZES = ("height", "width", "max_sequence_length")
+
+
 @dataclass(frozen=True)
 class DrawingOptions:
     """
     What decides, with models and prompts, what is drawn. Names as in diffusers; `None` is the pipeline's own default.
 
-    Attributes:
-        seed (`int`): non-negative; an image's noise depends on it and on the image's index alone.
-        num_images_per_prompt (`int`): images for each prompt, `K`.
-        batch_size (`int`): images at a time. It changes images by rounding only, but all must be drawn with one.
-        dtype, device (`str` or `None`): of the pipeline; filled in when it is loaded.
+    An image's noise depends on the non-negative `seed` and on the image's index alone. `batch_size`, images at a time,
+    changes images by rounding only, but all must be drawn with one. `dtype` and `device` are filled in when the
+    pipeline is loaded.
     """
 
     seed: int = 0
@@ -41,10 +42,10 @@ class DrawingOptions:
     device: str | None = None
 
     def __post_init__(self):
-        least = {"seed": 0} | dict.fromkeys(("num_images_per_prompt", "num_inference_steps", "batch_size"), 1)
-        given = [name for name in ("height", "width", "max_sequence_length") if getattr(self, name) is not None]
-        for name, smallest in (least | dict.fromkeys(given, 1)).items():
-            value = getattr(self, name)
+        names = ("seed", "num_images_per_prompt", "num_inference_steps", "batch_size")
+        given = [name for name in _SIZES if getattr(self, name) is not None]
+        for name in (*names, *given):
+            value, smallest = getattr(self, name), int(name != "seed")
             if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
                 raise ValueError(f"{name} is {value!r}, but must be a whole number of at least {smallest}.")
         scale = self.guidance_scale
@@ -61,15 +62,14 @@ def prompt_sets(prompts: Dataset | Mapping[str, Dataset]) -> dict[str, Dataset]:
         raise ValueError("there are no prompts: give at least one prompt set.")
     for name, dataset in sets.items():
         if not isinstance(dataset, Dataset):
-            kind = type(dataset).__name__
-            raise ValueError(f"the prompt set {name!r} is a {kind}, but must be a datasets.Dataset.")
+            raise ValueError(f"the prompt set {name!r} is a {type(dataset).__name__}, but must be a datasets.Dataset.")
         if "prompt" not in dataset.column_names:
             raise ValueError(f"the prompt set {name!r} has no column `prompt`, only {dataset.column_names}.")
         if len(dataset) == 0:
             raise ValueError(f"the prompt set {name!r} is empty.")
-        wrong = next((i for i, prompt in enumerate(dataset["prompt"]) if not isinstance(prompt, str)), None)
-        if wrong is not None:
-            raise ValueError(f"row {wrong} of the prompt set {name!r} has {dataset[wrong]['prompt']!r} as its prompt.")
+        for row, prompt in enumerate(dataset["prompt"]):
+            if not isinstance(prompt, str):
+                raise ValueError(f"row {row} of the prompt set {name!r} has {prompt!r} as its prompt.")
     return sets
 
 
@@ -77,8 +77,8 @@ def check_images_to_edit(sets: Mapping[str, Dataset], backbone: Backbone) -> Non
     """Raises `ValueError` if the pipeline edits images, and a set has none or one that does not fit."""
     for name, dataset in sets.items() if backbone.takes_image else ():
         if "image" not in dataset.column_names:
-            family = type(backbone.pipeline).__name__
-            raise ValueError(f"{family} edits images, but the prompt set {name!r} has no column image.")
+            kind = type(backbone.pipeline).__name__
+            raise ValueError(f"{kind} edits images, but the prompt set {name!r} has no column image.")
         for row, image in enumerate(dataset["image"]):
             try:
                 backbone.check_image_size(image.height, image.width)
@@ -99,7 +99,7 @@ def loaded_backbone(
         raise ValueError(f"the model is a {type(model).__name__}, but must be a hub id, a folder or a pipeline.")
     elif options.device is not None or options.dtype is not None:
         raise ValueError("device and dtype cannot be given for a loaded pipeline: move it yourself.")
-    sizes = {name: getattr(options, name) for name in ("height", "width", "max_sequence_length")}
+    sizes = {name: getattr(options, name) for name in _SIZES}
     if backbone is None:
         backbone = get_backbone(model, **sizes)
     elif any(value not in (None, getattr(backbone, name)) for name, value in sizes.items()):

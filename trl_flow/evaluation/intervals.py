@@ -49,8 +49,7 @@ def mean_interval(scores: Sequence[float] | np.ndarray, *, num_images_per_prompt
     """
     means = prompt_means(scores, num_images_per_prompt)
     means = means[~np.isnan(means)]
-    mean = float(means.mean()) if len(means) else math.nan
-    error = standard_error(means)
+    mean, error = float(means.mean()) if len(means) else math.nan, standard_error(means)
     half = half_width(error, len(means))
     return Interval(mean, mean - half, mean + half, error, len(means))
 
@@ -70,10 +69,8 @@ def prompt_means(scores: Sequence[float] | np.ndarray, num_images_per_prompt: in
     the scores are not `(N,)` with `N` a multiple of `num_images_per_prompt`."""
     scores = np.asarray(scores, dtype=np.float64)
     if scores.ndim != 1 or num_images_per_prompt < 1 or len(scores) % num_images_per_prompt != 0:
-        raise ValueError(
-            f"The scores have the shape {scores.shape} and num_images_per_prompt is {num_images_per_prompt}, but the "
-            "shape must be (N,) with N a multiple of it."
-        )
+        what = f"The scores have the shape {scores.shape} and num_images_per_prompt is {num_images_per_prompt}"
+        raise ValueError(f"{what}, but the shape must be (N,) with N a multiple of it.")
     groups = scores.reshape(-1, num_images_per_prompt)
     counts = (~np.isnan(groups)).sum(axis=1)
     return np.where(counts > 0, np.nansum(groups, axis=1) / np.maximum(counts, 1), math.nan)
@@ -85,9 +82,7 @@ def paired_prompt_means(
     """[`prompt_means`] of both, which have one shape `(N,)`, over the images that have a score before and after."""
     before, after = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
     if before.shape != after.shape:
-        raise ValueError(
-            f"before has shape {before.shape} and after {after.shape}, but both must be (N,) with the same N."
-        )
+        raise ValueError(f"before has shape {before.shape} and after {after.shape}, but both must be the same (N,).")
     single = np.isnan(before) | np.isnan(after)
     before, after = np.where(single, math.nan, before), np.where(single, math.nan, after)
     return prompt_means(before, num_images_per_prompt), prompt_means(after, num_images_per_prompt)
@@ -100,10 +95,8 @@ def share_interval(share: float, n: int) -> tuple[float, float]:
 
     $$\frac{p + z^2 / 2n \pm z \sqrt{p (1 - p) / n + z^2 / 4n^2}}{1 + z^2 / n}$$
 
-    (scipy has it for whole numbers of cases only.)
-
-    `share` may be the mean of `n` (1 or more) numbers in `[0, 1]` instead of the share of `n` cases: these spread less
-    than cases of 0 and 1 do, so that the interval is too wide rather than too narrow.
+    (scipy has it for whole numbers of cases only.) `share` may be the mean of `n` (1 or more) numbers in `[0, 1]`:
+    these spread less than cases of 0 and 1 do, so that the interval is too wide rather than too narrow.
     """
     z = float(ndtri(_QUANTILE))
     center = share + z**2 / (2 * n)

@@ -26,10 +26,7 @@ from trl_flow.evaluation.tables import legend, title
 
 # Longest sides to which images are reduced until they fit; below the last, prompts are left out
 _SIDES = (1024, 768, 512, 384, 256)
-_QUALITY = 85
 _SAMPLED = 24
-# Base64 writes three bytes in four letters
-_GROWTH = 4 / 3
 
 
 def write_page(
@@ -42,17 +39,15 @@ def write_page(
     megabytes: float = 50.0,
     progress: bool = False,
 ) -> None:
-    """
-    Writes a page that works offline and asks nothing of any server: style, program, scores and images are in it.
+    """Writes a page that works offline and asks nothing of any server: style, program, scores and images are in it.
 
     The images are copied as they are while they fit into about `megabytes`. Else they are WebP copies, reduced as far
     as needed but not below 256 pixels; if that is not enough, prompts are chosen evenly from each set. The page says
     what was done. `results` are as in `results.json`, `prompts` those of each set, and `scores` `(N,)` by set, model
-    and reward, NaN where a reward does not apply. `OSError` or `ValueError` if an image is missing or damaged.
-    """
-    models = list(results["models"])
-    number = results["settings"]["num_images_per_prompt"]
-    shown, side, note = _plan(folder, models, prompts, number, megabytes * 1e6 / _GROWTH)
+    and reward, NaN where a reward does not apply. `OSError` or `ValueError` if an image is missing or damaged."""
+    models, number = list(results["models"]), results["settings"]["num_images_per_prompt"]
+    # Base64 writes three bytes in four letters
+    shown, side, note = _plan(folder, models, prompts, number, megabytes * 1e6 * 3 / 4)
     indices = {name: [row * number + k for row in rows for k in range(number)] for name, rows in shown.items()}
     wanted = [(name, model, index) for name in shown for model in models for index in indices[name]]
     # Pillow works on several images at once
@@ -71,15 +66,8 @@ def write_page(
             for model, by_reward in scores[name].items()
         }
         sets.append(content)
-    data = {
-        "title": title(results),
-        "models": models,
-        "rewards": [*results["proxy"], *results["gold"]],
-        "sets": sets,
-        "results": [results["sets"][name] for name in shown],
-        "legend": legend(results),
-        "note": note,
-    }
+    data = {"title": title(results), "legend": legend(results), "note": note, "models": models, "sets": sets}
+    data |= {"rewards": results["proxy"] + results["gold"], "results": [results["sets"][name] for name in shown]}
     template = (files("trl_flow.evaluation") / "web" / "comparison.html").read_text(encoding="utf-8")
     content = with_policy(template, "img-src data:").replace("__DATA__", script_json(data))
     with whole_file(path) as file:
@@ -139,5 +127,5 @@ def _webp(image: Image.Image, side: int) -> bytes:
     image = image.copy()
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    image.save(buffer, format="WEBP", quality=_QUALITY)
+    image.save(buffer, format="WEBP", quality=85)
     return buffer.getvalue()

@@ -1,8 +1,7 @@
 """Curves of training runs, as PNG. Figures are made without pyplot, so that no global state is touched.
 
-A run is given as its `output_dir`, finished or still running, as the file of its logs or as `log_history` itself, see
-[`~trl_flow.evaluation.run_log.read_log_history`]. Where several can be compared (`runs`), a dictionary of them gives
-their labels: `gradient_norms({"Flow-GRPO": "out/flow", "GRPO-Guard": "out/guard"})`.
+A run is what [`~trl_flow.evaluation.run_log.read_log_history`] takes, such as an `output_dir`. Where several can be
+compared (`runs`), a dictionary gives their labels: `gradient_norms({"Flow-GRPO": "out/flow", "Guard": "out/guard"})`.
 
 All functions return the figure, and write it to `path` (`str` or `os.PathLike`, *optional*) as PNG, whose folder is
 made if need be. They raise `ValueError` if a run has not logged what they show, saying what to do. `last` (`int`,
@@ -18,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -31,13 +29,12 @@ Runs = Run | Mapping[str, Run]
 _MEAN = re.compile(r"(?:eval_(?:(?P<dataset>.+)_)?)?rewards/(?P<name>.+)/mean")
 _STEP = "sampling step (0: noisiest)"
 _POINTS = {"marker": "o", "markersize": 4}
+_BARS = {"elinewidth": 0.8, "capsize": 2}
 
 
 def reward_curves(log_history: Run, path: str | os.PathLike | None = None) -> Figure:
-    """
-    One panel for each reward function, in the order in which they were logged: its mean over training with a band of
-    one standard deviation of the images' rewards, and the evaluations' means as points.
-    """
+    """One panel for each reward function, in the order in which they were logged: its mean over training with a band
+    of one standard deviation of the images' rewards, and the evaluations' means as points."""
     log_history = read_log_history(log_history)
     # Logged means by function and, for evaluations, data set: {name: {key: label}}
     keys: dict[str, dict[str, str]] = {}
@@ -67,20 +64,14 @@ def reward_curves(log_history: Run, path: str | os.PathLike | None = None) -> Fi
 
 
 def ratio_distribution(runs: Runs, path: str | os.PathLike | None = None, *, last: int | None = None) -> Figure:
-    """
-    Mean and spread of the importance ratio at each trained step (GRPO-Guard, Figure 2): left the mean less 1, with
-    bars of one standard deviation, right the standard deviation alone. Refused where all ratios are exactly 1.
-    """
-    rows = _step_rows(runs, "ratio_std", last, "no importance ratios: nothing was trained yet")
-    _check_off_policy(rows)
+    """Mean and spread of the importance ratio at each trained step (GRPO-Guard, Figure 2): left the mean less 1, with
+    bars of one standard deviation, right the standard deviation alone. Refused where all ratios are exactly 1."""
+    rows = _off_policy_rows(runs, "ratio_std", last, "no importance ratios: nothing was trained yet")
     figure = new_figure(9.0, 3.6)
     mean, std = figure.subplots(1, 2)
     for label, steps, found, offset in _side_by_side(rows, 0.12):
-        stds = [row.ratio_std for row in found]
-        shifts = [row.ratio_mean - 1 for row in found]
-        mean.errorbar(
-            steps + offset, shifts, yerr=stds, label=label, linewidth=1.5, elinewidth=0.8, **_POINTS, capsize=2
-        )
+        stds, shifts = [row.ratio_std for row in found], [row.ratio_mean - 1 for row in found]
+        mean.errorbar(steps + offset, shifts, yerr=stds, label=label, linewidth=1.5, **_POINTS, **_BARS)
         std.plot(steps, stds, label=_with_spread(label, stds), **_POINTS)
     mean.axhline(0, color="black", linewidth=0.8, linestyle=":")
     std.set_yscale("log")
@@ -104,12 +95,9 @@ def gradient_norms(runs: Runs, path: str | os.PathLike | None = None, *, last: i
 
 
 def clip_shares(runs: Runs, path: str | os.PathLike | None = None, *, last: int | None = None) -> Figure:
-    """
-    Share of importance ratios below and above the clip range at each trained step, whatever the advantage's sign
-    (GRPO-Guard's supplement, Figure 4). Refused where all ratios are exactly 1.
-    """
-    rows = _step_rows(runs, "clip_low", last, "no clip shares: nothing was trained yet")
-    _check_off_policy(rows)
+    """Share of importance ratios below and above the clip range at each trained step, whatever the advantage's sign
+    (GRPO-Guard's supplement, Figure 4). Refused where all ratios are exactly 1."""
+    rows = _off_policy_rows(runs, "clip_low", last, "no clip shares: nothing was trained yet")
     figure = new_figure(9.0, 3.6)
     low, high = figure.subplots(1, 2, sharey=True)
     width = 0.8 / len(rows)
@@ -132,9 +120,7 @@ def reward_std(runs: Runs, path: str | os.PathLike | None = None) -> Figure:
             raise ValueError(_missing(label, "no reward_std: nothing was trained yet, or not by this trainer"))
         window = max(1, len(values) // 20)
         means = np.convolve(values, np.full(window, 1 / window), mode="valid")
-        color = None
-        if window > 1:
-            color = axes.plot(steps, values, linewidth=0.8, alpha=0.35)[0].get_color()
+        color = axes.plot(steps, values, linewidth=0.8, alpha=0.35)[0].get_color() if window > 1 else None
         axes.plot(steps[window - 1 :], means, color=color, linewidth=1.8, label=label)
     axes.set_ylim(bottom=0)
     _label(axes, "spread of rewards", "update", "reward std")
@@ -142,11 +128,9 @@ def reward_std(runs: Runs, path: str | os.PathLike | None = None) -> Figure:
 
 
 def proxy_against_gold(runs: Runs, path: str | os.PathLike | None = None, *, eval_name: str | None = None) -> Figure:
-    """
-    The optimized reward (the proxy) and the gold average of the evaluations (GRPO-Guard, Figures 1 and 4): both over
-    training, and one against the other. Gold is 1 for the base model; bars are one standard error. `eval_name` is
-    which of several evaluation sets; by default the first that was logged.
-    """
+    """The optimized reward (the proxy) and the gold average of the evaluations (GRPO-Guard, Figures 1 and 4): both
+    over training, and one against the other. Gold is 1 for the base model; bars are one standard error. `eval_name`
+    is which of several evaluation sets; by default the first that was logged."""
     figure = new_figure(12.6, 3.8)
     proxy, gold, both = figure.subplots(1, 3)
     for label, history in _histories(runs).items():
@@ -155,8 +139,7 @@ def proxy_against_gold(runs: Runs, path: str | os.PathLike | None = None, *, eva
         error_of = dict(zip(*_series(history, f"{prefix}_gold/average_std_err"), strict=True))
         style = {"label": label, "linewidth": 1.3, **_POINTS}
         proxy.plot(steps, rewards, **style)
-        errors = [error_of.get(step, 0.0) for step in steps]
-        gold.errorbar(steps, averages, yerr=errors, elinewidth=0.8, capsize=2, **style)
+        gold.errorbar(steps, averages, yerr=[error_of.get(step, 0.0) for step in steps], **style, **_BARS)
         (line,) = both.plot(rewards, averages, **style)
         # Where the run stands: paths turn back
         both.plot(rewards[-1:], averages[-1:], marker="s", markersize=8, color=line.get_color(), linestyle="")
@@ -170,16 +153,9 @@ def proxy_against_gold(runs: Runs, path: str | os.PathLike | None = None, *, eva
 
 
 def all_plots(run: Run, folder: str | os.PathLike | None = None) -> dict[str, Path]:
-    """
-    Draws every figure that one run has logged the values for, into `folder` (`str` or `os.PathLike`; by default into
-    `plots` in the run's folder).
-
-    Returns:
-        `dict[str, Path]`: the PNG file of each figure, by the name of its function.
-
-    Raises:
-        ValueError: if there is no log, or `folder` is missing and the run is not given by its folder.
-    """
+    """Draws every figure that one run has logged the values for, into `folder` (by default `plots` in the run's
+    folder), and returns the PNG file of each by the name of its function. `ValueError` if there is no log, or `folder`
+    is missing and the run is not given by its folder."""
     history = read_log_history(run)
     if folder is None:
         if not isinstance(run, str | os.PathLike) or not Path(run).is_dir():
@@ -192,9 +168,6 @@ def all_plots(run: Run, folder: str | os.PathLike | None = None) -> dict[str, Pa
             draw(history, path)
             drawn[draw.__name__] = path
     return drawn
-
-
-# ---- What was logged ----
 
 
 def _histories(runs: Runs) -> dict[str, LogHistory]:
@@ -214,7 +187,8 @@ def _step_rows(runs: Runs, value: str, last: int | None, missing: str) -> dict[s
     return rows
 
 
-def _check_off_policy(rows: dict[str, list[StepStatistics]]) -> None:
+def _off_policy_rows(runs: Runs, value: str, last: int | None, missing: str) -> dict[str, list[StepStatistics]]:
+    rows = _step_rows(runs, value, last, missing)
     what = (
         "importance ratios of exactly 1 only: each sampling phase serves a single update, and the ratio is 1 there by "
         "definition. Train with steps_per_generation a multiple of gradient_accumulation_steps, or num_iterations "
@@ -223,6 +197,7 @@ def _check_off_policy(rows: dict[str, list[StepStatistics]]) -> None:
     for label, found in rows.items():
         if not any(row.ratio_std for row in found):
             raise ValueError(_missing(label, what))
+    return rows
 
 
 def _gold_prefix(history: LogHistory, eval_name: str | None, label: str) -> str:
@@ -248,9 +223,6 @@ def _series(log_history: LogHistory, *keys: str) -> list[list[float]]:
     return [[entry[key] for entry in entries] for key in ("step", *keys)]
 
 
-# ---- Figures ----
-
-
 def _side_by_side(rows: dict[str, list], width: float) -> Iterator[tuple[str, np.ndarray, list, float]]:
     """Label, steps, rows and offset of each run, so that the bars of several do not hide each other."""
     for i, (label, found) in enumerate(rows.items()):
@@ -265,9 +237,7 @@ def _with_spread(label: str, values: Sequence[float]) -> str:
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of this size in inches, without pyplot."""
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), dpi=120, layout="constrained")
 
 
 def saved_figure(figure: Figure, path: str | os.PathLike | None) -> Figure:

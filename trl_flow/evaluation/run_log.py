@@ -13,8 +13,7 @@ from typing import Any
 
 
 # What the trainer writes as training goes on
-LOG_NAME = "log_history.jsonl"
-_STATE_NAME = "trainer_state.json"
+LOG_NAME, _STATE_NAME = "log_history.jsonl", "trainer_state.json"
 
 # The table shows the latest of so many logs, so that it says how training is doing and not how it has been
 _TABLE_LOGS = 50
@@ -26,10 +25,8 @@ _STEP_METRIC = re.compile(r"(ratio/mean|ratio/std|clip_ratio/low|clip_ratio/high
 
 
 def read_log_history(run: Run) -> LogHistory:
-    """
-    The logs of a run, in order. It is a run's `output_dir`, finished or running; a checkpoint's folder; a
-    `trainer_state.json` or `log_history.jsonl`; or `trainer.state.log_history` itself. `ValueError` without a log.
-    """
+    """The logs of a run, in order. It is a run's `output_dir`, finished or running; a checkpoint's folder; a
+    `trainer_state.json` or `log_history.jsonl`; or `trainer.state.log_history` itself. `ValueError` without a log."""
     if not isinstance(run, str | os.PathLike):
         return run
     path = Path(run)
@@ -53,9 +50,9 @@ def read_log_history(run: Run) -> LogHistory:
 
 
 def _newest_log(folder: Path) -> Path:
-    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.rsplit("-", 1)[1].isdigit()]
-    checkpoints.sort(key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
-    paths = [folder / LOG_NAME, *(parent / _STATE_NAME for parent in [folder, *checkpoints])]
+    steps = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
+    steps = sorted((step for step in steps if step.isdigit()), key=int, reverse=True)
+    paths = [folder / name for name in (LOG_NAME, _STATE_NAME, *(f"checkpoint-{s}/{_STATE_NAME}" for s in steps))]
     if found := next(filter(Path.is_file, paths), None):
         return found
     raise ValueError(
@@ -66,13 +63,10 @@ def _newest_log(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class StepStatistics:
-    """
-    What was logged of one trained step over several logs; `None` where nothing was. `step` 0 is the noisiest.
-
-    Mean and standard deviation are those of the importance ratio over all samples of all the logs, `clip_low` and
-    `clip_high` the share of ratios below `1 - epsilon` and above `1 + epsilon_high`, whatever the advantage's sign,
-    and `grad_norm` is the mean norm of the step's policy gradient.
-    """
+    """What was logged of one trained step (0 is the noisiest) over several logs; `None` where nothing was. Mean and
+    standard deviation are those of the importance ratio over all samples of all the logs, `clip_low` and `clip_high`
+    the share of ratios below `1 - epsilon` and above `1 + epsilon_high`, whatever the advantage's sign, and
+    `grad_norm` is the mean norm of the step's policy gradient."""
 
     step: int
     ratio_mean: float | None
@@ -87,7 +81,7 @@ def step_statistics(log_history: LogHistory, *, last: int | None = None) -> list
     only the latest so many logs with such values."""
     if last is not None and last < 1:
         raise ValueError(f"last is {last}, but must be a number of logs, at least 1, or None for all.")
-    logs = [found for found in map(_step_values, log_history) if found]
+    logs = list(filter(None, map(_step_values, log_history)))
     values: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for found in logs if last is None else logs[-last:]:
         for (name, step), value in found.items():
@@ -98,8 +92,8 @@ def step_statistics(log_history: LogHistory, *, last: int | None = None) -> list
         # Of all samples: the logs' own spreads, and that of their means
         is_known = stds and len(stds) == len(means)
         spread = math.sqrt(_mean([std**2 for std in stds]) + statistics.pvariance(means)) if is_known else None
-        names = ("clip_ratio/low", "clip_ratio/high", "grad_norm")
-        rows.append(StepStatistics(step, _mean(means), spread, *(_mean(found[name]) for name in names)))
+        others = (_mean(found[name]) for name in ("clip_ratio/low", "clip_ratio/high", "grad_norm"))
+        rows.append(StepStatistics(step, _mean(means), spread, *others))
     return rows
 
 

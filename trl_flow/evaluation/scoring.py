@@ -22,11 +22,8 @@ def score_images(
     """
     Scores of images by reward functions, called as in training, with the data set's columns.
 
-    Args:
-        images (`Sequence[PIL.Image.Image]`): `N` images: `K` for each row, those of one row next to each other.
-        dataset ([`~datasets.Dataset`]): a `prompt` column, and whatever else the functions read.
-        reward_funcs (`Callable` or `Sequence[Callable]`): the functions.
-        timeout (`float`, *optional*): seconds to wait for each function; `None`: for ever.
+    `images` are `N`: `K` for each row of `dataset`, those of one row next to each other. `timeout` is in seconds, for
+    each function; `None`: for ever.
 
     Returns:
         `dict[str, np.ndarray]`: for each function float64 of shape `(N,)`, NaN where it does not apply.
@@ -36,9 +33,7 @@ def score_images(
         RewardError: if a function fails, naming it.
     """
     if len(dataset) == 0 or len(images) % len(dataset) != 0:
-        raise ValueError(
-            f"There are {len(images)} images for {len(dataset)} rows. Give the same number of images for each row."
-        )
+        raise ValueError(f"There are {len(images)} images for {len(dataset)} rows. Give equally many for each row.")
     number = len(images) // len(dataset)
     columns = {name: [value for value in dataset[name] for _ in range(number)] for name in dataset.column_names}
     scorer = RewardScorer([reward_funcs] if callable(reward_funcs) else reward_funcs, timeout=timeout)
@@ -48,10 +43,8 @@ def score_images(
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """
-    How a score changed between two models that drew the same prompts from the same seeds: means over the `num_pairs`
-    prompts that entered, the mean `difference`, after minus before, and its standard error; NaN for a single prompt.
-    """
+    """How a score changed between two models that drew the same prompts from the same seeds: means over the
+    `num_pairs` prompts that entered, the mean `difference`, after minus before, and its error, NaN for one."""
 
     mean_before: float
     mean_after: float
@@ -78,17 +71,12 @@ def paired_difference(
     Paired comparison of two sets of scores.
 
     The images of one prompt are no independent samples: a prompt that the model has learned improves in all of them.
-    So they are averaged first, and the standard error is that of the mean over prompts,
-    `std(d) / sqrt(n)` with `d` the `n` prompts' differences and the unbiased standard deviation.
+    So they are averaged first, and the standard error is that of the mean over prompts, `std(d) / sqrt(n)` with `d`
+    the `n` prompts' differences and the unbiased standard deviation.
 
-    Args:
-        before, after (`Sequence[float]`): shape `(N,)`; entry `i` of both has the same prompt and seed, and those of
-            one prompt are next to each other. A pair with a NaN (a score that does not apply) is left out, and so is a
-            prompt that has no other.
-        num_images_per_prompt (`int`): `K`, a divisor of `N`.
-
-    Raises:
-        ValueError: if the shapes differ or do not fit `num_images_per_prompt`, or no pair is left.
+    Entry `i` of `before` and `after`, both `(N,)`, has the same prompt and seed; those of one prompt are next to each
+    other. A pair with a NaN (a score that does not apply) is left out, and so is a prompt that has no other.
+    `ValueError` if the shapes differ or do not fit `num_images_per_prompt`, or no pair is left.
     """
     means = np.stack(paired_prompt_means(before, after, num_images_per_prompt))
     mean_before, mean_after = means[:, ~np.isnan(means[0])]

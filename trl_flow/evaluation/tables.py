@@ -13,13 +13,16 @@ INTERVALS = (
     "± is half of a 95% confidence interval: Student's, over the prompts, with each prompt's images averaged first. "
     "Differences are paired: each prompt's score less the base model's, of images drawn from the same noise."
 )
+_AVERAGE = (
+    "Average: the mean of the gold rewards, each divided by the base model's mean (GRPO-Guard, Table 1); its interval "
+    "is that of a ratio of means over the same prompts."
+)
 
 
 def score_table(differences: Mapping[str, PairedDifference]) -> str:
     """Scores before and after as a table of plain text, one line for each. `±` is one standard error of the paired
     difference, and the last column the difference in units of it."""
-    header = ("score", "before", "after", "difference", "in std. errors")
-    rows = [header]
+    rows = [("score", "before", "after", "difference", "in std. errors")]
     for name, d in differences.items():
         units = "-" if math.isnan(d.standard_errors) else f"{d.standard_errors:+.1f}"
         difference = f"{d.difference:+.3f} ± {d.standard_error:.3f}"
@@ -70,14 +73,13 @@ def difference_table(content: Mapping[str, Any]) -> str:
         for reward, found in by_reward.items():
             cells = ["-", "-", "-", "-", "0"]
             if found is not None:
-                low, high, error, units = (found[k] for k in ("low", "high", "standard_error", "standard_errors"))
-                cells = [
-                    f"{found['difference']:+.4g}",
-                    "-" if error is None else f"{error:.2g}",
-                    "-" if units is None else f"{units:+.1f}",
-                    "-" if low is None else f"{low:+.4g} to {high:+.4g}",
-                    str(found["num_pairs"]),
-                ]
+                values = (found[k] for k in ("difference", "standard_error", "standard_errors", "low", "high"))
+                difference, error, units, low, high = (
+                    "-" if value is None else format(value, form)
+                    for value, form in zip(values, ("+.4g", ".2g", "+.1f", "+.4g", "+.4g"), strict=True)
+                )
+                interval = "-" if low == "-" else f"{low} to {high}"
+                cells = [difference, error, units, interval, str(found["num_pairs"])]
             rows.append([markdown_text(model), markdown_text(reward), *cells])
     if not rows:
         return ""
@@ -88,28 +90,21 @@ def difference_table(content: Mapping[str, Any]) -> str:
 def _settings_line(results: Mapping[str, Any]) -> str:
     settings = {name: value for name, value in results["settings"].items() if value is not None}
     given = ", ".join(f"{name} {markdown_text(str(value))}" for name, value in settings.items())
-    paths = {name: model["path"] for name, model in results["models"].items()}
-    models = "\n".join(f"* {markdown_text(name)}: {markdown_text(path)}" for name, path in paths.items())
-    return f"{models}\n\nDrawn along the ODE, all models from the same noise: {given}."
+    models = [f"* {markdown_text(name)}: {markdown_text(m['path'])}" for name, m in results["models"].items()]
+    return "\n".join(models) + f"\n\nDrawn along the ODE, all models from the same noise: {given}."
 
 
 def title(results: Mapping[str, Any]) -> str:
     """What the report and the page are called."""
-    number = len(results["models"])
-    return "Scores of the base model" if number == 1 else f"Comparison of {number} models"
+    return (
+        "Scores of the base model" if len(results["models"]) == 1 else f"Comparison of {len(results['models'])} models"
+    )
 
 
 def legend(results: Mapping[str, Any]) -> str:
     """What the tables' numbers are."""
-    text = INTERVALS
-    if results["proxy"]:
-        text += " [In brackets]: rewards that were optimized."
-    if results["gold"]:
-        text += (
-            " Average: the mean of the gold rewards, each divided by the base model's mean (GRPO-Guard, Table 1); its "
-            "interval is that of a ratio of means over the same prompts."
-        )
-    return text
+    text = INTERVALS + (" [In brackets]: rewards that were optimized." if results["proxy"] else "")
+    return f"{text} {_AVERAGE}" if results["gold"] else text
 
 
 def _with_half(mean: float | None, low: float | None) -> str:
@@ -140,10 +135,9 @@ def vote_markdown(results: Mapping[str, Any]) -> str:
             mean, low, high = (f"{found['preference'][name]:.0%}" for name in ("mean", "low", "high"))
             prompts = f"{markdown_text(comparison['set'])} ({comparison['num_prompts']})"
             rows.append([prompts, models, QUESTIONS[question].lower(), *counts, mean, f"{low} to {high}"])
-    voters = results["num_voters"]
+    voters = "1 person" if results["num_voters"] == 1 else f"{results['num_voters']} people"
     return (
-        "## Human comparison\n\n"
-        f"Blind votes of {voters} {'person' if voters == 1 else 'people'}, order and sides at random.\n\n"
+        f"## Human comparison\n\nBlind votes of {voters}, order and sides at random.\n\n"
         f"{markdown_table(header, rows, left=3)}\n\n"
         "Counts are votes. Shares are means over prompts; preferred is wins and half the ties, with Wilson's interval "
         "for as many cases as prompts: 50% is no preference."

@@ -30,7 +30,7 @@ from trl_flow.evaluation.vote_results import update_votes, vote_results
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _LONGEST_BODY = 16_384
-_NOTHING = "There is nothing here."
+_NOTHING = HTTPStatus.NOT_FOUND, "There is nothing here."
 _HEADERS = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
@@ -57,27 +57,12 @@ class VoteServer:
     arrangement of their own; every vote is on disk before the next pair is shown. What is sent to the browser holds no
     model's name, until all pairs are voted on and the voter asks for the results.
 
-    Args:
-        folder (`str` or `os.PathLike`): an evaluation's folder.
-        models (`Sequence[str]`, *optional*): names; the first is the one that the others are compared with. By default
-            the base model and all adapters.
-        pairs (`int`): prompts of each set, for each comparison.
-        seed (`int`): of the choice of pairs, their order and their sides.
-        port (`int`): 0 is any that is free.
-
-    Raises:
-        ValueError: if there is nothing to vote on, or the port is taken.
+    `folder` is an evaluation's. The first of the `models` (names; by default all, the base model first) is compared
+    with each of the others, on `pairs` prompts of each set. `seed` is of the choice of pairs, their order and their
+    sides; port 0 is any that is free. `ValueError` if there is nothing to vote on, or the port is taken.
     """
 
-    def __init__(
-        self,
-        folder: str | os.PathLike,
-        *,
-        models: Sequence[str] | None = None,
-        pairs: int = 100,
-        seed: int = 0,
-        port: int = 0,
-    ):
+    def __init__(self, folder: str | os.PathLike, *, models: Sequence[str] | None = None, pairs=100, seed=0, port=0):
         self.folder = ImageFolder(folder)
         self.seed = seed
         self.pairs = vote_pairs(self.folder, models=models, pairs=pairs, seed=seed)
@@ -87,7 +72,7 @@ class VoteServer:
         self._salt = secrets.token_hex(16)
         self._lock, self._report_lock = threading.Lock(), threading.Lock()
         self._serving = self._closed = False
-        self._images: dict[str, Path] = {}
+        self.images: dict[str, Path] = {}  # by the path in their addresses
         page = (files("trl_flow.evaluation") / "web" / "vote.html").read_text(encoding="utf-8")
         page = with_policy(page, "img-src 'self' data:", "connect-src 'self'")
         self.page = page.replace("__DATA__", script_json({"questions": QUESTIONS})).encode()
@@ -123,19 +108,11 @@ class VoteServer:
         with self._report_lock:
             update_votes(self.folder.path)
 
-    # ---- what the browser asks for ----
-
-    def image(self, token: str) -> bytes:
-        """The PNG file that a token stands for."""
-        if token not in self._images:
-            raise VoteError(HTTPStatus.NOT_FOUND, _NOTHING)
-        return self._images[token].read_bytes()
-
     def answer(self, action: str, request: dict[str, Any]) -> dict[str, Any]:
         """What a voter does (`"next"`, `"vote"`, `"undo"` or `"results"`), and where that leaves them; `VoteError` if
         it cannot be done. `request` has `voter`, and for a vote `pair` and `answers`."""
         if action not in ("next", "vote", "undo", "results"):
-            raise VoteError(HTTPStatus.NOT_FOUND, _NOTHING)
+            raise VoteError(*_NOTHING)
         status = HTTPStatus.BAD_REQUEST
         with self._lock:
             try:
@@ -159,19 +136,18 @@ class VoteServer:
 
     def _state(self, voter: str) -> dict[str, Any]:
         content = self.ballots.read(voter)
-        voted = {vote["key"] for vote in content["votes"]}
+        voted, total = {vote["key"] for vote in content["votes"]}, len(self.pairs)
         order = voting_order(self.pairs, voter=voter.casefold(), seed=self.seed)
         missing = [pair for pair in order if pair.key not in voted]
-        state = {"voter": voter, "total": len(order), "done": len(order) - len(missing), "pair": None}
+        state = {"voter": voter, "total": total, "done": total - len(missing), "pair": None}
         state["can_undo"] = bool(content["votes"]) and not content["seen"]
         for pair in missing[:1]:
             token, left = self._token(voter, pair), self._left(voter, pair)
             state["pair"] = {"token": token, "prompt": pair.prompt}
             right = pair.other if left == pair.reference else pair.reference
             for side, model in (("left", left), ("right", right)):
-                name = hashlib.sha256(f"{token}{side}".encode()).hexdigest()[:32]
-                self._images[name] = self.folder.image_path(pair.set_name, model, pair.index)
-                state["pair"][side] = f"/image/{name}"
+                state["pair"][side] = f"/image/{hashlib.sha256(f'{token}{side}'.encode()).hexdigest()[:32]}"
+                self.images[state["pair"][side]] = self.folder.image_path(pair.set_name, model, pair.index)
         return state
 
     def _results(self, voter: str) -> dict[str, Any]:
@@ -205,9 +181,9 @@ def _handler(votes: VoteServer) -> type[BaseHTTPRequestHandler]:
             path = urlsplit(self.path).path
             if path == "/":
                 return votes.page, "text/html; charset=utf-8"
-            if path.startswith("/image/"):
-                return votes.image(path.removeprefix("/image/")), "image/png"
-            raise VoteError(HTTPStatus.NOT_FOUND, _NOTHING)
+            if path not in votes.images:
+                raise VoteError(*_NOTHING)
+            return votes.images[path].read_bytes(), "image/png"
 
         def _request(self) -> tuple[str, dict[str, Any]]:
             origin, length = f"http://{self.headers.get('Host')}", self.headers.get("Content-Length", "")

@@ -4,7 +4,7 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,12 @@ from trl_flow.evaluation.outputs import read_json, write_json
 QUESTIONS = {"quality": "Image quality", "alignment": "Text alignment", "overall": "Overall"}
 SIDES = ("left", "tie", "right")
 OUTCOMES = ("win", "tie", "lose")
-VOTES = "votes"
 _LONGEST_NAME = 80
 
 
 @dataclass(frozen=True)
 class VotePair:
-    """Two models' images of one prompt, from the same noise: image `index` of the set, of prompt `row`. A win is one
-    of `other`."""
+    """Two models' images, from the same noise: image `index` of the set, of prompt `row`. A win is one of `other`."""
 
     set_name: str
     prompt: str
@@ -44,12 +42,9 @@ class VotePair:
 def vote_pairs(
     folder: ImageFolder, *, models: Sequence[str] | None = None, pairs: int = 100, seed: int = 0
 ) -> list[VotePair]:
-    """
-    Chooses pairs from an evaluation's folder: `pairs` prompts of each set (or as many as there are), the same for
-    every comparison, and one image of each prompt. `models` are as for [`VoteServer`]. More pairs of the same seed
-    contain the fewer. `ValueError` if the folder is no evaluation's, models are unknown or fewer than two, or images
-    are missing.
-    """
+    """Chooses `pairs` prompts of each set (or as many as there are), the same for every comparison, and one image of
+    each. `models` are as for [`VoteServer`]. More pairs of the same seed contain the fewer. `ValueError` if the folder
+    is no evaluation's, models are unknown or fewer than two, or images are missing."""
     if isinstance(pairs, bool) or not isinstance(pairs, int) or pairs < 1:
         raise ValueError(f"the number of pairs is {pairs!r}, but must be a whole number of at least 1.")
     content = folder.settings()
@@ -65,10 +60,10 @@ def vote_pairs(
         random = np.random.default_rng(_hash(seed, name))
         rows = random.permutation(len(prompts["prompts"]))
         indices = rows * number + random.integers(number, size=len(rows))
-        for row, index in list(zip(rows.tolist(), indices.tolist(), strict=True))[:pairs]:
-            if missing := [model for model in models if not folder.has(name, model, [index])]:
-                path = folder.image_path(name, missing[0], index)
-                raise ValueError(f"the image {path} is missing. Run the evaluation to its end with the same command.")
+        for row, index in zip(rows[:pairs].tolist(), indices[:pairs].tolist(), strict=True):
+            for path in (folder.image_path(name, model, index) for model in models):
+                if not path.is_file():
+                    raise ValueError(f"the image {path} is missing. Run the evaluation to its end: the same command.")
             prompt = prompts["prompts"][row]
             chosen += [VotePair(name, prompt, index, row, models[0], other) for other in models[1:]]
     return chosen
@@ -99,14 +94,12 @@ def check_voter(name: object) -> str:
 
 
 class Ballots:
-    """
-    The votes of an evaluation's folder: one JSON file for each voter in `votes/`, written anew with every vote, whole
-    or not at all. Files are read at every call, so that several servers can share a folder. All methods raise
-    `ValueError` if a file is damaged.
-    """
+    """The votes of an evaluation's folder: one JSON file for each voter in `votes/`, written anew with every vote,
+    whole or not at all. Files are read at every call, so that several servers can share a folder. All methods raise
+    `ValueError` if a file is damaged."""
 
     def __init__(self, folder: Path):
-        self.folder = folder / VOTES
+        self.folder = folder / "votes"
 
     def _path(self, voter: str) -> Path:
         # One file on systems that do not tell upper from lower case, too
@@ -139,9 +132,9 @@ class Ballots:
             raise ValueError("This pair has been voted on already, in another tab perhaps.")
         # In terms of the models: left and right mean nothing later
         outcomes = dict(zip(SIDES, OUTCOMES if left == pair.other else OUTCOMES[::-1], strict=True))
-        vote = {"key": pair.key, "set": pair.set_name}
-        vote |= {name: getattr(pair, name) for name in ("row", "index", "prompt", "reference", "other")}
-        vote |= {"left": left, "answers": {question: outcomes[answers[question]] for question in QUESTIONS}}
+        vote = {"key": pair.key, "set": pair.set_name, **asdict(pair), "left": left}
+        vote["answers"] = {question: outcomes[answers[question]] for question in QUESTIONS}
+        del vote["set_name"]
         content["votes"].append(vote | {"time": datetime.now(timezone.utc).isoformat(timespec="seconds")})
         self._write(voter, content)
 

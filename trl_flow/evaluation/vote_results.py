@@ -1,9 +1,7 @@
 """What people preferred: counts, shares with intervals, and bars."""
 
-import itertools
 import json
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,16 +23,12 @@ _COLORS = {"win": "#2f7fc1", "tie": "#c9cdd2", "lose": "#e2843b"}
 
 def vote_results(ballots: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """
-    Counts votes, as [`~trl_flow.evaluation.vote_plan.Ballots`] reads them, by prompt set and pair of models.
+    Counts votes, as [`~trl_flow.evaluation.vote_plan.Ballots`] reads them, by prompt set and pair of models; `None`
+    without votes. A win is one of `other`.
 
     Shares are means over the prompts, of each prompt's votes (several voters, several images) averaged first; their
     intervals are Wilson's for as many cases as prompts, which are rather too wide than too narrow where a prompt has
     several votes. The preference is the share of wins and half the ties; 0.5 is none.
-
-    Returns:
-        `dict[str, Any]` or `None` without votes: `num_voters`, and `comparisons`: a list with `set`, `reference`,
-        `other`, `num_votes`, `num_prompts` and, for each of `questions`, counts (`win`, `tie`, `lose`; a win is one of
-        `other`), and `shares` and `preference` with `mean`, `low` and `high`.
     """
     grouped: dict[tuple[str, str, str], dict[int, list[Mapping[str, str]]]] = {}
     for ballot in ballots:
@@ -54,17 +48,14 @@ def vote_results(ballots: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 def _question(question: str, by_prompt: Sequence[Sequence[Mapping[str, str]]]) -> dict[str, Any]:
     groups = [[answers[question] for answers in group] for group in by_prompt]
-    counts = Counter(itertools.chain(*groups))
+    counts = {outcome: sum(group.count(outcome) for group in groups) for outcome in OUTCOMES}
     shares = {o: float(np.mean([group.count(o) / len(group) for group in groups])) for o in OUTCOMES}
 
     def with_interval(share: float) -> dict[str, float]:
         return dict(zip(("mean", "low", "high"), (share, *share_interval(share, len(groups))), strict=True))
 
-    return {
-        **{outcome: counts[outcome] for outcome in OUTCOMES},
-        "shares": {outcome: with_interval(share) for outcome, share in shares.items()},
-        "preference": with_interval(min(1.0, shares["win"] + shares["tie"] / 2)),
-    }
+    preference = with_interval(min(1.0, shares["win"] + shares["tie"] / 2))
+    return counts | {"shares": {o: with_interval(share) for o, share in shares.items()}, "preference": preference}
 
 
 def vote_bars(results: Mapping[str, Any], path: str | os.PathLike | None = None) -> Figure:
@@ -74,8 +65,8 @@ def vote_bars(results: Mapping[str, Any], path: str | os.PathLike | None = None)
     columns = min(len(comparisons), 2)
     rows = -(-len(comparisons) // columns)
     figure = new_figure(6.4 * columns, 2.5 * rows + 0.4)
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes, comparison in zip(panels, comparisons, strict=False):
+    for number, comparison in enumerate(comparisons, start=1):
+        axes = figure.add_subplot(rows, columns, number)
         labels = [QUESTIONS[question] for question in comparison["questions"]]
         left = np.zeros(len(labels))
         for outcome in OUTCOMES:
@@ -87,20 +78,14 @@ def vote_bars(results: Mapping[str, Any], path: str | os.PathLike | None = None)
         axes.invert_yaxis()
         axes.set_xlim(0, 1)
         axes.xaxis.set_major_formatter(PercentFormatter(xmax=1))
-        # Two dollar signs in a name would be taken for a formula
-        other, reference, name = (_shortened(comparison[key]) for key in ("other", "reference", "set"))
+        names = (comparison[key] for key in ("other", "reference", "set"))
+        other, reference, name = (name if len(name) <= 40 else name[:39] + "…" for name in names)
         counts = f"{comparison['num_prompts']} prompts, {comparison['num_votes']} votes"
+        # Two dollar signs in a name would be taken for a formula
         axes.set_title(f"{other} against {reference}\n{name}: {counts}", fontsize=10, parse_math=False)
         axes.spines[["top", "right"]].set_visible(False)
-    for axes in panels[len(comparisons) :]:
-        axes.set_visible(False)
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return saved_figure(figure, path)
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= 40 else name[:39] + "…"
 
 
 def update_votes(folder: Path) -> dict[str, Any] | None:
