@@ -253,7 +253,7 @@ def test_a_recipe_extends_others(recipes):
 @pytest.mark.parametrize(
     "contents, words",
     [
-        ({"one": {"extends": "bse.yaml"}, "base": {}}, ["'deeper/one.yaml' extends 'bse.yaml'", "you mean base.yaml?"]),
+        ({"one": {"extends": "bse.yaml"}, "base": {}}, ["one.yaml' extends 'bse.yaml'", "mean base.yaml?"]),
         ({"one": {"extends": "two.yaml"}, "two": {"extends": "one.yaml"}}, ["one.yaml -> deeper/two.yaml -> deeper/"]),
         ({"one": {"extends": "one.yaml"}}, ["extends itself"]),
         ({"one": {"extends": ["two.yaml"]}}, ["extends ['two.yaml'], but must name one file"]),

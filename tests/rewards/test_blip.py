@@ -5,9 +5,9 @@ import torch
 from tiny_reward_models import ImageRewardReference, bert_tokenizer
 from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
+from trl_flow.rewards.aesthetic import ScoreHead
 from trl_flow.rewards.base import CheckpointError
-from trl_flow.rewards.blip import blip_vision_to_transformers, image_reward_model
-from trl_flow.rewards.score_head import ScoreHead
+from trl_flow.rewards.image_reward import blip_vision_to_transformers, image_reward_model
 
 
 # Names and shapes in ImageReward.pt (ViT-L/16, BERT base with cross-attention, head): one of every kind

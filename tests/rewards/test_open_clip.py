@@ -6,7 +6,7 @@ from tiny_reward_models import OpenCLIP, clip_tokenizer, open_clip_tokens
 from transformers import CLIPModel
 
 from trl_flow.rewards.base import CheckpointError
-from trl_flow.rewards.open_clip import clip_from_open_clip, open_clip_config, open_clip_to_transformers
+from trl_flow.rewards.hps import clip_from_open_clip, open_clip_config, open_clip_to_transformers
 
 
 # Names and shapes in HPSv2's checkpoints, a ViT-H-14: one of every kind

@@ -14,8 +14,7 @@ from tiny_models import tiny_sd3_pipeline
 from tiny_training import PROMPTS, assert_equal, prompts, tiny_config, tiny_trainer, train, warnings_of
 
 from trl_flow.backbones import StableDiffusion3Backbone
-from trl_flow.trainer.prompt_cache import PromptCache
-from trl_flow.trainer.prompt_embed_store import PromptEmbedStore, default_folder, encoding_fingerprint
+from trl_flow.trainer.prompt_cache import PromptCache, PromptEmbedStore, default_folder, encoding_fingerprint
 
 
 def backbone(pipeline=None, **settings) -> StableDiffusion3Backbone:
@@ -222,7 +221,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
 
 WRITER = """
 import sys, torch
-from trl_flow.trainer.prompt_embed_store import PromptEmbedStore
+from trl_flow.trainer.prompt_cache import PromptEmbedStore
 store = PromptEmbedStore(sys.argv[1], "a")
 for turn in range(60):
     for i in range(4):

@@ -20,8 +20,8 @@ from trl_flow.algorithms import ClippedPolicyGradient
 from trl_flow.backbones import get_backbone
 from trl_flow.rewards.scorer import RewardLogs
 from trl_flow.rollout import draw_noise, sample_generator
+from trl_flow.trainer.metrics import SampleLog
 from trl_flow.trainer.prompt_cache import PromptCache
-from trl_flow.trainer.sample_log import SampleLog
 
 
 REWARDS = [1.0, 2.0, 3.0, 4.0, 5.0, 5.0, 5.0, 5.0]  # of two groups
@@ -310,7 +310,7 @@ def test_no_grid_when_switched_off(tmp_path):
 def test_captions_say_prompt_rewards_and_what_the_reward_adds(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        "trl_flow.trainer.sample_log.image_grid", lambda images, captions, path: drawn.append((images, captions))
+        "trl_flow.trainer.metrics.image_grid", lambda images, captions, path: drawn.append((images, captions))
     )
     log = SampleLog(tiny_config(tmp_path, log_images=True, num_images_to_log=3), ["reward"])
     rows = [{"prompt": text} for text in ["a cat"] * 4 + ["two dogs"] * 4]

@@ -29,13 +29,12 @@ class AdvantageEstimator:
     """Advantages as a config describes them, with weights `(K,)` of the reward functions."""
 
     def __init__(self, args: "FlowGRPOConfig", reward_weights: torch.Tensor):
-        self.args = args
-        self.reward_weights = reward_weights
+        self.args, self.reward_weights = args, reward_weights
         self.power = AdaptivePower(args.target_kl) if args.advantage_power == "auto" else None
 
     def __call__(self, scores: PhaseScores) -> tuple[torch.Tensor, dict[str, float]]:
         """The advantages of all processes' samples, `(N,)`, or with `scores.instant` `(N, T')`, one for each of its
-        steps, and their metrics. Raises `RewardError` if VGPO's weights have no meaning for a reward below 0."""
+        steps, and their metrics. Raises `RewardError` if VGPO gets a reward below 0."""
         advantages, stats = self._terminal(scores.rewards_per_func) if scores.instant is None else self._dense(scores)
         # Clamped first: the bound is the one that Corollary 1 of SLAS asks for
         advantages = advantages.clamp(-self.args.advantage_clip, self.args.advantage_clip)
@@ -58,9 +57,8 @@ class AdvantageEstimator:
         rewards = combine_rewards(scores.instant, self.reward_weights.to(scores.instant.device))
         self._check_sign(scores, rewards)
         values = cumulative_values(fill_missing(rewards, number), self.args.value_discount)
-        advantages = dual_advantages(values, number, scale=scale)
         share = {"advantage/value_share": value_share(values, number, scale=scale).item()} if scale > 0 else {}
-        return advantages, share
+        return dual_advantages(values, number, scale=scale), share
 
     def _check_sign(self, scores: PhaseScores, rewards: torch.Tensor) -> None:
         """VGPO's weights (Eq. 12) are shares of a sample's values, which must not be negative."""
@@ -72,13 +70,13 @@ class AdvantageEstimator:
         parts = {name: value for name, value in zip(scores.names, weighted.tolist(), strict=True) if value < 0}
         # What a negative weight turns around needs an offset that is turned around, too
         positive = self.reward_weights[scores.names.index(next(iter(parts)))] > 0
+        sign, offset = ("positive", "+") if positive else ("negative, as its weight is", "-")
+        gave = " and ".join(f"the reward function {name!r} gave {value:g}" for name, value in parts.items())
         raise RewardError(
-            "With dense_rewards, VGPO's weights need rewards of one sign, but "
-            + " and ".join(f"the reward function {name!r} gave {value:g}" for name, value in parts.items())
-            + " (weight included) for an unfinished image. Add an offset to it that makes all its values "
-            f"{'positive' if positive else 'negative, as its weight is'}, such as `lambda prompts, images, **kwargs: "
-            f"[value {'+' if positive else '-'} 5 for value in reward(prompts=prompts, images=images, **kwargs)]`, or "
-            "set dense_rewards=False."
+            f"With dense_rewards, VGPO's weights need rewards of one sign, but {gave} (weight included) for an "
+            f"unfinished image. Add an offset that makes all its values {sign}, such as `lambda prompts, images, "
+            f"**kwargs: [value {offset} 5 for value in reward(prompts=prompts, images=images, **kwargs)]`, or set "
+            "dense_rewards=False."
         )
 
 

@@ -46,8 +46,7 @@ class PhaseScores:
         names (`list[str]`): of the `K` reward functions.
         plan ([`StepPlan`]): by which the samples were drawn.
         instant (`torch.Tensor` or `None`): rewards of the images that were predicted after each step from
-            `plan.project_from` on, `(N, T - project_from, K)`, NaN as above; of the last step they are
-            `rewards_per_func`.
+            `plan.project_from` on, `(N, T - project_from, K)`, NaN as above; the last step's are `rewards_per_func`.
     """
 
     rewards_per_func: torch.Tensor
@@ -72,10 +71,9 @@ class LossOutput:
 
 
 class StepSums:
-    """What the samples' statistics add up to until they are logged: `sums` has for each unit and name the number of
-    values, their sum, and the sum of their squares."""
+    """Sums of the samples' statistics: for each unit and name the number of values, their sum, and that of squares."""
 
-    def __init__(self, sums: Mapping[int, Mapping[str, tuple[float, float, float]]]):
+    def __init__(self, sums: Mapping[int, Mapping[str, Sequence[float]]]):
         self._sums = sums
 
     @property
@@ -96,16 +94,15 @@ class StepSums:
         return total / count
 
     def std(self, name: str, unit: int | None = None) -> float:
-        """The population's, as of [`mean`]."""
+        """The population's, of what [`mean`] averages."""
         count, total, squares = self._total(name, unit)
         return max(squares / count - (total / count) ** 2, 0.0) ** 0.5
 
 
 class Algorithm(ABC):
     """
-    What is learned from a sampled batch. The loop asks it, in this order: which steps to sample how ([`plan`]), what
-    to keep ([`keep`]), what the rewards are worth ([`advantages`]), and for each unit of a micro-batch the loss
-    ([`loss`]). A trainer of its own names it: see `FlowRLTrainer.create_algorithm`.
+    What is learned from a sampled batch. The loop asks, in this order, for [`plan`], [`keep`], [`advantages`], and for
+    each unit of a micro-batch [`loss`]. A trainer of its own names it: see `FlowRLTrainer.create_algorithm`.
 
     Attributes:
         dynamics ([`FlowDynamics`] or [`DDIMDynamics`]): what samples while training; to be set by the constructor.

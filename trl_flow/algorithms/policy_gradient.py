@@ -27,13 +27,9 @@ REFERENCE_DIM = 16 * 64 * 64
 
 
 class ClippedPolicyGradient(Algorithm):
-    """
-    GRPO's clipped objective on the transitions of sampling (Flow-GRPO Eq. 5, GRPO-Guard Eq. 12), on the schedule and
-    the latents of a backbone, with weights `(K,)` of the reward functions.
-
-    Raises:
-        ValueError: if no step of the model's schedule can be trained, or too few for the window.
-    """
+    """GRPO's clipped objective on the transitions of sampling (Flow-GRPO Eq. 5, GRPO-Guard Eq. 12), on schedule and
+    latents of a backbone, with weights `(K,)` of the reward functions. Raises `ValueError` if no step of the
+    schedule can be trained, or too few for the window."""
 
     def __init__(self, args: "FlowGRPOConfig", backbone: Backbone, reward_weights: torch.Tensor):
         self.args = args
@@ -43,9 +39,8 @@ class ClippedPolicyGradient(Algorithm):
         self.estimator = AdvantageEstimator(args, reward_weights)
         if self.estimator.power is not None and args.updates_per_generation < 2:
             logger.warning(
-                "advantage_power is 'auto', which follows the KL that the first of several updates with the same "
-                "samples causes, but each sampling phase has one update: the power stays 0. Set steps_per_generation "
-                "to twice gradient_accumulation_steps, or give a number."
+                "advantage_power is 'auto', which follows the KL of the first of several updates, but each sampling "
+                "phase has one: the power stays 0. Set steps_per_generation to twice gradient_accumulation_steps."
             )
         # The spread of a mean over D dimensions falls with sqrt(D), and with it the clip range that does the same
         scale = math.sqrt(REFERENCE_DIM / math.prod(backbone.latent_shape())) if args.scale_epsilon else 1.0
@@ -61,15 +56,13 @@ class ClippedPolicyGradient(Algorithm):
     def _checked_stochastic_steps(self) -> list[int]:
         args, steps = self.args, self.dynamics.stochastic_steps
         if not steps:
-            raise ValueError(
-                f"num_inference_steps is {args.num_inference_steps}, and on this model's schedule no step adds noise: "
-                "there is nothing to train. Use at least 2 steps."
-            )
+            nothing = "no step of this model's schedule adds noise: there is nothing to train. Use at least 2 steps."
+            raise ValueError(f"num_inference_steps is {args.num_inference_steps}, and {nothing}")
         first, end = args.sde_window_range or (0, 0)
         if args.sde_window_size is not None and min(end, len(steps)) - first < args.sde_window_size:
             raise ValueError(
                 f"sde_window_range is {args.sde_window_range}, but on this model's schedule the last of "
-                f"{args.num_inference_steps} steps is deterministic and cannot be trained, so that a window of "
+                f"{args.num_inference_steps} steps is deterministic and not trained: a window of "
                 f"{args.sde_window_size} steps does not fit. Use more steps, a smaller window or a lower start."
             )
         return steps
@@ -87,8 +80,7 @@ class ClippedPolicyGradient(Algorithm):
             first, end = args.sde_window_range
             last = min(end, len(stochastic)) - args.sde_window_size
             if args.sde_window_schedule == "progressive":
-                moves = generation // args.sde_window_interval
-                start = min(first + moves * args.sde_window_stride, last)
+                start = min(first + generation // args.sde_window_interval * args.sde_window_stride, last)
             else:
                 start = int(rng.integers(first, last + 1))
             stochastic = stochastic[start : start + args.sde_window_size]
@@ -102,8 +94,7 @@ class ClippedPolicyGradient(Algorithm):
     # ---- Advantages ----
 
     def advantages(self, scores: PhaseScores) -> tuple[torch.Tensor, dict[str, float]]:
-        advantages, stats = self.estimator(scores)
-        plan = scores.plan
+        (advantages, stats), plan = self.estimator(scores), scores.plan
         if advantages.ndim == 1:
             return advantages[:, None].expand(-1, len(plan.kept)), stats
         return advantages[:, [step - plan.project_from for step in plan.kept]], stats
@@ -112,16 +103,14 @@ class ClippedPolicyGradient(Algorithm):
 
     def loss(self, policy: "Policy", batch: MicroBatch, unit: int, condition: "Condition") -> LossOutput:
         args, dynamics, index = self.args, self.dynamics, batch.steps.index(unit)
-        kept = {name: tensor[:, index] for name, tensor in batch.tensors.items()}
-        latents, next_latents, old_mean = kept["latents"], kept["next_latents"], kept["means"]
-        advantages = batch.advantages[:, index]
-        timestep = dynamics.schedule.timesteps[unit]
+        names = "latents", "next_latents", "means"
+        latents, next_latents, old_mean = (batch.tensors[name][:, index] for name in names)
+        advantages, timestep = batch.advantages[:, index], dynamics.schedule.timesteps[unit]
         transition = dynamics.transition(policy.predict(latents, timestep, condition), latents, unit)
         mean, std = transition
         ratio_std = std if self._ratio_std is None else torch.full_like(std, self._ratio_std)
         log_ratios = log_ratio(next_latents, mean, old_mean, ratio_std, kind=args.importance_ratio)
-        dt, beta = dynamics.dt(unit), dynamics.beta(unit)
-        weight = timestep_weight(args.timestep_weighting, std=std, dt=dt, beta=beta)
+        weight = timestep_weight(args.timestep_weighting, std=std, dt=dynamics.dt(unit), beta=dynamics.beta(unit))
         clip_range = {"epsilon": self.epsilon_low, "epsilon_high": self.epsilon_high}
         loss, regularization = clipped_loss(log_ratios, advantages, weight=weight, **clip_range), None
 
@@ -151,9 +140,8 @@ class ClippedPolicyGradient(Algorithm):
             logger.warning(
                 f"Before the first update the importance ratio should be exactly 1, but it is off by up to "
                 f"{deviation:.2e} (clip range {self.epsilon_low:g}): clipping will act on noise. Training and rollout "
-                "run different arithmetic. Likely causes: dropout that is still on, a model that keeps state between "
-                "calls or draws random numbers, batches of different shapes, torch.compile, or half precision. Try "
-                "bf16=False and fp16=False, and compare."
+                "run different arithmetic: dropout that is still on, a model that keeps state between calls or draws "
+                "random numbers, other shapes, torch.compile, or half precision. Try bf16=False and fp16=False."
             )
         return {"ratio/first_update_deviation": deviation}
 
@@ -165,8 +153,7 @@ class ClippedPolicyGradient(Algorithm):
         low, high = sums.mean("low"), sums.mean("high")
         metrics = {"ratio/mean": 1 + sums.mean("deviation"), "ratio/std": sums.std("deviation")}
         metrics |= {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
-        if "kl" in sums.names:
-            metrics["kl"] = sums.mean("kl")
+        metrics |= {"kl": sums.mean("kl")} if "kl" in sums.names else {}
         for step in sums.units:
             metrics[f"ratio/mean_step_{step}"] = 1 + sums.mean("deviation", step)
             metrics[f"ratio/std_step_{step}"] = sums.std("deviation", step)

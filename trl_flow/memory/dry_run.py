@@ -1,9 +1,7 @@
 """
-Running meta modules and counting what would be in memory.
-
-Nothing is computed: every operation gives a tensor with shape and dtype and no data, and the storages that are alive
-are counted. What a GPU does otherwise is imitated in two places: autocast, which does not know the meta device, and
-fused attention, which does not keep the matrix of attention weights. Work spaces of the kernels are not seen.
+Running meta modules, whose tensors have shapes and dtypes and no data, and counting the storages that are alive. What
+a GPU does otherwise is imitated in two places: autocast, which does not know the meta device, and fused attention,
+which does not keep the matrix of attention weights. Work spaces of the kernels are not seen.
 """
 
 import contextlib
@@ -93,8 +91,8 @@ class GPUKernels(TorchFunctionMode):
             dtype = torch.float32 if func in self.UPPER else self.half
             args, kwargs = tree_map(lambda value: self._cast(value, dtype), (args, kwargs))
         if attends:
-            inputs = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-            return _FusedAttention.apply(*(inputs[name] for name in ("query", "key", "value")))
+            rest = [kwargs[name] for name in ("query", "key", "value")[len(args) :]]
+            return _FusedAttention.apply(*args[:3], *rest)
         return func(*args, **kwargs)
 
 

@@ -1,23 +1,30 @@
-"""From a pipeline without weights and a plan of the training to bytes on the device."""
+"""From a pipeline without weights, built from its configuration files, and a plan of the training to bytes."""
 
 import copy
 import math
+import os
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
-from diffusers import DiffusionPipeline
+import transformers
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.training_utils import cast_training_params
+from huggingface_hub import snapshot_download
 from peft import PeftConfig, get_peft_model
 
-from trl_flow.backbones import Backbone, get_backbone
-from trl_flow.memory.configs import empty_pipeline
+from trl_flow.backbones import BACKBONES, Backbone, get_backbone
+from trl_flow.evaluation.outputs import read_json
 from trl_flow.memory.dry_run import GPUKernels, checkpoint, peak_bytes
 from trl_flow.trainer import FlowGRPOConfig
 from trl_flow.trainer.loading import component_dtypes
 
 
+INDEX = "model_index.json"
 CONTEXT = 2**29  # what the driver and torch take before the first tensor
 FRAGMENTATION = 0.05  # what the allocator cannot use of the rest
 DECODED_AT_ONCE = 16  # images that the trainer decodes at once
@@ -88,16 +95,13 @@ class Estimate:
 
 def estimate(model: str | Path | Backbone, plan: Plan) -> Estimate:
     """
-    Estimates the memory on one device of training a model as planned.
-
-    Weights, gradients, optimizer state and stored samples are counted exactly; activations by running the modules
-    without data, see [`trl_flow.memory.dry_run`].
+    Estimates the memory on one device of training a model as planned. Weights, gradients, optimizer state and stored
+    samples are counted exactly; activations by running the modules without data, see [`trl_flow.memory.dry_run`].
 
     Args:
         model (`str`, `Path` or [`Backbone`]): folder with a pipeline's configuration files, see
             [`~trl_flow.memory.fetch_configs`]; or a backbone, whose pipeline may be of any class. It is left as it is;
             its size, prompt length and dtypes count instead of the plan's.
-        plan ([`Plan`]): the training.
 
     Raises:
         ValueError: if the pipeline cannot be built from its configuration files, or cannot be trained so.
@@ -148,14 +152,87 @@ def estimate(model: str | Path | Backbone, plan: Plan) -> Estimate:
         others = sum(resident.values()) - resident.get("vae weights", 0) - (base if plan.quantization else 0)
         phases["encoding the prompts"] = max(0, encoders - others)
     sampling, updating = _dry_runs(model, backbone, policy, plan)
-    phases["sampling"] = sampling + whole
-    phases["decoding"] = _decoding_bytes(backbone, plan)
-    phases["updating"] = updating + whole
+    decoding = _decoding_bytes(backbone, plan)
+    phases |= {"sampling": sampling + whole, "decoding": decoding, "updating": updating + whole}
     used = sum(resident.values()) + max(phases.values())
     return Estimate(numbers, trained, resident, phases, allowance=CONTEXT + int(FRAGMENTATION * used))
 
 
 # ---- The model ----
+
+
+def fetch_configs(model: str | os.PathLike, revision: str | None = None, token: str | None = None) -> Path:
+    """The folder with the configuration files of a pipeline, `model`, which is a hub id or a folder. Of a model on the
+    Hub only these are downloaded; `ValueError` if there is none, it is gated, or the Hub cannot be reached."""
+    folder, name = Path(model), os.fspath(model)
+    if folder.is_file():
+        raise ValueError(f"{name!r} is a file. Give the folder of a diffusers pipeline, or a hub id.")
+    if not folder.is_dir():
+        patterns = [INDEX, "*/config.json", "*/scheduler_config.json"]
+        try:
+            folder = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns))
+        except Exception as error:  # without a connection the client raises errors of several libraries
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ValueError(
+                f"{name!r} is neither a folder nor a hub id, or its configuration files could not be fetched ({reason}"
+                "). Check name and network, log in by `hf auth login`, or give a folder that holds the files."
+            ) from error
+    if not (folder / INDEX).is_file():
+        raise ValueError(f"{name!r} is not a diffusers pipeline: it has no {INDEX}.")
+    return folder
+
+
+def empty_pipeline(folder: str | os.PathLike) -> DiffusionPipeline:
+    """
+    Builds a pipeline on the meta device, where modules have shapes and dtypes but no data, from a folder with
+    `model_index.json`, and `config.json` in a folder for each part. It has no tokenizers. `ValueError` if a file is
+    missing or unfit, or the pipeline is not a supported one of diffusers.
+    """
+    index = read_json(Path(folder, INDEX))
+    class_name = index.get("_class_name")
+    if class_name not in BACKBONES:
+        raise ValueError(
+            f"{class_name} is not supported. Supported pipelines: {', '.join(sorted(BACKBONES))}. For a pipeline with "
+            "a backbone of your own, estimate from the backbone: trl_flow.memory.estimate(backbone, plan)."
+        )
+    pipeline_class = getattr(diffusers, class_name)
+    arguments = {
+        name: None if parameter.default is parameter.empty else parameter.default
+        for name, parameter in signature(pipeline_class).parameters.items()
+    }
+    for name, value in index.items():
+        if name in arguments:
+            arguments[name] = _part(Path(folder, name), *value) if isinstance(value, list) else value
+    if (checker := arguments.get("safety_checker")) is None:
+        return pipeline_class(**arguments)
+    # Which the pipeline takes only together with its feature extractor
+    pipeline = pipeline_class(**arguments | {"safety_checker": None, "requires_safety_checker": False})
+    pipeline.register_modules(safety_checker=checker)
+    return pipeline
+
+
+def _part(folder: Path, library: str | None, class_name: str | None) -> Any:
+    """A scheduler, or a module on the meta device; `None` for what has no weights (tokenizers, processors)."""
+    if library is None:
+        return None
+    libraries = {"diffusers": diffusers, "transformers": transformers}
+    # Or one of the classes that live beside a pipeline
+    cls = getattr(libraries.get(library) or getattr(diffusers.pipelines, library, None), class_name, None)
+    if cls is None and (folder / "config.json").is_file():
+        what = f"a {class_name} of {library}, which the installed libraries do not have"
+        raise ValueError(f"{folder} is {what}. Install a newer diffusers or transformers.")
+    if cls is None or not issubclass(cls, (SchedulerMixin, torch.nn.Module)):
+        return None
+    if issubclass(cls, SchedulerMixin):
+        return cls.from_config(read_json(folder / "scheduler_config.json"))
+    config, is_diffusers = read_json(folder / "config.json"), issubclass(cls, ModelMixin)
+    try:
+        with torch.device("meta"):
+            module = cls.from_config(config) if is_diffusers else cls(cls.config_class.from_dict(config))
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{folder / 'config.json'} does not make a {class_name}: {error}.") from error
+    return module.to("meta").eval()  # what is computed with numpy comes into being on the CPU
+
 
 _empty_pipeline = cache(empty_pipeline)
 
@@ -166,8 +243,8 @@ def _modules(pipeline: DiffusionPipeline) -> dict[str, torch.nn.Module]:
 
 def _from_configs(folder: str, plan: Plan) -> Backbone:
     """The backbone of a pipeline without data, with its parts in the dtypes in which they are loaded."""
-    pipeline = copy.deepcopy(_empty_pipeline(folder))
-    dtypes = component_dtypes(plan.args, trains_adapter=plan.peft_config is not None)
+    args, pipeline = plan.args, copy.deepcopy(_empty_pipeline(folder))
+    dtypes = component_dtypes(args, trains_adapter=plan.peft_config is not None)
     for name, module in _modules(pipeline).items():
         dtype = dtypes.get(name, dtypes.get("default", torch.float32))
         # Both libraries load some modules in float32 all the same; transformers only in place of float16
@@ -177,9 +254,7 @@ def _from_configs(folder: str, plan: Plan) -> Backbone:
             keeps = (is_diffusers or dtype == torch.float16) and any(part in kept for part in key.split("."))
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(torch.float32 if keeps else dtype)
-    return get_backbone(
-        pipeline, height=plan.args.height, width=plan.args.width, max_sequence_length=plan.args.max_sequence_length
-    )
+    return get_backbone(pipeline, height=args.height, width=args.width, max_sequence_length=args.max_sequence_length)
 
 
 def _without_data(backbone: Backbone) -> Backbone:
@@ -218,19 +293,18 @@ def _linear_weights(module: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def _quantized_bytes(module: torch.nn.Module, settings: dict) -> int:
-    """
-    Bytes with the weights of all `Linear` layers as bitsandbytes keeps them: 4 bits and a float32 scale for each block
-    of 64 (nested: 8 bits, and a float32 for 256 of these), or 8 bits and a float32 for each row.
-    """
-
-    def quantized(weight: torch.Tensor) -> int:
+    """Bytes with the weights of all `Linear` layers as bitsandbytes keeps them: 4 bits and a float32 scale for each
+    block of 64 (nested: 8 bits, and a float32 for 256 of these), or 8 bits and a float32 for each row."""
+    total = _bytes(module)
+    for weight in _linear_weights(module):
+        number, blocks = weight.numel(), math.ceil(weight.numel() / 64)
         if settings.get("load_in_8bit"):
-            return weight.numel() + 4 * weight.shape[0]
-        blocks = math.ceil(weight.numel() / 64)
-        nested = settings.get("bnb_4bit_use_double_quant", False)
-        return math.ceil(weight.numel() / 2) + (blocks + 4 * math.ceil(blocks / 256) if nested else 4 * blocks)
-
-    return _bytes(module) + sum(quantized(weight) - weight.nbytes for weight in _linear_weights(module))
+            quantized = number + 4 * weight.shape[0]
+        else:
+            nested = settings.get("bnb_4bit_use_double_quant", False)
+            quantized = math.ceil(number / 2) + (blocks + 4 * math.ceil(blocks / 256) if nested else 4 * blocks)
+        total += quantized - weight.nbytes
+    return total
 
 
 def _largest_block(module: torch.nn.Module) -> int:
@@ -243,9 +317,7 @@ def _optimizer_bytes(name: str, trained: int) -> int:
     """Adam's two moments in the dtype of the trained weights, float32; of the others a rough figure."""
     if "8bit" in name:
         return 2 * trained
-    if name.startswith("lion"):
-        return 4 * trained
-    return 0 if name.startswith(("sgd", "adafactor")) else 8 * trained
+    return (0 if name.startswith(("sgd", "adafactor")) else 4 if name.startswith("lion") else 8) * trained
 
 
 # ---- Activations ----
@@ -255,18 +327,18 @@ def _dry_runs(
     model: str | Path | Backbone, backbone: Backbone, policy: torch.nn.Module, plan: Plan
 ) -> tuple[int, int]:
     """The peaks of a forward without gradients and of one with a backward pass."""
-    batch, guided = plan.args.per_device_train_batch_size, backbone.uses_guidance(plan.args.guidance_scale)
+    batch, empty = plan.args.per_device_train_batch_size, partial(torch.empty, device="meta")
 
     def condition() -> dict[str, torch.Tensor]:
         shapes = backbone.condition_shapes().items()
-        return {name: torch.empty(batch, *shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes}
+        return {name: empty(batch, *shape, dtype=dtype) for name, (shape, dtype) in shapes}
 
     def run(kernels: GPUKernels, backward: bool) -> None:
-        positive, negative = condition(), condition() if guided else None
-        latents = torch.empty(batch, *backbone.latent_shape(), device="meta")
-        timestep = torch.empty((), device="meta")
+        positive = condition()
+        negative = condition() if backbone.uses_guidance(plan.args.guidance_scale) else None
+        latents = empty(batch, *backbone.latent_shape())
         with torch.set_grad_enabled(backward):
-            prediction = backbone.guided_prediction(policy, latents, timestep, positive, negative, 2.0)
+            prediction = backbone.guided_prediction(policy, latents, empty(()), positive, negative, 2.0)
             kernels.forget()
             if backward:
                 prediction.square().mean().backward()
@@ -275,8 +347,7 @@ def _dry_runs(
     if key not in plan.dry_runs:
         sampling = peak_bytes(partial(run, backward=False), [policy], plan.half)
         for parameter in policy.parameters():
-            if parameter.requires_grad:
-                parameter.grad = torch.empty_like(parameter)
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         plan.dry_runs[key] = batch, sampling, peak_bytes(partial(run, backward=True), [policy], plan.half)
     ran, sampling, updating = plan.dry_runs[key]
     return sampling * batch // ran, updating * batch // ran  # of other batch sizes the memory is in proportion

@@ -12,13 +12,8 @@ GIB = 2**30
 
 
 def savings(plan: Plan, now: Estimate, again: Callable[[Plan], Estimate]) -> list[tuple[str, int]]:
-    """
-    What can be changed to need less, and how many bytes each change alone would save, the most first.
-
-    Args:
-        plan ([`Plan`]), now ([`Estimate`]): the run and its estimate.
-        again (`Callable`): estimates a changed plan.
-    """
+    """What can be changed in a run that needs as much as `now`, and how many bytes each change alone would save, the
+    most first; `again` estimates a changed plan."""
     args, lora, batch = plan.args, plan.peft_config is not None, plan.args.per_device_train_batch_size
     sliced = {"enable_vae_slicing": True} if batch > 1 else {}
     tiling = "enable_vae_tiling: true" + (", with slicing" if batch > 1 else "")
@@ -63,8 +58,10 @@ def as_json(estimate: Estimate, found: list[tuple[str, int]]) -> dict[str, Any]:
 
 def as_text(estimate: Estimate, plan: Plan, found: list[tuple[str, int]]) -> str:
     """A table for people."""
-    processes = plan.args.world_size
-    sharded = {"none": "", "gradients": ", gradients and optimizer state sharded", "weights": ", all weights sharded"}
+    processes, head = plan.args.world_size, "Memory of the device"
+    if processes > 1:
+        sharded = {"gradients": ", gradients and optimizer state sharded", "weights": ", all weights sharded"}
+        head = f"Memory of each of {processes} devices{sharded.get(plan.sharding, '')}"
     largest = max(estimate.phases, key=estimate.phases.get)
     counts = {f"{part} weights": number for part, number in estimate.parameters.items()}
     counts["adapter weights"] = estimate.trained_parameters
@@ -73,24 +70,17 @@ def as_text(estimate: Estimate, plan: Plan, found: list[tuple[str, int]]) -> str
     def row(name: str, size: int) -> str:
         return f"  {name:<38}{size / GIB:>8.2f} GiB  {notes.get(name, '')}".rstrip()
 
+    changes = [f"  {saved / GIB:>6.2f} GiB  {text}" for text, saved in found]
     lines = [
-        f"Memory of each of {processes} devices{sharded[plan.sharding]}" if processes > 1 else "Memory of the device",
-        "",
-        "All the time",
+        *(head, "", "All the time"),
         *(row(name, size) for name, size in estimate.resident.items()),
         "For a time (the largest counts)",
         *(row(name, size) for name, size in estimate.phases.items()),
         row("allowance", estimate.allowance) + "  driver, fragmentation",
-        f"  {'-' * 50}",
-        row("total", estimate.total),
-        "",
+        *(f"  {'-' * 50}", row("total", estimate.total), ""),
         "  ".join(f"{card} GB: {'fits' if estimate.total <= card * GIB else 'does not fit'}" for card in CARDS),
-        "",
-    ]
-    if found:
-        changes = [f"  {saved / GIB:>6.2f} GiB  {text}" for text, saved in found]
-        lines += ["To need less, each change by itself:", *changes, ""]
-    lines += [
+        *(["", "To need less, each change by itself:"] if found else []),
+        *(*changes, ""),
         "Weights, gradients, optimizer state and samples are counted; the rest comes from running the modules",
         "without data, and leaves out work spaces of the GPU's kernels. Models that score the images come on top.",
     ]

@@ -1,8 +1,7 @@
 """Prompts from files: JSON lines, JSON, CSV, TSV, plain text and Parquet.
 
-`datasets` holds the columns and reads tables. JSON and CSV are read by Python's own modules, since the readers of
-`datasets` change what stands in the file: "null" and "NA" become missing values in a CSV file, a date in a JSON file
-becomes a time stamp, and errors seldom say where in the file they are.
+JSON and CSV are read by Python's own modules, since the readers of `datasets` change what stands in the file: "null"
+and "NA" become missing values in a CSV file, a date in a JSON file a time stamp, and errors seldom say where they are.
 """
 
 import csv
@@ -19,8 +18,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 
-# A row and where in the file it stands, in words
-Row = tuple[str, dict[str, Any]]
+Row = tuple[str, dict[str, Any]]  # where in the file it stands, in words, and what it holds
 
 
 def read_prompts(path: str | os.PathLike, *, prompt_column: str = "prompt", suffix: str | None = None) -> "Dataset":
@@ -56,8 +54,7 @@ def read_prompts(path: str | os.PathLike, *, prompt_column: str = "prompt", suff
         return _read(path, prompt_column, (suffix or path.suffix).lower())
     # Arrow raises what is no ValueError for numbers that are too large
     except (ValueError, OSError, OverflowError, TypeError, RecursionError) as error:
-        # What the operating system says begins with a number and ends with the path
-        cause = getattr(error, "strerror", None) or str(error)
+        cause = getattr(error, "strerror", None) or str(error)  # without the operating system's number and path
         raise ValueError(f"the data set {os.fspath(path)!r} cannot be read: {cause.rstrip('.')}.") from error
 
 
@@ -103,11 +100,10 @@ def _json(text: str, prompt_column: str) -> list[Row]:
         if error.msg == "Extra data":  # a second value: one a line
             return _json_lines(text, prompt_column)
         raise ValueError(f"line {error.lineno} is not valid JSON ({error.msg}, column {error.colno})") from error
-    if isinstance(content, dict):
-        content = [content]
-    if not isinstance(content, list):
-        raise ValueError(f"it holds {_described(content)}, but must hold a list of objects or of prompts")
-    return [_row(value, f"row {index}", prompt_column) for index, value in enumerate(content)]
+    values = [content] if isinstance(content, dict) else content
+    if not isinstance(values, list):
+        raise ValueError(f"it holds {_described(values)}, but must hold a list of objects or of prompts")
+    return [_row(value, f"row {index}", prompt_column) for index, value in enumerate(values)]
 
 
 def _row(value: Any, where: str, prompt_column: str) -> Row:
@@ -160,24 +156,19 @@ def _from_rows(rows: list[Row], prompt_column: str) -> "Dataset":
 
 
 def dataset_of(columns: dict[str, list[Any]]) -> "Dataset":
-    """A data set of columns (one of them, the prompts, without objects) in which objects keep their keys: these have
-    the type `datasets.Json`, or are lists of it."""
+    """A data set of columns in which objects keep their keys: these have the type `datasets.Json`, or are lists of it.
+    As a type of its own the object of one row would gain the keys of all others."""
     from datasets import Dataset, Features, Json, List, concatenate_datasets
 
-    # As a type of its own the object of one row would gain the keys of all others
-    objects: dict[str, Any] = {}
+    parts = []
     for name, values in columns.items():
-        lists = [value for value in values if isinstance(value, list)]
-        if any(isinstance(value, dict) for value in values):
-            objects[name] = Json()
-        elif any(isinstance(item, dict | list) for value in lists for item in value):
-            objects[name] = List(Json())
-    plain = {name: values for name, values in columns.items() if name not in objects}
-    dataset = Dataset.from_dict(plain, on_mixed_types="use_json")
-    if not objects:
-        return dataset
-    others = Dataset.from_dict({name: columns[name] for name in objects}, features=Features(objects))
-    return concatenate_datasets([dataset, others], axis=1).select_columns(list(columns))
+        of_objects = Json() if any(isinstance(value, dict) for value in values) else None
+        items = [item for value in values if isinstance(value, list) for item in value]
+        if of_objects is None and any(isinstance(item, dict | list) for item in items):
+            of_objects = List(Json())
+        types = Features({name: of_objects}) if of_objects else None
+        parts.append(Dataset.from_dict({name: values}, features=types, on_mixed_types=None if types else "use_json"))
+    return concatenate_datasets(parts, axis=1)
 
 
 def _from_parquet(path: Path, prompt_column: str) -> "Dataset":
@@ -191,7 +182,7 @@ def _from_parquet(path: Path, prompt_column: str) -> "Dataset":
     if len(dataset) == 0:
         raise ValueError("it holds nothing")
     dataset = with_prompt_column(dataset, prompt_column)
-    prompts = dataset.with_format(None)["prompt"][:]
+    prompts = dataset["prompt"][:]
     _check_prompts(prompts, [f"row {index}" for index in range(len(prompts))], prompt_column)
     return dataset
 

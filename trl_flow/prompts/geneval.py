@@ -23,35 +23,28 @@ Row = dict[str, Any]
 FLOW_GRPO_MIX = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1}
 
 _COUNTS = {2: "two", 3: "three", 4: "four"}
-# All but "person", which is the first
-_COLORABLE = CLASSES[1:]
+_COLORABLE = CLASSES[1:]  # all but "person", which is the first
 
 # As `load_dataset("json", ...)` reads the published files. A position is a list of a word and a number, and keys are
 # left out where they do not apply: JSON is the type that keeps both
-_FEATURES = Features(
-    {"tag": Value("string"), "include": List(Json()), "prompt": Value("string"), "exclude": List(Json())}
-)
+_TEXT, _CLAUSES = Value("string"), List(Json())
+_FEATURES = Features({"tag": _TEXT, "include": _CLAUSES, "prompt": _TEXT, "exclude": _CLAUSES})
 
 
 def generate_geneval_prompts(
-    num_prompts: int,
-    *,
-    seed: int = 0,
-    tasks: Mapping[str, float] | Sequence[str] = FLOW_GRPO_MIX,
+    num_prompts: int, *, seed: int = 0, tasks: Mapping[str, float] | Sequence[str] = FLOW_GRPO_MIX,
     exclude_benchmark: bool = True,
-) -> Dataset:
+) -> Dataset:  # fmt: skip
     """
-    Random prompts to train on.
-
-    No prompt occurs twice as long as its task has others left; counting, with 160 prompts outside of the benchmark,
-    runs out first and then begins again. The order is random.
+    Random prompts to train on, in random order. None occurs twice as long as its task has others left; counting, with
+    160 prompts outside of the benchmark, runs out first and then begins again.
 
     Args:
         num_prompts (`int`): how many.
         seed (`int`, defaults to 0): the same seed gives the same prompts.
         tasks (`Mapping[str, float]` or `Sequence[str]`, defaults to Flow-GRPO's mix): shares of the tasks, in any
-            unit, or the names of tasks that are to have equal shares. By default position 7, counting 5, color_attr
-            3, colors 1 and two_object 1.
+            unit, or the tasks that have equal shares. The mix is position 7, counting 5, color_attr 3, colors 1 and
+            two_object 1.
         exclude_benchmark (`bool`, defaults to True): leaves out what [`geneval_benchmark`] asks for, in whatever
             order its objects are named, so that the benchmark measures something new. `single_object` has no other
             prompts: asking for it needs False.
@@ -65,48 +58,39 @@ def generate_geneval_prompts(
     """
     if isinstance(num_prompts, bool) or not isinstance(num_prompts, int) or num_prompts < 1:
         raise ValueError(f"num_prompts is {num_prompts!r}, but must be a whole number of at least 1.")
-    numbers = _numbers_of_prompts(num_prompts, tasks)
     taken = {_meaning(row) for row in _benchmark_rows()} if exclude_benchmark else set()
     rng = np.random.default_rng(seed)
-    rows = []
-    for task, number in numbers.items():
+    rows: list[Row] = []
+    for task, number in _numbers_of_prompts(num_prompts, tasks).items():
         allowed = [row for row in _all_rows(task, rng, number + len(taken)) if _meaning(row) not in taken]
         if number and not allowed:
-            raise ValueError(
-                f"All prompts of {task} are in GenEval's benchmark: give exclude_benchmark=False, or leave it out."
-            )
+            raise ValueError(f"All prompts of {task} are in GenEval's benchmark: give exclude_benchmark=False.")
         rows += [allowed[i % len(allowed)] for i in range(number)]
     return _dataset([rows[i] for i in rng.permutation(len(rows))])
 
 
 def geneval_benchmark() -> Dataset:
     """
-    GenEval's own 553 prompts, in its order: what published scores are measured on. Columns as from
-    [`generate_geneval_prompts`].
-
-    They are drawn again, as `create_prompts.py` drew them, from the same seed: 80 of single objects, 99 of two, 80 of
-    counting, 94 of colors, 100 each of position and color attribution.
+    GenEval's own 553 prompts, in its order: what published scores are measured on. They are drawn again, as
+    `create_prompts.py` drew them: 80 of single objects, 99 of two, 80 of counting, 94 of colors, 100 each of position
+    and color attribution. Columns as from [`generate_geneval_prompts`].
     """
     return _dataset(_benchmark_rows())
 
 
 def _dataset(rows: Sequence[Row]) -> Dataset:
-    columns = {name: [row.get(name) for row in rows] for name in _FEATURES}
-    return Dataset.from_dict(columns, features=_FEATURES)
+    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in _FEATURES}, features=_FEATURES)
 
 
 def _numbers_of_prompts(num_prompts: int, tasks: Mapping[str, float] | Sequence[str]) -> dict[str, int]:
     """Shares to whole numbers that add up to `num_prompts`: the largest remainders are rounded up."""
-    if isinstance(tasks, str):
-        tasks = [tasks]
-    shares = dict(tasks) if isinstance(tasks, Mapping) else dict.fromkeys(tasks, 1)
+    names = [tasks] if isinstance(tasks, str) else tasks
+    shares = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, 1)
     if unknown := [task for task in shares if task not in TASKS]:
         raise ValueError(f"{unknown[0]!r} is none of GenEval's tasks, which are {', '.join(TASKS)}.")
     total = sum(shares.values())
     if not 0 < total < math.inf or any(share < 0 for share in shares.values()):
-        raise ValueError(
-            f"The shares of the tasks are {shares}, but must be finite and not negative, and one must be positive."
-        )
+        raise ValueError(f"The shares {shares} of tasks must be finite and not negative, and one must be positive.")
     exact = {task: num_prompts * share / total for task, share in shares.items()}
     numbers = {task: int(number) for task, number in exact.items()}
     by_remainder = sorted(exact, key=lambda task: numbers[task] - exact[task])
@@ -123,8 +107,7 @@ def _all_rows(task: str, rng: np.random.Generator, number: int) -> list[Row]:
         if len(rows) == number:
             break
         # Fortran's order: the first argument changes first
-        row = build(*map(int, np.unravel_index(index, sizes, order="F")))
-        if row is not None:
+        if row := build(*map(int, np.unravel_index(index, sizes, order="F"))):
             rows.setdefault(_meaning(row), row)
     return list(rows.values())
 
@@ -132,17 +115,14 @@ def _all_rows(task: str, rng: np.random.Generator, number: int) -> list[Row]:
 def _meaning(row: Row) -> Any:
     """Equal for prompts that ask for the same: "a dog and a cat" and "a cat and a dog"."""
     if row["tag"] == "position":
-        other, one = row["include"]
-        relation = one["position"][0]
-        mirrored = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}[relation]
-        return "position", frozenset(
-            [(one["class"], relation, other["class"]), (other["class"], mirrored, one["class"])]
-        )
+        (other, one), mirrored = row["include"], {"right of": "left of", "below": "above"}
+        relation, classes = one["position"][0], (one["class"], other["class"])
+        return "position", mirrored.get(relation, relation), classes[::-1] if relation in mirrored else classes
     return row["tag"], frozenset((c["class"], c["count"], c.get("color")) for c in row["include"])
 
 
-# One prompt of each task. Classes and colors are given by their index, colored objects' classes by that among all
-# but "person". None stands for what GenEval does not ask: the same class or color twice.
+# One prompt of each task. Arguments are indices (colored objects' classes among all but "person", counts from the
+# smallest). None stands for what GenEval does not ask: the same class or color twice.
 
 
 def _article(words: str) -> str:
@@ -165,7 +145,6 @@ def _two_object(a: int, b: int) -> Row | None:
 
 
 def _counting(a: int, number: int) -> Row:
-    """`number` from 0 for the smallest count."""
     name, count = CLASSES[a], list(_COUNTS)[number]
     words = f"{_COUNTS[count]} {name}{'es' if name.endswith('s') else 's'}"
     return _row("counting", [{"class": name, "count": count}], words, exclude=[{"class": name, "count": count + 1}])

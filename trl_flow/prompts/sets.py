@@ -33,11 +33,8 @@ FLOW_GRPO_REVISION = "879042cf5707f8b90daa98d147d7deac2317c5da"
 GITHUB = "https://raw.githubusercontent.com"
 HPDV2_STYLES = ("anime", "concept-art", "paintings", "photo")
 
-# As many as Flow-GRPO trains on
-GENERATED = 50_000
-
-# A copy to read instead of downloading
-Source = str | os.PathLike | None
+GENERATED = 50_000  # as many as Flow-GRPO trains on
+Source = str | os.PathLike | None  # a copy to read instead of downloading
 
 # The keys of UniGenBench's descriptions: theme, theme within it, test points, what each of these is in the prompt
 _UNIGENBENCH_KEYS = {
@@ -56,11 +53,9 @@ class UnknownSplitError(ValueError):
 
 @dataclass(frozen=True)
 class PromptSet:
-    """
-    What to know of a prompt set: where it comes from, its license as its publishers state it, where it was published,
-    how many prompts each of its splits has, its columns, which rewards it is for, and what loads it:
-    `load(split, path=None, revision=None)`.
-    """
+    """What to know of a prompt set: where it comes from, its license as its publishers state it, where it was
+    published, how many prompts each of its splits has, its columns, which rewards it is for, and what loads it:
+    `load(split, path=None, revision=None)`."""
 
     source: str
     license: str
@@ -82,9 +77,8 @@ def load_geneval(split: str = "train", *, path: Source = None, revision: str | N
     """
     dataset = _flow_grpo_prompts("geneval", split, path, revision)
     _check_column("geneval", dataset, "include")
-    names = dict.fromkeys(("prompt", "tag", "include", "exclude", *dataset.column_names))
-    missing = [None] * len(dataset)
-    return dataset_of({name: dataset[name][:] if name in dataset.column_names else missing for name in names})
+    missing = dict.fromkeys(("prompt", "tag", "include", "exclude"), [None] * len(dataset))
+    return dataset_of(missing | dataset[:])
 
 
 def load_ocr(split: str = "train", *, path: Source = None, revision: str | None = None) -> "Dataset":
@@ -128,8 +122,7 @@ def load_hpdv2(split: str = "train", *, path: Source = None, revision: str | Non
     _check_split("hpdv2", split)
     if split != "benchmark":
         prompts = read_prompts(_hub_file("hpdv2", f"{split}.json", path, revision))["prompt"][:]
-        # One entry for each comparison of images
-        return dataset_of({"prompt": list(dict.fromkeys(prompts))})
+        return dataset_of({"prompt": list(dict.fromkeys(prompts))})  # the file has one for each comparison of images
     if path is not None and Path(path).is_file():
         files = {Path(path).stem: Path(path)}
     else:
@@ -150,9 +143,9 @@ def load_drawbench(split: str = "test", *, path: Source = None, revision: str | 
     _check_split("drawbench", split)
     if path is not None:
         dataset = read_prompts(path, prompt_column="Prompts")
-    else:
-        # Called `train` there, though nobody trains on it
-        get = partial(load_dataset, _repository("drawbench"), revision=revision, split="train")
+    else:  # called `train` there, though nobody trains on it
+        repository = PROMPT_SETS["drawbench"].source.removeprefix("huggingface.co/datasets/")
+        get = partial(load_dataset, repository, revision=revision, split="train")
         dataset = with_prompt_column(_fetched("drawbench", "its file of prompts", get), "Prompts")
     _check_column("drawbench", dataset, "Category")
     return dataset_of({"prompt": dataset["prompt"][:], "category": dataset["Category"][:]})
@@ -163,26 +156,20 @@ def load_unigenbench(
 ) -> "Dataset":
     """
     UniGenBench++ (https://arxiv.org/abs/2510.18701): 600 prompts in English and Chinese, each short and long, and what
-    an image is tested for, and the English prompts that its authors trained on.
+    an image is tested for, and the English prompts that its authors trained on. `language` is `"en"` or `"zh"`; `long`
+    gives the long prompts, which have more test points.
 
     Splits: `"test"`, and `"train"` of the short English prompts. Columns: `prompt` (`str`), and for `"test"` also
     `theme` and `subtheme` (`str`), `dimensions`, `testpoints` and `testpoint_descriptions` (`list[str]`): a test point
-    such as "Attribute - Color" belongs to the dimension "Attribute"; each has one description, what it is in this
-    prompt.
-
-    Args:
-        language (`str`, defaults to `"en"`): `"en"` or `"zh"`.
-        long (`bool`, defaults to `False`): the long prompts; they have more test points.
-        split, path, revision: as for all sets, see the module.
+    such as "Attribute - Color" belongs to the dimension "Attribute"; each has one description, what it is here.
     """
     if language not in _UNIGENBENCH_KEYS:
         raise ValueError(f"language is {language!r}, but must be one of {', '.join(_UNIGENBENCH_KEYS)}.")
-    _check_split("unigenbench" + ("_zh" if language == "zh" else "") + ("_long" if long else ""), split)
+    variant = "_long" if long else ""
+    _check_split("unigenbench" + ("_zh" if language == "zh" else "") + variant, split)
     if split == "train":
-        file = _hub_file("unigenbench", "train/train_prompt.txt", path, revision)
-        return _prompts(read_prompts(file)["prompt"][:])
-    variant = language + ("_long" if long else "")
-    file = _hub_file("unigenbench", f"eval/test_{variant}.csv", path, revision)
+        return _prompts(read_prompts(_hub_file("unigenbench", "train/train_prompt.txt", path, revision))["prompt"][:])
+    file = _hub_file("unigenbench", f"eval/test_{language}{variant}.csv", path, revision)
     dataset = read_prompts(file, prompt_column=f"prompt_{language}")
     column, keys = f"sub_dims_{language}", _UNIGENBENCH_KEYS[language]
     _check_column("unigenbench", dataset, column)
@@ -193,15 +180,14 @@ def load_unigenbench(
             if len(testpoints) != len(descriptions):
                 raise ValueError(f"{len(testpoints)} test points and {len(descriptions)} descriptions")
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"the data set 'unigenbench' cannot be read: the description in row {row} is not understood "
-                f"({error!r}). It must be a JSON object with the keys {', '.join(keys)}: {text!r}."
-            ) from error
+            words = f"the description in row {row} is not understood ({error!r})"
+            wanted = f"It must be a JSON object with the keys {', '.join(keys)}: {text!r}"
+            raise ValueError(f"the data set 'unigenbench' cannot be read: {words}. {wanted}.") from error
         dimensions = list(dict.fromkeys(point.split("-")[0].strip() for point in testpoints))
         rows.append((theme, subtheme, dimensions, testpoints, descriptions))
     names = ("theme", "subtheme", "dimensions", "testpoints", "testpoint_descriptions")
-    columns = dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
-    return dataset_of({"prompt": dataset["prompt"][:], **columns})
+    columns = zip(names, map(list, zip(*rows, strict=True)), strict=True)
+    return dataset_of({"prompt": dataset["prompt"][:], **dict(columns)})
 
 
 def _load_generated_geneval(split: str = "train", *, path: Source = None, revision: str | None = None) -> "Dataset":
@@ -225,9 +211,7 @@ def _check_split(name: str, split: str) -> None:
 
 def _check_column(name: str, dataset: "Dataset", column: str) -> None:
     if column not in dataset.column_names:
-        raise ValueError(
-            f"the data set {name!r} cannot be read: it has no column {column!r}, only {dataset.column_names}."
-        )
+        raise ValueError(f"the data set {name!r} has no column {column!r}, only {dataset.column_names}: give another.")
 
 
 def _flow_grpo_prompts(name: str, split: str, path: Source, revision: str | None) -> "Dataset":
@@ -257,12 +241,9 @@ def _download(url: str, path: Path) -> None:
 def _hub_file(name: str, file: str, path: Source, revision: str | None) -> Path:
     if path is not None:
         return _local_file(name, file, path)
-    get = partial(hf_hub_download, _repository(name), file, repo_type="dataset", revision=revision)
+    repository = PROMPT_SETS[name].source.removeprefix("huggingface.co/datasets/")
+    get = partial(hf_hub_download, repository, file, repo_type="dataset", revision=revision)
     return Path(_fetched(name, file, get))
-
-
-def _repository(name: str) -> str:
-    return PROMPT_SETS[name].source.removeprefix("huggingface.co/datasets/")
 
 
 def _local_file(name: str, file: str, path: str | os.PathLike) -> Path:
@@ -270,10 +251,8 @@ def _local_file(name: str, file: str, path: str | os.PathLike) -> Path:
     for candidate in (Path(path), Path(path, file), Path(path, Path(file).name)):
         if candidate.is_file():
             return candidate
-    raise ValueError(
-        f"the data set {name!r} cannot be read: {os.fspath(path)!r} is neither a file nor a folder with {file} or "
-        f"{Path(file).name}."
-    )
+    words = f"is neither a file nor a folder with {file} or {Path(file).name}"
+    raise ValueError(f"the data set {name!r} cannot be read: {os.fspath(path)!r} {words}.")
 
 
 def _fetched(name: str, file: str, get: Callable[[], Any]) -> Any:
@@ -290,18 +269,13 @@ def _fetched(name: str, file: str, get: Callable[[], Any]) -> Any:
 
 
 _LOADERS = {
-    "geneval": load_geneval,
-    "generated_geneval": _load_generated_geneval,
-    "ocr": load_ocr,
-    "pickscore": load_pickscore,
-    "pickscore_sfw": partial(load_pickscore, sfw=True),
-    "hpdv2": load_hpdv2,
-    "drawbench": load_drawbench,
-    "unigenbench": load_unigenbench,
-    "unigenbench_long": partial(load_unigenbench, long=True),
+    "geneval": load_geneval, "generated_geneval": _load_generated_geneval, "ocr": load_ocr,
+    "pickscore": load_pickscore, "pickscore_sfw": partial(load_pickscore, sfw=True),
+    "hpdv2": load_hpdv2, "drawbench": load_drawbench,
+    "unigenbench": load_unigenbench, "unigenbench_long": partial(load_unigenbench, long=True),
     "unigenbench_zh": partial(load_unigenbench, language="zh"),
     "unigenbench_zh_long": partial(load_unigenbench, language="zh", long=True),
-}
+}  # fmt: skip
 # The names under which `load_prompts` and the command line have them
 PROMPT_SETS: dict[str, PromptSet] = {
     name: PromptSet(**about, load=_LOADERS[name])

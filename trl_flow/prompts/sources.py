@@ -14,16 +14,9 @@ if TYPE_CHECKING:
 
 
 def load_prompts(
-    name_or_path: str | os.PathLike,
-    split: str = "train",
-    *,
-    config: str | None = None,
-    revision: str | None = None,
-    prompt_column: str = "prompt",
-    unique: bool = False,
-    seed: int | None = None,
-    limit: int | None = None,
-) -> "Dataset":
+    name_or_path: str | os.PathLike, split: str = "train", *, config: str | None = None, revision: str | None = None,
+    prompt_column: str = "prompt", unique: bool = False, seed: int | None = None, limit: int | None = None,
+) -> "Dataset":  # fmt: skip
     """
     Loads prompts.
 
@@ -31,17 +24,14 @@ def load_prompts(
         name_or_path (`str` or `PathLike`): in this order,
 
             * the name of a set in `PROMPT_SETS`, or `"name:path"` to read a copy of it at `path` instead of
-              downloading it. A name stands for the set even where there is a file or folder of that name: that one is
-              `"./name"`;
+              downloading it. A file or folder of a set's name is `"./name"`;
             * a file as [`read_prompts`] reads them, which is the split `"train"`;
             * a folder with a file for each split, such as `train.txt` or `test_metadata.jsonl`, or any folder that
               `datasets.load_dataset` reads;
             * the id of a data set on the Hub.
         split (`str`, defaults to `"train"`): which part.
-        config (`str`, *optional*): configuration of a data set on the Hub.
-        revision (`str`, *optional*): commit, branch or tag of the repository that it is downloaded from.
-        prompt_column (`str`, defaults to `"prompt"`): the column with the prompts, in a file or on the Hub; it is
-            called `prompt` in the result.
+        config, revision (`str`, *optional*): a configuration on the Hub; commit, branch or tag to download.
+        prompt_column (`str`, defaults to `"prompt"`): the column with the prompts, `prompt` in the result.
         unique (`bool`, defaults to `False`): leave out rows whose prompt stands in an earlier row.
         seed (`int`, *optional*): shuffle by this seed; default: the source's order.
         limit (`int`, *optional*): keep as many rows at most, the first after shuffling.

@@ -7,46 +7,30 @@ from importlib import import_module
 from typing import Any
 
 
+_GENEVAL_SCORES = ("nonnegative", "strict", "correct")
+_AXES = ("alignment", "coherence", "style")
+
 # Everything public: its module and, for a reward that commands and recipes can name, its names there, each with the
 # positional arguments that it stands for
 PUBLIC: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     "AestheticReward": ("aesthetic", {"aesthetic": ()}),
-    "CLIPScoreReward": ("clip_score", {"clipscore": (), "clipscore_dfn5b": ("apple/DFN5B-CLIP-ViT-H-14-378",)}),
+    "CLIPScoreReward": ("clip", {"clipscore": (), "clipscore_dfn5b": ("apple/DFN5B-CLIP-ViT-H-14-378",)}),
     "ChatModel": ("chat", {}),
     "CheckpointError": ("base", {}),
     "DeQAReward": ("judge", {"deqa": ()}),
-    "GenEvalReward": (
-        "geneval",
-        {
-            "geneval": (),
-            "geneval_nonnegative": ("nonnegative",),
-            "geneval_strict": ("strict",),
-            "geneval_correct": ("correct",),
-        },
-    ),
+    "GenEvalReward": ("geneval", {"geneval": (), **{f"geneval_{score}": (score,) for score in _GENEVAL_SCORES}}),
     "HPSv2Reward": ("hps", {"hpsv2": (), "hpsv2.1": ("v2.1",)}),
     "ImageReward": ("image_reward", {"imagereward": ()}),
     "JPEGCompressibilityReward": ("jpeg", {"jpeg_compressibility": ()}),
     "JPEGIncompressibilityReward": ("jpeg", {"jpeg_incompressibility": ()}),
     "JudgeError": ("chat", {}),
     "OCRReward": ("ocr", {"ocr": ()}),
-    "PickScoreReward": ("pick_score", {"pickscore": ()}),
+    "PickScoreReward": ("clip", {"pickscore": ()}),
     "RemoteReward": ("remote", {}),
     "RewardServerError": ("remote", {}),
-    "ShapesReward": (
-        "shapes",
-        {"shapes_soft": ("soft",), "shapes_strict": ("strict",), "shapes_fidelity": ("fidelity",)},
-    ),
+    "ShapesReward": ("shapes", {f"shapes_{score}": (score,) for score in ("soft", "strict", "fidelity")}),
     # The judges ask the server at OPENAI_BASE_URL
-    "UnifiedReward": (
-        "judge",
-        {
-            "unifiedreward": (),
-            "unifiedreward_alignment": ("alignment",),
-            "unifiedreward_coherence": ("coherence",),
-            "unifiedreward_style": ("style",),
-        },
-    ),
+    "UnifiedReward": ("judge", {"unifiedreward": (), **{f"unifiedreward_{axis}": (axis,) for axis in _AXES}}),
     "UnifiedRewardComparer": ("preference", {}),
     "UnreadableAnswer": ("judge", {}),
     "VLMComparer": ("preference", {}),

@@ -1,15 +1,32 @@
 """LAION's aesthetic predictor: how much people like an image, whatever the prompt."""
 
+from collections import OrderedDict
 from dataclasses import KW_ONLY, dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import CLIPVisionModelWithProjection
 
 from trl_flow.rewards.base import Columns, HubReward, Images, RewardInfo
 from trl_flow.rewards.checkpoints import fill, find_file, load_pretrained, read_tensors
 from trl_flow.rewards.pixels import fill_and_crop
-from trl_flow.rewards.score_head import ScoreHead
+
+
+class ScoreHead(nn.Module):
+    """
+    Five linear layers, without anything non-linear between them, from features of shape `(N, width)` to `(N, 1)`:
+    the head of LAION's aesthetic predictor and of ImageReward.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        # By the layers' numbers in the authors' state dicts: dropout, which scoring does not have, took those between
+        sizes = zip((0, 2, 4, 6, 7), (width, 1024, 128, 64, 16), (1024, 128, 64, 16, 1), strict=True)
+        self.layers = nn.Sequential(OrderedDict((str(number), nn.Linear(a, b)) for number, a, b in sizes))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.layers(features)
 
 
 _Loaded = tuple[CLIPVisionModelWithProjection, ScoreHead]

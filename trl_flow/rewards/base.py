@@ -30,14 +30,9 @@ _CARDS = json.loads(Path(__file__).with_name("cards.json").read_text(encoding="u
 @dataclass(frozen=True)
 class RewardInfo:
     """
-    What to know of a reward before training on it.
-
-    Attributes:
-        range (`tuple[float, float]`): smallest and largest value that it can return; infinite where there is no bound.
-        typical (`str`): the values that images of current models get.
-        higher_is_better (`bool`): its sign: whether what it measures is better when it is higher.
-        license (`str`): license of the weights (or rules) that it loads, as their authors state it.
-        paper (`str`): where it was published.
+    What to know of a reward before training on it: the smallest and largest value that it can return (infinite where
+    there is no bound), the values that images of current models get, the license of the weights or rules that it
+    loads, as their authors state it, where it was published, and whether what it measures is better when higher.
     """
 
     range: tuple[float, float]
@@ -69,9 +64,8 @@ class ModelReward(ABC):
     """
     A reward function with a model of its own, which is loaded at the first call and freed by `close()`.
 
-    Subclasses load in `_load` and score in `_score`. Those that are dataclasses add their own arguments as fields. The
-    object may be used from several threads, and as a context manager that closes it. A call after `close()` loads
-    again.
+    Subclasses load in `_load` and score in `_score`; dataclasses add their arguments as fields. The object may be used
+    from several threads, and as a context manager that closes it.
 
     Args:
         device (`str` or `torch.device`, *optional*): where the model runs; by default the process's accelerator if
@@ -100,7 +94,7 @@ class ModelReward(ABC):
             raise TypeError(f"dtype is {self.dtype!r}, but must be a floating-point torch.dtype: torch.bfloat16, say.")
         self.device = None if self.device is None else torch.device(self.device)
         self._loaded: Any = None
-        # One call at a time: a second thread would otherwise load a second model, or find it closed half-way
+        # A second thread would otherwise load a second model, or find it closed half-way
         self._lock = threading.RLock()
 
     @abstractmethod
@@ -132,17 +126,8 @@ class ModelReward(ABC):
 
     def __call__(self, prompts: list[str], images: Images, **kwargs: Any) -> list[float | None]:
         """
-        Scores images.
-
-        Args:
-            prompts (`list[str]`), images (`list[PIL.Image.Image]`): `N` of each, the images of any size and mode.
-            kwargs: the data set's other columns, lists of `N` entries, and whatever else the trainer passes.
-
-        Returns:
-            `list[float | None]`: `N` scores.
-
-        Raises:
-            ValueError: if there are not as many prompts as images.
+        `N` scores for `N` prompts and images of any size and mode; `kwargs` are the data set's other columns, lists of
+        `N` entries, and whatever else the trainer passes. A `ValueError` if there are not as many prompts as images.
         """
         if len(prompts) != len(images):
             raise ValueError(f"There are {len(prompts)} prompts for {len(images)} images. Give one for each image.")
@@ -167,16 +152,14 @@ class ModelReward(ABC):
 
     def _target_device(self) -> torch.device:
         if self.device is None:
-            accelerator = torch.accelerator.current_accelerator(check_available=True)
-            here = accelerator and torch.device(accelerator.type, torch.accelerator.current_device_index())
-            return here or torch.device("cpu")
+            here = torch.accelerator.current_accelerator(check_available=True)
+            return torch.device(here.type, torch.accelerator.current_device_index()) if here else torch.device("cpu")
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(
-                f"The reward {reward_name(self)} is to run on {self.device}, which cannot be used here ({error}). "
-                'Leave device out for what there is, or give device="cpu".'
-            ) from error
+            problem = f"is to run on {self.device}, which cannot be used here ({error})"
+            advice = 'Leave device out for what there is, or give device="cpu"'
+            raise ValueError(f"The reward {reward_name(self)} {problem}. {advice}.") from error
         return self.device
 
 
@@ -240,6 +223,5 @@ def require(*packages: str, reward: str, extra: str) -> Any:
     try:
         return [import_module(package) for package in packages][-1]
     except ImportError as error:
-        raise ImportError(
-            f'{reward} needs a package that is not installed ({error}). Install it: pip install "trl_flow[{extra}]".'
-        ) from error
+        advice = f'Install it: pip install "trl_flow[{extra}]".'
+        raise ImportError(f"{reward} needs a package that is not installed ({error}). {advice}") from error

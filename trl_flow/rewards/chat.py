@@ -33,15 +33,12 @@ class ChatModel:
 
     Requests run at the same time. Those that fail for a reason that passes (no connection, no answer in time, status
     408, 409, 429 or 5xx) are sent again after a pause that doubles from half a second to eight, or after what the
-    server asks for. One object can be used from several event loops, one after another or at the same time; its
-    connections are kept as long as requests are under way.
+    server asks for. One object can be used from several event loops at the same time.
 
     Args:
         model (`str`, *optional*): name of the model on the server; by default the only one that it serves.
-        base_url (`str`, *optional*): where the server is, such as `http://localhost:8000/v1`; by default the
-            environment variable `OPENAI_BASE_URL`.
-        api_key (`str`, *optional*): by default the environment variable `OPENAI_API_KEY`; servers of one's own seldom
-            need one.
+        base_url (`str`, *optional*): such as `http://localhost:8000/v1`; default: the environment's `OPENAI_BASE_URL`.
+        api_key (`str`, *optional*): default: the environment's `OPENAI_API_KEY`; one's own servers seldom need one.
         max_concurrency (`int`, defaults to 32): requests under way at a time, in each process.
         timeout (`float`, defaults to 120): seconds to wait for one answer.
         max_retries (`int`, defaults to 8): how often a request is sent again. Eight take about 40 seconds of pauses.
@@ -56,8 +53,7 @@ class ChatModel:
         max_concurrency: int = 32, timeout: float = 120.0, max_retries: int = 8,
     ):  # fmt: skip
         require("openai", reward="A judge", extra="judge")
-        base_url = base_url or os.environ.get("OPENAI_BASE_URL")
-        if not base_url:
+        if not (base_url := base_url or os.environ.get("OPENAI_BASE_URL")):
             raise ValueError(
                 "base_url is missing: where the server of the judge is. Start one (vllm serve MODEL) and give "
                 'base_url="http://localhost:8000/v1", or set the environment variable OPENAI_BASE_URL.'
@@ -66,32 +62,24 @@ class ChatModel:
         check_whole_number("max_retries", max_retries, 0)
         if not isinstance(timeout, numbers.Real) or not timeout > 0:
             raise ValueError(f"timeout is {timeout!r}, but must be a number of seconds above 0.")
-        self.model = model
-        self.base_url = base_url
+        self.model, self.base_url = model, base_url
         self.api_key = api_key or os.environ.get("OPENAI_API_KEY") or "EMPTY"
-        self.max_concurrency = max_concurrency
-        self.timeout = timeout
-        self.max_retries = max_retries
+        self.max_concurrency, self.timeout, self.max_retries = max_concurrency, timeout, max_retries
         self._connections: dict[asyncio.AbstractEventLoop, _Connection] = {}
 
     async def answer(
         self, content: Sequence[str | Image.Image], *, answer_prefix: str | None = None, **options: Any
     ) -> Any:
         """
-        The model's answer to one message.
+        The model's answer to one message, an `openai.types.chat.chat_completion.Choice`.
 
         Args:
             content (`list[str | PIL.Image.Image]`): texts and images in their order. Images are sent as RGB PNG.
-            answer_prefix (`str`, *optional*): what the answer begins with; the model goes on from there. vLLM and
-                SGLang can do that.
+            answer_prefix (`str`, *optional*): what the answer begins with, where the server can go on from there.
             options: further fields of the request, such as `max_tokens` and `temperature`.
 
-        Returns:
-            `openai.types.chat.chat_completion.Choice`: with `message.content`, and `logprobs` where asked for.
-
         Raises:
-            JudgeError: if the server cannot be reached, does not answer in time, refuses, or answers with something
-                other than a chat completion.
+            JudgeError: if the server cannot be reached, does not answer in time or with a chat completion, or refuses.
         """
         async with self._connected() as connection, connection.slots:
             parts = []
@@ -120,9 +108,8 @@ class ChatModel:
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[_Connection]:
         """
-        The connection of the running event loop, shared by all requests that are under way in it.
-
-        The last one closes it: a connection can only be closed in the loop that opened it, which may end at any time.
+        The connection of the running event loop, shared by all requests that are under way in it. The last one closes
+        it: only the loop that opened it can do so, and may end at any time.
         """
         from openai import AsyncOpenAI, Timeout
 
@@ -130,9 +117,8 @@ class ChatModel:
         if loop not in self._connections:
             # A machine that is away should not take as long to notice as an answer takes to write
             timeout = Timeout(self.timeout, connect=min(self.timeout, 10.0))
-            client = AsyncOpenAI(
-                base_url=self.base_url, api_key=self.api_key, timeout=timeout, max_retries=self.max_retries
-            )
+            server = {"base_url": self.base_url, "api_key": self.api_key}
+            client = AsyncOpenAI(**server, timeout=timeout, max_retries=self.max_retries)
             self._connections[loop] = _Connection(client, asyncio.Semaphore(self.max_concurrency))
         connection = self._connections[loop]
         connection.users += 1
@@ -159,15 +145,11 @@ class ChatModel:
         try:
             return await request
         except openai.APITimeoutError as error:
-            raise self._error(
-                f"gave no answer within {self.timeout:g} seconds, in {tries}. Look whether it is overloaded: lower "
-                "max_concurrency, or raise timeout."
-            ) from error
+            advice = "Look whether it is overloaded: lower max_concurrency, or raise timeout."
+            raise self._error(f"gave no answer within {self.timeout:g} seconds, in {tries}. {advice}") from error
         except openai.APIConnectionError as error:
-            raise self._error(
-                f"cannot be reached, in {tries}: {error.__cause__ or error}. Look whether it runs, and whether "
-                "base_url is right."
-            ) from error
+            reason = f"{error.__cause__ or error}. Look whether it runs, and whether base_url is right."
+            raise self._error(f"cannot be reached, in {tries}: {reason}") from error
         except openai.APIStatusError as error:
             hint = " Check base_url and model. The former mostly ends in /v1." if error.status_code == 404 else ""
             raise self._error(f"answered with status {error.status_code}: {error.message[:1000]}{hint}") from error

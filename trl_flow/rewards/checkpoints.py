@@ -1,8 +1,6 @@
 """
-Where the weights of reward models come from: the Hub, a folder or a file.
-
-Models in transformers' layout are loaded by transformers, torch files in another layout as a dictionary of tensors for
-the caller to convert. Whatever goes wrong is one `CheckpointError` that names the source and the way out.
+Where the weights of reward models come from: the Hub, a folder or a file. Whatever goes wrong is one `CheckpointError`
+that names the source and the way out.
 """
 
 import re
@@ -43,10 +41,8 @@ def find_file(source: str, filename: str, *, revision: str | None, token: str | 
         if (path / filename).is_file():
             return path / filename
         found = ", ".join(sorted(entry.name for entry in path.iterdir())[:_NAMES]) or "nothing"
-        raise CheckpointError(
-            f"the folder {source} has no file {filename} (it has {found}). Put the file there, or give its path "
-            "instead of the folder's."
-        )
+        advice = "Put the file there, or give its path instead of the folder's."
+        raise CheckpointError(f"the folder {source} has no file {filename} (it has {found}). {advice}")
     try:
         return Path(hf_hub_download(source, filename, revision=revision, token=token))
     except Exception as error:
@@ -55,8 +51,8 @@ def find_file(source: str, filename: str, *, revision: str | None, token: str | 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """
-    The tensors in a torch or safetensors file, on the CPU. Nothing but tensors is unpickled. A dictionary inside under
-    `state_dict` or `model`, where training scripts put it, is taken out.
+    The tensors in a torch or safetensors file, on the CPU, from under `state_dict` or `model` where training scripts
+    put them. Nothing but tensors is unpickled.
     """
     try:
         if path.suffix == ".safetensors":
@@ -64,19 +60,17 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different one for every kind of damage
         raise CheckpointError(
-            f"{path} cannot be read as a file of tensors ({_short(error)}). It is damaged or only partly downloaded, "
-            "or holds other objects, which are not loaded because they could run any code: download it again, or save "
-            "its state dict alone, torch.save(checkpoint['state_dict'], path)."
+            f"{path} cannot be read as a file of tensors ({_short(error)}). It is only partly downloaded, or holds "
+            "other objects, which are not loaded because they could run any code: download it again, or save its "
+            "state dict alone, torch.save(checkpoint['state_dict'], path)."
         ) from error
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     if not isinstance(content, dict) or not content or not all(map(torch.is_tensor, content.values())):
         names = f" with {_listed([*map(str, content)]) or 'nothing in it'}" if isinstance(content, dict) else ""
-        raise CheckpointError(
-            f"{path} holds a {type(content).__name__}{names} instead of a state dict, names with tensors. Give the "
-            "file of weights that the reward's authors published."
-        )
+        problem = f"a {type(content).__name__}{names} instead of a state dict, names with tensors"
+        raise CheckpointError(f"{path} holds {problem}. Give the file of weights that the reward's authors published.")
     return dict(content)
 
 
@@ -85,8 +79,7 @@ def load_pretrained(
 ) -> Pretrained:
     """
     `cls.from_pretrained` for models (in float32 and evaluation mode, on the CPU), tokenizers and image processors, of
-    a Hub id or folder. Where transformers would only warn and leave parameters random, because the checkpoint does not
-    have them or has them in another shape, this raises.
+    a Hub id or folder. Where transformers would only warn and leave parameters random, this raises.
     """
     is_model = issubclass(cls, PreTrainedModel)
     options = {"revision": revision, "token": token, **(_MODEL_OPTIONS if is_model else {})}
@@ -107,9 +100,8 @@ def build_pretrained(
     cls: type[Pretrained], config: PreTrainedConfig, tensors: dict[str, torch.Tensor], *, source: str, **kwargs: Any
 ) -> Pretrained:
     """
-    The transformers model of class `cls` with `config` and with `tensors`, a state dict of any dtype, as its weights:
-    in float32 and evaluation mode, on the CPU. None may be missing, of another shape or left over. `source` is for
-    errors.
+    The model of class `cls` with `config` and `tensors`, a state dict of any dtype, in float32 and evaluation mode, on
+    the CPU. None may be missing, of another shape or left over. `source` is for errors.
     """
     with _without_report():
         model, info = cls.from_pretrained(None, config=config, state_dict=tensors, **_MODEL_OPTIONS, **kwargs)
@@ -137,10 +129,8 @@ def sizes_read_from(tensors: dict[str, torch.Tensor], *, source: str, kind: str,
     try:
         yield
     except (KeyError, ValueError) as error:
-        raise CheckpointError(
-            f"{source} is no {kind}: {error} is missing or misshapen. It begins with {', '.join(list(tensors)[:3])}. "
-            f"Give {file} that its authors published."
-        ) from error
+        found = f"{error} is missing or misshapen. It begins with {', '.join(list(tensors)[:3])}"
+        raise CheckpointError(f"{source} is no {kind}: {found}. Give {file} that its authors published.") from error
 
 
 def number_of(pattern: str, tensors: dict[str, torch.Tensor]) -> int:
@@ -172,19 +162,13 @@ def _check_fit(source: str, info: dict[str, Any]) -> None:
     faults = ("misses", "has another shape for", "has the unknown")
     names = (info["missing_keys"], mismatched, info["unexpected_keys"])
     if found := [f"it {fault} {_listed(sorted(some))}" for fault, some in zip(faults, names, strict=True) if some]:
-        raise CheckpointError(
-            f"{source} does not have the layout that was expected: {'; '.join(found)}. Give the checkpoint that the "
-            "reward's authors published, or one of the same architecture."
-        )
+        advice = "Give the checkpoint that the reward's authors published, or one of the same architecture."
+        raise CheckpointError(f"{source} does not have the layout that was expected: {'; '.join(found)}. {advice}")
 
 
 def _explained(error: Exception, source: str, revision: str | None, filename: str = "") -> CheckpointError:
-    """What went wrong with a repository, in terms of what the user can do."""
     if Path(source).expanduser().exists():
-        reason = (
-            "lacks a file that is needed, or has a damaged one. Compare it with what the reward's authors published, "
-            "and copy all of it"
-        )
+        reason = "lacks a file that is needed, or has a damaged one. Copy all that the reward's authors published"
     elif source.startswith((".", "/", "~")) or source.count("/") != 1:
         reason = "is neither an existing file or folder nor the id of a repository on the Hub. Check the path"
     else:

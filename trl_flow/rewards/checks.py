@@ -7,6 +7,7 @@ A reward function is any callable, sync or async, that takes keywords and return
 
 import functools
 import inspect
+import itertools
 import math
 import numbers
 import reprlib
@@ -45,8 +46,7 @@ def is_async(func: RewardFunc) -> bool:
 
 
 def reward_name(func: RewardFunc) -> str:
-    """What `func` is called in metrics, as in TRL: its `__name__`, that of the function inside a
-    `functools.partial`, or else the name of its class."""
+    """What metrics call `func`, as in TRL: its `__name__`, that of the function inside a partial, or its class's."""
     func = _unwrap(func)
     return getattr(func, "__name__", type(func).__name__)
 
@@ -55,12 +55,9 @@ def reward_names(funcs: Iterable[RewardFunc]) -> list[str]:
     """One name per function, all different: the second function called `name` becomes `name_2`, the third `name_3`."""
     names: list[str] = []
     for func in funcs:
-        name = base = reward_name(func)
-        number = 1
-        while name in names:
-            number += 1
-            name = f"{base}_{number}"
-        names.append(name)
+        base = reward_name(func)
+        numbered = (base if number == 1 else f"{base}_{number}" for number in itertools.count(1))
+        names.append(next(name for name in numbered if name not in names))
     return names
 
 
@@ -71,19 +68,17 @@ def is_dense(func: RewardFunc) -> bool:
     """
     dense = getattr(func, "dense", getattr(_unwrap(func), "dense", True))
     if not isinstance(dense, bool):
+        expected = "must be True, or False if it cannot score unfinished images"
         raise TypeError(
-            f"The attribute `dense` of the reward function '{reward_name(func)}' is {dense!r}, but must be True, or "
-            "False if it cannot score unfinished images."
+            f"The attribute `dense` of the reward function '{reward_name(func)}' is {dense!r}, but {expected}."
         )
     return dense
 
 
 def check_reward_func(func: RewardFunc, columns: Iterable[str]) -> None:
     """
-    Refuses a reward function that could not be called with a data set of these columns, before anything is computed.
-    `prompt` is passed as `prompts`, all others under their own names.
-
-    A callable without a readable signature (some built in C) is let through.
+    Refuses a reward function that could not be called with a data set of these columns, of which `prompt` is passed as
+    `prompts`, all others under their own names. One without a readable signature (some built in C) is let through.
 
     Raises:
         TypeError: if `func` is no callable, is a class, does not take the keywords it is called with, or has an
@@ -92,17 +87,14 @@ def check_reward_func(func: RewardFunc, columns: Iterable[str]) -> None:
             function is given.
     """
     if inspect.isclass(func):
-        raise TypeError(
-            f"The reward function {func.__name__} is a class, and an object of it is needed: "
-            f"pass {func.__name__}(...) instead of {func.__name__}."
-        )
+        advice = f"pass {func.__name__}(...) instead of {func.__name__}"
+        raise TypeError(f"The reward function {func.__name__} is a class, and an object of it is needed: {advice}.")
     if not callable(func):
         raise TypeError(
             f"A reward function must be a callable, but {_short.repr(func)} is of type {type(func).__name__}. Pass a "
             "function `def reward(prompts, images, **kwargs)` that returns one number per image, or an object with "
             "such a `__call__`."
         )
-
     is_dense(func)
     columns = [column for column in columns if column != "prompt"]
     if taken := [column for column in columns if column in RESERVED_COLUMNS]:
@@ -119,10 +111,9 @@ def check_reward_func(func: RewardFunc, columns: Iterable[str]) -> None:
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     for p in (p for p in named if p.default is p.empty):
         if p.kind is p.POSITIONAL_ONLY:
-            raise TypeError(
-                f"The reward function '{name}' takes '{p.name}' by position only, but reward functions are called by "
-                "keyword: reward(prompts=..., images=..., ...). Remove the '/' from its signature."
-            )
+            why = "reward functions are called by keyword: reward(prompts=..., images=..., ...)"
+            advice = "Remove the '/' from its signature."
+            raise TypeError(f"The reward function '{name}' takes '{p.name}' by position only, but {why}. {advice}")
         if p.name not in given:
             raise ValueError(
                 f"The reward function '{name}' needs a column '{p.name}', which the data set does not have. "
@@ -131,25 +122,21 @@ def check_reward_func(func: RewardFunc, columns: Iterable[str]) -> None:
     keywords = {p.name for p in named if p.kind is not p.POSITIONAL_ONLY}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     if not takes_any and (refused := [key for key in given if key not in keywords]):
-        raise TypeError(
-            f"The reward function '{name}' does not accept {refused}, which it is called with. End its parameters "
-            "with **kwargs: def reward(prompts, images, **kwargs)."
-        )
+        advice = "End its parameters with **kwargs: def reward(prompts, images, **kwargs)."
+        raise TypeError(f"The reward function '{name}' does not accept {refused}, which it is called with. {advice}")
 
 
 def check_rewards(result: Any, name: str, prompts: list[str]) -> list[float]:
     """
-    What the reward function `name` returned for `prompts`, as one float per image: NaN where it returned None, which
-    means that it does not apply. True and False count as 1 and 0. A `RewardError` if it is anything but a list, tuple,
-    array or tensor of one finite number (or None) per prompt.
+    What the reward function `name` returned for `prompts`, as one float per image: NaN where it returned None. A
+    `RewardError` if it is anything but a list, tuple, array or tensor of one finite number (or None) per prompt.
     """
     if isinstance(result, torch.Tensor | np.ndarray):
         result = result.tolist()
     if not isinstance(result, list | tuple):
         raise RewardError(
             f"The reward function '{name}' returned {_short.repr(result)} of type {type(result).__name__}. Return a "
-            f"list (or a one-dimensional array or tensor) with one number or None per image, {len(prompts)} in this "
-            "call."
+            f"list (or a 1-dimensional array or tensor) of one number or None per image, {len(prompts)} in this call."
         )
     if len(result) != len(prompts):
         raise RewardError(
@@ -169,12 +156,10 @@ def _number(value: Any, name: str, prompt: str, index: int) -> float:
     elif abs(value) > _LARGEST:
         problem, advice = "beyond the range of float32", "Look for a division by 0 or an overflow in it"
     elif math.isnan(value):
-        problem, advice = (
-            "not a number",
-            (
-                "Look for 0/0 in it, or for a model that overflows in its precision (try dtype=torch.bfloat16 or "
-                "torch.float32), or return None for images that it cannot judge"
-            ),
+        problem = "not a number"
+        advice = (
+            "Look for 0/0 in it, or for a model that overflows in its precision (try dtype=torch.bfloat16 or "
+            "torch.float32), or return None for images that it cannot judge"
         )
     else:
         return float(value)

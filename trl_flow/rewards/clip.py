@@ -1,4 +1,4 @@
-"""What the rewards that compare an image with a text in CLIP have in common."""
+"""Rewards that compare an image with a text in CLIP: CLIPScore, PickScore, and what they share with HPSv2."""
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, PreTrainedTokenizerBase
 
-from trl_flow.rewards.base import CheckpointError, HubReward, Images
+from trl_flow.rewards.base import CheckpointError, Columns, HubReward, Images, RewardInfo
 from trl_flow.rewards.checkpoints import load_pretrained
 from trl_flow.rewards.pixels import without_ends
 
@@ -17,15 +17,15 @@ Preprocess = Callable[[Images], torch.Tensor]
 # transformers finds the end of a text by its highest token for models whose configuration says 2, as older ones do
 _OLD_EOS = 2
 
+DFN5B = "apple/DFN5B-CLIP-ViT-H-14-378"
+
 
 @dataclass(frozen=True)
 class CLIPScorer:
     """
-    A CLIP model with what it needs to read prompts and images.
-
-    `preprocess` makes `N` RGB images into pixels, `(N, 3, H, W)` in float32. `logit_scale` is the factor by which the
-    model was trained to multiply cosines, 100 for most; kept aside because the rounding of its logarithm to bfloat16
-    would be an error of 1 %.
+    A CLIP model with what it needs to read prompts and images. `preprocess` makes `N` RGB images into pixels,
+    `(N, 3, H, W)` in float32. `logit_scale` is the factor by which the model was trained to multiply cosines; kept
+    aside because the rounding of its logarithm to bfloat16 would be an error of 1 %.
     """
 
     model: CLIPModel
@@ -72,6 +72,61 @@ class CLIPReward(HubReward):
         return clip_scorer(model, tokenizer, preprocess, device=device, dtype=self.dtype)
 
 
+@dataclass(eq=False)
+class CLIPScoreReward(CLIPReward):
+    """
+    CLIPScore (Hessel et al., 2021, https://huggingface.co/papers/2104.08718) as text-to-image papers report it and
+    torchmetrics computes it: `max(100 cos(E(prompt), E(image)), 0)`.
+
+    The paper itself (equation 1) has a factor of 2.5, puts "A photo depicts" before each text and uses CLIP ViT-B/32;
+    others leave the cosine as it is. DanceGRPO and SLAS train on that of Apple's DFN5B ViT-H/14 at 378 pixels, which
+    recipes name `clipscore_dfn5b`; its weights are for research only.
+
+    Args:
+        model (`str`, defaults to `"openai/clip-vit-large-patch14"`): Hub id or folder of a `CLIPModel`.
+        processor (`str`, *optional*): Hub id or folder of the image processor and tokenizer; by default `model`.
+        processor_revision (`str`, *optional*): Branch, tag or commit of `processor`, if there is one.
+        revision, token, device, dtype, batch_size: As in [`HubReward`].
+    """
+
+    info = RewardInfo.of("CLIPScoreReward")
+    __name__ = "clipscore"
+
+    model: str = "openai/clip-vit-large-patch14"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.model == DFN5B:
+            self.__name__ = "clipscore_dfn5b"  # beside OpenAI's in one run's metrics
+
+    def _score(self, loaded: CLIPScorer, prompts: list[str], images: Images, columns: Columns) -> torch.Tensor:
+        return 100 * loaded.cosines(prompts, images).clamp(min=0)
+
+
+@dataclass(eq=False)
+class PickScoreReward(CLIPReward):
+    """
+    PickScore (Kirstain et al., 2023, https://huggingface.co/papers/2305.01569, section 4): `exp(t) cos(E(prompt),
+    E(image))` in a CLIP ViT-H/14 tuned on the choices of Pick-a-Pic. Its learned factor `exp(t)` is 100. Values are
+    the published ones; some programs divide them by 26 or 100.
+
+    Args:
+        model (`str`, defaults to `"yuvalkirstain/PickScore_v1"`): Hub id or folder of a `CLIPModel`.
+        processor (`str`, defaults to `"laion/CLIP-ViT-H-14-laion2B-s32B-b79K"`), processor_revision (`str`,
+            *optional*): Hub id or folder of its image processor and tokenizer, and their branch, tag or commit.
+        revision, token, device, dtype, batch_size: As in [`HubReward`].
+    """
+
+    info = RewardInfo.of("PickScoreReward")
+    __name__ = "pickscore"
+
+    model: str = "yuvalkirstain/PickScore_v1"
+    processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+
+    def _score(self, loaded: CLIPScorer, prompts: list[str], images: Images, columns: Columns) -> torch.Tensor:
+        return loaded.logit_scale * loaded.cosines(prompts, images)
+
+
 def clip_scorer(
     model: CLIPModel, tokenizer: PreTrainedTokenizerBase, preprocess: Preprocess, *, device: torch.device,
     dtype: torch.dtype,
@@ -82,10 +137,7 @@ def clip_scorer(
 
 
 def load_clip_preprocess(source: str, *, revision: str | None, token: str | bool | None) -> Preprocess:
-    """
-    What `source` says is to be done to images, by Pillow: with torchvision, which transformers takes where it is
-    installed, the pixels differ.
-    """
+    """What `source` says is to be done to images, by Pillow: the pixels differ with torchvision."""
     processor = load_pretrained(CLIPImageProcessorPil, source, revision=revision, token=token)
 
     def preprocess(images: Images) -> torch.Tensor:
@@ -98,10 +150,7 @@ def load_clip_preprocess(source: str, *, revision: str | None, token: str | bool
 def load_clip_tokenizer(
     source: str, model: CLIPModel, *, revision: str | None, token: str | bool | None
 ) -> PreTrainedTokenizerBase:
-    """
-    The tokenizer for `model`. A `CheckpointError` if it is not the one of that model: its texts would be read at the
-    wrong place, and every score be wrong without a sign.
-    """
+    """The tokenizer for `model`. A `CheckpointError` if it is another's: every score would be wrong without a sign."""
     tokenizer = load_pretrained(CLIPTokenizer, source, revision=revision, token=token)
     config = model.config.text_config
     end = config.vocab_size - 1 if config.eos_token_id == _OLD_EOS else config.eos_token_id

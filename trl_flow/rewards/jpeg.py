@@ -14,8 +14,8 @@ class JPEGIncompressibilityReward:
     """
     Size of the image, in RGB, as a JPEG file in kilobytes (1000 bytes, as in DDPO): the more detail, the higher.
 
-    Values are positive. They start at the size of an empty JPEG file, about 0.6 kB for the smallest image and growing
-    with its area, and reach about 1.2 kB per 1000 pixels for noise at quality 95.
+    Values go from the size of an empty JPEG file, about 0.6 kB for the smallest image and growing with its area, to
+    about 1.2 kB per 1000 pixels, for noise at quality 95.
 
     Args:
         quality (`int`, defaults to 95): JPEG quality from 1 to 100. 95 is DDPO's.
@@ -31,21 +31,19 @@ class JPEGIncompressibilityReward:
         self.__name__ = "jpeg_incompressibility"
 
     def __call__(self, prompts: list[str], images: list[Image.Image], **kwargs) -> list[float]:
-        return [self._kilobytes(image) for image in images]
-
-    def _kilobytes(self, image: Image.Image) -> float:
-        buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, format="JPEG", quality=self.quality)
-        return buffer.tell() / 1000
+        sizes = []
+        for image in images:
+            image.convert("RGB").save(file := io.BytesIO(), format="JPEG", quality=self.quality)
+            sizes.append(file.tell() / 1000)
+        return sizes
 
 
 class JPEGCompressibilityReward(JPEGIncompressibilityReward):
     """
     `offset` minus the size of the image as a JPEG file in kilobytes: the smoother, the higher.
 
-    Without an offset values are negative and at most about -0.6, as in DDPO. Group advantages do not depend on the
-    offset. VGPO's value weights do: they are ratios of rewards and ask for positive ones, so give an offset above the
-    largest size there ([`JPEGIncompressibilityReward`] measures it).
+    Without an offset values are at most about -0.6, as in DDPO. VGPO's value weights are ratios of rewards and ask for
+    positive ones: give an offset above the largest size there ([`JPEGIncompressibilityReward`] measures it).
 
     Args:
         quality (`int`, defaults to 95): JPEG quality from 1 to 100. 95 is DDPO's.

@@ -30,15 +30,11 @@ class Question:
     # Of the first request and of the second. At 0 the second answer would be the first one again
     _temperatures: ClassVar[tuple[float, ...]] = (0.0, 0.7)
 
-    def __init__(self, prompt_template: str, parse: Callable[[str], Any], max_tokens: int, **server: Any):
+    def __init__(self, prompt_template: str, parse: Callable[[str], Any], *, max_tokens: int = 4096, **server: Any):
         if not isinstance(prompt_template, str) or not callable(parse):
-            raise TypeError(
-                "A judge needs a text and a function that reads the answer, but was given "
-                f"{prompt_template!r} and {parse!r}."
-            )
-        self.prompt_template = prompt_template
-        self.parse = parse
-        self.max_tokens = max_tokens
+            needed = "a text and a function that reads the answer"
+            raise TypeError(f"A judge needs {needed}, but was given {prompt_template!r} and {parse!r}.")
+        self.prompt_template, self.parse, self.max_tokens = prompt_template, parse, max_tokens
         self.chat = ChatModel(**server)
 
     async def _ask(self, prompt: str, *images: Image.Image) -> tuple[Any, str]:
@@ -65,11 +61,9 @@ class VLMJudgeReward(Question):
     The score that a vision-language model gives each image, asked by a prompt of your own.
 
     An asynchronous reward function: all images of a call are judged at the same time, and besides the other reward
-    functions. Greedy decoding, so that equal images get equal scores as far as the server is deterministic.
-
-    An answer that cannot be read is asked for once more, at temperature 0.7. If that cannot be read either the score
-    is `None`, a warning shows the answer, and the share of such images is logged as `{name}/unreadable`. If not one
-    answer of a call with two images or more can be read, the prompt and the model do not fit, and that is an error.
+    functions, by greedy decoding. An answer that cannot be read is asked for once more, at temperature 0.7. If that
+    cannot be read either the score is `None`, a warning shows the answer, and the share of such images is logged as
+    `{name}/unreadable`. If no answer to two images or more can be read, that is an error.
 
     Args:
         prompt_template (`str`): what the model is asked, after the image; `{prompt}` stands for its prompt.
@@ -100,7 +94,7 @@ class VLMJudgeReward(Question):
         low, high = range
         if not low < high:
             raise ValueError(f"range is {range!r}, but must be the smallest and the largest score, in that order.")
-        super().__init__(prompt_template, parse, max_tokens, **server)
+        super().__init__(prompt_template, parse, max_tokens=max_tokens, **server)
         self.info = dataclasses.replace(self.info, range=(low, high))
         self.__name__ = name
 
@@ -132,8 +126,7 @@ class UnifiedReward(VLMJudgeReward):
               UnifiedReward's own script. Better founded, and several times slower.
             - `"alignment"`, `"coherence"`, `"style"`: one of the three scores of UnifiedReward 2.0
               (`CodeGoat24/UnifiedReward-2.0-qwen-7b` and its other sizes).
-        max_tokens (`int`, defaults to 1024): length of an answer.
-        server: as in [`VLMJudgeReward`].
+        max_tokens, server: as in [`VLMJudgeReward`].
 
     Raises:
         ValueError: if `score` is none of these.
@@ -142,7 +135,7 @@ class UnifiedReward(VLMJudgeReward):
 
     info = RewardInfo.of("UnifiedReward")
 
-    def __init__(self, score: UnifiedRewardScore = "overall", *, max_tokens: int = 1024, **server: Any):
+    def __init__(self, score: UnifiedRewardScore = "overall", **server: Any):
         check_choice("score", score, UnifiedRewardScore, "UnifiedReward")
         prompt, parse = judge_prompts.UNIFIED_REWARD_AXES, partial(judge_prompts.axis_score, axis=score)
         if score.startswith("overall"):
@@ -150,7 +143,7 @@ class UnifiedReward(VLMJudgeReward):
         if score == "overall_with_elements":
             prompt = judge_prompts.UNIFIED_REWARD_SCORE_WITH_ELEMENTS
         name = "unifiedreward" if score == "overall" else f"unifiedreward_{score}"
-        super().__init__(prompt, parse, name=name, range=self.info.range, max_tokens=max_tokens, **server)
+        super().__init__(prompt, parse, name=name, range=self.info.range, **server)
 
 
 class DeQAReward(VLMJudgeReward):
@@ -159,11 +152,8 @@ class DeQAReward(VLMJudgeReward):
     https://huggingface.co/papers/2501.11561).
 
     The model completes "The quality of the image is". With the probabilities that it gives the five words excellent
-    (5), good (4), fair (3), poor (2) and bad (1) for the next one, the score is the mean of their values. They are
-    taken from the 20 most probable tokens that the server lists; of those beyond, the probability is as good as 0.
-
-    Where a server gives no probabilities, or none of the five words is among the 20, the word that the answer begins
-    with counts, as a whole number.
+    (5), good (4), fair (3), poor (2) and bad (1) for the next one, among the 20 most probable tokens that the server
+    lists, the score is the mean of their values. Where there are none the word that the answer begins with counts.
 
     The published model is `zhiyuanyou/DeQA-Score-Mix3`, an mPLUG-Owl2 with code of its own: make sure that your server
     can load it. Another vision-language model gives scores on the same scale, but not DeQA's.
@@ -194,12 +184,10 @@ class DeQAReward(VLMJudgeReward):
         tokens = choice.logprobs.content if choice.logprobs else None
         weights = dict.fromkeys(DEQA_LEVELS, 0.0)
         for candidate in tokens[0].top_logprobs if tokens else ():
-            # Some servers write a token's leading space as its tokenizer does
-            word = candidate.token.strip(" ▁Ġ").lower()
+            word = candidate.token.strip(" ▁Ġ").lower()  # some servers write spaces as the tokenizer does
             if word in weights:
                 weights[word] += math.exp(candidate.logprob)
-        total = sum(weights.values())
-        if total == 0:
+        if not (total := sum(weights.values())):
             return self.parse(text)
         return sum(DEQA_LEVELS[word] * weight for word, weight in weights.items()) / total
 
@@ -211,9 +199,7 @@ def _first_level(answer: str) -> float | None:
 
 def report_unreadable(name: str, unreadable: list[str], total: int, log_metric: Callable | None) -> None:
     """Logs the share of answers to `name` that could not be read; a `JudgeError` if that is all of several."""
-    if not total:
-        return
-    if log_metric is not None:
+    if total and log_metric is not None:
         log_metric(f"{name}/unreadable", len(unreadable) / total)
     if not unreadable:
         return
@@ -221,7 +207,6 @@ def report_unreadable(name: str, unreadable: list[str], total: int, log_metric: 
     if len(unreadable) == total > 1:
         raise JudgeError(
             f"Not one of the {total} answers to '{name}' can be read. The first begins {example}. Look whether the "
-            "model that is served is the one that the prompt was written for, and whether max_tokens cuts its answers "
-            "off."
+            "prompt was written for the model that is served, and whether max_tokens cuts its answers off."
         )
     logger.warning(f"{len(unreadable)} of {total} answers to '{name}' cannot be read. The first begins {example}")

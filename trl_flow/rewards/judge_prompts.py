@@ -18,16 +18,11 @@ Preference = Literal["a", "b", "tie"]
 _LINES: dict[str, list[str]] = json.loads(Path(__file__).with_name("judge_prompts.json").read_text(encoding="utf-8"))
 _PROMPTS = {name: "\n".join(lines) for name, lines in _LINES.items()}
 
-# One score, answered at once: the wording of Flow-GRPO and of the papers that evaluate as it does
-UNIFIED_REWARD_SCORE = _PROMPTS["score"]
-# One score, after a list of what is in the image: the wording of UnifiedReward's own script
-UNIFIED_REWARD_SCORE_WITH_ELEMENTS = _PROMPTS["score_with_elements"]
-# Three scores, of UnifiedReward 2.0
-UNIFIED_REWARD_AXES = _PROMPTS["axes"]
-# Which of two images is better, of UnifiedReward
-UNIFIED_REWARD_PAIR = _PROMPTS["pair"]
-# The same after a chain of thought, of UnifiedReward-Think, the judge of Pref-GRPO
-UNIFIED_REWARD_THINK_PAIR = _PROMPTS["think_pair"]
+UNIFIED_REWARD_SCORE = _PROMPTS["score"]  # answered at once: the wording of Flow-GRPO and the papers after it
+UNIFIED_REWARD_SCORE_WITH_ELEMENTS = _PROMPTS["score_with_elements"]  # the wording of UnifiedReward's own script
+UNIFIED_REWARD_AXES = _PROMPTS["axes"]  # three scores, of UnifiedReward 2.0
+UNIFIED_REWARD_PAIR = _PROMPTS["pair"]  # which of two images is better, of UnifiedReward
+UNIFIED_REWARD_THINK_PAIR = _PROMPTS["think_pair"]  # of UnifiedReward-Think, the judge of Pref-GRPO
 
 DEQA_QUESTION = "How would you rate the quality of this image?"
 DEQA_ANSWER_PREFIX = "The quality of the image is"

@@ -18,13 +18,10 @@ NAMED_REWARDS: dict[str, tuple[str, ...]] = {
 
 def named_reward(name: str) -> Any:
     """
-    The reward function that `name` stands for.
-
-    Args:
-        name (`str`): a key of `NAMED_REWARDS`, a dotted import path such as `my_rewards.brightness`, looked for in
-            the current folder too (a class is called without arguments), or the address of a reward server: of several
-            separated by commas, and with a reward's name behind a `#` if they offer more than one, as in
-            `http://one:8000,http://two:8000#pickscore`.
+    The reward function that `name` stands for: a key of `NAMED_REWARDS`, a dotted import path such as
+    `my_rewards.brightness`, looked for in the current folder too (a class is called without arguments), or the address
+    of a reward server: of several separated by commas, and with a reward's name behind a `#` if they offer more than
+    one, as in `http://one:8000,http://two:8000#pickscore`.
 
     Raises:
         ValueError: if there is no such function, naming the nearest that there is.

@@ -11,19 +11,11 @@ from trl_flow.rewards.base import Columns, Images, ModelReward, RewardInfo, chec
 
 def text_score(recognized: str, target: str) -> float:
     """
-    Flow-GRPO's score of a text that was read in an image, in `[0, 1]`.
+    Flow-GRPO's score of what was `recognized` in an image where `target` should stand, in `[0, 1]`.
 
-    Both texts in lower case and without white space, it is `1 - min(d, n) / n`, with `d` the edit distance
-    (Levenshtein) between them and `n` the length of the target. It is 1 where the target is part of the text read:
-    other text in the image costs nothing then.
-
-    Args:
-        recognized (`str`): all that was read in the image.
-        target (`str`): what should stand there.
-
-    Raises:
-        ValueError: if `target` is empty or white space.
-        ImportError: if rapidfuzz is missing.
+    Both in lower case and without white space, it is `1 - min(d, n) / n`, with `d` the edit distance (Levenshtein)
+    between them and `n` the length of the target, and 1 where the target is part of the text read. A `ValueError` if
+    `target` is empty or white space.
     """
     from rapidfuzz.distance import Levenshtein
 
@@ -42,16 +34,14 @@ class OCRReward(ModelReward):
     rendering (https://huggingface.co/papers/2505.05470), [`text_score`] of what RapidOCR reads.
 
     The text is the entry of the column `text` where the data set has one, else the first one between double quotation
-    marks in the prompt ([`quoted_text`]). `None` in that column means that the prompt asks for no text, and the reward
-    is `None`.
+    marks in the prompt ([`quoted_text`]). Where that column holds `None` the reward is `None`.
 
-    RapidOCR runs PP-OCRv6 (detection and recognition, Latin and Chinese letters, digits) on ONNX, on the CPU. Its
-    models come with the package, and nothing is downloaded. As in Flow-GRPO, which reads with PaddleOCR, images are
-    taken at their own size up to 960 pixels, text must be upright, and lines are put together from top to bottom.
+    RapidOCR runs PP-OCRv6 (Latin and Chinese letters, digits) on ONNX, on the CPU. Its models come with the package.
+    As in Flow-GRPO, which reads with PaddleOCR, images are taken at their own size up to 960 pixels, text must be
+    upright, and lines are put together from top to bottom.
 
     Args:
-        num_threads (`int`, *optional*): CPU threads of one inference; all cores by default. Several processes on one
-            machine should share the cores between them.
+        num_threads (`int`, *optional*): CPU threads of one inference; default: all cores. Processes should share them.
 
     Raises:
         ImportError: if RapidOCR, ONNX Runtime or rapidfuzz is missing.
@@ -92,10 +82,8 @@ class OCRReward(ModelReward):
         targets = columns["text"] if "text" in columns else [quoted_text(prompt) for prompt in prompts]
         for prompt, target in zip(prompts, targets, strict=True):
             if target is not None and not isinstance(target, str):
-                raise TypeError(
-                    f"The column `text` holds {target!r} of type {type(target).__name__} for the prompt {prompt!r}. "
-                    "Give the text that its image should show, or None."
-                )
+                held = f"{target!r} of type {type(target).__name__} for the prompt {prompt!r}"
+                raise TypeError(f"The column `text` holds {held}. Give the text that its image should show, or None.")
         return [
             None if target is None else text_score(_read(loaded, image), target)
             for image, target in zip(images, targets, strict=True)

@@ -12,10 +12,7 @@ _LONGEST = 64
 
 
 def without_ends(image: Image.Image) -> Image.Image:
-    """
-    What of an image can be seen when its middle is cropped to a square: all, but of one that is more than 64 times as
-    long as wide only the middle.
-    """
+    """An image; but of one that is more than 64 times as long as wide only the middle, which a crop will show."""
     margins = [max(side - _LONGEST * min(image.size), 0) // 2 for side in image.size]
     if not any(margins):
         return image
@@ -25,9 +22,8 @@ def without_ends(image: Image.Image) -> Image.Image:
 def fill_and_crop(image: Image.Image, size: int) -> torch.Tensor:
     """
     Scales an RGB image with Pillow's bicubic filter until its shorter side has `size` pixels, takes the middle and
-    normalizes it: `(3, size, size)` in float32. It is what OpenAI's CLIP does, and those who built on it.
-
-    (`CLIPImageProcessor` rounds margins down where these round them: one pixel apart in some sizes.)
+    normalizes it: `(3, size, size)` in float32. It is what OpenAI's CLIP does (`CLIPImageProcessor` rounds margins
+    down where this rounds them: one pixel apart in some sizes).
     """
     image = without_ends(image)
     short = min(image.size)
@@ -41,9 +37,8 @@ def fill_and_crop(image: Image.Image, size: int) -> torch.Tensor:
 def fit_and_pad(image: Image.Image, size: int) -> torch.Tensor:
     """
     Scales an RGB image until its longer side has `size` pixels, with a bicubic filter that is widened for shrinking,
-    centers it on black and normalizes it: `(3, size, size)` in float32. It is what HPSv2 does.
-
-    Values between the 256 steps are kept, and so is what overshoots, where Pillow would round and cut.
+    centers it on black and normalizes it: `(3, size, size)` in float32. It is what HPSv2 does. Values between the 256
+    steps and overshoots are kept, where Pillow would round and cut.
     """
     pixels = _tensor(image)
     scale = size / max(image.size)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from trl_flow.rewards.base import RewardInfo, all_at_once, check_callable
+from trl_flow.rewards.base import Images, RewardInfo, all_at_once, check_callable
 from trl_flow.rewards.judge import Question, UnreadableAnswer, report_unreadable
 from trl_flow.rewards.judge_prompts import UNIFIED_REWARD_PAIR, UNIFIED_REWARD_THINK_PAIR, Preference, preferred_image
 
@@ -42,11 +42,6 @@ class VLMComparer(Question):
         UnreadableAnswer: on a call, if the second answer cannot be read either.
     """
 
-    def __init__(
-        self, prompt_template: str, parse: Callable[[str], Outcome | None], *, max_tokens: int = 4096, **server: Any
-    ):
-        super().__init__(prompt_template, parse, max_tokens, **server)
-
     async def __call__(self, prompt: str, image_a: Image.Image, image_b: Image.Image) -> Outcome:
         outcome, answer = await self._ask(prompt, image_a, image_b)
         if outcome is None:
@@ -64,13 +59,11 @@ class UnifiedRewardComparer(VLMComparer):
             `CodeGoat24/UnifiedReward-qwen-7b` (https://huggingface.co/papers/2503.05236): the answer is a sentence,
             and may be a tie. Where vLLM does not take two images in a request by itself, start it with
             `--limit-mm-per-prompt.image 2`.
-        max_tokens (`int`, defaults to 4096): length of an answer.
-        server: as in [`VLMComparer`].
+        max_tokens, server: as in [`VLMComparer`].
     """
 
-    def __init__(self, think: bool = True, *, max_tokens: int = 4096, **server: Any):
-        template = UNIFIED_REWARD_THINK_PAIR if think else UNIFIED_REWARD_PAIR
-        super().__init__(template, preferred_image, max_tokens=max_tokens, **server)
+    def __init__(self, think: bool = True, **server: Any):
+        super().__init__(UNIFIED_REWARD_THINK_PAIR if think else UNIFIED_REWARD_PAIR, preferred_image, **server)
 
 
 class WinRateReward:
@@ -82,11 +75,9 @@ class WinRateReward:
     comparisons (66 for 12 images), and twice as many with `both_orders`. Values of a group add up to `N / 2`
     whatever the images are worth, so that the mean tells nothing about progress: watch another score.
 
-    A group is the images next to each other in a call whose prompts and data set columns are equal. Two equal rows
-    of a data set next to each other therefore count as one group. The trainer hands over whole groups where they lie
-    in one process; with several processes a group that is spread over them is compared part by part, each image with
-    those of its own process. Keep groups together (`per_device_train_batch_size` a multiple of
-    `num_generations`) to have all pairs compared. The only image of its group gets `None`.
+    A group is the images next to each other in a call whose prompts and data set columns are equal. A group that is
+    spread over several processes is compared part by part: keep groups together (`per_device_train_batch_size` a
+    multiple of `num_generations`) to have all pairs compared. The only image of its group gets `None`.
 
     An asynchronous reward function: with an asynchronous comparer all pairs are compared at the same time, with a
     plain one in turn. An answer that cannot be read counts as a tie, as in Pref-GRPO; their share is logged as
@@ -114,9 +105,8 @@ class WinRateReward:
 
     def __init__(self, comparer: Comparer | None = None, *, both_orders: bool = False, **server: Any):
         if comparer is not None and server:
-            raise TypeError(
-                f"WinRateReward was given both a comparer and {', '.join(server)}. Give the latter to the comparer."
-            )
+            both = f"both a comparer and {', '.join(server)}"
+            raise TypeError(f"WinRateReward was given {both}. Give the latter to the comparer.")
         if comparer is not None:
             check_callable("comparer", comparer, " (prompt, image_a, image_b)")
         self.comparer = UnifiedRewardComparer(**server) if comparer is None else comparer
@@ -124,14 +114,9 @@ class WinRateReward:
         self.__name__ = "win_rate"
 
     async def __call__(
-        self,
-        prompts: list[str],
-        images: list[Image.Image],
-        trainer_state: Any = None,
-        log_metric: Callable[[str, float], None] | None = None,
-        log_extra: Any = None,
-        **columns: Any,
-    ) -> list[float | None]:
+        self, prompts: list[str], images: Images, trainer_state: Any = None,
+        log_metric: Callable[[str, float], None] | None = None, log_extra: Any = None, **columns: Any,
+    ) -> list[float | None]:  # fmt: skip
         """
         The shares of `N` images, those of a group next to each other. `columns` are the data set's, lists of `N`
         entries; `log_metric` is given the share of comparisons without a readable answer.
@@ -186,13 +171,11 @@ def _equal(value: Any, other: Any) -> bool:
 
 def _probability(outcome: Any, prompt: str) -> float:
     """The probability that the first image is better."""
-    if isinstance(outcome, str) and outcome in ("a", "b", "tie"):
-        return {"a": 1.0, "b": 0.0, "tie": 0.5}[outcome]
+    if isinstance(outcome, str) and outcome in (known := {"a": 1.0, "b": 0.0, "tie": 0.5}):
+        return known[outcome]
     if isinstance(outcome, torch.Tensor | np.ndarray | np.generic) and outcome.ndim == 0:
         outcome = outcome.item()
     if isinstance(outcome, numbers.Real) and 0 <= outcome <= 1:
         return float(outcome)
-    raise ValueError(
-        f"The comparer returned {outcome!r} for two images of {prompt!r}. It must return 'a', 'b', 'tie' or the "
-        "probability, from 0 to 1, that the first image is better."
-    )
+    expected = "'a', 'b', 'tie' or the probability, from 0 to 1, that the first image is better"
+    raise ValueError(f"The comparer returned {outcome!r} for two images of {prompt!r}. It must return {expected}.")

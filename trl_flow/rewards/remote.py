@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,10 +36,7 @@ class RewardServerError(ConnectionError, RuntimeError):
 
 
 class _Failed(Exception):
-    """
-    An attempt failed in a way that may pass, or that another server may not share. `busy` are the seconds after which
-    a server that is only busy asks to be asked again.
-    """
+    """May pass, or not be so elsewhere. `busy`: seconds after which a server that is only busy asks to be asked."""
 
     def __init__(self, reason: str, busy: float | None = None):
         super().__init__(reason)
@@ -68,35 +66,27 @@ class RemoteReward:
     A reward function that runs on a reward server (`trl-flow serve-rewards`), or the same one on several.
 
     Images are sent as PNG, so that scores are those of the function itself. Several servers are used in turn. One
-    that fails is left alone for a while, longer each time, and what it was asked is asked again elsewhere: a server
-    may be killed, restarted or replaced while training goes on. Its name in metrics, `dense`, `needs_group` and `info`
-    are those that the server tells. What the function itself would log is not.
-
-    The servers are asked when the object is made, so that what is wrong is found before training.
+    that fails is left alone for a while, longer each time, and what it was asked is asked again elsewhere: servers may
+    be killed, restarted or replaced during training. Its name in metrics, `dense`, `needs_group` and `info` are those
+    that the servers tell when the object is made. What the function itself would log is not logged.
 
     Args:
         url (`str` or `Sequence[str]`): Address of the server, such as `http://localhost:8000`, or of several. They
             must offer the same function with the same settings.
         reward (`str`, *optional*): Name of the function, if the server offers several.
-        columns (`Sequence[str]`, *optional*): Columns of the data set that are sent; default: all. They must be such
-            as JSON can hold: name the others' if one cannot (images, say).
+        columns (`Sequence[str]`, *optional*): Columns of the data set that are sent; default: all. They must fit JSON.
         token (`str`, *optional*): The servers' token; default: the environment variable `TRL_FLOW_REWARD_TOKEN`.
-        batch_size (`int`, *optional*):
-            Largest number of images in a request; default: what the servers accept. A batch is spread over the
-            servers in equal parts, between groups where the function compares the images of a group.
-        timeout (`float`, defaults to 120):
-            Seconds to wait for the answer to a request, and for a server that is busy or loads its models.
-        retries (`int`, defaults to 5):
-            How often each server is asked again about the same images before the call fails.
-        backoff (`float`, defaults to 1.0):
-            Seconds for which a server is left alone after its first failure. They double with each further one, up to
-            60. With the defaults a call fails when no server has answered for half a minute.
+        batch_size (`int`, *optional*): Most images in a request; default: what the servers accept. A batch is spread
+            over the servers in equal parts, between groups where the function compares the images of a group.
+        timeout (`float`, defaults to 120): Seconds to wait for an answer, and for a server that is busy or loads.
+        retries (`int`, defaults to 5): How often each server is asked again about the same images.
+        backoff (`float`, defaults to 1.0): Seconds for which a server is left alone after its first failure, doubled
+            with each further one up to 60. By default a call fails when none has answered for half a minute.
 
     Raises:
         ImportError: if the httpx2 package is missing.
         ValueError: if an argument is out of range, no server offers the function, or not all offer the same.
-        RewardServerError: if no server answers, or one refuses the token; on a call also if one refuses what it is
-            sent.
+        RewardServerError: if no server answers, or one refuses the token or what it is sent.
     """
 
     def __init__(
@@ -104,7 +94,7 @@ class RemoteReward:
         token: str | None = None, batch_size: int | None = None, timeout: float = 120.0, retries: int = 5,
         backoff: float = 1.0,
     ):  # fmt: skip
-        httpx2 = require("httpx2", reward="RemoteReward", extra="remote")
+        self._http = require("httpx2", reward="RemoteReward", extra="remote")
         if isinstance(columns, str):
             raise ValueError(f"columns is {columns!r}, but must be a list of names: [{columns!r}].")
         if batch_size is not None:
@@ -113,7 +103,7 @@ class RemoteReward:
         for name, value in (("timeout", timeout), ("backoff", backoff)):
             if not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value!r}, but must be a number of seconds above 0.")
-        urls = [_checked_url(one, httpx2) for one in ([url] if isinstance(url, str) else url)]
+        urls = [_checked_url(one, self._http) for one in ([url] if isinstance(url, str) else url)]
         if not urls or len(set(urls)) < len(urls):
             raise ValueError(f"url is {url!r}, but must be one or more addresses, all different.")
         # Processes of a distributed run begin with different servers
@@ -123,12 +113,10 @@ class RemoteReward:
         token = checked_token(token or os.environ.get(TOKEN_VARIABLE) or None, "The token")
         self._options = {
             "headers": {} if token is None else {"Authorization": f"Bearer {token}"},
-            "verify": httpx2.create_ssl_context(),  # which takes longer than a request
+            "verify": self._http.create_ssl_context(),  # which takes longer than a request
         }
         self.columns = None if columns is None else list(columns)
-        self.timeout = timeout
-        self.retries = retries
-        self.backoff = backoff
+        self.timeout, self.retries, self.backoff = timeout, retries, backoff
         self._reward, self._card = reward, None
         accepted = self._introduce()
         self.__name__ = self._reward
@@ -137,36 +125,28 @@ class RemoteReward:
         info = self._card["info"]
         self.info: RewardInfo | None = None if info is None else RewardInfo.from_json(info)
         if batch_size is not None and batch_size > accepted:
-            raise ValueError(
-                f"batch_size is {batch_size}, but a server accepts {accepted} images in a request (its --max-images)."
-            )
-        # Fixed here: the parts in which a batch is sent may not depend on which servers happen to be there, since
-        # models round differently in batches of another size
+            limit = f"a server accepts {accepted} images in a request (its --max-images)"
+            raise ValueError(f"batch_size is {batch_size}, but {limit}.")
+        # Fixed here: models round differently in batches of another size, which may not depend on who is there
         self.batch_size = batch_size or accepted
 
     async def __call__(self, prompts: list[str], images: Images, **kwargs: Any) -> list[float | None]:
         """
-        `N` scores for `N` prompts and images. Images of a mode that PNG does not have are sent as RGB, and of `kwargs`
-        the lists: the data set's other columns, `N` entries each.
+        `N` scores for `N` prompts and images. Of `kwargs` the lists are sent: the data set's other columns.
 
         Raises:
             RewardServerError: if no server is left, or one refuses what it is sent.
             TypeError: if a column cannot be written as JSON.
             ValueError: if there are not as many prompts as images.
         """
-        import httpx2
-
         if len(prompts) != len(images):
             raise ValueError(f"There are {len(prompts)} prompts for {len(images)} images. Give one for each image.")
-        columns = {
-            name: values
-            for name, values in kwargs.items()
-            if isinstance(values, list | tuple) and (self.columns is None or name in self.columns)
-        }
+        sent = kwargs if self.columns is None else [name for name in kwargs if name in self.columns]
+        columns = {name: kwargs[name] for name in sent if isinstance(kwargs[name], list | tuple)}
         running = asyncio.Semaphore(_REQUESTS_PER_SERVER * len(self._servers))
-        timeout = httpx2.Timeout(self.timeout, connect=min(self.timeout, _CONNECT_TIMEOUT))
+        timeout = self._http.Timeout(self.timeout, connect=min(self.timeout, _CONNECT_TIMEOUT))
         # One for each call: its connections belong to the event loop that opened them
-        async with httpx2.AsyncClient(timeout=timeout, **self._options) as client:
+        async with self._http.AsyncClient(timeout=timeout, **self._options) as client:
 
             async def score(part: slice) -> list[float | None]:
                 async with running:
@@ -179,8 +159,6 @@ class RemoteReward:
 
     async def _score(self, client: Any, form: list[tuple], prompts: list[str]) -> list[float | None]:
         """Asks one server after another, until one answers."""
-        import httpx2
-
         failed = dict.fromkeys(self._servers, 0)
         patient_until = time.monotonic() + self.timeout
         while left := [server for server in self._servers if failed[server] <= self.retries]:
@@ -194,7 +172,7 @@ class RemoteReward:
             try:
                 response = await client.post(f"{server.url}/score", files=form)
                 scores = self._scores(self._read(server, response), prompts)
-            except (_Failed, httpx2.TransportError) as error:
+            except (_Failed, self._http.TransportError) as error:
                 server.note(error)
                 busy = error.busy if isinstance(error, _Failed) else None
                 # One that is busy has not failed: others are being served. But it is not waited for for ever either
@@ -206,10 +184,8 @@ class RemoteReward:
                     server.failures += 1
                     server.rest(self.backoff * 2 ** min(server.failures - 1, 16))
                     if server.failures == 1:  # it would be reported once a minute otherwise
-                        logger.warning(
-                            f"The reward server {server.url} failed ({server.last_error}). It is left alone for a "
-                            "while and then tried again."
-                        )
+                        problem = f"The reward server {server.url} failed ({server.last_error})"
+                        logger.warning(f"{problem}. It is left alone for a while and then tried again.")
             else:
                 if server.failures:
                     logger.warning(f"The reward server {server.url} answers again.")
@@ -226,22 +202,13 @@ class RemoteReward:
     # ---- What servers say ----
 
     def _introduce(self) -> int:
-        """
-        Asks every server what it offers, and returns how many images all of them accept in a request.
-
-        Raises:
-            ValueError: if a server does not offer the function, or not the same as the others.
-            RewardServerError: if none answers, or one refuses the token.
-        """
-        import httpx2
-
+        """Asks every server what it offers, and returns how many images all of them accept in a request."""
         accepted, away = [], []
-        with httpx2.Client(timeout=min(self.timeout, 2 * _CONNECT_TIMEOUT), **self._options) as client:
+        with self._http.Client(timeout=min(self.timeout, 2 * _CONNECT_TIMEOUT), **self._options) as client:
             for server in self._servers:
                 try:
-                    offer = self._read(server, client.get(f"{server.url}/rewards"))
-                    accepted.append(self._read_offer(server, offer))
-                except (_Failed, httpx2.TransportError) as error:
+                    accepted.append(self._read_offer(server, client.get(f"{server.url}/rewards")))
+                except (_Failed, self._http.TransportError) as error:
                     away.append(f"The reward server {server.url} does not answer ({server.note(error)}).")
         if not accepted:
             raise self._none_left("offers its reward functions")
@@ -249,21 +216,18 @@ class RemoteReward:
             logger.warning(f"{sentence} The others are used, and it is tried again later.")
         return min(accepted)
 
-    def _read_offer(self, server: _Server, offer: Any) -> int:
+    def _read_offer(self, server: _Server, response: Any) -> int:
+        offer = self._read(server, response)
         try:
             if offer["protocol"] != PROTOCOL:
-                raise _Failed(
-                    f"it speaks protocol {offer['protocol']} and this client {PROTOCOL}: install the same version of "
-                    "trl_flow on both"
-                )
+                same = "install the same version of trl_flow on both"
+                raise _Failed(f"it speaks protocol {offer['protocol']} and this client {PROTOCOL}: {same}")
             cards = {card["name"]: card for card in offer["rewards"]}
             names, max_images = ", ".join(cards), int(offer["limits"]["max_images"])
         except (KeyError, TypeError, ValueError) as error:
             raise _Failed("it is not a reward server of trl-flow") from error
         if self._reward is None and len(cards) != 1:
-            raise ValueError(
-                f"The reward server {server.url} offers {names}. Choose one: reward={next(iter(cards))!r}."
-            )
+            raise ValueError(f"The reward server {server.url} offers {names}. Choose one: reward={[*cards][0]!r}.")
         self._reward = self._reward or names
         if self._reward not in cards:
             raise ValueError(f"The reward server {server.url} does not offer {self._reward!r}, only {names}.")
@@ -274,10 +238,8 @@ class RemoteReward:
         return max_images
 
     def _other_settings(self, card: Any) -> str:
-        return (
-            f"it offers {self._reward!r} with other settings than the rest: {card} instead of {self._card}. Scores "
-            "would depend on which server is asked"
-        )
+        why = "Scores would depend on which server is asked"
+        return f"it offers {self._reward!r} with other settings than the rest: {card} instead of {self._card}. {why}"
 
     def _read(self, server: _Server, response: Any) -> Any:
         """The JSON of an answer, or the exception that its status stands for."""
@@ -292,15 +254,12 @@ class RemoteReward:
         reason = f"status {status}: {detail or response.text[:300]}".rstrip(": ")
         if status in (429, 503):
             try:
-                seconds = float(response.headers.get("Retry-After", 1))
+                raise _Failed(reason, busy=max(float(response.headers.get("Retry-After", 1)), 0.1))
             except ValueError:  # a date
-                seconds = 1.0
-            raise _Failed(reason, busy=max(seconds, 0.1))
+                raise _Failed(reason, busy=1.0) from None
         if status == 401:
-            raise RewardServerError(
-                f"The reward server {server.url} refuses the token. Set {TOKEN_VARIABLE}, or give token=..., to what "
-                "the server was started with."
-            )
+            advice = f"Set {TOKEN_VARIABLE}, or give token=..., to what the server was started with."
+            raise RewardServerError(f"The reward server {server.url} refuses the token. {advice}")
         # What this client asked for is wrong, and would be everywhere else. 408 is a connection that was too slow
         if 400 <= status < 500 and status not in (404, 408):
             raise RewardServerError(f"The reward server {server.url} refuses the request with {reason}")
@@ -328,9 +287,8 @@ class RemoteReward:
             start, end = end, end + len(list(group))
             if end - start > self.batch_size:
                 raise ValueError(
-                    f"{self._reward!r} compares the images of a prompt, and there are {end - start} of {prompt!r} "
-                    f"next to each other: more than the {self.batch_size} of a request. Start the servers with a "
-                    "larger --max-images."
+                    f"{self._reward!r} compares images, and there are {end - start} of {prompt!r} next to each other: "
+                    f"more than the {self.batch_size} of a request. Start the servers with a larger --max-images."
                 )
             if parts and end - parts[-1].start <= size:
                 start = parts.pop().start
@@ -346,18 +304,14 @@ def _checked_url(url: str, httpx2: Any) -> str:
         raise ValueError(f"url is {url!r}, but must be {expected}: {error}") from error
     if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
         raise ValueError(f"url is {url!r}, but must be {expected}.")
-    if parsed.userinfo:
-        # Without showing it
+    if parsed.userinfo:  # which is not shown
         raise ValueError(f"The url of {parsed.host} holds a user or password. Servers take a token: token=...")
     return str(parsed).rstrip("/")
 
 
 def checked_token(token: str | None, source: str) -> str | None:
     """`token` without white space around it. The error names its `source` and does not show it: it is a secret."""
-    if token is None:
-        return None
-    token = token.strip()
-    if not token or not token.isascii() or not token.isprintable() or " " in token:
+    if token is not None and not re.fullmatch("[!-~]+", token := token.strip()):
         raise ValueError(f"{source} must be one or more printable ASCII characters without spaces.")
     return token
 
@@ -368,13 +322,11 @@ def _form(reward: str, prompts: list[str], images: Images, columns: dict[str, li
         try:
             json.dumps(values, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise TypeError(
-                f"The column {name!r} cannot be sent to a reward server: {error}. Columns are sent as JSON. If the "
-                "reward does not need it, name those that it does: RemoteReward(..., columns=[...])."
-            ) from error
+            advice = "Columns are sent as JSON. Name those that the reward needs: RemoteReward(..., columns=[...])."
+            raise TypeError(f"The column {name!r} cannot be sent to a reward server: {error}. {advice}") from error
     fields = {"rewards": [reward], "prompts": list(prompts), "columns": columns}
-    form: list[tuple] = [(name, (None, json.dumps(value), "application/json")) for name, value in fields.items()]
-    for i, image in enumerate(images):
-        png = png_file(image if image.mode in _PNG_MODES else image.convert("RGB"))
-        form.append(("images", (f"{i}.png", png, "image/png")))
-    return form
+    files = [png_file(image if image.mode in _PNG_MODES else image.convert("RGB")) for image in images]
+    return [
+        *((name, (None, json.dumps(value), "application/json")) for name, value in fields.items()),
+        *(("images", (f"{i}.png", file, "image/png")) for i, file in enumerate(files)),
+    ]

@@ -22,11 +22,8 @@ _LAST_MOMENT = 5.0
 
 class RewardLogs:
     """
-    What reward functions have logged: `log_metric` and `log_extra` are handed to them.
-
-    Attributes:
-        metrics (`dict[str, list[float]]`): every value of each metric.
-        columns (`dict[str, dict[int, Any]]`): for each column the samples' values by their index.
+    What reward functions have logged, by `log_metric` and `log_extra`, which are handed to them: every value of each
+    metric in `metrics`, and the samples' values of each column by their index in `columns`.
     """
 
     def __init__(self):
@@ -34,11 +31,11 @@ class RewardLogs:
         self.columns: dict[str, dict[int, Any]] = defaultdict(dict)
 
     def log_metric(self, name: str, value: float) -> None:
-        """Logs a scalar from within a reward function; averaged over calls and processes until the next log."""
+        """Logs a scalar, averaged over calls and processes until the next log."""
         self.metrics[name].append(float(value))
 
     def log_extra(self, column: str, values: list) -> None:
-        """Adds one value for each image to the captions of the logged grid, from within a reward function."""
+        """Adds one value for each image to the captions of the logged grid."""
         held = self.columns[column]
         held.update(enumerate(values, start=len(held)))
 
@@ -47,19 +44,15 @@ class RewardLogs:
         for name, values in part.metrics.items():
             self.metrics[name] += values
         for column, values in part.columns.items():
-            # Of a column without a value for each image it is not known which image has none
-            if len(values) >= number:
+            if len(values) >= number:  # else it is not known which image has none
                 self.columns[column].update((first + i, values[i]) for i in range(number))
 
 
 @dataclass
 class Scores:
     """
-    Attributes:
-        rewards (`torch.Tensor`): `(N, K)` for `N` samples and `K` reward functions, float32 on the CPU, NaN where a
-            function does not apply or was not asked.
-        logs ([`RewardLogs`]): what the functions logged.
-        values (`dict[int, list[float]]`): what each function that was asked returned, by its index, to the last digit.
+    `rewards` are `(N, K)` for `N` samples and `K` reward functions, float32 on the CPU, NaN where one does not apply
+    or was not asked; `values` what each that was asked returned, by its index, to the last digit.
     """
 
     rewards: torch.Tensor
@@ -75,9 +68,8 @@ class RewardScorer:
     Args:
         reward_funcs (`Iterable[Callable]`): Reward functions, sync or async.
         timeout (`float`, *optional*): Seconds to wait for each sync function and then, from the end of the last, for
-            all async ones; `None` waits for ever. With a limit a sync function runs in a thread of its own, without
-            one in the caller's. A thread cannot be stopped: a function that hangs is left behind, but keeps the
-            process from ending for at most five seconds.
+            all async ones; `None` waits for ever. With a limit a sync function runs in a thread of its own: one that
+            hangs is left behind, and keeps the process from ending for at most five seconds.
         names (`list[str]`, *optional*): What they are called, all different; by default [`reward_names`].
     """
 
@@ -110,13 +102,8 @@ class RewardScorer:
         only: Sequence[int] | None = None,
     ) -> Scores:  # fmt: skip
         """
-        Scores `N` samples.
-
-        Args:
-            prompts (`list[str]`), images (`list[PIL.Image.Image]`): one of each per sample.
-            columns (`dict[str, list]`): the data set's other columns, one entry per sample each.
-            trainer_state (`TrainerState`, *optional*): handed to the functions.
-            only (`Sequence[int]`, *optional*): indices of the functions that are asked; by default all.
+        Scores `N` samples: as many `prompts`, `images` and entries of each of the data set's other `columns`. The
+        functions are handed `trainer_state`; `only` has the indices of those that are asked, by default all.
 
         Raises:
             RewardError: if a function raises, does not answer in time, or returns anything but one finite number or
@@ -177,8 +164,7 @@ class ScoringSession:
     the same. After one has failed no further one is made.
 
     A context manager. When it is left by an error, parts that have not begun are dropped, and the one that is being
-    scored is waited for: nothing goes on behind the caller's back. Ctrl-C does not wait. The call goes on in its
-    thread, and Python waits for it when the process ends.
+    scored is waited for. Ctrl-C does not wait here, but Python does when the process ends.
     """
 
     def __init__(self, scorer: RewardScorer, *, background: bool, trainer_state: Any = None):
@@ -197,8 +183,8 @@ class ScoringSession:
 
     def submit(self, prompts: list[str], images: Images, columns: Columns) -> None:
         """
-        Scores a part, or has it scored when those before it have been. A `RewardError` is kept for [`raise_error`] and
-        [`result`]; other errors, such as Ctrl-C, are raised at once where there is no thread.
+        Scores a part, or has it scored when those before it have been. Errors are kept for [`raise_error`] and
+        [`result`]; without a thread those that are no `RewardError`, such as Ctrl-C, are raised at once.
         """
         call = functools.partial(self._score, prompts, images, columns)
         if self._executor is None:
@@ -254,20 +240,15 @@ def _with_this_threads_settings(function: Callable[[], Any]) -> Callable[[], Any
     device = _device_index()
 
     def run() -> Any:
-        _set_device(device)
-        with torch.inference_mode(inference), torch.set_grad_enabled(grad_enabled):
-            return function()
+        with torch.accelerator.device_index(device), torch.inference_mode(inference):
+            with torch.set_grad_enabled(grad_enabled):
+                return function()
 
     return run
 
 
 def _device_index() -> int | None:
     return torch.accelerator.current_device_index() if torch.accelerator.device_count() > 1 else None
-
-
-def _set_device(index: int | None) -> None:
-    if index is not None:
-        torch.accelerator.set_device_index(index)
 
 
 def _run_sync(func: RewardFunc, name: str, arguments: dict[str, Any], timeout: float | None) -> Any:
@@ -287,7 +268,7 @@ def _run_sync(func: RewardFunc, name: str, arguments: dict[str, Any], timeout: f
         except BaseException as error:  # Ctrl-C and sys.exit() belong to the thread that asked
             future.set_exception(error)
 
-    # Not an executor's thread: Python waits for those when the process ends, for ever if the function hangs
+    # Not an executor's: Python waits for those when the process ends, for ever if the function hangs
     thread = threading.Thread(target=fulfil, name=f"reward {name}", daemon=True)
     thread.start()
     try:
@@ -305,7 +286,8 @@ def _start_async(func: RewardFunc, name: str, arguments: dict[str, Any]) -> Futu
     device = _device_index()
 
     async def call() -> Any:
-        _set_device(device)
+        if device is not None:
+            torch.accelerator.set_device_index(device)
         try:
             return await func(**arguments)
         except Exception as error:
@@ -317,8 +299,8 @@ def _start_async(func: RewardFunc, name: str, arguments: dict[str, Any]) -> Futu
 
 @functools.cache
 def _event_loop() -> asyncio.AbstractEventLoop:
-    # One loop for the life of the process: clients that a reward keeps open from call to call are bound to their loop.
-    # It runs in a thread of its own because notebooks already have a running one in the main thread.
+    # One for the life of the process: clients that a reward keeps open are bound to their loop. In a thread of its own
+    # because notebooks already have a running one in the main thread
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="async rewards", daemon=True).start()
     return loop
@@ -333,8 +315,6 @@ def _late(names: list[str], timeout: float) -> RewardError:
 
 
 def _failed(name: str, error: Exception) -> RewardError:
-    raised = f"{type(error).__name__}: {error}".rstrip(".")
-    return RewardError(
-        f"The reward function '{name}' raised {raised}. Its traceback stands above this one. "
-        "Fix it, or have it return None for samples that it cannot judge."
-    )
+    raised = f"The reward function '{name}' raised {type(error).__name__}: {error}".rstrip(".")
+    advice = "Fix it, or have it return None for samples that it cannot judge."
+    return RewardError(f"{raised}. Its traceback stands above this one. {advice}")

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import hmac
 import logging
 import math
@@ -17,7 +18,7 @@ import torch
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.requests import ClientDisconnect
 
 from trl_flow.rewards.base import Images, ModelReward, RewardInfo, check_callable
@@ -26,13 +27,14 @@ from trl_flow.rewards.remote import PROTOCOL
 from trl_flow.rewards.scorer import RewardScorer
 from trl_flow.serving.form import Body, ScoreRequest, decode_images, read_score_request, refuse
 from trl_flow.serving.limits import Limits
-from trl_flow.serving.metrics import Metrics
 
 
 # What proxies report for a client that went away. It never gets to see it
 _CLIENT_CLOSED_REQUEST = 499
 # Seconds that a reward function is waited for once the server has been told to end and its requests are answered
 _STOP = 1.0
+# Bounds of the latencies that are counted
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +53,7 @@ def create_app(
     | `GET /metrics` | counters in Prometheus' text format |
     | `GET /health` | 200 when it can score, 503 while models are loaded; the only one without a token |
 
-    Reward functions run in one thread, one request after another. Models are loaded when the application starts, and
-    freed when it ends.
+    Reward functions run in one thread, one request after another. Models are loaded when it starts, freed at the end.
 
     Args:
         rewards (`Sequence[Callable]`): reward functions, called by their names as in metrics.
@@ -62,8 +63,7 @@ def create_app(
         on_failure (`Callable`, *optional*): called there instead with the exception, if loading fails.
 
     Raises:
-        TypeError: if one of `rewards` is not a reward function.
-        ValueError: if there is none.
+        TypeError, ValueError: if one of `rewards` is not a reward function, or there is none.
     """  # noqa: E501
     service = _Service(rewards, limits or Limits(), token)
 
@@ -83,7 +83,7 @@ def create_app(
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
         service.authorize(request)
-        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.post("/score")
     async def score(request: Request) -> Response:
@@ -103,7 +103,7 @@ def create_app(
             status = _CLIENT_CLOSED_REQUEST
             return Response(status_code=status)
         finally:
-            service.metrics.requests.labels(str(status)).inc()
+            service.requests.labels(str(status)).inc()
 
     return app
 
@@ -124,11 +124,22 @@ class _Service:
         self.limits = limits
         self.ready = False
         self._cards = {name: _card(name, func) for name, func in self.rewards.items()}
-        cards = list(self._cards.values())
-        self.description = {"protocol": PROTOCOL, "rewards": cards, "limits": dataclasses.asdict(limits)}
+        own = {"rewards": [*self._cards.values()], "limits": dataclasses.asdict(limits)}
+        self.description = {"protocol": PROTOCOL, **own}
         self._authorization = None if token is None else f"Bearer {token}".encode()
         self._inside = 0
-        self.metrics = Metrics(lambda: self._inside)
+        # Not the process's default registry: a process may have several servers, as tests do
+        self.registry = CollectorRegistry()
+        counter = functools.partial(Counter, registry=self.registry)
+        status = "Requests for scores by the status of their answers; 499 are those whose clients went away."
+        self.requests = counter("trl_flow_requests", status, ["status"])
+        self._images = counter("trl_flow_images", "Images that were scored.")
+        self._errors = counter("trl_flow_reward_errors", "Calls in which a reward function failed.", ["reward"])
+        self._scoring = counter("trl_flow_scoring_seconds", "Seconds spent in a reward function.", ["reward"])
+        latency = "Seconds from a request's headers to its answer with scores."
+        self._latency = Histogram("trl_flow_request_seconds", latency, buckets=_SECONDS, registry=self.registry)
+        inside = "Requests that are uploading, waiting or being scored."
+        Gauge("trl_flow_waiting", inside, registry=self.registry).set_function(lambda: self._inside)
         # One request is scored while the images of the next are decoded; more would only take memory
         self._decoded = asyncio.Semaphore(2)
 
@@ -150,8 +161,8 @@ class _Service:
             if on_ready is not None:
                 on_ready()
 
-        # The one thread in which reward functions run, in the order of the requests: they need not be safe to call
-        # from several. Not an executor's, for which Python waits at the end of the process even if a function hangs
+        # The one thread in which reward functions run: they need not be safe to call from several. Not an executor's,
+        # for which Python waits at the end of the process even if a function hangs
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         worker = threading.Thread(target=_work, args=(self._jobs,), name="scoring", daemon=True)
         worker.start()
@@ -173,9 +184,8 @@ class _Service:
 
     async def answer(self, request: Request, body: Body) -> dict[str, dict[str, Any]]:
         """
-        The scores that `request` asks for and the cards of what gave them, both by the names of the reward functions:
-        a client sees by these that a server has been replaced by another one since it asked. Answered 4xx what cannot
-        be accepted, 500 if a function fails, 503 if there are too many requests or models are being loaded.
+        The scores that `request` asks for and the cards of what gave them, by which a client sees that a server has
+        been replaced. 4xx for what is not accepted, 500 if a function fails, 503 if it is full or loads models.
         """
         started = time.perf_counter()
         self.authorize(request)
@@ -193,8 +203,8 @@ class _Service:
                 scores = await self._scored(request, names, asked, images)
         finally:
             self._inside -= 1
-        self.metrics.images.inc(len(images))
-        self.metrics.latency.observe(time.perf_counter() - started)
+        self._images.inc(len(images))
+        self._latency.observe(time.perf_counter() - started)
         return {"rewards": scores, "cards": {name: self._cards[name] for name in names}}
 
     def _names(self, asked: ScoreRequest) -> list[str]:
@@ -222,9 +232,8 @@ class _Service:
                 raise ClientDisconnect  # a client that waits no longer has asked elsewhere
             return await scores
         except RewardError as error:
-            cause = error.__cause__
+            cause, message = error.__cause__, str(error)
             logger.error("%s", error, exc_info=cause or error)
-            message = str(error)
             if cause is not None:  # the client does not see the traceback that the message speaks of
                 reason = f"{message.split(' raised ')[0]} raised {type(cause).__name__}: {cause}"
                 message = f"{reason[:2000]}. The server's log has the traceback."
@@ -241,13 +250,13 @@ class _Service:
                 with torch.no_grad():
                     values = self.scorer.score(asked.prompts, images, asked.columns, only=[index]).values[index]
             except BaseException as error:
-                self.metrics.errors.labels(name).inc()
+                self._errors.labels(name).inc()
                 if isinstance(error, RewardError):
                     raise
                 # A reward function that calls sys.exit() may not end the server
                 raise RewardError(f"The reward function {name!r} raised {type(error).__name__}: {error}") from error
             finally:
-                self.metrics.scoring.labels(name).inc(time.perf_counter() - started)
+                self._scoring.labels(name).inc(time.perf_counter() - started)
             scores[name] = [None if math.isnan(value) else value for value in values]
         return scores
 
@@ -255,10 +264,13 @@ class _Service:
 def _card(name: str, func: RewardFunc) -> dict[str, Any]:
     """What a client should know of a reward function, as JSON: infinite ends of its range are null."""
     info = getattr(func, "info", None)
-    dtype = str(func.dtype).removeprefix("torch.") if isinstance(func, ModelReward) else None
-    needs_group = bool(getattr(func, "needs_group", False))
-    known = {"name": name, "dense": is_dense(func), "needs_group": needs_group, "dtype": dtype}
-    return {**known, "info": None if info is None else RewardInfo.to_json(info)}
+    return {
+        "name": name,
+        "dense": is_dense(func),
+        "needs_group": bool(getattr(func, "needs_group", False)),
+        "dtype": str(func.dtype).removeprefix("torch.") if isinstance(func, ModelReward) else None,
+        "info": None if info is None else RewardInfo.to_json(info),
+    }
 
 
 async def _disconnected(request: Request) -> None:

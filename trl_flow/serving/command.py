@@ -27,19 +27,14 @@ Endpoints: POST /score, GET /rewards, GET /metrics (Prometheus), GET /health (ne
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `trl-flow serve-rewards`."""
     add = parser.add_argument
-    rewards = (
-        "reward functions, separated by commas: names of the package's, or dotted import paths such as "
-        "my_rewards.brightness, looked for in the current folder too"
-    )
+    rewards = "names, or import paths such as my_rewards.brightness (also from this folder), separated by commas"
     add("--rewards", required=True, metavar="NAMES", help=rewards)
     address = "address to listen on (default: %(default)s); one that other machines can reach takes a token"
     add("--host", default="127.0.0.1", help=address)
     port = "default: %(default)s; 0 takes a free one, and the line that is printed tells which"
     add("--port", type=int, default=8000, help=port)
-    token = (
-        "file that holds the token which clients must send; default: the environment variable TRL_FLOW_REWARD_TOKEN. "
-        "There is no option for the token itself, since others on the machine see the options of a process"
-    )
+    # None for the token itself: others on the machine see the options of a process
+    token = "file with the token that clients must send; default: the environment variable TRL_FLOW_REWARD_TOKEN"
     add("--token-file", type=Path, metavar="PATH", help=token)
     grace = "seconds that running requests are given when the server is told to end (default: %(default)s)"
     add("--grace", type=int, default=30, metavar="N", help=grace)
@@ -56,10 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """
-    Serves until SIGTERM or Ctrl-C, with the options of [`add_arguments`].
-
-    Returns:
-        `int`: exit code; 0 after SIGTERM, 1 if the models could not be loaded.
+    Serves until SIGTERM or Ctrl-C. Returns the exit code: 0 after SIGTERM, 1 if the models could not be loaded.
 
     Raises:
         ValueError, TypeError, OSError: if the options cannot be followed.
@@ -105,8 +97,8 @@ def run(arguments: argparse.Namespace) -> int:
             timeout_keep_alive=30,
         )
     )  # fmt: skip
-    # uvicorn ends its work on SIGTERM and then raises the signal again for the handler that was there before. By
-    # default that kills the process, and its exit code would be that of a crash
+    # uvicorn ends its work on SIGTERM and then raises the signal again for the handler that was there before, which by
+    # default kills the process: its exit code would be that of a crash
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         server.run(sockets=[listening])

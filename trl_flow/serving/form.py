@@ -1,8 +1,6 @@
 """
-Reads an upload that nothing is known of: a multipart form of PNG files and JSON fields.
-
-Everything is bounded while it arrives, nothing is written to disk, and file names are not looked at. What cannot be
-accepted is raised as an `HTTPException` of status 4xx that says why.
+Reads an upload that nothing is known of: a multipart form of PNG files and JSON fields, bounded while it arrives and
+never written to disk. What cannot be accepted is raised as an `HTTPException` of status 4xx that says why.
 """
 
 import asyncio
@@ -95,12 +93,8 @@ class Body:
 
 async def read_score_request(body: Body, content_type: str, limits: Limits) -> ScoreRequest:
     """
-    Reads and checks all but the images.
-
-    Raises:
-        HTTPException: 400 for what cannot be read, 408 for what does not arrive in time, 413 for too much, 415 for
-            something other than PNG files in a multipart form, 422 for parts that do not fit each other.
-        ClientDisconnect: if the client goes away.
+    Reads and checks all but the images. Status 400 for what cannot be read, 408 for what does not arrive in time, 413
+    for too much, 415 for something other than PNG files in a multipart form, 422 for parts that do not fit each other.
     """
     try:
         items = await asyncio.wait_for(_read_form(body, content_type, limits), limits.upload_timeout)
@@ -138,12 +132,9 @@ class _Parser(MultiPartParser):
 async def _read_form(body: Body, content_type: str, limits: Limits) -> list[tuple[str, str | UploadFile]]:
     kind, options = parse_options_header(content_type)
     boundary = options.get(b"boundary", b"").decode("latin-1")
-    refuse(
-        kind != b"multipart/form-data" or not _BOUNDARY.fullmatch(boundary),
-        415,
-        f"The request is of type {content_type[:80]!r}. Send multipart/form-data with a boundary: PNG files as "
-        f"{IMAGE_FIELD!r}, and JSON as {', '.join(map(repr, JSON_FIELDS))}.",
-    )
+    fields = f"PNG files as {IMAGE_FIELD!r}, and JSON as {', '.join(map(repr, JSON_FIELDS))}"
+    other = f"The request is of type {content_type[:80]!r}. Send multipart/form-data with a boundary: {fields}."
+    refuse(kind != b"multipart/form-data" or not _BOUNDARY.fullmatch(boundary), 415, other)
     # Latin-1 keeps the bytes of fields as they are, for a strict decoder. What a client names may be slow, or none
     headers = Headers({"content-type": f'multipart/form-data; boundary="{boundary}"; charset=latin-1'})
     most = {"max_files": limits.max_images, "max_fields": len(JSON_FIELDS), "max_part_size": limits.max_json_bytes}
@@ -202,10 +193,7 @@ def _are_strings(values: Any) -> bool:
 def decode_images(files: list[bytes], max_pixels: int) -> list[Image.Image]:
     """
     Decodes PNG files, each in its own mode. The size is read from the header first: a few kilobytes can unpack to
-    gigabytes.
-
-    Raises:
-        HTTPException: 413 if one of them is too large, 415 if one is not a PNG file, 400 if one is damaged.
+    gigabytes. Status 413 if one of them is too large, 415 if one is not a PNG file, 400 if one is damaged.
     """
     images = []
     for index, data in enumerate(files):

@@ -11,12 +11,9 @@ def _limit(default: float, text: str):
 @dataclass(frozen=True)
 class Limits:
     """
-    Bounds on what one request may cost, each refused with a 4xx, and on how many there are at a time.
-
-    The server holds at most `max_waiting * max_body_bytes` bytes of uploads, and the decoded images of two requests.
-
-    Raises:
-        ValueError: if one of them is not above 0, or is not a whole number and should be.
+    Bounds on what one request may cost, each refused with a 4xx, and on how many there are at a time. The server holds
+    at most `max_waiting * max_body_bytes` bytes of uploads, and the decoded images of two requests. A `ValueError` if
+    one of them is not above 0, or is not a whole number and should be.
     """
 
     max_images: int = _limit(32, "images in a request")

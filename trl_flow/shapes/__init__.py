@@ -7,20 +7,6 @@ from trl_flow.shapes.world import COLORS, IMAGE_SIZE, RELATIONS, SHAPES, PlacedS
 
 
 __all__ = [
-    "COLORS",
-    "IMAGE_SIZE",
-    "RELATIONS",
-    "SHAPES",
-    "CheckResult",
-    "Detection",
-    "PlacedShape",
-    "check",
-    "detect",
-    "load_pipeline",
-    "load_prompts",
-    "make_caption",
-    "parse_caption",
-    "pipeline_path",
-    "prompt_kind",
-    "render",
-]
+    "COLORS", "IMAGE_SIZE", "RELATIONS", "SHAPES", "CheckResult", "Detection", "PlacedShape", "check", "detect",
+    "load_pipeline", "load_prompts", "make_caption", "parse_caption", "pipeline_path", "prompt_kind", "render",
+]  # fmt: skip

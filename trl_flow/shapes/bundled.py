@@ -16,10 +16,8 @@ def pipeline_path() -> str:
     """Folder of the bundled `StableDiffusion3Pipeline`; `FileNotFoundError` where the package has no data."""
     folder = Path(__file__).parent / "pipeline"
     if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(
-            f"The bundled pipeline is missing from {folder}. Reinstall trl_flow, or train it anew with "
-            f"`python examples/bundled_model/train.py --output-dir {folder}` of a clone."
-        )
+        train = f"`python examples/bundled_model/train.py --output-dir {folder}` of a clone"
+        raise FileNotFoundError(f"No bundled pipeline in {folder}. Reinstall trl_flow, or train it anew with {train}.")
     return str(folder)
 
 

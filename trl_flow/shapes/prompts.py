@@ -37,16 +37,8 @@ _PAIR = re.compile(rf"a {_NOUN} (and|{'|'.join(RELATIONS)}) a {_NOUN}")
 
 
 def make_caption(objects: list[dict], relation: str | None = None) -> str:
-    """
-    Caption of a target, the inverse of [`parse_caption`].
-
-    Args:
-        objects (`list[dict]`): one entry with a count of 1 to 3, or two entries with a count of 1.
-        relation (`str`, *optional*): one of `RELATIONS`, of the first object to the second.
-
-    Raises:
-        ValueError: when the world has no caption for the target.
-    """
+    """Caption of a target, the inverse of [`parse_caption`]: of one object with a count of 1 to 3, or two with a count
+    of 1 and the relation of the first to the second, if any; `ValueError` when there is no caption for them."""
     nouns = [f"{item['color']} {item['shape']}" for item in objects]
     counts = [item["count"] for item in objects]
     if len(objects) == 1 and relation is None and counts[0] in _COUNT_WORDS:
@@ -67,17 +59,12 @@ def make_caption(objects: list[dict], relation: str | None = None) -> str:
 
 def parse_caption(prompt: str) -> tuple[list[dict], str | None]:
     """
-    Objects and relation that a caption names; the inverse of `make_caption`.
-
-    Args:
-        prompt (`str`): a caption, for example `"three blue squares"`.
+    Objects and relation that a caption such as `"three blue squares"` names; the inverse of `make_caption`;
+    `ValueError` when the prompt is not a caption of this world.
 
     Returns:
         `(objects, relation)`: `objects` is a list of dicts with the keys `count`, `color` and `shape`; `relation` is
         one of `RELATIONS`, of the first object to the second, or `None`.
-
-    Raises:
-        ValueError: when the prompt is not a caption of this world.
     """
     if match := _GROUP.fullmatch(prompt):
         word, color, shape, plural = match.groups()
@@ -89,8 +76,7 @@ def parse_caption(prompt: str) -> tuple[list[dict], str | None]:
         return objects, None if link == "and" else link
     raise ValueError(
         f"{prompt!r} is not a caption of the shapes world. Captions are 'a red circle', 'two red circles', 'three red "
-        "circles', 'a red circle and a green square' and 'a red circle left of a green square', in lower case. "
-        + _WORDS
+        f"circles', 'a red circle and a green square', 'a red circle left of a green square', in lower case. {_WORDS}"
     )
 
 
@@ -100,11 +86,9 @@ def _object(count: int, color: str, shape: str) -> dict:
 
 def is_held_out(objects: list[dict]) -> bool:
     """
-    Whether a combination of objects, as from [`parse_caption`], is kept for evaluation.
-
-    One rule for all: the indices of the words (color and shape, and the count or the second color and shape) add up
-    to a multiple of three. So each colored shape is held out at exactly one of its three counts, and each pair of
-    colors with exactly three of its nine pairs of shapes. The order of two objects does not matter.
+    Whether a combination of objects, as from [`parse_caption`], is kept for evaluation: the indices of words (color
+    and shape, and the count or second color and shape) add up to a multiple of three. So a colored shape is held out
+    at one of its three counts, and each pair of colors with three of its nine pairs of shapes, in either order.
     """
     total = sum(_INDEX[item["color"]] + _INDEX[item["shape"]] for item in objects)
     return (total + (objects[0]["count"] if len(objects) == 1 else 0)) % 3 == 0
@@ -129,24 +113,15 @@ def all_targets() -> list[tuple[list[dict], str | None]]:
         number = seen[is_held_out(pair)]
         seen[is_held_out(pair)] += 1
         forward, backward = (pair, pair[::-1]) if number % 2 else (pair[::-1], pair)
-        targets.append((forward, None))
-        targets.append((backward, RELATIONS[number // 2 % len(RELATIONS)]))
+        targets += [(forward, None), (backward, RELATIONS[number // 2 % len(RELATIONS)])]
     return targets
 
 
 def load_prompts(split: str) -> "Dataset":
     """
-    The prompt set, in a fixed shuffled order.
-
-    Args:
-        split (`str`): `"train"` (216 prompts) or `"test"` (108 prompts of held-out combinations).
-
-    Returns:
-        `datasets.Dataset` with the columns `prompt` (`str`), `objects` (list of dicts with `count`, `color` and
-        `shape`) and `relation` (`str` or `None`).
-
-    Raises:
-        ValueError: for another split.
+    The prompt set, in a fixed shuffled order: `"train"` (216 prompts) or `"test"` (108 prompts of held-out
+    combinations); `ValueError` for another split. Columns: `prompt` (`str`), `objects` (list of dicts with `count`,
+    `color` and `shape`) and `relation` (`str` or `None`).
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; the prompt set has {' and '.join(SPLITS)}")

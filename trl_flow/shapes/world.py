@@ -14,16 +14,13 @@ from PIL import Image
 
 
 IMAGE_SIZE = 32
+CENTERS = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5
 
 # Six hues, 60 degrees apart, all with a chroma (largest minus smallest channel) of COLOR_CHROMA.
 COLORS: dict[str, tuple[float, float, float]] = {
-    "red": (0.92, 0.08, 0.08),
-    "yellow": (0.92, 0.92, 0.08),
-    "green": (0.08, 0.92, 0.08),
-    "cyan": (0.08, 0.92, 0.92),
-    "blue": (0.08, 0.08, 0.92),
-    "magenta": (0.92, 0.08, 0.92),
-}
+    "red": (0.92, 0.08, 0.08), "yellow": (0.92, 0.92, 0.08), "green": (0.08, 0.92, 0.08),
+    "cyan": (0.08, 0.92, 0.92), "blue": (0.08, 0.08, 0.92), "magenta": (0.92, 0.08, 0.92),
+}  # fmt: skip
 COLOR_CHROMA = 0.84
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle")
 RELATIONS: tuple[str, ...] = ("left of", "right of", "above", "below")
@@ -32,32 +29,22 @@ DARK_GROUND = (0.02, 0.10)
 LIGHT_GROUND = (0.90, 0.98)
 
 # Ratios of a shape's own measure to the square root of its area.
-_CIRCLE_RADIUS = 1 / math.sqrt(math.pi)
-_SQUARE_HALF_SIDE = 0.5
+_CIRCLE_RADIUS, _SQUARE_HALF_SIDE = 1 / math.sqrt(math.pi), 0.5
 _TRIANGLE_CIRCUMRADIUS = math.sqrt(4 / (3 * math.sqrt(3)))
 # Distances from the center of mass to the bounding box, in sizes: left and right, up, down.
 _EXTENTS = {
-    "circle": (_CIRCLE_RADIUS, _CIRCLE_RADIUS, _CIRCLE_RADIUS),
-    "square": (_SQUARE_HALF_SIDE, _SQUARE_HALF_SIDE, _SQUARE_HALF_SIDE),
+    "circle": (_CIRCLE_RADIUS,) * 3,
+    "square": (_SQUARE_HALF_SIDE,) * 3,
     "triangle": (_TRIANGLE_CIRCUMRADIUS * math.sqrt(3) / 2, _TRIANGLE_CIRCUMRADIUS, _TRIANGLE_CIRCUMRADIUS / 2),
 }
-# Range of sizes in a random scene, by the number of shapes in it.
-_SIZES = {1: (8.5, 13.0), 2: (8.0, 11.5), 3: (7.5, 10.0)}
-_GAP = 2.0
-_MARGIN = 1.0
+# Of a random scene: the range of sizes by the number of shapes, the space between and around them
+_SIZES, _GAP, _MARGIN = {1: (8.5, 13.0), 2: (8.0, 11.5), 3: (7.5, 10.0)}, 2.0, 1.0
 
 
 @dataclass(frozen=True)
 class PlacedShape:
-    """
-    One shape in a scene, in pixels.
-
-    Attributes:
-        color, shape (`str`): a key of `COLORS`, and one of `SHAPES`. Squares are upright, triangles are equilateral
-            and point up.
-        x, y (`float`): center of mass, from the left and the top edge.
-        size (`float`): square root of the area.
-    """
+    """One shape in a scene, in pixels: a key of `COLORS`, one of `SHAPES` (squares are upright, triangles equilateral
+    with a point up), the center of mass from the left and the top edge, and the square root of the area."""
 
     color: str
     shape: str
@@ -90,9 +77,6 @@ def signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, size: float) -> 
     return np.maximum(dy, np.abs(dx) * (math.sqrt(3) / 2) - dy / 2) - inradius
 
 
-_CENTERS = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5
-
-
 def render_array(shapes: Sequence[PlacedShape], ground: float) -> np.ndarray:
     """Image of a scene, anti-aliased, later shapes over earlier ones: float32, (32, 32, 3), from 0 to 1, as `ground`
     is."""
@@ -100,7 +84,7 @@ def render_array(shapes: Sequence[PlacedShape], ground: float) -> np.ndarray:
         raise ValueError(f"`ground` is a gray level from 0 (black) to 1 (white), received {ground!r}")
     array = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), ground, dtype=np.float32)
     for placed in shapes:
-        dx, dy = _CENTERS[None, :] - placed.x, _CENTERS[:, None] - placed.y
+        dx, dy = CENTERS[None, :] - placed.x, CENTERS[:, None] - placed.y
         distance = signed_distance(placed.shape, dx, dy, placed.size)
         coverage = np.clip(0.5 - distance, 0, 1)[:, :, None]
         array += coverage * (np.asarray(COLORS[placed.color], dtype=np.float32) - array)
@@ -108,16 +92,8 @@ def render_array(shapes: Sequence[PlacedShape], ground: float) -> np.ndarray:
 
 
 def render(shapes: Sequence[PlacedShape], ground: float = 0.05) -> Image.Image:
-    """
-    Image of a scene as an 8 bit RGB image of 32 x 32 pixels.
-
-    Args:
-        shapes (sequence of `PlacedShape`): what to draw, later shapes over earlier ones; may be empty.
-        ground (`float`, *optional*, defaults to `0.05`): gray level of the ground, 0 (black) to 1 (white).
-
-    Raises:
-        ValueError: when `ground` is outside 0 to 1.
-    """
+    """A scene as an 8 bit RGB image of 32 x 32 pixels: the shapes, which may be none, later ones over earlier ones, on
+    a ground of the gray level `ground`; `ValueError` when that is outside 0 (black) to 1 (white)."""
     return Image.fromarray(np.round(render_array(shapes, ground) * 255).astype(np.uint8))
 
 
@@ -125,8 +101,7 @@ def relation_holds(relation: str, first: tuple[float, float], second: tuple[floa
     """Whether one center (x, y), y downwards, lies left of, right of, above or below another. The four relations
     exclude each other: the direction in which the centers lie further apart decides."""
     dx, dy = first[0] - second[0], first[1] - second[1]
-    sideways, upright = abs(dx) > abs(dy), abs(dy) > abs(dx)
-    holds = (sideways and dx < 0, sideways and dx > 0, upright and dy < 0, upright and dy > 0)
+    holds = (dx < -abs(dy), dx > abs(dy), dy < -abs(dx), dy > abs(dx))
     return holds[RELATIONS.index(relation)]
 
 

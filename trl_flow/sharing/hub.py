@@ -13,8 +13,7 @@ PUBLISHED = [
     *("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model.safetensors.index.json"),
 ]
 
-# Checkpoints, which hold the optimizer's state, and files that are being written
-NOT_PUBLISHED = ["_*", "*/_*", "checkpoint-*", ".*", "*/.*"]
+NOT_PUBLISHED = ["_*", "*/_*", "checkpoint-*", ".*", "*/.*"]  # the optimizer's state, and files being written
 
 
 class PushError(RuntimeError):
@@ -22,16 +21,10 @@ class PushError(RuntimeError):
 
 
 def upload(
-    folder: str | os.PathLike,
-    repo_id: str,
-    *,
-    token: str | None = None,
-    private: bool | None = None,
-    revision: str | None = None,
-    commit_message: str = "End of training",
-    path_in_repo: str | None = None,
+    folder: str | os.PathLike, repo_id: str, *, token: str | None = None, private: bool | None = None,
+    revision: str | None = None, commit_message: str = "End of training", path_in_repo: str | None = None,
     everything: bool = False,
-) -> CommitInfo:
+) -> CommitInfo:  # fmt: skip
     """
     Uploads weights, model card, curves and sample images of `folder` in one commit; makes the repository if need be.
 
@@ -40,21 +33,18 @@ def upload(
         repo_id (`str`): `owner/name`, or `name` in the token's own account.
         token (`str`, *optional*): a token that may write; by default the one of `hf auth login` or `HF_TOKEN`.
         private (`bool`, *optional*): whether a repository made here is private. By default the account's setting.
-        revision (`str`, *optional*): branch to commit to, by default `main`.
-        commit_message (`str`): title of the commit.
-        path_in_repo (`str`, *optional*): subfolder of the repository to upload to.
-        everything (`bool`): upload every file of the folder, as for a checkpoint from which others go on training,
-            not only those that `PUBLISHED` names.
+        revision, commit_message, path_in_repo (`str`, *optional*): branch, the commit's title, and subfolder.
+        everything (`bool`): upload every file, as for a checkpoint, not only those that `PUBLISHED` names.
 
     Raises:
         PushError: if the Hub refuses or cannot be reached.
     """
     api = HfApi(token=token, library_name="trl_flow")
     patterns = {} if everything else {"allow_patterns": PUBLISHED, "ignore_patterns": NOT_PUBLISHED}
-    where = {"folder_path": folder, "path_in_repo": path_in_repo, "revision": revision}
+    where = {"path_in_repo": path_in_repo, "revision": revision, "commit_message": commit_message}
     try:
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
-        return api.upload_folder(repo_id=repo.repo_id, commit_message=commit_message, **where, **patterns)
+        return api.upload_folder(repo_id=repo.repo_id, folder_path=folder, **where, **patterns)
     except Exception as error:  # whatever the reason, the user has to know that the run is not lost
         raise PushError(
             f"{folder} could not be pushed to {api.endpoint}/{repo_id}: {error}\nNothing is lost: every file is still "

@@ -1,9 +1,10 @@
-"""The model card: `README.md` of a trained model, as the Hub and diffusers' users expect it."""
+"""The model card: `README.md` of a trained model, as the Hub and diffusers' users expect it, and papers to cite."""
 
 import html
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
@@ -12,7 +13,6 @@ from huggingface_hub import ModelCard, ModelCardData
 from trl_flow.backbones import Backbone
 from trl_flow.backbones.base import SAMPLING_SETTINGS
 from trl_flow.evaluation.outputs import versions
-from trl_flow.sharing.papers import papers_behind
 from trl_flow.sharing.weights import hub_model_id
 
 
@@ -21,15 +21,56 @@ _SETTINGS = (
     "num_generations",
     *SAMPLING_SETTINGS,
     *("sde_type", "noise_level", "sde_window_size", "sde_window_range", "timestep_fraction", "share_initial_noise"),
-    *("importance_ratio", "timestep_weighting", "epsilon", "epsilon_high", "beta"),
-    *("scale_rewards", "multi_objective_aggregation", "advantage_power", "target_kl", "advantage_clip"),
-    *("dense_rewards", "value_discount", "value_scale"),
-    *("reward_weights", "num_iterations", "generation_batch_size", "per_device_train_batch_size"),
-    *("gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "optim", "weight_decay", "max_grad_norm"),
-    *("max_steps", "num_train_epochs", "bf16", "fp16", "seed"),
+    *("importance_ratio", "timestep_weighting", "epsilon", "epsilon_high", "beta", "scale_rewards"),
+    *("multi_objective_aggregation", "advantage_power", "target_kl", "advantage_clip", "dense_rewards"),
+    *("value_discount", "value_scale", "reward_weights", "num_iterations", "generation_batch_size"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "optim"),
+    *("weight_decay", "max_grad_norm", "max_steps", "num_train_epochs", "bf16", "fp16", "seed"),
 )
 
 _BUNDLED = Path(__file__).parents[1] / "shapes" / "pipeline"  # the pipeline that this package ships
+
+
+@dataclass(frozen=True)
+class Paper:
+    """A paper to cite. Its `tag` on the Hub is its BibTeX key too; `name` is the method's, `arxiv` the number there,
+    which begins with year and month; `authors` are full names."""
+
+    tag: str
+    name: str
+    arxiv: str
+    title: str
+    authors: list[str]
+
+    @property
+    def bibtex(self) -> str:
+        return (
+            f"@article{{{self.tag},\n    title   = {{{{{self.title}}}}},\n"
+            f"    author  = {{{' and '.join(self.authors)}}},\n    year    = {{20{self.arxiv[:2]}}},\n"
+            f"    journal = {{arXiv preprint arXiv:{self.arxiv}}},\n}}"
+        )
+
+
+_FILE = Path(__file__).with_name("papers.json")
+PAPERS = {tag: Paper(tag, **fields) for tag, fields in json.loads(_FILE.read_text(encoding="utf-8")).items()}
+
+
+def papers_behind(settings: Mapping[str, object]) -> list[Paper]:
+    """The papers whose methods a run used, by its `FlowGRPOConfig`'s fields, of which missing ones count as off: none
+    for an algorithm with fields of its own."""
+    ratio, weighting = settings.get("importance_ratio"), settings.get("timestep_weighting")
+    guards = {"mean_revised", "ratio_norm", "inverse_dt", "beta_over_dt", "inverse_beta_dt"}
+    used = {
+        "flow-grpo": not {"sde_type", "importance_ratio", "timestep_weighting"}.isdisjoint(settings),
+        "dance-grpo": settings.get("sde_type") == "dance",
+        "flow-cps": settings.get("sde_type") == "cps",
+        "mix-grpo": bool(settings.get("sde_window_size")),
+        "tempflow-grpo": weighting == "temp",
+        "grpo-guard": not guards.isdisjoint((ratio, weighting)),
+        "slas": bool(settings.get("advantage_power")),
+        "vgpo": bool(settings.get("dense_rewards")),
+    }
+    return [PAPERS[tag] for tag, is_used in used.items() if is_used]
 
 
 def training_settings(args: object) -> dict[str, object]:
@@ -38,20 +79,11 @@ def training_settings(args: object) -> dict[str, object]:
 
 
 def create_model_card(
-    folder: str | os.PathLike,
-    *,
-    backbone: Backbone,
-    base_model: str | os.PathLike | None,
-    settings: Mapping[str, object],
-    is_lora: bool,
-    repo_id: str | None = None,
-    model_name: str | None = None,
-    reward_names: Sequence[str] = (),
-    dataset_name: str | None = None,
-    tags: Sequence[str] = (),
-    curves: str | os.PathLike | None = None,
-    samples: Sequence[tuple[str | os.PathLike, str | None]] = (),
-) -> Path:
+    folder: str | os.PathLike, *, backbone: Backbone, base_model: str | os.PathLike | None,
+    settings: Mapping[str, object], is_lora: bool, repo_id: str | None = None, model_name: str | None = None,
+    reward_names: Sequence[str] = (), dataset_name: str | None = None, tags: Sequence[str] = (),
+    curves: str | os.PathLike | None = None, samples: Sequence[tuple[str | os.PathLike, str | None]] = (),
+) -> Path:  # fmt: skip
     """
     Writes `README.md` to `folder`: front matter for the Hub, how to load the model, rewards' curves and sample images,
     the training settings, versions and citations. Nothing is asked of the Hub. Images that do not exist are left out.
@@ -61,21 +93,15 @@ def create_model_card(
         backbone ([`Backbone`]): what was trained.
         base_model (`str` or `os.PathLike`, *optional*): what the pipeline was loaded from. Becomes the card's
             `base_model` if it is a Hub id; of a local folder only the name is shown.
-        settings (`Mapping[str, object]`): what was trained with, see `training_settings`. Also decides on the papers
-            that are cited.
+        settings (`Mapping[str, object]`): see `training_settings`; they decide on the papers that are cited, too.
         is_lora (`bool`): whether the folder holds an adapter; otherwise the whole trained module.
-        repo_id (`str`, *optional*): where the model is going to be on the Hub. By default the code loads the local
-            folder.
+        repo_id (`str`, *optional*): where the model is going to be on the Hub; without, code loads the local folder.
         model_name (`str`, *optional*): title; by default the repository's or the folder's name.
-        reward_names (`Sequence[str]`): the rewards that were optimized.
+        reward_names, tags (`Sequence[str]`): the rewards that were optimized; further tags.
         dataset_name (`str`, *optional*): Hub id of the data set of prompts.
-        tags (`Sequence[str]`): further tags.
         curves (`str` or `os.PathLike`, *optional*): plot of the rewards' curves, inside `folder`.
         samples (`Sequence[tuple[str | os.PathLike, str | None]]`): images inside `folder`, each with its prompt, or
             `None` for a grid of several. Those with a prompt also become the Hub's gallery.
-
-    Returns:
-        `Path`: the card.
 
     Raises:
         ValueError: if an image lies outside `folder`, where the card could not show it.
@@ -100,15 +126,12 @@ def create_model_card(
     what = "LoRA adapter for" if is_lora else f"fine-tuned {backbone.component} for"
     rewards = f" on {_list([_code(reward) for reward in reward_names])}" if reward_names else ""
     methods = [f"[{paper.name}](https://arxiv.org/abs/{paper.arxiv})" for paper in papers]
-    source = repo_id or f"path/to/{folder.resolve().name}"
-    code = _loading_code(backbone, base_model, source, is_lora=is_lora, settings=settings)
+    code = _loading_code(backbone, base_model, repo_id or f"path/to/{folder.resolve().name}", is_lora, settings)
     parts = [
-        f"# {_text(name)}",
-        "<Gallery />" if gallery else "",
+        *(f"# {_text(name)}", "<Gallery />" if gallery else ""),
         f"A {what} {_origin(base_model)[0]}, trained by online reinforcement learning{rewards} with `trl_flow`"
         + (f", after {_list(methods)}." if methods else "."),
-        "## How to load",
-        f"```python\n{code}\n```",
+        *("## How to load", f"```python\n{code}\n```"),
     ]
     if curves is not None and (folder / curves).is_file():
         parts += ["## Rewards", f"![Rewards while training]({_link(folder, curves)})"]
@@ -125,30 +148,25 @@ def create_model_card(
 
 
 def _loading_code(
-    backbone: Backbone, base_model: str | os.PathLike | None, source: str, *, is_lora: bool, settings: Mapping
+    backbone: Backbone, base_model: str | os.PathLike | None, source: str, is_lora: bool, settings: Mapping
 ) -> str:
     """Lines that load the trained model into a stock pipeline and draw an image as it was drawn in training."""
     component, (_, base) = backbone.component, _origin(base_model)
     pipeline = type(backbone.pipeline)
     # FSDP2 gives a sharded module a class of its own, derived from FSDPModule and the module's
     trained = next(cls for cls in type(backbone.model).__mro__ if not cls.__name__.startswith("FSDP"))
-    imports = [_import(pipeline)] if is_lora else [_import(pipeline), _import(trained)]
-    on_gpu = dtype = ""
-    if hub_model_id(base_model):  # models of the Hub are large; the others are most likely small ones of one's own
-        imports = ["import torch", *imports]
-        on_gpu, dtype = '.to("cuda")', ", dtype=torch.bfloat16"
+    is_large = bool(hub_model_id(base_model))  # unlike most models of one's own
+    classes = [pipeline] if is_lora else [pipeline, trained]
+    imports = ["import torch"] * is_large + [_import(cls) for cls in classes]
+    on_gpu, dtype = ('.to("cuda")', ", dtype=torch.bfloat16") if is_large else ("", "")
     if base == "pipeline_path()":
         imports.append("from trl_flow.shapes import pipeline_path")
+    given = "" if is_lora else f", {component}={component}"
+    code = [f"pipeline = {pipeline.__name__}.from_pretrained({base}{given}{dtype}){on_gpu}"]
     if is_lora:
-        code = [
-            f"pipeline = {pipeline.__name__}.from_pretrained({base}{dtype}){on_gpu}",
-            f"pipeline.load_lora_weights({_quoted(source)})",
-        ]
+        code.append(f"pipeline.load_lora_weights({_quoted(source)})")
     else:
-        code = [
-            f"{component} = {trained.__name__}.from_pretrained({_quoted(source)}{dtype})",
-            f"pipeline = {pipeline.__name__}.from_pretrained({base}, {component}={component}{dtype}){on_gpu}",
-        ]
+        code.insert(0, f"{component} = {trained.__name__}.from_pretrained({_quoted(source)}{dtype})")
     for line in (backbone.scheduler_code or "").splitlines():
         (imports if line.startswith(("import ", "from ")) else code).append(line)
     # By keyword: the first argument of pipelines that edit is the image
@@ -181,10 +199,8 @@ def _link(folder: Path, path: str | os.PathLike) -> str:
     try:
         return quote((folder / path).resolve().relative_to(folder.resolve()).as_posix())
     except ValueError:
-        raise ValueError(
-            f"{path} lies outside {folder}. The model card can only show images that are uploaded with it: save it "
-            "inside the output folder."
-        ) from None
+        why = "a model card only shows images that are uploaded with it: save it there"
+        raise ValueError(f"{path} lies outside {folder}, but {why}.") from None
 
 
 def _quoted(text: str) -> str:

@@ -27,15 +27,12 @@ PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")  # what PEFT n
 
 # Fields of LoraConfig that the exported adapter reproduces exactly (the choice of modules is written out name by
 # name), or that have no use after training. Any other field, of this PEFT or a later one, must be at its default.
-_HELD_FIELDS = frozenset(
-    {
-        *("r", "lora_alpha", "use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern"),
-        *("lora_dropout", "init_lora_weights"),
-        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-        *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-        *("inference_mode", "runtime_config"),
-    }
-)
+_HELD_FIELDS = {
+    *("r", "lora_alpha", "use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "lora_dropout"),
+    *("init_lora_weights", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "runtime_config"),
+}
 
 # The other initializations (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base weights, which the adapter's user
 # does not have; EVA needs a pass over data first.
@@ -53,25 +50,20 @@ def hub_model_id(name_or_path: str | os.PathLike | None) -> str | None:
 
 def check_lora_config(peft_config: PeftConfig) -> None:
     """
-    Refuses an adapter that a stock diffusers pipeline could not load with the same result.
-
-    To be called before training: what is refused here would be lost only when the training is over.
-
-    Raises:
-        ValueError: if `peft_config` is no `LoraConfig`, or has an option that diffusers' LoRA format cannot hold.
+    Refuses an adapter that a stock diffusers pipeline could not load with the same result, before it is trained:
+    `ValueError` if `peft_config` is no `LoraConfig`, or has an option that diffusers' LoRA format cannot hold.
     """
     if not isinstance(peft_config, LoraConfig):
         raise ValueError(
             f"peft_config is a {type(peft_config).__name__}. Adapters are saved in diffusers' LoRA format, which only "
             "holds a LoRA: pass a peft.LoraConfig, or none at all for full fine-tuning."
         )
-    defaults, names = LoraConfig(), (field.name for field in fields(peft_config) if field.name not in _HELD_FIELDS)
-    lost = {name: getattr(peft_config, name) for name in names}
-    lost = {name: value for name, value in lost.items() if value != getattr(defaults, name, None)}
+    defaults, names = LoraConfig(), [field.name for field in fields(peft_config) if field.name not in _HELD_FIELDS]
+    lost = [name for name in names if getattr(peft_config, name) != getattr(defaults, name, None)]
     if peft_config.init_lora_weights not in _INITIALISATIONS:
-        lost["init_lora_weights"] = peft_config.init_lora_weights
+        lost.append("init_lora_weights")
     if lost:
-        options = ", ".join(f"{name}={value!r}" for name, value in lost.items())
+        options = ", ".join(f"{name}={getattr(peft_config, name)!r}" for name in lost)
         raise ValueError(
             f"peft_config has {options}. diffusers' LoRA format cannot hold this: the adapter would not load in a "
             "diffusers pipeline, or would draw other images than it did here. Leave these options at their defaults; "
@@ -80,31 +72,23 @@ def check_lora_config(peft_config: PeftConfig) -> None:
 
 
 def save_lora(
-    pipeline_class: type[DiffusionPipeline],
-    model: PeftModel,
-    output_dir: str | os.PathLike,
-    *,
-    component: str = "transformer",
-    state_dict: dict[str, torch.Tensor] | None = None,
+    pipeline_class: type[DiffusionPipeline], model: PeftModel, output_dir: str | os.PathLike, *,
+    component: str = "transformer", state_dict: dict[str, torch.Tensor] | None = None,
     base_model: str | os.PathLike | None = None,
-) -> Path:
+) -> Path:  # fmt: skip
     """
     Writes an adapter so that `pipeline.load_lora_weights(output_dir)` draws the images that `model` draws.
 
-    Beside the file for diffusers stand PEFT's own two (see `save_adapter`), from which training goes on;
-    `load_lora_weights` prefers the former. Files of an earlier save are replaced only when all the new ones are
-    complete. To be called on the main process.
+    Beside the file for diffusers, which `load_lora_weights` prefers, stand PEFT's own two (see `save_adapter`). Files
+    of an earlier save are replaced only when all the new ones are complete. To be called on the main process.
 
     Args:
-        pipeline_class (`type[DiffusionPipeline]`): class of the pipeline that `model` was taken from; its own
-            `save_lora_weights` writes the file.
+        pipeline_class (`type[DiffusionPipeline]`): of the pipeline that `model` is from; it writes the file.
         model ([`~peft.PeftModel`]): the trained module as `get_peft_model` wrapped it.
         output_dir (`str` or `os.PathLike`): folder to write to; made if need be.
         component (`str`): name of the module in the pipeline, `"transformer"` or `"unet"`.
-        state_dict (`dict[str, torch.Tensor]`, *optional*): the model's whole state dict where the model itself holds
-            only shards (FSDP, ZeRO-3).
-        base_model (`str` or `os.PathLike`, *optional*): what the pipeline was loaded from. Noted in
-            `adapter_config.json` if it is a Hub id.
+        state_dict (`dict[str, torch.Tensor]`, *optional*): the whole one where the model holds shards (FSDP, ZeRO-3).
+        base_model (`str` or `os.PathLike`, *optional*): its origin, for `adapter_config.json` if it is a Hub id.
 
     Returns:
         `Path`: the file for diffusers.
@@ -116,37 +100,24 @@ def save_lora(
     """
     config = model.peft_config[_ADAPTER]
     check_lora_config(config)
-    weights = {
-        name.removeprefix("base_model.model."): tensor for name, tensor in _adapter_weights(model, state_dict).items()
-    }
-    layers = {
-        f"{component}_lora_layers": weights,
-        f"{component}_lora_adapter_metadata": _adapter_metadata(config, weights),
-    }
+    named = _adapter_weights(model, state_dict).items()
+    weights = {name.removeprefix("base_model.model."): tensor for name, tensor in named}
+    metadata = {f"{component}_lora_adapter_metadata": _adapter_metadata(config, weights)}
     with _staged(Path(output_dir)) as staging:
-        pipeline_class.save_lora_weights(staging, weight_name=LORA_WEIGHT_NAME, **layers)
+        layers = {f"{component}_lora_layers": weights}
+        pipeline_class.save_lora_weights(staging, weight_name=LORA_WEIGHT_NAME, **layers, **metadata)
         _write_peft_files(model, staging, state_dict, base_model)
     return Path(output_dir) / LORA_WEIGHT_NAME
 
 
 def save_adapter(
-    model: PeftModel,
-    output_dir: str | os.PathLike,
-    *,
-    state_dict: dict[str, torch.Tensor] | None = None,
-    base_model: str | os.PathLike | None = None,
-) -> None:
+    model: PeftModel, output_dir: str | os.PathLike, *,
+    state_dict: dict[str, torch.Tensor] | None = None, base_model: str | os.PathLike | None = None,
+) -> None:  # fmt: skip
     """
-    Writes PEFT's own two files, `adapter_model.safetensors` and `adapter_config.json`, from which training goes on.
-
-    `save_lora` writes them too; alone they are for weights that training goes on from but that are not shared, when
-    an average of them is. Unlike `PeftModel.save_pretrained` this writes no model card (PEFT's tells how to load the
-    adapter with PEFT), and replaces earlier files only when the new ones are complete. To be called on the main
-    process. The arguments are those of `save_lora`.
-
-    Raises:
-        RuntimeError: if there are no weights, or only empty shards of them.
-        OSError: if the folder cannot be written, or the disk is full.
+    Writes PEFT's own two files, `adapter_model.safetensors` and `adapter_config.json`, from which training goes on,
+    without the card of `PeftModel.save_pretrained`. `save_lora` writes them too; alone they are for weights that are
+    not shared, when an average of them is. Arguments and errors are those of `save_lora`.
     """
     _adapter_weights(model, state_dict)
     with _staged(Path(output_dir)) as staging:
@@ -158,8 +129,9 @@ def _write_peft_files(
 ) -> None:
     model.peft_config[_ADAPTER].base_model_name_or_path = hub_model_id(base_model)
     # By default PEFT asks the Hub for the base model's vocabulary
-    options = {"selected_adapters": [_ADAPTER], "save_embedding_layers": False}
-    model.save_pretrained(staging / "peft", state_dict=state_dict, **options)
+    model.save_pretrained(
+        staging / "peft", state_dict=state_dict, selected_adapters=[_ADAPTER], save_embedding_layers=False
+    )
     # PEFT's model card stays behind, and goes with the staging folder
     for name in PEFT_FILES:
         os.replace(staging / "peft" / name, staging / name)
@@ -171,25 +143,21 @@ def _adapter_weights(model: PeftModel, state_dict: Mapping | None) -> dict[str, 
     empty = [name for name, tensor in weights.items() if tensor.numel() == 0]
     if empty or not weights:
         raise RuntimeError(
-            f"The adapter '{_ADAPTER}' has {f'empty weights ({empty[0]}, …)' if empty else 'no weights'}. "
-            "When the model is sharded (FSDP, ZeRO-3), pass the gathered state dict, "
-            "state_dict=accelerator.get_state_dict(model)."
+            f"The adapter '{_ADAPTER}' has {f'empty weights ({empty[0]}, …)' if empty else 'no weights'}. When the "
+            "model is sharded (FSDP, ZeRO-3), pass the gathered ones, state_dict=accelerator.get_state_dict(model)."
         )
     return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
 
 
 def _adapter_metadata(config: LoraConfig, weights: dict[str, torch.Tensor]) -> dict[str, object]:
-    """
-    What `LoraConfig` needs to rebuild the adapter, and no more: a key that another release of PEFT does not know
-    makes `load_lora_weights` fail there. Without metadata diffusers takes alpha to be the rank.
-    """
-    switches = ("use_rslora", "use_dora", "lora_bias")
+    """What `LoraConfig` needs to rebuild the adapter, and no more: a key that another release of PEFT does not know
+    makes `load_lora_weights` fail there. Without metadata diffusers takes alpha to be the rank."""
     return {
         **{name: getattr(config, name) for name in ("r", "lora_alpha")},
         **{name: dict(getattr(config, name)) for name in ("rank_pattern", "alpha_pattern")},
         # Sorted: a set comes in another order in each process
         "target_modules": sorted({name.partition(".lora_")[0] for name in weights}),
-        **{name: True for name in switches if getattr(config, name)},
+        **{name: True for name in ("use_rslora", "use_dora", "lora_bias") if getattr(config, name)},
     }
 
 
@@ -200,13 +168,8 @@ def save_full(
     Writes a fully fine-tuned transformer or U-Net so that `type(model).from_pretrained(output_dir)` loads it:
     `config.json` and `diffusion_pytorch_model.safetensors` (in shards of 10 GB with an index, when it is larger).
 
-    Files of an earlier save are replaced only when all the new ones are complete. To be called on the main process.
-
-    Args:
-        model ([`~diffusers.ModelMixin`]): the module, unwrapped.
-        output_dir (`str` or `os.PathLike`): folder to write to; made if need be.
-        state_dict (`dict[str, torch.Tensor]`, *optional*): the model's whole state dict where the model itself holds
-            only shards (FSDP, ZeRO-3).
+    Files of an earlier save are replaced only when all the new ones are complete. To be called on the main process,
+    with the module unwrapped; `output_dir` and `state_dict` are as for `save_lora`.
 
     Raises:
         RuntimeError: if `state_dict` has other names than the model's weights.
@@ -225,13 +188,8 @@ def save_full(
 
 
 def load_full(model: ModelMixin, folder: str | os.PathLike) -> None:
-    """
-    Loads what `save_full` wrote into `model`, in place, to go on training.
-
-    Raises:
-        FileNotFoundError: if the folder holds no such weights.
-        RuntimeError: if the weights are not this model's.
-    """
+    """Loads what `save_full` wrote into `model`, in place, to go on training. `FileNotFoundError` if the folder holds
+    no such weights, `RuntimeError` if they are not this model's."""
     single = Path(folder, SAFETENSORS_WEIGHTS_NAME)
     files = [single] if single.is_file() else sorted(Path(folder).glob(f"{_FULL_STEM}-*-of-*.safetensors"))
     if not files:
@@ -241,12 +199,9 @@ def load_full(model: ModelMixin, folder: str | os.PathLike) -> None:
 
 def copy_weights(source: str | os.PathLike, target: str | os.PathLike) -> None:
     """
-    Copies the weights that `save_lora` or `save_full` wrote, from a checkpoint to a run's output folder, say; nothing
-    else that lies there. Files in `target` are replaced only when all copies are complete.
-
-    Raises:
-        FileNotFoundError: if `source` holds no such weights.
-        OSError: if the folder cannot be written, or the disk is full.
+    Copies the weights that `save_lora` or `save_full` wrote, and nothing else that lies there. Files in `target` are
+    replaced only when all copies are complete. `FileNotFoundError` if `source` holds no such weights, `OSError` if the
+    folder cannot be written, or the disk is full.
     """
     names = (LORA_WEIGHT_NAME, *PEFT_FILES, "config.json", f"{_FULL_STEM}*.safetensors", f"{_FULL_STEM}*.index.json")
     files = [file for name in names for file in sorted(Path(source).glob(name))]
@@ -259,10 +214,8 @@ def copy_weights(source: str | os.PathLike, target: str | os.PathLike) -> None:
 
 @contextmanager
 def _staged(output_dir: Path) -> Iterator[Path]:
-    """
-    A folder to write to, whose files are moved to `output_dir` once the block is through. It lies inside `output_dir`,
-    as moving is atomic on one file system only, and its name begins with an underscore: uploads leave it out.
-    """
+    """A folder to write to, whose files are moved to `output_dir` once the block is through. It lies inside, as moving
+    is atomic on one file system only, and its name begins with an underscore: uploads leave it out."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="_saving-", dir=output_dir) as staging:

@@ -18,8 +18,7 @@ logger = logging.get_logger(__name__)
 
 
 class FlowProgressCallback(ProgressCallback):
-    """The training bar, with what is going on beside it (sampling, rewards, updating), and one short line a log. The
-    complete metrics go to the trackers and to `trainer_state.json`."""
+    """The training bar, with what is going on beside it (sampling, rewards, updating), and one short line a log."""
 
     # What a person watches; the rest (some forty values a log) would bury it
     SHOWN = ("reward", "reward_std", "kl", "clip_ratio/region_mean", "loss", "grad_norm", "step_time")
@@ -28,8 +27,8 @@ class FlowProgressCallback(ProgressCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            options = {"desc": "Training", "dynamic_ncols": True}
-            self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, **options)
+            options = {"initial": state.global_step, "dynamic_ncols": True}
+            self.training_bar = tqdm(desc="Training", total=state.max_steps, **options)
         self.current_step = state.global_step
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -49,16 +48,14 @@ class FlowProgressCallback(ProgressCallback):
             # A small model changes stage far more often than anybody, or a log file, can follow
             now = time.monotonic()
             self.training_bar.set_postfix_str(stage, refresh=now - self._shown_at > 0.2)
-            if now - self._shown_at > 0.2:
-                self._shown_at = now
+            self._shown_at = now if now - self._shown_at > 0.2 else self._shown_at
 
 
 class LoopCallback(TrainerCallback):
-    """Calls the trainer once everything is prepared, before the first update, and after each optimizer step."""
+    """Calls the trainer before the first update, once everything is prepared, and after each optimizer step."""
 
     def __init__(self, on_train_begin: Callable[[], None], on_optimizer_step: Callable[[], None]):
-        self._on_train_begin = on_train_begin
-        self._on_optimizer_step = on_optimizer_step
+        self._on_train_begin, self._on_optimizer_step = on_train_begin, on_optimizer_step
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._on_train_begin()
@@ -68,9 +65,8 @@ class LoopCallback(TrainerCallback):
 
 
 class RunLogCallback(TrainerCallback):
-    """Writes what is logged to `output_dir/log_history.jsonl` as training goes on, one log a line, and the table of
-    `diagnostics_table` to `output_dir/diagnostics.md`. A run that is resumed begins the file anew with its
-    checkpoint's logs."""
+    """Writes logs to `output_dir/log_history.jsonl`, one a line, and the table of `diagnostics_table` to
+    `output_dir/diagnostics.md`. A run that is resumed begins the logs anew with its checkpoint's."""
 
     _writes = False
 
@@ -88,15 +84,12 @@ class RunLogCallback(TrainerCallback):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open(mode, encoding="utf-8") as file:
-                file.writelines(json.dumps({k: _finite(v) for k, v in log.items()}) + "\n" for log in logs)
+                for log in logs:
+                    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in log.items()}
+                    file.write(json.dumps(finite) + "\n")
             if (table := diagnostics_table(state.log_history)) is not None:
                 path = path.with_name("diagnostics.md")
                 path.write_text(table, encoding="utf-8")
-        except OSError as error:
-            # Training is worth more than its log, which checkpoints hold too
+        except OSError as error:  # training is worth more than its log, which checkpoints hold too
             self._writes = False
             logger.warning(f"{path} cannot be written ({error}): logs are kept in checkpoints and trackers only.")
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

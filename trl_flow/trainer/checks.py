@@ -28,29 +28,20 @@ logger = logging.get_logger(__name__)
 
 
 def check_model(model: Any, backbone: Backbone | None, args: Any, config_class: type[FlowRLConfig]) -> None:
-    """Raises unless `model` is a pipeline or says where one is, `backbone` was made for it, and `args` are `None` or a
-    `config_class`."""
+    """Raises unless `model` is or names a pipeline, `backbone` is for it, and `args` are of the class, or `None`."""
     if args is not None and not isinstance(args, config_class):
         raise TypeError(f"args is a {type(args).__name__}, but must be a {config_class.__name__} or a preset of it.")
     if not isinstance(model, str | os.PathLike | DiffusionPipeline):
-        raise TypeError(
-            f"model is a {type(model).__name__}, but must be the hub id or folder of a diffusers pipeline, or a "
-            "loaded DiffusionPipeline."
-        )
+        raise TypeError(f"model is a {type(model).__name__}, but must be a pipeline, or its hub id or folder.")
     if getattr(backbone, "pipeline", model) is not model:
-        raise ValueError(
-            "backbone was made for another pipeline than model: the one would be trained, and the other prepared for "
-            "it. Pass one and the same: model=backbone.pipeline."
-        )
+        raise ValueError("backbone was made for another pipeline than model. Pass model=backbone.pipeline.")
 
 
 def check_single_device(args: FlowRLConfig) -> None:
     """Raises `ValueError` where transformers would use `nn.DataParallel`."""
     if args.n_gpu > 1:
-        raise ValueError(
-            f"{args.n_gpu} GPUs are visible to one process, and nn.DataParallel is not supported. Launch with "
-            "`accelerate launch` or `torchrun`, or show one GPU with CUDA_VISIBLE_DEVICES."
-        )
+        instead = "Launch with `accelerate launch` or `torchrun`, or show one GPU with CUDA_VISIBLE_DEVICES."
+        raise ValueError(f"{args.n_gpu} GPUs are visible to one process; nn.DataParallel is unsupported. {instead}")
 
 
 def named_eval_datasets(eval_dataset: Any) -> dict[str, Any]:
@@ -67,61 +58,51 @@ def check_dataset(dataset: Any, name: str) -> None:
     if not isinstance(dataset, Dataset):
         raise TypeError(
             f"{name} is {'missing' if dataset is None else 'a ' + type(dataset).__name__}, but must be a "
-            "datasets.Dataset with a 'prompt' column, such as Dataset.from_dict({'prompt': [...]}) or "
-            "load_dataset(..., split='train') without streaming."
+            "datasets.Dataset with a column 'prompt', such as load_dataset(..., split='train') without streaming."
         )
     columns = dataset.column_names
     if "prompt" not in columns:
-        raise ValueError(
-            f"{name} has no column 'prompt'; its columns are {columns}. Rename the one that holds the prompts: "
-            "dataset.rename_column(old, 'prompt')."
-        )
+        raise ValueError(f"{name} has no column 'prompt' in {columns}. Use dataset.rename_column(old, 'prompt').")
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty: there is no prompt to train on or to draw.")
     for index, prompt in enumerate(dataset["prompt"]):
         if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(
-                f"{name} has prompt {prompt!r} in row {index}, but every prompt must be a non-empty string. "
-                "Filter such rows out, or convert them."
-            )
+            wanted = "prompts must be non-empty strings. Filter such rows out, or convert them."
+            raise ValueError(f"{name} has prompt {prompt!r} in row {index}, but {wanted}")
     if reserved := [column for column in columns if column in RESERVED_COLUMNS]:
         raise ValueError(f"{name} has columns {reserved}, under whose names rewards get other things. Rename them.")
 
 
 def check_backbone(backbone: Any, args: FlowRLConfig, peft_config: PeftConfig | None) -> None:
     """Raises `TypeError` unless `backbone` is a [`Backbone`], and `ValueError` unless it can do what is asked."""
+    kind = type(backbone).__name__
     if not isinstance(backbone, Backbone):
-        raise TypeError(
-            f"backbone is a {type(backbone).__name__}, but must be a trl_flow.backbones.Backbone. Subclass it: one "
-            "file, such as trl_flow/backbones/sd3.py."
-        )
-    if args.gradient_checkpointing and not getattr(backbone.model, "_supports_gradient_checkpointing", False):
-        raise ValueError(
-            f"gradient_checkpointing is on, which {type(backbone.model).__name__} does not support. Set "
-            "gradient_checkpointing=False."
-        )
+        raise TypeError(f"backbone is a {kind}, but must be a trl_flow.backbones.Backbone. Subclass it: one file.")
+    pipeline, model = backbone.pipeline, backbone.model
+    if args.gradient_checkpointing and not getattr(model, "_supports_gradient_checkpointing", False):
+        what = f"gradient_checkpointing is on, which {type(model).__name__} does not support"
+        raise ValueError(f"{what}. Set gradient_checkpointing=False.")
     if args.negative_prompt is not None and not backbone.takes_negative_prompt:
         raise ValueError(
-            f"negative_prompt is {args.negative_prompt!r}, but {type(backbone).__name__} takes none: this model's "
-            "guidance does not lead away from a prompt, or only from the empty one. Set negative_prompt=None."
+            f"negative_prompt is {args.negative_prompt!r}, but {kind} takes none: this model's guidance leads away "
+            "from no prompt, or from the empty one only. Set negative_prompt=None."
         )
-    if peft_config is not None and not hasattr(backbone.pipeline, "save_lora_weights"):
+    if peft_config is not None and not hasattr(pipeline, "save_lora_weights"):
         raise ValueError(
-            f"{type(backbone.pipeline).__name__} has no save_lora_weights: an adapter could be trained but not saved. "
-            "Let the pipeline inherit one of diffusers' LoRA loaders (such as SD3LoraLoaderMixin), or train "
-            "all weights: leave peft_config out."
+            f"{type(pipeline).__name__} has no save_lora_weights: an adapter could be trained but not saved. Let it "
+            "inherit a LoRA loader of diffusers (such as SD3LoraLoaderMixin), or train all weights: no peft_config."
         )
-    if peft_config is None and is_quantized(backbone.model):
+    if peft_config is None and is_quantized(model):
         raise ValueError(
             f"The pipeline's {backbone.component} has quantized weights, which cannot be trained. Train an adapter: "
             "pass a peft_config, or load the pipeline without a quantization_config."
         )
+    vae = getattr(pipeline, "vae", None)
     for name, method in (("enable_vae_slicing", "use_slicing"), ("enable_vae_tiling", "use_tiling")):
-        vae = getattr(backbone.pipeline, "vae", None)
         if getattr(args, name) and not hasattr(vae, method):
             raise ValueError(
-                f"{name} is set, but the pipeline's VAE ({type(vae).__name__}) cannot do that. Leave it "
-                "out, and lower per_device_train_batch_size if decoding needs too much memory."
+                f"{name} is set, but the pipeline's VAE ({type(vae).__name__}) cannot do that. Leave it out, and "
+                "lower per_device_train_batch_size if decoding needs too much memory."
             )
 
 
@@ -133,27 +114,24 @@ def check_images(dataset: Dataset, name: str, backbone: Backbone) -> None:
     if "image" not in dataset.column_names:
         raise ValueError(
             f"{name} has no column 'image', but {editor}: each row needs the one that its prompt is about. Its "
-            f"columns are {dataset.column_names}. Add the column, or rename the one that holds the images: "
-            "dataset.rename_column(old, 'image')."
+            f"columns are {dataset.column_names}. Add it, or use dataset.rename_column(old, 'image')."
         )
     feature = dataset.features["image"]
     if not isinstance(feature, datasets.Image) or not feature.decode:
         raise ValueError(
-            f"{name} has a column 'image' of {feature}, but {editor}: it must hold PIL images. If it holds paths or "
-            "bytes of images, convert it: dataset.cast_column('image', datasets.Image())."
+            f"{name} has a column 'image' of {feature}, but {editor}: it must hold PIL images. Of paths or bytes it "
+            "makes them: dataset.cast_column('image', datasets.Image())."
         )
     if dataset.format["type"] not in (None, "custom", "python"):
         raise ValueError(
-            f"{name} has the format {dataset.format['type']!r}, in which an image is an array, but {editor}: its "
-            "column 'image' must give PIL images. Take the format off: dataset.with_format(None)."
+            f"{name} has the format {dataset.format['type']!r}, in which an image is an array, but {editor} of PIL. "
+            "Take the format off: dataset.with_format(None)."
         )
     images = dataset.with_format(None).select_columns(["image"])
     for index, row in enumerate(images.cast_column("image", datasets.Image(decode=False))):
         if row["image"] is None:
-            raise ValueError(
-                f"{name} has no image in row {index}, but {editor}. Filter such rows out: "
-                "dataset.filter(lambda row: row['image'] is not None)."
-            )
+            instead = "Filter such rows out: dataset.filter(lambda row: row['image'] is not None)."
+            raise ValueError(f"{name} has no image in row {index}, but {editor}. {instead}")
         path, content = row["image"]["path"], row["image"]["bytes"]
         try:
             # Reads the file's head only
@@ -172,33 +150,28 @@ def check_images(dataset: Dataset, name: str, backbone: Backbone) -> None:
 def check_rewards(
     scorer: RewardScorer, gold_scorer: RewardScorer, train_dataset: Dataset, eval_dataset: Any, args: FlowRLConfig
 ) -> None:
-    """Raises `TypeError` or `ValueError` for reward functions that could not be called with the data sets' columns,
-    or weights that are not one for each."""
+    """Raises `TypeError` or `ValueError` for reward functions that cannot be called, or unfit weights."""
     if not scorer.reward_funcs:
         raise ValueError("reward_funcs is empty. Pass at least one reward function.")
     scorer.check([] if args.remove_unused_columns else train_dataset.column_names)
-    for name, dataset in named_eval_datasets(eval_dataset).items():
+    named = named_eval_datasets(eval_dataset)
+    for name, dataset in named.items():
         for each in (scorer, gold_scorer):
             try:
                 each.check(dataset.column_names)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}: {error}") from error
     if args.load_best_model_at_end and isinstance(eval_dataset, dict) and args.metric_for_best_model == "reward":
-        raise ValueError(
-            "load_best_model_at_end needs metric_for_best_model where there are several evaluation sets. Set it to "
-            f"one of {', '.join(f'eval_{name}_reward' for name in eval_dataset)}."
-        )
-    if gold_scorer.names and not named_eval_datasets(eval_dataset):
+        known = ", ".join(f"eval_{name}_reward" for name in eval_dataset)
+        raise ValueError(f"load_best_model_at_end needs metric_for_best_model. Set it to one of {known}.")
+    if gold_scorer.names and not named:
         raise ValueError(
             f"eval_reward_funcs ({', '.join(gold_scorer.names)}) score evaluations only, but there is no "
-            "eval_dataset. Pass one with the prompts to evaluate, and set eval_strategy='steps', or leave "
-            "eval_reward_funcs out."
+            "eval_dataset. Pass one, and set eval_strategy='steps', or leave eval_reward_funcs out."
         )
     if taken := {"average", "average_std_err"} & set(gold_scorer.names):
-        raise ValueError(
-            f"One of eval_reward_funcs is called {taken.pop()!r}, which is the name of the composite's own metric. "
-            "Rename it (its __name__ counts)."
-        )
+        what = f"One of eval_reward_funcs is called {taken.pop()!r}, which is the name of the composite's own metric."
+        raise ValueError(f"{what} Rename it (its __name__ counts).")
     if args.reward_weights is not None and len(args.reward_weights) != len(scorer.names):
         raise ValueError(
             f"reward_weights has {len(args.reward_weights)} entries, but there are {len(scorer.names)} reward "
@@ -210,33 +183,26 @@ def check_over_optimization(callbacks: list, gold_names: list[str], eval_dataset
     """Tells an [`OverOptimizationCallback`] among the callbacks which evaluation set to watch. Raises `ValueError` if
     it would never be told of an evaluation that it could judge."""
     found = [callback for callback in callbacks if isinstance(callback, OverOptimizationCallback)]
-    if len(found) > 1:
-        raise ValueError(f"There are {len(found)} OverOptimizationCallbacks, which would keep models in one place.")
     if not found:
         return
-    callback = found[0]
+    if len(found) > 1:
+        raise ValueError(f"There are {len(found)} OverOptimizationCallbacks, which would keep models in one place.")
+    callback, kind = found[0], OverOptimizationCallback.__name__
     if not gold_names:
         raise ValueError(
-            "OverOptimizationCallback compares the optimized reward with gold scores, but eval_reward_funcs is empty. "
-            "Pass functions that are not optimized, or leave the callback out."
+            f"{kind} compares the optimized reward with gold scores, but eval_reward_funcs is empty. Pass functions "
+            "that are not optimized, or leave the callback out."
         )
     if args.eval_strategy == "no":
-        raise ValueError(
-            "OverOptimizationCallback judges the evaluations while training, but eval_strategy is 'no'. Set "
-            "eval_strategy='steps' and eval_steps."
-        )
+        raise ValueError(f"{kind} judges evaluations, but eval_strategy is 'no'. Set 'steps', and eval_steps.")
     sets = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
     callback.watched = next(iter(sets)) if callback.eval_name is None else callback.eval_name
     if callback.watched not in sets:
         known = list(sets) if isinstance(eval_dataset, dict) else "a single one without a name"
-        raise ValueError(
-            f"OverOptimizationCallback has eval_name={callback.eval_name!r}, but the evaluation sets are {known}."
-        )
+        raise ValueError(f"{kind} has eval_name={callback.eval_name!r}, but the evaluation sets are {known}.")
     if len(sets[callback.watched]) < 2:
-        raise ValueError(
-            "OverOptimizationCallback estimates the gold score's noise from its spread over prompts, but the "
-            "evaluation set has a single one. Give it more."
-        )
+        spread = "the gold score's noise from its spread over prompts, but the evaluation set has a single one"
+        raise ValueError(f"{kind} estimates {spread}. Give it more.")
 
 
 def check_output_dir(args: FlowRLConfig) -> None:
@@ -262,9 +228,8 @@ def probe_output_dir(args: FlowRLConfig, num_parameters: int) -> None:
     needed, free = 16 * num_parameters, shutil.disk_usage(args.output_dir).free
     if args.save_strategy != "no" and free < needed:
         raise ValueError(
-            f"output_dir {args.output_dir!r} has {free / 2**20:.0f} MiB left, but one checkpoint of "
-            f"{num_parameters:,} trained parameters takes about {needed / 2**20:.0f} MiB. Make room, choose "
-            "another folder, or train fewer parameters (a LoRA of lower rank)."
+            f"output_dir {args.output_dir!r} has {free / 2**20:.0f} MiB left, but a checkpoint of {num_parameters:,} "
+            f"trained parameters takes {needed / 2**20:.0f}. Make room, choose another folder, or train fewer."
         )
 
 
@@ -279,28 +244,25 @@ def repeated(dataset: Dataset, args: FlowRLConfig) -> Dataset:
     """A set smaller than one sampling phase would give TRL's sampler no full batch at all."""
     needed = args.generation_batch_size // args.num_generations
     copies = math.ceil(needed / len(dataset))
-    if copies > 1:
-        logger.warning(
-            f"The data set has {len(dataset)} prompts, but each sampling phase takes {needed} "
-            f"(generation_batch_size / num_generations): it is repeated {copies} times."
-        )
-    return dataset if copies == 1 else dataset.repeat(copies)
+    if copies == 1:
+        return dataset
+    logger.warning(
+        f"The data set has {len(dataset)} prompts, but each sampling phase takes {needed} (generation_batch_size / "
+        f"num_generations): it is repeated {copies} times."
+    )
+    return dataset.repeat(copies)
 
 
 def chosen_eval_datasets(
     eval_dataset: Dataset | dict[str, Dataset] | str | None, own: Dataset | dict[str, Dataset] | None
 ) -> dict[str | None, Dataset]:
-    """The sets that `evaluate(eval_dataset)` means, by their names (`None` for a single one), where the trainer has
-    `own`. Raises `ValueError` if there is no such set."""
+    """The sets that `evaluate(eval_dataset)` means, by name (`None` for a single one), where the trainer has `own`."""
     eval_dataset = own if eval_dataset is None else eval_dataset
     if eval_dataset is None:
         raise ValueError("There is no eval_dataset: pass one here or to the trainer.")
     if isinstance(eval_dataset, str):
-        if not isinstance(own, dict) or eval_dataset not in own:
-            known = list(own) if isinstance(own, dict) else "none with a name"
-            raise ValueError(
-                f"eval_dataset is {eval_dataset!r}, but the trainer's evaluation sets are {known}. Pass one of these, "
-                "or a data set."
-            )
-        return {eval_dataset: own[eval_dataset]}
+        sets = own if isinstance(own, dict) else {}
+        if eval_dataset not in sets:
+            raise ValueError(f"eval_dataset is {eval_dataset!r}, but must be a data set or one of {list(sets)}.")
+        return {eval_dataset: sets[eval_dataset]}
     return eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}

@@ -55,8 +55,7 @@ class BaseScores:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """
-    One evaluation of one data set, as callbacks get it in `on_evaluate(..., evaluation=...)` if there are gold scores.
+    """One evaluation of one data set, as callbacks get it in `on_evaluate(..., evaluation=...)` if it has gold scores.
 
     Attributes:
         name (`str` or `None`): the data set's, where there are several.
@@ -85,8 +84,8 @@ class EvaluationResult:
 
 @dataclass(eq=False)
 class Evaluator:
-    """Draws and scores evaluation sets by `scorer`, whose functions are optimized, and by `gold_scorer`, whose are not
-    (it may have none). Training is not affected: all random states are as before."""
+    """Draws and scores evaluation sets by `scorer`, and by `gold_scorer`, whose functions (if any) are not optimized.
+    Training is not affected: all random states are as before."""
 
     policy: Policy
     sampler: Sampler
@@ -99,8 +98,7 @@ class Evaluator:
     _base_scores: dict[str, BaseScores] = field(default_factory=dict)
 
     def evaluate(self, dataset: Dataset, state: TrainerState, name: str | None = None) -> EvaluationResult:
-        """Draws and scores every prompt of `dataset`, whose name is `name` among several. Raises `ValueError` if gold
-        scores cannot be normalized to the base model's."""
+        """Draws and scores every prompt of `dataset`. Raises `ValueError` if gold scores have no base model."""
         base = self._base(dataset, state)[0] if self.gold_scorer.reward_funcs else None
         with _unchanged_random_state(), self.policy.evaluating():
             return self._evaluate(dataset, state, name, base)
@@ -116,10 +114,10 @@ class Evaluator:
             return self._base_scores[key], None
         if not self.policy.has_reference and not (self.is_untrained and state.global_step == 0):
             raise ValueError(
-                "eval_reward_funcs are normalized to the base model's scores on the same prompts, which have not been "
-                "measured for this evaluation set (or these evaluation settings), and all weights have been trained "
-                "since: the base model is gone. Pass the set as eval_dataset when the run starts, resume from a "
-                "checkpoint of a run that had the same sets and functions, or train an adapter (peft_config)."
+                "eval_reward_funcs are normalized to the base model's scores, which have not been measured for this "
+                "evaluation set (or these settings), and all weights have been trained since: the base model is gone. "
+                "Pass the set as eval_dataset when the run starts, resume from a checkpoint of a run that had the "
+                "same sets and functions, or train an adapter (peft_config)."
             )
         with _unchanged_random_state(), self.policy.evaluating(base=True):
             result = self._evaluate(dataset, state, None, None)
@@ -152,21 +150,12 @@ class Evaluator:
             for gold_name, values in gold_values.items():
                 check_base(gold_name, values)
                 if np.isnan(values).all():
-                    logger.warning(
-                        f"The gold function {gold_name!r} returned None for every image of this evaluation set: it is "
-                        "left out of the gold average."
-                    )
+                    about = "returned None for every image of this evaluation set: it is left out of the gold average."
+                    logger.warning(f"The gold function {gold_name!r} {about}")
         return self._result(dataset, name, metrics, scores, base, rows, images)
 
     def _result(
-        self,
-        dataset: Dataset,
-        name: str | None,
-        metrics: dict,
-        scores: BaseScores,
-        base: BaseScores | None,
-        rows,
-        images,
+        self, dataset: Dataset, name: str | None, metrics, scores: BaseScores, base: BaseScores | None, rows, images
     ) -> EvaluationResult:
         number, gold = self.args.num_generations_eval, None
         if scores.diversity is not None:
@@ -175,18 +164,11 @@ class Evaluator:
             gold = gold_score(base.gold, scores.gold, num_images_per_prompt=number)
             metrics |= {f"gold/{gold_name}": value for gold_name, value in gold.scores.items()}
             metrics |= {"gold/average": gold.average, "gold/average_std_err": gold.standard_error}
-        return EvaluationResult(
-            name=name,
-            metrics={key: None if math.isnan(value) else value for key, value in metrics.items()},
-            images=images,
-            prompts=[row["prompt"] for row in rows],
-            key=self._key(dataset),
-            reward=scores.reward,
-            base_reward=math.nan if base is None else base.reward,
-            gold=gold,
-            num_samples=len(dataset) * number,
-            save=self.save,
-        )
+        metrics = {key: None if math.isnan(value) else value for key, value in metrics.items()}
+        base_reward, prompts = math.nan if base is None else base.reward, [row["prompt"] for row in rows]
+        scored = {"reward": scores.reward, "base_reward": base_reward, "gold": gold}
+        about = {"key": self._key(dataset), "num_samples": len(dataset) * number, "save": self.save}
+        return EvaluationResult(name, metrics, images, prompts, **scored, **about)
 
     def _draw(self, rows: list[dict[str, Any]], indices: list[int]) -> list[Image.Image]:
         size, num_steps = self.args.per_device_eval_batch_size, self.args.eval_num_inference_steps
@@ -195,17 +177,10 @@ class Evaluator:
             part = rows[first : first + size]
             prompts, stage = [row["prompt"] for row in part], f"evaluating {first + 1}/{len(rows)}, step "
             condition = self.policy.condition(prompts, self.sampler.images_to_edit(part), self.guidance_scale)
-            images += draw_batch(
-                self.policy.backbone,
-                self._forward,
-                condition.positive,
-                condition.negative,
-                seed=self.args.seed,
-                indices=indices[first : first + size],
-                num_inference_steps=num_steps,
-                guidance_scale=condition.guidance_scale,
-                on_step=lambda step, stage=stage: self.sampler.show_stage(f"{stage}{step + 1}/{num_steps}"),
-            )
+            given = self.policy.backbone, self._forward, condition.positive, condition.negative
+            options = {"num_inference_steps": num_steps, "guidance_scale": condition.guidance_scale}
+            options["on_step"] = lambda step, stage=stage: self.sampler.show_stage(f"{stage}{step + 1}/{num_steps}")
+            images += draw_batch(*given, seed=self.args.seed, indices=indices[first : first + size], **options)
         return images
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -226,9 +201,9 @@ class Evaluator:
         """A fingerprint of what an evaluation draws and scores: under the same one, scores are paired by index."""
         columns = {name: dataset[name][:] for name in sorted(dataset.column_names) if name != "image"}
         settings = {"columns": columns, "gold": self.gold_scorer.names, "guidance_scale": self.guidance_scale}
-        for name in ("seed", "num_generations_eval", "eval_num_inference_steps", "negative_prompt"):
-            settings[name] = getattr(self.args, name)
-        settings |= {name: getattr(self.args, name) for name in ("height", "width", "max_sequence_length")}
+        names = ["seed", "num_generations_eval", "eval_num_inference_steps", "negative_prompt"]
+        names += ["height", "width", "max_sequence_length"]
+        settings |= {name: getattr(self.args, name) for name in names}
         if self.policy.backbone.takes_image:
             settings["images"] = [image_fingerprint(row["image"]) for row in dataset]
         return hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()[:16]

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -24,7 +24,6 @@ def described(cls: type) -> type:
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         for names, text in _ENTRY.findall(inspect.cleandoc(base.__dict__.get("__doc__") or "")):
-            # "Eq. 8" ends no sentence
             sentence = re.split(r"(?<!Eq)\. (?=[A-Z`])", " ".join(text.split()))[0].replace("%", "%%")
             found |= dict.fromkeys(re.findall(r"(\w+) \(", names), sentence)
     for each in fields(cls):
@@ -39,20 +38,16 @@ class FlowRLConfig(_BaseConfig):
     r"""
     Configuration of [`FlowRLTrainer`]: model, memory, data, sampling, rewards, advantages and logging.
 
-    For a full list of training arguments, see [`~transformers.TrainingArguments`]. Defaults that differ from it:
-    `learning_rate` is 3e-4, `lr_scheduler_type` `"constant"`, `weight_decay` 1e-4, `max_grad_norm` 1.0 (Flow-GRPO's
-    published settings for LoRA), `remove_unused_columns` is off (other columns reach the rewards), and
-    `ddp_find_unused_parameters` and `dataloader_pin_memory` are off. `bf16` defaults to `True` on GPUs that have it
-    and to `False` elsewhere.
+    All of [`~transformers.TrainingArguments`] can be set. Other defaults: `learning_rate` 3e-4, `lr_scheduler_type`
+    `"constant"`, `weight_decay` 1e-4, `max_grad_norm` 1.0 (Flow-GRPO's published settings for LoRA), `bf16` `True` on
+    GPUs that have it and `False` elsewhere, and `remove_unused_columns` (other columns reach the rewards),
+    `ddp_find_unused_parameters` and `dataloader_pin_memory` are off.
 
     Parameters:
-        > Parameters that control the model
-
         model_init_kwargs (`dict[str, Any]`, *optional*):
-            Keyword arguments for [`~diffusers.DiffusionPipeline.from_pretrained`], used when the `model` argument of
-            the trainer is a string. By default the frozen parts are loaded in the dtype that is trained in (`bf16`,
-            `fp16`), the VAE and a fully trained transformer in float32. `{"dtype": ...}` decides for all parts, or
-            for each with a dictionary.
+            Keyword arguments for [`~diffusers.DiffusionPipeline.from_pretrained`], where `model` is a string. By
+            default the frozen parts are loaded in the dtype that is trained in (`bf16`, `fp16`), the VAE and a fully
+            trained transformer in float32. `{"dtype": ...}` decides for all parts, or for each with a dictionary.
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Whether to disable dropout in the trained model, LoRA's included. With dropout the training forward differs
             from the rollout, so that the importance ratio is not 1 before the first update.
@@ -62,40 +57,30 @@ class FlowRLConfig(_BaseConfig):
         ema_decay (`float`, *optional*, defaults to `0.9`):
             Decay of the average per update, in [0, 1).
 
-        > Parameters that control the memory
-
         enable_vae_slicing (`bool`, *optional*, defaults to `False`):
             Whether the VAE decodes one image at a time.
         enable_vae_tiling (`bool`, *optional*, defaults to `False`):
-            Whether the VAE decodes large images in overlapping tiles, of the size that it was trained on. Smaller
-            images are not affected.
+            Whether the VAE decodes images larger than it was trained on in overlapping tiles.
         precompute_prompt_embeds (`bool`, *optional*, defaults to `False`):
             Whether to encode all prompts of the training and evaluation sets before training, keep their embeddings on
-            disk, and take the text encoders off the device. Prompts that are met only later (`evaluate` on another
-            set) bring them back for the time that it takes.
+            disk, and take the text encoders off the device. Prompts that come later bring them back meanwhile.
         prompt_embeds_dir (`str`, *optional*):
             Folder for these embeddings, which serve later runs with the same encoders and settings too; `None`:
             `trl_flow/prompt_embeds` in `HF_HOME`. Needs `precompute_prompt_embeds`.
-
-        > Parameters that control the data and the groups
 
         num_generations (`int`, *optional*, defaults to `8`):
             Images per prompt, a group (`G` in the papers). `generation_batch_size` must be divisible by it.
         num_generations_eval (`int`, *optional*, defaults to `1`):
             Images per prompt in evaluation.
         generation_batch_size (`int`, *optional*):
-            Images sampled before they are trained on, over all processes. If `None`,
-            `per_device_train_batch_size * num_processes * steps_per_generation`. Follows from `steps_per_generation`
-            where that is set.
+            Images sampled before they are trained on, over all processes. `None`: `per_device_train_batch_size *
+            num_processes * steps_per_generation`.
         steps_per_generation (`int`, *optional*):
-            Micro-batches that one sampling phase provides. If `None`, `gradient_accumulation_steps`: one update for
-            each sampling phase.
+            Micro-batches that one sampling phase provides. `None`: `gradient_accumulation_steps`, and so one update.
         num_iterations (`int`, *optional*, defaults to `1`):
             Times that each sampled batch is trained on (μ in the GRPO paper).
         shuffle_dataset (`bool`, *optional*, defaults to `True`):
             Whether to shuffle the training prompts.
-
-        > Parameters that control sampling
 
         num_inference_steps (`int`, *optional*, defaults to `10`):
             Sampling steps while training (`T`).
@@ -114,13 +99,10 @@ class FlowRLConfig(_BaseConfig):
         eval_guidance_scale (`float`, *optional*):
             Guidance in evaluation; `None` means `guidance_scale`.
 
-        > Parameters that control the rewards and the advantages
-
         reward_weights (`list[float]`, *optional*):
             Weight of each reward function; `None`: 1 each. One with a weight of 0 is only logged.
         reward_timeout (`float`, *optional*):
-            Seconds after which a reward function that has not returned ends training with an error naming it. `None`:
-            wait for ever.
+            Seconds after which a reward function that has not returned ends training; `None`: wait for ever.
         overlap_rewards (`bool`, *optional*, defaults to `True`):
             Whether to compute rewards in a thread while the rest of the sampling phase is sampled, group by group, in
             every phase but the first. The results are the same. Nothing overlaps where `steps_per_generation` is 1,
@@ -128,14 +110,12 @@ class FlowRLConfig(_BaseConfig):
             than the accelerator has, or a function insists on the main thread.
         scale_rewards (`str` or `bool`, *optional*, defaults to `"batch"`):
             `"batch"` (Flow-GRPO, SLAS), `"group"` (GRPO, GRPO-Guard) or `"none"`: which standard deviation divides.
-            With `dense_rewards` it is always the group's, at each step (VGPO, Eq. 14), and with
-            `multi_objective_aggregation="normalize_then_sum"` always the group's for each reward and then the batch's
-            for their sum, as in TRL.
+            Always the group's with `dense_rewards`, at each step (VGPO, Eq. 14), and for each reward with
+            `multi_objective_aggregation="normalize_then_sum"`, then the batch's for their sum, as in TRL.
         multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
-            How several rewards make one advantage. `"sum_then_normalize"`: the weighted sum of the rewards is compared
-            within the group. `"normalize_then_sum"`: each reward is normalized within the group by itself, the
-            weighted sum of the results within the batch (GDPO, arXiv:2601.05242), so that a reward's unit and spread
-            do not count besides those of others. Not with `dense_rewards`.
+            How several rewards make one advantage. `"sum_then_normalize"`: their weighted sum is compared within the
+            group. `"normalize_then_sum"`: each is normalized within the group by itself, the weighted sum of the
+            results within the batch (GDPO, arXiv:2601.05242): units do not count. Not with `dense_rewards`.
         advantage_clip (`float`, *optional*, defaults to `5.0`):
             Advantages are clamped to ± this value before SLAS's shaping.
         advantage_power (`float` or `"auto"`, *optional*, defaults to `0.0`):
@@ -143,10 +123,7 @@ class FlowRLConfig(_BaseConfig):
             while training, so that the KL to the sampling policy after a phase's first update stays at `target_kl`.
             Needs two or more updates a sampling phase.
         target_kl (`float`, *optional*):
-            For `advantage_power="auto"`: that KL, in the convention of the log-probabilities, a mean over the latent's
-            dimensions. `None`: the first one that is measured.
-
-        > Parameters that control the logging
+            For `advantage_power="auto"`: that KL, a mean over the latent's dimensions. `None`: the first one.
 
         diagnostics_steps (`int`, *optional*, defaults to `0`):
             Log the gradient norm of each trained step (`grad_norm/step_{i}`) every that many updates; 0 is never.
@@ -168,27 +145,20 @@ class FlowRLConfig(_BaseConfig):
     dataloader_pin_memory: bool = False
     ddp_find_unused_parameters: bool | None = False
 
-    # Model
     model_init_kwargs: dict | str | None = None
     disable_dropout: bool = True
     use_ema: bool = False
     ema_decay: float = 0.9
-
-    # Memory
     enable_vae_slicing: bool = False
     enable_vae_tiling: bool = False
     precompute_prompt_embeds: bool = False
     prompt_embeds_dir: str | None = None
-
-    # Data and groups
     num_generations: int = 8
     num_generations_eval: int = 1
     generation_batch_size: int | None = None
     steps_per_generation: int | None = None
     num_iterations: int = 1
     shuffle_dataset: bool = True
-
-    # Sampling
     num_inference_steps: int = 10
     guidance_scale: float = 4.5
     negative_prompt: str | None = None
@@ -198,8 +168,6 @@ class FlowRLConfig(_BaseConfig):
     share_initial_noise: bool = False
     eval_num_inference_steps: int = 40
     eval_guidance_scale: float | None = None
-
-    # Rewards and advantages
     reward_weights: list[float] | None = None
     reward_timeout: float | None = None
     overlap_rewards: bool = True
@@ -209,22 +177,18 @@ class FlowRLConfig(_BaseConfig):
     # HfArgumentParser has one type for each option: of a union with None it takes the second, and so reads "auto"
     advantage_power: float | str | None = 0.0
     target_kl: float | None = None
-
-    # Logging
     diagnostics_steps: int = 0
     log_images: bool = True
     num_images_to_log: int = 16
 
     def __post_init__(self):
         if self.bf16 is None:
-            # bfloat16 autocast is slower than float32 on most CPUs, and Apple's GPUs are left to the user
+            # bfloat16 autocast is slower than float32 on most CPUs
             self.bf16 = not self.fp16 and is_torch_bf16_gpu_available()
         if getattr(self, "activation_checkpointing", self) is None:
-            # TRL sets the old name, which transformers warns of
-            self.activation_checkpointing = self.gradient_checkpointing
+            self.activation_checkpointing = self.gradient_checkpointing  # TRL sets the old name
         if self.load_best_model_at_end and self.metric_for_best_model is None:
-            # transformers would look for a loss, which evaluation has not
-            self.metric_for_best_model = "reward"
+            self.metric_for_best_model = "reward"  # transformers would look for a loss
         super().__post_init__()
         self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
         self._check_types()
@@ -232,8 +196,7 @@ class FlowRLConfig(_BaseConfig):
         counts = ("num_inference_steps", "eval_num_inference_steps", "height", "width", "max_sequence_length")
         for name in (*counts, "num_iterations", "num_generations_eval", "num_images_to_log"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
-        at_least_two = "at least 2: an advantage compares the images of one prompt with each other"
-        self._check("num_generations", self.num_generations >= 2, at_least_two)
+        self._check("num_generations", self.num_generations >= 2, "at least 2: advantages compare a prompt's images")
         self._check("guidance_scale", self.guidance_scale >= 0, "0 or more")
         self._check("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
         self._check("advantage_clip", self.advantage_clip > 0, "above 0")
@@ -242,18 +205,15 @@ class FlowRLConfig(_BaseConfig):
         weights = [] if self.reward_weights is None else self.reward_weights
         is_list = isinstance(weights, list | tuple) and all(isinstance(weight, int | float) for weight in weights)
         ok = is_list and all(map(math.isfinite, weights)) and (any(weights) or not weights)
-        wanted = "a list of finite numbers that are not all 0: a reward with weight 0 is watched, and not trained on"
-        self._check("reward_weights", ok, wanted)
+        self._check("reward_weights", ok, "a list of finite numbers that are not all 0 (one of 0 is not trained on)")
         if self.prompt_embeds_dir is not None and not self.precompute_prompt_embeds:
             raise ValueError(
-                f"prompt_embeds_dir is {self.prompt_embeds_dir!r}, but precompute_prompt_embeds is False: no "
-                "embeddings are written. Set precompute_prompt_embeds=True, or leave prompt_embeds_dir out."
+                f"prompt_embeds_dir is {self.prompt_embeds_dir!r}, but precompute_prompt_embeds is False: nothing is "
+                "written. Set precompute_prompt_embeds=True, or leave prompt_embeds_dir out."
             )
         if self.auto_find_batch_size:
-            raise ValueError(
-                "auto_find_batch_size is not supported: a smaller batch would break the groups apart. Set it to False "
-                "and lower per_device_train_batch_size."
-            )
+            instead = "Set it to False and lower per_device_train_batch_size."
+            raise ValueError(f"auto_find_batch_size is set, but smaller batches would break groups apart. {instead}")
         self._resolve_batches()
 
     @property
@@ -274,24 +234,20 @@ class FlowRLConfig(_BaseConfig):
 
     def _check_types(self) -> None:
         """Holds the values of this class's fields, and its subclasses', against their annotations."""
-        hints: dict[str, Any] = {}
-        for cls in reversed(type(self).__mro__):
-            if issubclass(cls, FlowRLConfig):
-                hints |= cls.__annotations__
-        for name in set(hints) - set(_BaseConfig.__dataclass_fields__):
-            hint = hints[name]
-            value, options = getattr(self, name), get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        hints = get_type_hints(type(self))  # HfArgumentParser changes the types of the fields
+        for name in set(type(self).__dataclass_fields__) - set(_BaseConfig.__dataclass_fields__):
+            hint, value = hints[name], getattr(self, name)
+            options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
             if value is None and type(None) in options:
                 continue
             choices = [choice for option in options if get_origin(option) is Literal for choice in get_args(option)]
             if choices:
                 self._check(name, value in choices, f"one of {', '.join(choices)}")
-            elif float in options and str not in options:
-                if isinstance(value, bool) or not isinstance(value, int | float):
-                    raise TypeError(f"{name} is {value!r} of type {type(value).__name__}, but must be a number.")
+            elif int in options or (float in options and str not in options):
+                kind, noun = (int, "whole number") if int in options else (int | float, "number")
+                if isinstance(value, bool) or not isinstance(value, kind):
+                    raise TypeError(f"{name} is {value!r} of type {type(value).__name__}, but must be a {noun}.")
                 self._check(name, math.isfinite(value), "finite")
-            elif int in options and (isinstance(value, bool) or not isinstance(value, int)):
-                raise TypeError(f"{name} is {value!r} of type {type(value).__name__}, but must be a whole number.")
 
     def _check_advantage_power(self) -> None:
         if self.advantage_power == "auto":
@@ -304,10 +260,8 @@ class FlowRLConfig(_BaseConfig):
         ok = math.isfinite(self.advantage_power) and self.advantage_power >= 0
         self._check("advantage_power", ok, "finite and 0 or more, or 'auto'")
         if self.target_kl is not None:
-            raise ValueError(
-                f"target_kl is {self.target_kl}, but advantage_power is {self.advantage_power:g}: only a power that "
-                "adapts itself uses it. Set advantage_power='auto', or leave target_kl out."
-            )
+            unused = f"target_kl is {self.target_kl}, but advantage_power is {self.advantage_power:g}, without use"
+            raise ValueError(f"{unused} for it. Set advantage_power='auto', or leave target_kl out.")
 
     def _resolve_batches(self) -> None:
         # The arithmetic of TRL's GRPOConfig, with what to change in the messages
@@ -318,8 +272,7 @@ class FlowRLConfig(_BaseConfig):
         if both and self.generation_batch_size != global_batch * self.steps_per_generation:
             raise ValueError(
                 f"generation_batch_size ({self.generation_batch_size}) and steps_per_generation "
-                f"({self.steps_per_generation}) cannot both be set: one follows from the other, and {sizes}. Remove "
-                "one."
+                f"({self.steps_per_generation}) cannot both be set: {sizes}. Remove one."
             )
         if self.generation_batch_size is None:
             if self.steps_per_generation is None:
@@ -333,8 +286,7 @@ class FlowRLConfig(_BaseConfig):
             raise ValueError(
                 f"generation_batch_size is {self.generation_batch_size} = {sizes} x steps_per_generation "
                 f"({self.steps_per_generation}), which is not divisible by num_generations ({self.num_generations}): "
-                "each prompt's group must be complete. Change num_generations, per_device_train_batch_size, or "
-                "gradient_accumulation_steps (or steps_per_generation)."
+                "groups must be complete. Change num_generations, one of these, or gradient_accumulation_steps."
             )
         updates = self.updates_per_generation
         if updates.denominator != 1 and updates.numerator != 1:

@@ -1,8 +1,5 @@
-"""[`FlowRLTrainer`]: the order of things in online reinforcement learning of an image model, on TRL's base trainer.
-
-It keeps order and nothing else: each stage is an object of its own, and what is learned stands in an [`Algorithm`].
-The method names and their order are those of TRL's `GRPOTrainer`, so that a reader of one finds the way in the other.
-"""
+"""[`FlowRLTrainer`]: the order of things and nothing else, on TRL's base trainer. Each stage is an object of its own,
+and what is learned stands in an [`Algorithm`]. Methods have the names and the order of TRL's `GRPOTrainer`."""
 
 import copy
 import os
@@ -30,7 +27,7 @@ from trl_flow.trainer.callbacks import FlowProgressCallback, LoopCallback, RunLo
 from trl_flow.trainer.evaluator import EvaluationResult, Evaluator, group_diversity
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.loading import load_pipeline
-from trl_flow.trainer.metrics import Metrics
+from trl_flow.trainer.metrics import Metrics, SampleLog
 from trl_flow.trainer.over_optimization import OverOptimizationCallback
 from trl_flow.trainer.phase_scores import PhaseScorer
 from trl_flow.trainer.policy import Policy, prepare_module
@@ -38,7 +35,6 @@ from trl_flow.trainer.prompt_cache import PromptCache
 from trl_flow.trainer.publisher import Publisher
 from trl_flow.trainer.rollout_buffer import RolloutBuffer
 from trl_flow.trainer.run_state import RunState, checkpoint_to_resume, step_of, writing_checkpoint
-from trl_flow.trainer.sample_log import SampleLog
 from trl_flow.trainer.sampler import Sampler
 from trl_flow.trainer.trl_compat import GroupTrainer, identity
 
@@ -62,21 +58,19 @@ class FlowRLTrainer(GroupTrainer):
         args ([`FlowRLConfig`], *optional*):
             Configuration; defaults to that of `config_class` with `"{name of the model}-{method}"` as `output_dir`.
         train_dataset ([`~datasets.Dataset`]):
-            A column `"prompt"` of non-empty strings, and with a pipeline that edits images a column `"image"` of them;
-            all columns but the prompt reach the reward functions under their own names.
-        eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
-            Prompts to evaluate on: always the same seeds, along the ODE.
-        callbacks (list of [`~transformers.TrainerCallback`], *optional*): further callbacks.
-        optimizers (`tuple`, *optional*): an optimizer and a scheduler, as in [`~transformers.Trainer`].
+            A column `"prompt"` of non-empty strings, and for a pipeline that edits images `"image"`; all columns but
+            the prompt reach the reward functions under their own names.
+        eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*): prompts to evaluate on.
+        callbacks (list of [`~transformers.TrainerCallback`], *optional*), optimizers (`tuple`, *optional*):
+            Further callbacks; an optimizer and a scheduler, as in [`~transformers.Trainer`].
         peft_config ([`~peft.PeftConfig`], *optional*):
             Trains an adapter; without it all weights of the transformer are trained.
         backbone ([`Backbone`], *optional*):
             Instead of the one chosen by the pipeline's class, for pipelines of your own.
         eval_reward_funcs (`Callable` or `list[Callable]`, *optional*):
             Functions as `reward_funcs` that are never optimized: evaluations score by them too, and divide by what
-            the base model scores on the same prompts from the same seeds, which is measured before the first update
-            (`eval_gold/{name}` and `eval_gold/average`, where 1 is the base model). Need an `eval_dataset`, and a
-            positive mean for the base model.
+            the base model scores on the same prompts from the same seeds (`eval_gold/{name}` and `eval_gold/average`,
+            where 1 is the base model). Need an `eval_dataset`, and a positive mean for the base model.
 
     Raises:
         TypeError, ValueError: for anything that would make training fail later; nothing has been written then.
@@ -103,21 +97,20 @@ class FlowRLTrainer(GroupTrainer):
         backbone: Backbone | None = None,
         eval_reward_funcs: RewardFunc | list[RewardFunc] | None = None,
     ):
-        is_path = isinstance(model, str | os.PathLike)
         checks.check_model(model, backbone, args, self.config_class)
+        is_path = isinstance(model, str | os.PathLike)
         if args is None:
             name = model if is_path else model.config.get("_name_or_path") or "model"
             args = self.config_class(f"{Path(name).name}-{self._name}")
-        # Some fields are changed for transformers below; the caller's object may serve a second trainer
-        args = copy.copy(args)
+        args = copy.copy(args)  # some fields are changed below; the caller's object may serve a second trainer
 
         # Data and rewards first: they are cheap to check, a model is not cheap to load
         reward_funcs, eval_reward_funcs = checks.as_list(reward_funcs), checks.as_list(eval_reward_funcs)
         names, number = reward_names([*reward_funcs, *eval_reward_funcs]), len(reward_funcs)
         self.scorer = RewardScorer(reward_funcs, timeout=args.reward_timeout, names=names[:number])
         self.gold_scorer = RewardScorer(eval_reward_funcs, timeout=args.reward_timeout, names=names[number:])
-        named_datasets = {"train_dataset": train_dataset, **checks.named_eval_datasets(eval_dataset)}
-        for name, dataset in named_datasets.items():
+        datasets = {"train_dataset": train_dataset, **checks.named_eval_datasets(eval_dataset)}
+        for name, dataset in datasets.items():
             checks.check_dataset(dataset, name)
         checks.check_rewards(self.scorer, self.gold_scorer, train_dataset, eval_dataset, args)
         checks.check_over_optimization(callbacks or [], self.gold_scorer.names, eval_dataset, args)
@@ -130,24 +123,21 @@ class FlowRLTrainer(GroupTrainer):
         set_seed(args.seed)
         self.pipeline = load_pipeline(model, args, peft_config) if is_path else model
         self.pipeline.set_progress_bar_config(disable=True)
-        self.backbone = backbone or get_backbone(
-            self.pipeline, height=args.height, width=args.width, max_sequence_length=args.max_sequence_length
-        )
+        size = {"height": args.height, "width": args.width, "max_sequence_length": args.max_sequence_length}
+        self.backbone = backbone or get_backbone(self.pipeline, **size)
         self.model_id = str(model) if is_path else self.pipeline.config.get("_name_or_path")
         checks.check_backbone(self.backbone, args, peft_config)
-        for name, dataset in named_datasets.items():
+        for name, dataset in datasets.items():
             checks.check_images(dataset, name, self.backbone)
         module = prepare_module(self.backbone, args, peft_config)
         checks.probe_output_dir(args, sum(p.numel() for p in module.parameters() if p.requires_grad))
 
         # Before the model goes to the device: the text encoders may need the room there
         conditions = PromptCache.of(self.backbone, args)
-        conditions.encode_ahead(args, list(named_datasets.values()))
-
+        conditions.encode_ahead(args, list(datasets.values()))
         train_dataset = checks.repeated(train_dataset, args)
-        further = {"eval_dataset": eval_dataset, "callbacks": callbacks, "optimizers": optimizers}
-        # The collator leaves rows the dictionaries that they are
-        super().__init__(model=module, args=args, data_collator=identity, train_dataset=train_dataset, **further)
+        given = {"eval_dataset": eval_dataset, "callbacks": callbacks, "optimizers": optimizers}
+        super().__init__(model=module, args=args, data_collator=identity, train_dataset=train_dataset, **given)
         checks.check_single_device(args)
         # Only used with `remove_unused_columns=True`
         self._signature_columns = ["prompt", *(["image"] if self.backbone.takes_image else [])]
@@ -155,16 +145,15 @@ class FlowRLTrainer(GroupTrainer):
             self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
             self.add_callback(FlowProgressCallback())
 
-        # The stages, in their order
         self.algorithm = self.create_algorithm()
-        wrapped, keep_reference = lambda: self.model_wrapped, self.algorithm.needs_reference
-        self.policy = Policy(self.backbone, args, self.accelerator, wrapped, conditions, keep_reference=keep_reference)
+        options = {"wrapped": lambda: self.model_wrapped, "keep_reference": self.algorithm.needs_reference}
+        self.policy = Policy(self.backbone, args, self.accelerator, conditions=conditions, **options)
         self.sampler = Sampler(self.policy, self.algorithm.dynamics, args, self._show_stage)
         self.phase_scorer = PhaseScorer(self.scorer, self.reward_weights, self.sampler, args, self.accelerator)
         given = self.policy, self.sampler, self.scorer, self.reward_weights, self.gold_scorer, args
-        self.evaluator = Evaluator(*given, save=self._save_to)
-        parts = {"policy": self.policy, "algorithm": self.algorithm, "evaluator": self.evaluator}
-        self.run_state = RunState(args, parts)
+        self.evaluator = Evaluator(*given, save=lambda to: self.save_model(os.fspath(to), _internal_call=True))
+        stateful = {"policy": self.policy, "algorithm": self.algorithm, "evaluator": self.evaluator}
+        self.run_state = RunState(args, stateful)
         self.metrics = Metrics(self.accelerator)
         self.sample_log = SampleLog(args, self.scorer.names)
         self.publisher = Publisher(args, self.backbone, self.model_id, self.scorer.names)
@@ -210,20 +199,20 @@ class FlowRLTrainer(GroupTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         start = time.perf_counter()
         model.train()
-        if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
+        if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
         batch = self._prepare_inputs(inputs)
         self._show_stage("updating")
         condition = self.policy.condition(batch.prompts, batch.images)
         units, total = self.algorithm.units(batch), torch.zeros((), device=self.accelerator.device)
-        measure = self.args.diagnostics_steps and self.state.global_step % self.args.diagnostics_steps == 0
+        measures = self.args.diagnostics_steps and self.state.global_step % self.args.diagnostics_steps == 0
         # One forward and backward each: memory does not grow with their number
         for number, unit in enumerate(units, start=1):
             with self.policy.deferred_sync(defer=number < len(units)):
                 with self.compute_loss_context_manager():
                     output = self.algorithm.loss(self.policy, batch, unit, condition)
                 loss = output.loss.mean() / (len(units) * self.current_gradient_accumulation_steps)
-                if measure:
+                if measures:
                     norm = self.policy.gradient_norm(output.policy_loss.mean())
                     self.metrics.append({f"grad_norm/step_{unit}": norm})
                 self.policy.backward(loss)
@@ -237,14 +226,12 @@ class FlowRLTrainer(GroupTrainer):
         return total
 
     def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> MicroBatch:
-        # The local part of a generation batch; its micro-batches are handed out one by one, `num_iterations` times
         if self.run_state.needs_samples:
             self.run_state.micro_batches = self._generate_and_score(generation_batch)
         self.policy.updates_since_sampling = self.run_state.update
         return self.run_state.micro_batch
 
     def _generate_and_score(self, rows: list[dict[str, Any]]) -> list[MicroBatch]:
-        """Samples the local part of a generation batch, scores it, and cuts it into micro-batches."""
         plan = self.algorithm.plan(self.run_state.generation)
         buffer = RolloutBuffer(len(rows), self.args)
         with self.phase_scorer.phase(rows, plan, self.state) as phase:
@@ -260,7 +247,7 @@ class FlowRLTrainer(GroupTrainer):
         return buffer.finish(rows, plan.kept, advantages[local], self.sampler.images_to_edit(rows))
 
     def _before_training(self) -> None:
-        """Scores all evaluation sets by the base model, before the first update, and logs this as update 0."""
+        # All evaluation sets are scored by the base model, which is logged as update 0
         if self.gold_scorer.reward_funcs:
             for name, dataset in checks.chosen_eval_datasets(None, self.eval_dataset).items():
                 result = self.evaluator.evaluate_base(dataset, self.state, name)
@@ -282,12 +269,9 @@ class FlowRLTrainer(GroupTrainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """
-        Draws every evaluation prompt along the ODE, with seeds that depend on the prompt's row alone, and scores it.
-        Training is not affected: all random states are as before.
-
-        Args:
-            eval_dataset ([`~datasets.Dataset`], `dict` of them or a key, *optional*): default: the trainer's own.
-            metric_key_prefix (`str`): prefix of the metrics.
+        Draws every prompt of `eval_dataset` (a [`~datasets.Dataset`], a `dict` of them, or a key of the trainer's own,
+        which is the default) along the ODE, with seeds that depend on the prompt's row alone, and scores it. Training
+        is not affected: all random states are as before.
 
         Returns:
             `dict[str, float]`: `{prefix}_reward`, `{prefix}_rewards/{name}/mean` and so on, with `eval_reward_funcs`
@@ -305,9 +289,9 @@ class FlowRLTrainer(GroupTrainer):
             is_named = name is not None and not isinstance(eval_dataset, str)
             own = self._log_evaluation(result, f"{metric_key_prefix}_{name}" if is_named else metric_key_prefix, start)
             self.control.should_evaluate = False  # as CallbackHandler.on_evaluate, which not always passes further
-            about = {"metrics": own, "evaluation": None if result.gold is None else result}
-            told = (self.args, self.state, self.control)
-            self.control = self.callback_handler.call_event("on_evaluate", *told, **about)
+            told = {"metrics": own, "evaluation": None if result.gold is None else result}
+            event = "on_evaluate", self.args, self.state, self.control
+            self.control = self.callback_handler.call_event(*event, **told)
             metrics |= own
         return metrics
 
@@ -315,8 +299,7 @@ class FlowRLTrainer(GroupTrainer):
         metrics = {f"{prefix}_{name}": value for name, value in result.metrics.items()}
         if start is not None:
             metrics |= speed_metrics(prefix, start, num_samples=result.num_samples)
-        # First: a tracker may start with its first log
-        super().log(metrics)
+        super().log(metrics)  # first: a tracker may start with its first log
         if result.images:
             name = f"{prefix}-{self.state.global_step:06d}"
             self.sample_log.write(result.images, result.prompts, name, self.state, self.callback_handler)
@@ -325,7 +308,6 @@ class FlowRLTrainer(GroupTrainer):
     # ---- Logging ----
 
     def _show_stage(self, stage: str) -> None:
-        """Says beside the progress bar what is going on."""
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, FlowProgressCallback):
                 callback.show_stage(stage)
@@ -345,9 +327,6 @@ class FlowRLTrainer(GroupTrainer):
             self.policy.save(output_dir, base_model=self.model_id, state_dict=state_dict)
             Path(output_dir, "training_args.json").write_text(self.args.shown())
 
-    def _save_to(self, folder: str | os.PathLike) -> None:
-        self.save_model(os.fspath(folder), _internal_call=True)
-
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.push_to_hub and self.args.hub_strategy != "end":
@@ -360,8 +339,8 @@ class FlowRLTrainer(GroupTrainer):
             self._saved = self.state.global_step, str(folder)
 
     def _save_after_failure(self) -> str:
-        """When a reward has failed, on all processes: a checkpoint of the run as it was after its last update, unless
-        there is one. Returns where it is and how to go on, for the error message."""
+        """When a reward has failed, on all processes: saves a checkpoint of the last update, unless there is one, and
+        says for the error message where it is and how to go on."""
         step = self.state.global_step
         if step == 0:
             return "No update had been made, so there is nothing to save."
@@ -375,10 +354,8 @@ class FlowRLTrainer(GroupTrainer):
                 return f"The run as it was after update {step} could not be saved: {error}"
             finally:
                 self.args.save_only_model = only_model
-        return (
-            f"The run is saved as it was after update {step}, the last one, in {self._saved[1]}. With the cause "
-            f"removed, go on with train(resume_from_checkpoint={self._saved[1]!r})."
-        )
+        then = f"With the cause removed, go on with train(resume_from_checkpoint={self._saved[1]!r})."
+        return f"The run is saved as it was after update {step}, the last one, in {self._saved[1]}. {then}"
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -386,10 +363,9 @@ class FlowRLTrainer(GroupTrainer):
             self.run_state.load(Path(checkpoint), self.accelerator.device)
 
     def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
-        self._load_from_checkpoint(best)
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
         # The average is what was found best, and what will be saved
-        self.run_state.load_part("policy", Path(best))
+        self.run_state.load_part("policy", Path(self.state.best_model_checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
@@ -402,8 +378,8 @@ class FlowRLTrainer(GroupTrainer):
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """Writes `README.md` for diffusers users: how to load the model, the rewards' curve, the latest images, the
-        settings and the papers. `model_name` is its title, `dataset_name` the Hub id of the prompts."""
+        """Writes `README.md` for diffusers users: loading, the rewards' curve, the latest images, settings and papers.
+        `model_name` is its title, `dataset_name` the Hub id of the prompts."""
         if self.is_world_process_zero():
             names = {"model_name": model_name, "dataset_name": dataset_name, "tags": tags}
             self.publisher.write_card(self.policy.module, self.state.log_history, self.hub_model_id, **names)

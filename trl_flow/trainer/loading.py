@@ -20,11 +20,11 @@ def component_dtypes(args: FlowRLConfig, *, trains_adapter: bool) -> dict[str, t
     """The dtype in which each part of a pipeline is loaded, by its name; `"default"` is that of all others. `bf16`,
     `fp16` and `model_init_kwargs` decide. Raises `ValueError` for an unknown dtype."""
     kwargs = args.model_init_kwargs or {}
-    # diffusers' older name for it, which it warns of
+    # `torch_dtype` is diffusers' older name for it
     dtype = kwargs.get("torch_dtype") if kwargs.get("dtype") is None else kwargs["dtype"]
+    if isinstance(dtype, dict):
+        return {"default": torch.float32} | {name: _as_dtype(value) for name, value in dtype.items()}
     if dtype is not None:
-        if isinstance(dtype, dict):
-            return {"default": torch.float32} | {name: _as_dtype(value) for name, value in dtype.items()}
         return {"default": _as_dtype(dtype)}
     frozen = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     # The VAE loses accuracy in half precision; weights that are trained need float32
@@ -41,29 +41,24 @@ def _as_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 
 def quantization_settings(settings: dict[str, Any], compute_dtype: torch.dtype) -> dict[str, Any]:
-    """Keyword arguments for diffusers' `BitsAndBytesConfig`, with the defaults of QLoRA: NF4, computed in the dtype of
-    the other weights. Raises `ValueError` for unknown ones, and unless one of `load_in_4bit` and `load_in_8bit` is
-    set."""
+    """Keyword arguments for diffusers' `BitsAndBytesConfig`, with QLoRA's defaults: NF4, computed in the dtype of the
+    other weights. Raises `ValueError` for unknown ones, and unless `load_in_4bit` or `load_in_8bit` is set."""
     known = [name for name in inspect.signature(BitsAndBytesConfig).parameters if name != "kwargs"]
-    unknown = [name for name in settings if name not in known]
-    if unknown:
+    if unknown := [name for name in settings if name not in known]:
         raise ValueError(f"quantization_config has {', '.join(unknown)}, but only {', '.join(known)} are known.")
     if bool(settings.get("load_in_4bit")) == bool(settings.get("load_in_8bit")):
-        raise ValueError(
-            f"quantization_config is {settings}, but must have one of load_in_4bit and load_in_8bit set to true."
-        )
+        raise ValueError(f"quantization_config is {settings}, but must have one of load_in_4bit and load_in_8bit.")
     return {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": compute_dtype} | settings
 
 
 def _quantization_config(
     model: str, given: Any, kwargs: dict[str, Any], dtypes: dict[str, torch.dtype], *, trains_adapter: bool
 ) -> PipelineQuantizationConfig:
-    """What quantizes the trained part's base weights, from settings of bitsandbytes or diffusers' own object."""
     if not trains_adapter:
         raise ValueError(
-            "The base weights are to be quantized (quantization_config, load_in_4bit or load_in_8bit), but without a "
-            "peft_config all weights are trained, which quantized ones cannot be. Train an adapter: pass a "
-            "peft_config (use_peft in a recipe), or leave the quantization out."
+            "The base weights are to be quantized (quantization_config, load_in_4bit or load_in_8bit), but "
+            "without a peft_config all weights are trained. Train an adapter: pass a peft_config (use_peft in a "
+            "recipe), or leave the quantization out."
         )
     if isinstance(given, PipelineQuantizationConfig):
         return given
@@ -79,14 +74,10 @@ def _quantization_config(
     component = "unet" if "unet" in index else "transformer"
     settings = quantization_settings(given, dtypes.get(component, dtypes["default"]))
     if not is_bitsandbytes_available():
-        raise ValueError(
-            "Quantized base weights need bitsandbytes, which is not installed: pip install trl_flow[quantization]."
-        )
+        raise ValueError("Quantized base weights need bitsandbytes: pip install trl_flow[quantization].")
     if not torch.accelerator.is_available():
-        raise ValueError(
-            "Quantized base weights need a GPU, and torch sees none here. Leave the quantization out, or see that "
-            "torch finds the GPU (trl-flow env)."
-        )
+        instead = "Leave the quantization out, or see that torch finds the GPU (trl-flow env)."
+        raise ValueError(f"Quantized base weights need a GPU, and torch sees none here. {instead}")
     return PipelineQuantizationConfig(quant_mapping={component: BitsAndBytesConfig(**settings)})
 
 
@@ -100,13 +91,12 @@ def load_pipeline(model: str | os.PathLike, args: FlowRLConfig, peft_config: Pef
     kwargs["dtype"] = dtypes["default"] if len(dtypes) == 1 else dtypes
     if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "model_index.json")):
         raise ValueError(
-            f"The folder {path!r} is not a diffusers pipeline: it has no model_index.json. It holds "
-            f"{sorted(os.listdir(path))[:10]}. Pass the folder that DiffusionPipeline.save_pretrained wrote, or "
-            "a hub id."
+            f"The folder {path!r} is not a diffusers pipeline: it has no model_index.json but {os.listdir(path)[:9]}. "
+            "Pass the folder that DiffusionPipeline.save_pretrained wrote, or a hub id."
         )
     if (given := kwargs.pop("quantization_config", None)) is not None:
-        quantization = _quantization_config(path, given, kwargs, dtypes, trains_adapter=trains_adapter)
-        kwargs["quantization_config"] = quantization
+        options = {"trains_adapter": trains_adapter}
+        kwargs["quantization_config"] = _quantization_config(path, given, kwargs, dtypes, **options)
     try:
         return DiffusionPipeline.from_pretrained(path, **kwargs)
     except (OSError, ValueError, AttributeError) as error:
@@ -115,13 +105,11 @@ def load_pipeline(model: str | os.PathLike, args: FlowRLConfig, peft_config: Pef
 
 def _not_loadable(model: str, error: Exception) -> ValueError:
     return ValueError(
-        f"The model {model!r} could not be loaded as a diffusers pipeline: {error}. Pass a hub id "
-        "such as 'stabilityai/stable-diffusion-3.5-medium' (log in with `hf auth login` if it is gated), a "
-        "local folder, or a loaded pipeline."
+        f"The model {model!r} could not be loaded as a diffusers pipeline: {error}. Pass a hub id (such as 'stability"
+        "ai/stable-diffusion-3.5-medium'; log in with `hf auth login` if it is gated), a folder, or a loaded pipeline."
     )
 
 
 def is_quantized(module: torch.nn.Module) -> bool:
-    """Whether a module of diffusers or transformers was loaded with quantized weights. Such a module has its place and
-    its dtypes from then on: it is neither moved nor cast."""
+    """Whether a module was loaded with quantized weights: it is neither moved nor cast then."""
     return bool(getattr(module, "is_quantized", False))

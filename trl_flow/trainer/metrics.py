@@ -1,13 +1,23 @@
-"""[`Metrics`]: everything that is measured between two logs, in one flat dictionary."""
+"""What is logged: [`Metrics`], in one flat dictionary, and [`SampleLog`], grids of images."""
 
 import math
 from collections import defaultdict
 from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
+from transformers import TrainerState
+from transformers.trainer_callback import CallbackHandler
 
 from trl_flow.algorithms import Algorithm, StepSums
+from trl_flow.evaluation.grids import image_grid
+from trl_flow.rewards.scorer import RewardLogs
+from trl_flow.trainer.flow_rl_config import FlowRLConfig
 
 
 class Metrics:
@@ -26,7 +36,6 @@ class Metrics:
             self._values[name].append(float(value))
 
     def clear(self) -> None:
-        """Forgets all values: those of a training that failed are not the next one's."""
         self._values.clear()
         self._sums.clear()
 
@@ -49,9 +58,53 @@ class Metrics:
         if keys:
             # Every process has trained on the same units, so that the keys are in the same order
             stacked = torch.stack([self._sums[unit][name] for unit, name in keys])
-            sums: dict[int, dict[str, tuple[float, float, float]]] = defaultdict(dict)
+            sums: dict[int, dict[str, list[float]]] = defaultdict(dict)
             for (unit, name), row in zip(keys, self.accelerator.reduce(stacked, "sum").tolist(), strict=True):
-                sums[unit][name] = tuple(row)
+                sums[unit][name] = row
             metrics |= algorithm.summarize(StepSums(sums))
         self.clear()
         return metrics
+
+
+class SampleLog:
+    """The latest images of this process with their captions, until they are logged."""
+
+    def __init__(self, args: FlowRLConfig, reward_names: list[str]):
+        self.args, self.reward_names = args, reward_names
+        self._images: list[Image.Image] = []
+        self._captions: list[str] = []
+
+    def take(
+        self, rows: list[dict[str, Any]], images: list[Image.Image], rewards: torch.Tensor, logs: RewardLogs
+    ) -> None:
+        """Keeps images from as many groups as fit; `rewards` is `(N, K)`, of this process's samples."""
+        by_group = sorted(range(len(images)), key=lambda i: (i % self.args.num_generations, i))
+        self._images, self._captions = [], []
+        for i in sorted(by_group[: self.args.num_images_to_log]):
+            scores = zip(self.reward_names, rewards[i].tolist(), strict=True)
+            lines = [rows[i]["prompt"], *(f"{name} {value:.3g}" for name, value in scores)]
+            lines += [f"{column} {values[i]}" for column, values in logs.columns.items() if i in values]
+            self._images.append(images[i])
+            self._captions.append("\n".join(lines))
+
+    def flush(self, state: TrainerState, handler: CallbackHandler) -> None:
+        if self._images:
+            self.write(self._images, self._captions, f"step-{state.global_step:06d}", state, handler)
+            self._images, self._captions = [], []
+
+    def write(
+        self, images: list[Image.Image], captions: list[str], name: str, state: TrainerState, handler: CallbackHandler
+    ) -> None:
+        """A grid of images as `output_dir/images/{name}.png` and in the trackers."""
+        if not self.args.log_images or not state.is_world_process_zero:
+            return
+        number, tag = self.args.num_images_to_log, name.rsplit("-", 1)[0]
+        path = Path(self.args.output_dir, "images", f"{name}.png")
+        grid = image_grid(images[:number], captions[:number], path=path)
+        for tracker in {"wandb", "trackio"} & set(self.args.report_to):
+            module = import_module(tracker)
+            if tracker == "trackio" or module.run is not None:
+                module.log({f"images/{tag}": module.Image(grid)})
+        for callback in handler.callbacks:
+            if (writer := getattr(callback, "tb_writer", None)) is not None:
+                writer.add_image(f"images/{tag}", np.asarray(grid), state.global_step, dataformats="HWC")

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from accelerate.utils import gather_object
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
-from transformers.training_args import TrainingArguments
 from transformers.utils import logging
 
 from trl_flow.evaluation.gold import GoldScore, gold_difference
@@ -27,25 +26,20 @@ class OverOptimizationCallback(TrainerCallback):
     Watches for over-optimization: the optimized reward (the proxy) goes on rising while the gold score falls.
 
     Each evaluation is compared with the one that had the highest gold average so far, at first the base model: if its
-    reward is higher and its gold average is lower by more than `num_standard_errors` standard errors, for `patience`
-    evaluations in a row, a warning is given, and training stops if asked to. The standard error is that of the
-    difference, paired over the prompts: both evaluations draw the same prompts from the same seeds.
-
-    The model with the highest gold average of all evaluations is kept in `output_dir/best_gold`, in diffusers' format,
-    with its scores in `scores.json`.
-
-    Needs `eval_reward_funcs` and an evaluation set of two or more prompts. A run that is resumed goes on counting
-    where its checkpoint stood.
+    reward is higher and its gold average is lower by more than `num_standard_errors` standard errors (of the
+    difference, paired over the prompts), for `patience` evaluations in a row, a warning is given, and training stops
+    with `stop`. The model with the highest gold average is kept in `output_dir/best_gold`, in diffusers' format, with
+    its scores in `scores.json`. Needs `eval_reward_funcs` and an evaluation set of two or more prompts. A resumed run
+    goes on counting where its checkpoint stood.
 
     Args:
         patience (`int`): evaluations in a row, at least 1.
         stop (`bool`): whether to stop training then.
-        num_standard_errors (`float`): how far the gold average must have fallen. Of a score that has not changed, 2
-            standard errors are exceeded by chance in one evaluation of 44, where prompts are many.
+        num_standard_errors (`float`): how far the gold average must have fallen; 2 are exceeded by chance in one
+            evaluation of 44, where prompts are many.
         eval_name (`str`, *optional*): which of several evaluation sets to watch; default: the first.
 
-    Raises:
-        ValueError: if `patience` or `num_standard_errors` makes no sense.
+    Raises `ValueError` if `patience` or `num_standard_errors` makes no sense.
     """
 
     STATE_KEY = "over_optimization"
@@ -59,33 +53,28 @@ class OverOptimizationCallback(TrainerCallback):
             raise TypeError(f"num_standard_errors is {num_standard_errors!r}, but must be a number.")
         if not (math.isfinite(num_standard_errors) and num_standard_errors >= 0):
             raise ValueError(f"num_standard_errors is {num_standard_errors!r}, but must be a number of at least 0.")
-        self.patience = patience
-        self.stop = stop
+        self.patience, self.stop, self.eval_name = patience, stop, eval_name
         self.num_standard_errors = num_standard_errors
-        self.eval_name = eval_name
         self.watched: str | None = None
         self._training = False
         self._reset()
 
     @staticmethod
     def by_name(callbacks: list[TrainerCallback]) -> dict[str, "OverOptimizationCallback"]:
-        """The one among `callbacks`, if there is one, under the name that checkpoints have its state by."""
+        """The one among `callbacks`, if there is one, by its name in checkpoints."""
         return {cb.STATE_KEY: cb for cb in callbacks if isinstance(cb, OverOptimizationCallback)}
 
     def _reset(self) -> None:
-        """Forgets all evaluations."""
         self._key: str | None = None
+        self._count = 0
         # The evaluation of the highest gold average: its update, reward and gold score
-        self._best_step = 0
-        self._best_reward = math.nan
+        self._best_step, self._best_reward = 0, math.nan
         self._best: GoldScore | None = None
         # What `best_gold` holds; the base model, which may be better than all, is not kept
         self._kept_step: int | None = None
         self._kept_average = -math.inf
-        self._count = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint has to hold, as JSON; `{}` before the first evaluation."""
         if self._best is None:
             return {}
         best = {"step": self._best_step, "reward": self._best_reward}
@@ -94,7 +83,6 @@ class OverOptimizationCallback(TrainerCallback):
         return {"key": self._key, "count": self._count, "best": best, "kept": kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from what [`state_dict`] gave."""
         self._reset()
         if not state:
             return
@@ -104,22 +92,17 @@ class OverOptimizationCallback(TrainerCallback):
         if state["kept"] is not None:
             self._kept_step, self._kept_average = state["kept"]
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+    def on_train_begin(self, args, state, control, **kwargs):
         self._training = True
         # All processes must agree about keeping a model, and the folder may be on one machine only
         if not any(gather_object([Path(args.output_dir, BEST_FOLDER).is_dir()])):
             self._kept_step, self._kept_average = None, -math.inf
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+    def on_train_end(self, args, state, control, **kwargs):
         self._training = False
 
     def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        evaluation: EvaluationResult | None = None,
-        **kwargs,
+        self, args, state, control, evaluation: EvaluationResult | None = None, **kwargs
     ) -> TrainerControl:
         is_watched = self._training and evaluation is not None and evaluation.name == self.watched
         if not is_watched or math.isnan(evaluation.gold.average):
@@ -128,20 +111,17 @@ class OverOptimizationCallback(TrainerCallback):
             if self._key is not None:
                 logger.warning(
                     "The evaluation set, its settings or eval_reward_funcs have changed since the checkpoint: "
-                    "OverOptimizationCallback compares with the base model again, and keeps the next evaluation's "
-                    "model as the best."
+                    "OverOptimizationCallback compares with the base model again, and keeps the next model."
                 )
             self._reset()
-            self._key = evaluation.key
-            self._best_reward = evaluation.base_reward
+            self._key, self._best_reward = evaluation.key, evaluation.base_reward
             self._best = GoldScore({}, {}, 1.0, np.zeros_like(evaluation.gold.influence))
 
         difference, error = gold_difference(self._best, evaluation.gold)
         is_worse = evaluation.reward > self._best_reward and -difference > self.num_standard_errors * error
         self._count = self._count + 1 if is_worse else 0
         if difference > 0:
-            self._best_step, self._best_reward = state.global_step, evaluation.reward
-            self._best = evaluation.gold
+            self._best_step, self._best_reward, self._best = state.global_step, evaluation.reward, evaluation.gold
         if state.global_step > 0 and evaluation.gold.average > self._kept_average:
             self._keep(evaluation, Path(args.output_dir, BEST_FOLDER), state)
         if self._count < self.patience:
@@ -158,14 +138,10 @@ class OverOptimizationCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         gold = evaluation.gold
-
-        def finite(values: dict[str, float]) -> dict[str, float | None]:
-            return {name: value if math.isfinite(value) else None for name, value in values.items()}
-
         scores = {"reward": evaluation.reward, "base_reward": evaluation.base_reward}
         scores |= {"gold_average": gold.average, "gold_average_std_err": gold.standard_error}
-        content = {"step": state.global_step, "eval_dataset": evaluation.name, **finite(scores)}
-        content |= {"gold": finite(gold.scores), "gold_relative_to_base": finite(gold.relative)}
+        content = {"step": state.global_step, "eval_dataset": evaluation.name, **_finite(scores)}
+        content |= {"gold": _finite(gold.scores), "gold_relative_to_base": _finite(gold.relative)}
         write_json(folder / SCORES_NAME, content)
 
     def _message(self, evaluation: EvaluationResult, step: int, difference: float, error: float, output_dir: str):
@@ -177,12 +153,12 @@ class OverOptimizationCallback(TrainerCallback):
             "evaluations in a row. What is learned is the reward's blind spots. "
         )
         if self._kept_step is not None:
-            message += (
-                f"The trained model with the highest gold average, {self._kept_average:.4g} at update "
-                f"{self._kept_step}, is in {Path(output_dir, BEST_FOLDER)}. "
-            )
+            best = f"{self._kept_average:.4g} at update {self._kept_step}, is in {Path(output_dir, BEST_FOLDER)}"
+            message += f"The trained model with the highest gold average, {best}. "
         message += "Training stops here. " if self.stop else ""
-        return message + (
-            "Look at the images in output_dir/images. What helps: GuardConfig, beta > 0, a lower learning_rate, or "
-            "a reward that sees what the gold functions see."
-        )
+        helps = "GuardConfig, beta > 0, a lower learning_rate, or a reward that sees what the gold functions see"
+        return f"{message}Look at the images in output_dir/images. What helps: {helps}."
+
+
+def _finite(values: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}

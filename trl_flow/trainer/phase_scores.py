@@ -31,12 +31,12 @@ def columns_of(rows: list[dict[str, Any]]) -> dict[str, list]:
 
 
 def gather_rewards(accelerator: Accelerator, score: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """What `score` gives in all processes, one after another. An error in one is raised in all, so that none waits."""
-    error, rewards = None, None
+    """What `score` gives in all processes. An error in one is raised in all, so that none waits."""
+    error = None
     try:
         rewards = score()
-    except RewardError as reward_error:
-        error = reward_error
+    except RewardError as own_error:
+        error = own_error
     if accelerator.num_processes > 1:
         errors = [e for e in gather_object([None if error is None else str(error)]) if e is not None]
         if errors and error is None:
@@ -61,8 +61,7 @@ def reward_metrics(rewards_per_func: torch.Tensor, rewards: torch.Tensor, names:
 
 @dataclass(eq=False)
 class PhaseScorer:
-    """Scores sampling phases by the optimized reward functions of `scorer`, whose weights are `(K,)`. The `sampler`'s
-    backbone decodes what VGPO scores of unfinished images."""
+    """Scores sampling phases by the optimized reward functions of `scorer`, whose weights are `(K,)`."""
 
     scorer: RewardScorer
     reward_weights: torch.Tensor
@@ -80,9 +79,8 @@ class PhaseScorer:
     @contextlib.contextmanager
     def phase(self, rows: list[dict[str, Any]], plan: StepPlan, state: TrainerState) -> Iterator["ScoringPhase"]:
         """Scores one phase of this process's `rows`; a context manager around sampling."""
-        # Not in the background in the first phase: the functions load their models then, and while one loads, the
-        # default dtype of the whole process is the model's. Nor with dropout, which draws from the global random
-        # generators, as the functions may: both would get other numbers at each run.
+        # Not in the first phase: the functions load their models then, and while one loads, the default dtype is
+        # the model's. Nor with dropout, which draws from the global random generators, as the functions may.
         background = self.args.overlap_rewards and self.args.disable_dropout and self._has_scored
         self._has_scored, busy = True, False
         try:
@@ -94,16 +92,15 @@ class PhaseScorer:
         except torch.OutOfMemoryError as error:
             if not busy:
                 raise
-            raise torch.OutOfMemoryError(
-                f"{error} Rewards were being computed while images were sampled: set overlap_rewards=False, or lower "
-                "per_device_train_batch_size."
-            ) from error
+            instead = "set overlap_rewards=False, or lower per_device_train_batch_size."
+            overlapped = f"{error} Rewards were being computed while images were sampled: {instead}"
+            raise torch.OutOfMemoryError(overlapped) from error
 
 
 @dataclass(eq=False)
 class ScoringPhase:
-    """One sampling phase of [`PhaseScorer`]: `add` the parts as they are sampled, then `finish`. `images` are the
-    finished ones so far; `logs`, of this process's samples, and `metrics`, of all processes', are there at the end."""
+    """One sampling phase: `add` the parts as they are sampled, then `finish`. `images` are the finished ones so far;
+    `logs`, of this process's samples, and `metrics`, of all processes', are there at the end."""
 
     parent: PhaseScorer
     rows: list[dict[str, Any]]
@@ -139,24 +136,22 @@ class ScoringPhase:
 
     def finish(self) -> PhaseScores:
         """Waits for the rewards; those of all processes' samples."""
-        parent = self.parent
-        parent.sampler.show_stage("rewards")
+        self.parent.sampler.show_stage("rewards")
 
         def collect() -> torch.Tensor:
             scores = self.session.result()
             self.logs = scores.logs
             unscored = self._combine(scores.rewards).isnan()
             if unscored.any():
-                logger.warning(
-                    "Every reward function that counts returned None for "
-                    f"{self.rows[int(unscored.nonzero()[0])]['prompt']!r}: the sample is left out of its group."
-                )
+                prompt = self.rows[int(unscored.nonzero()[0])]["prompt"]
+                what = f"Every reward function that counts returned None for {prompt!r}"
+                logger.warning(f"{what}: the sample is left out of its group.")
             return scores.rewards
 
-        rewards_per_func = gather_rewards(parent.accelerator, collect)
+        rewards_per_func = gather_rewards(self.parent.accelerator, collect)
         instant = None if self.plan.project_from is None else self._instant(rewards_per_func)
         self._measure(rewards_per_func)
-        return PhaseScores(rewards_per_func, parent.scorer.names, self.plan, instant)
+        return PhaseScores(rewards_per_func, self.parent.scorer.names, self.plan, instant)
 
     def _combine(self, rewards_per_func: torch.Tensor) -> torch.Tensor:
         return combine_rewards(rewards_per_func, self.parent.reward_weights.to(rewards_per_func.device))
@@ -164,8 +159,7 @@ class ScoringPhase:
     def _instant(self, terminal: torch.Tensor) -> torch.Tensor:
         """Rewards of the images predicted after each step (VGPO Eq. 10), of all processes' samples: `(N, T', K)`.
         Functions that cannot judge an unfinished image count with their reward of the finished one."""
-        parent, steps = self.parent, []
-        number = parent.args.num_inference_steps - self.plan.project_from
+        parent, steps, number = self.parent, [], self.parent.args.num_inference_steps - self.plan.project_from
         # One step's images are decoded, scored and dropped before the next: no more are held than the finished ones
         for t in range(number):
             by_func = terminal
@@ -185,9 +179,9 @@ class ScoringPhase:
         return torch.stack(steps, dim=1)
 
     def _score_predicted(self, latents: torch.Tensor) -> torch.Tensor:
-        prompts, images = [row["prompt"] for row in self.rows], decode(self.parent.sampler.policy.backbone, latents)
+        given = [row["prompt"] for row in self.rows], decode(self.parent.sampler.policy.backbone, latents)
         options = {"trainer_state": self.state, "only": self.parent.dense}
-        scores = self.parent.scorer.score(prompts, images, columns_of(self.rows), **options)
+        scores = self.parent.scorer.score(*given, columns_of(self.rows), **options)
         for name, values in scores.logs.metrics.items():
             self.logs.metrics[name] += values
         return scores.rewards

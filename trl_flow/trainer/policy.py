@@ -1,8 +1,8 @@
-"""The model that is trained, with all that a forward of it needs. The only file that knows of autocast, unwrapping,
-FSDP and DeepSpeed."""
+"""The trained model and all that its forward needs. Autocast, unwrapping, FSDP and DeepSpeed are known here only."""
 
 import contextlib
 import copy
+import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from diffusers.configuration_utils import FrozenDict
 from diffusers.training_utils import EMAModel, cast_training_params
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from PIL import Image
@@ -20,11 +21,20 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_flow import sharing
 from trl_flow.backbones import Backbone
-from trl_flow.trainer.diffusers_compat import make_trainable
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.loading import is_quantized
 from trl_flow.trainer.prompt_cache import PromptCache
 from trl_flow.trainer.trl_compat import disable_dropout_in_model
+
+
+class TrainerConfigDict(FrozenDict):
+    """A diffusers config with the methods that reporting callbacks call on a transformers config."""
+
+    def to_dict(self) -> dict:
+        return dict(self)
+
+    def to_json_string(self) -> str:
+        return json.dumps(self, indent=2, sort_keys=True, default=str)
 
 
 @dataclass(frozen=True)
@@ -40,30 +50,25 @@ class Condition:
 def prepare_module(backbone: Backbone, args: FlowRLConfig, peft_config: PeftConfig | None) -> torch.nn.Module:
     """Freezes the pipeline, makes its transformer (or U-Net) trainable, and returns what `Trainer` trains. Raises
     `ValueError` if a module has no values, or the trained one has adapters already."""
-    pipeline = backbone.pipeline
-    # Offloading would take the trained weights away between two forwards
-    pipeline.remove_all_hooks()
+    pipeline, model = backbone.pipeline, backbone.model
+    pipeline.remove_all_hooks()  # offloading would take the trained weights away between two forwards
     for name, module in pipeline.components.items():
         if not isinstance(module, torch.nn.Module):
             continue
         if any(p.is_meta for p in module.parameters()):
-            raise ValueError(
-                f"The pipeline's {name} has weights on the meta device, which hold no values. Load the pipeline with "
-                "from_pretrained and pass it as it is, or pass its hub id or folder."
-            )
+            what = f"The pipeline's {name} has weights on the meta device, which hold no values"
+            raise ValueError(f"{what}. Pass it as from_pretrained loads it, or its hub id or folder.")
         module.requires_grad_(False).eval()
     if args.enable_vae_slicing:
         pipeline.vae.enable_slicing()
     if args.enable_vae_tiling:
         pipeline.vae.enable_tiling()
-    model = backbone.model
     if getattr(model, "peft_config", None):
         raise ValueError(
-            f"The pipeline's {backbone.component} already has adapters ({', '.join(model.peft_config)}). Fuse them "
-            "with pipeline.fuse_lora() and pipeline.unload_lora_weights(), or unload them, and pass a peft_config to "
-            "train a new one."
+            f"The pipeline's {backbone.component} already has adapters ({', '.join(model.peft_config)}). Fuse "
+            "and unload them (pipeline.fuse_lora(), unload_lora_weights()), and pass a peft_config for a new one."
         )
-    make_trainable(model)
+    model._internal_dict = TrainerConfigDict(model.config)
     if args.gradient_checkpointing:
         # transformers would call a method that diffusers' models do not have
         model.enable_gradient_checkpointing()
@@ -84,15 +89,10 @@ def prepare_module(backbone: Backbone, args: FlowRLConfig, peft_config: PeftConf
 
 
 class Policy:
-    """
-    The trained model, its conditions, and the named sets of its weights. Raises `ValueError` for what cannot be done
-    with sharded weights.
-
-    Args:
-        wrapped (`Callable`): gives the module as the trainer has wrapped it (DDP, FSDP, DeepSpeed).
-        keep_reference (`bool`): whether `at("reference")` will be asked for. An adapter is switched off for it; of a
-            model whose weights are all trained a frozen copy is made.
-    """
+    """The trained model, its conditions, and the named sets of its weights. `wrapped` gives the module as the trainer
+    has wrapped it (DDP, FSDP, DeepSpeed). With `keep_reference`, `at("reference")` can be asked for: an adapter is
+    switched off for it; of a model whose weights are all trained a frozen copy is made. Raises `ValueError` for what
+    cannot be done with sharded weights."""
 
     def __init__(
         self,
@@ -104,10 +104,7 @@ class Policy:
         *,
         keep_reference: bool,
     ):
-        self.backbone = backbone
-        self.args = args
-        self.accelerator = accelerator
-        self.conditions = conditions
+        self.backbone, self.args, self.accelerator, self.conditions = backbone, args, accelerator, conditions
         self.updates_since_sampling = 0  # optimizer steps since the samples at hand were drawn; set by the loop
         self._wrapped = wrapped
         self.is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -116,12 +113,10 @@ class Policy:
         not_sharded |= {"a quantized model": is_quantized(backbone.model), "beta > 0 with full fine-tuning": copied}
         for name, used in not_sharded.items():
             if used and self.is_sharded:
-                raise ValueError(
-                    f"{name} is not supported with FSDP or DeepSpeed, which shard the weights. Leave it out, or use "
-                    "several processes without sharding (--accelerate_config multi_gpu)."
-                )
+                instead = "Leave it out, or use processes without sharding (--accelerate_config multi_gpu)."
+                raise ValueError(f"{name} is not supported with FSDP or DeepSpeed, which shard the weights. {instead}")
         for name, module in backbone.pipeline.components.items():
-            # The prompt cache moves the text encoders where their embeddings are on disk
+            # The prompt cache moves text encoders whose embeddings are on disk
             elsewhere = module is backbone.model or (name.startswith("text_encoder") and args.precompute_prompt_embeds)
             if isinstance(module, torch.nn.Module) and not elsewhere and not is_quantized(module):
                 module.to(accelerator.device)
@@ -142,7 +137,6 @@ class Policy:
 
     @property
     def has_reference(self) -> bool:
-        """Whether `at("reference")` can be asked for."""
         return self.is_adapter or self._reference is not None
 
     @property
@@ -151,8 +145,7 @@ class Policy:
 
     @property
     def sampling_module(self) -> torch.nn.Module:
-        """What forwards without gradients run. Sharded weights are only whole inside the wrapped forward; DDP's
-        wrapper would only add synchronization."""
+        """What forwards without gradients run. Sharded weights are only whole inside the wrapped forward."""
         if self._forced is not None:
             return self._forced
         return self._wrapped() if self.is_sharded else self.module
@@ -170,13 +163,12 @@ class Policy:
         return Condition(self.conditions(prompts, images), negative, scale)
 
     def predict(self, latents: torch.Tensor, timestep: torch.Tensor, condition: Condition) -> torch.Tensor:
-        """What the model predicts for latents `(B, ...)` at a value of the schedule's `timesteps`, guidance included:
-        the velocity of flow models, noise or `v` of U-Nets, float32, `(B, ...)`."""
+        """The prediction for latents `(B, ...)` at a value of the schedule's `timesteps`, guidance included: the
+        velocity of flow models, noise or `v` of U-Nets, float32, `(B, ...)`."""
         # Gradients are reduced over processes by the wrapped module
         module = self._wrapped() if torch.is_grad_enabled() else self.sampling_module
-        return self.backbone.guided_prediction(
-            module, latents, timestep, condition.positive, condition.negative, condition.guidance_scale
-        )
+        told = condition.positive, condition.negative, condition.guidance_scale
+        return self.backbone.guided_prediction(module, latents, timestep, *told)
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[None]:
@@ -186,9 +178,8 @@ class Policy:
 
     @contextlib.contextmanager
     def evaluating(self, *, base: bool = False) -> Iterator[None]:
-        """Evaluation mode, without gradients, with the averaged weights, or with `base` those of the model before
-        training: without a reference the trained ones, as long as they have not been trained. Autocast is left to
-        [`sampling`], around the forwards: rewards and decoding have a precision of their own."""
+        """Evaluation mode, without gradients, with the averaged weights, or with `base` those of before training.
+        Autocast is left to [`sampling`]: rewards and decoding have a precision of their own."""
         was_training = self.module.training
         self.module.eval()
         weights = self._without_adapter() if base and self.has_reference else self.at("average")
@@ -205,10 +196,11 @@ class Policy:
         if name == "reference":
             with self.sampling(), self._without_adapter():
                 yield
-        elif name == "average":
-            if self.ema is None:
-                yield
-                return
+        elif name != "average":
+            raise ValueError(f"There are no weights called {name!r}, only 'reference' and 'average'.")
+        elif self.ema is None:
+            yield
+        else:
             parameters = self.trained_parameters
             self.ema.store(parameters)
             self.ema.copy_to(parameters)
@@ -216,27 +208,21 @@ class Policy:
                 yield
             finally:
                 self.ema.restore(parameters)
-        else:
-            raise ValueError(f"There are no weights called {name!r}, only 'reference' and 'average'.")
 
     @contextlib.contextmanager
     def _without_adapter(self) -> Iterator[None]:
-        if self._reference is not None:
-            self._forced = self._reference
-            try:
+        self._forced = self._reference
+        try:
+            with self.module.disable_adapter() if self._forced is None else contextlib.nullcontext():
                 yield
-            finally:
-                self._forced = None
-        else:
-            with self.module.disable_adapter():
-                yield
+        finally:
+            self._forced = None
 
     # ---- Updates ----
 
     @contextlib.contextmanager
     def deferred_sync(self, *, defer: bool) -> Iterator[None]:
-        """Holds back the gradients' reduction over processes while `defer`. The forward belongs inside: DDP makes
-        ready for the reduction there."""
+        """Holds back the gradients' reduction over processes. The forward belongs inside: DDP prepares it there."""
         if not defer:
             yield
         elif self.accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -269,8 +255,8 @@ class Policy:
 
     def save(self, folder: str | os.PathLike, *, base_model: str | None, state_dict: dict | None) -> None:
         """Writes the adapter in diffusers' format and in PEFT's, which resuming needs, or the full model; of the
-        average, where there is one. A folder `checkpoint-...` gets the trained weights themselves for resuming.
-        `base_model` is the pipeline's hub id or folder, `state_dict` that of sharded weights, gathered."""
+        average, where there is one, but in a folder `checkpoint-...` the trained weights for resuming. `base_model` is
+        the pipeline's hub id or folder, `state_dict` that of sharded weights, gathered."""
         is_checkpoint = Path(folder).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
         if not self.is_adapter:
             with contextlib.nullcontext() if is_checkpoint else self.at("average"):
@@ -291,17 +277,13 @@ class Policy:
         # Into the adapter that is there: PEFT's load_adapter would add a second one with a config of its own
         path = Path(checkpoint, "adapter_model.safetensors")
         if not path.is_file():
-            raise ValueError(
-                f"{checkpoint!r} holds no adapter, but the trainer trains one. Resume without a peft_config, or from "
-                "a checkpoint of an adapter."
-            )
+            instead = "Resume without a peft_config, or from a checkpoint of an adapter."
+            raise ValueError(f"{checkpoint!r} holds no adapter, but the trainer trains one. {instead}")
         try:
             set_peft_model_state_dict(self.module, load_file(path))
         except RuntimeError as error:
-            raise ValueError(
-                f"The adapter in {checkpoint!r} does not fit the trainer's: another rank or other target modules. "
-                "Resume with the peft_config that it was trained with (adapter_config.json there)."
-            ) from error
+            what = f"The adapter in {checkpoint!r} does not fit the trainer's: another rank or other target modules."
+            raise ValueError(f"{what} Resume with its own peft_config (adapter_config.json there).") from error
 
     # ---- State ----
 

@@ -21,10 +21,7 @@ class Publisher:
     """Writes a run's model card and uploads its output folder. To be used on the main process."""
 
     def __init__(self, args: FlowRLConfig, backbone: Backbone, model_id: str | None, reward_names: list[str]):
-        self.args = args
-        self.backbone = backbone
-        self.model_id = model_id
-        self.reward_names = reward_names
+        self.args, self.backbone, self.model_id, self.reward_names = args, backbone, model_id, reward_names
         # One upload at a time: two commits to one branch at once would be in each other's way
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trl_flow-upload")
         self._uploads: list[Future[CommitInfo]] = []
@@ -43,40 +40,25 @@ class Publisher:
             curves = "rewards.png"
             reward_curves(log_history, folder / curves)
         grids = sorted(folder.glob("images/*.png"), key=lambda path: path.stat().st_mtime)
-        settings = sharing.training_settings(self.args)
-        if isinstance(model, PeftModel):
+        settings, is_lora = sharing.training_settings(self.args), isinstance(model, PeftModel)
+        if is_lora:
             lora = model.peft_config["default"]
             settings |= {"lora_r": lora.r, "lora_alpha": lora.lora_alpha}
-        sharing.create_model_card(
-            folder,
-            backbone=self.backbone,
-            base_model=self.model_id,
-            settings=settings,
-            is_lora=isinstance(model, PeftModel),
-            repo_id=hub_model_id,
-            reward_names=self.reward_names,
-            tags=[tags] if isinstance(tags, str) else list(tags or []),
-            curves=curves,
-            samples=[(grid.relative_to(folder), None) for grid in grids[-1:]],
-            **names,
-        )
+        about = {"backbone": self.backbone, "base_model": self.model_id, "repo_id": hub_model_id, **names}
+        run = {"settings": settings, "is_lora": is_lora, "reward_names": self.reward_names, "curves": curves}
+        samples = [(grid.relative_to(folder), None) for grid in grids[-1:]]
+        tags = [tags] if isinstance(tags, str) else list(tags or [])
+        sharing.create_model_card(folder, **about, **run, tags=tags, samples=samples)
 
     def push(
-        self,
-        hub_model_id: str,
-        *,
-        commit_message: str = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
+        self, hub_model_id: str, commit_message: str = "End of training", *, blocking: bool = True, **where
     ) -> CommitInfo | Future[CommitInfo]:
         """Uploads the output folder, after the uploads that are still running; unless `blocking`, returns the upload's
-        `Future`. Raises `PushError` if the Hub refuses or cannot be reached."""
+        `Future`. `where` may have `token`, `revision` and `private`. Raises `PushError` if the Hub refuses or cannot
+        be reached."""
         self.wait()
         upload = sharing.upload if blocking else self._in_background
-        options = self._options(commit_message, token=token, revision=revision, private=private)
-        return upload(self.args.output_dir, hub_model_id, **options)
+        return upload(self.args.output_dir, hub_model_id, **self._options(commit_message, **where))
 
     def _options(self, commit_message: str, *, token=None, revision=None, private=None) -> dict[str, Any]:
         """For `sharing.upload`; what is None is the config's."""
@@ -89,15 +71,13 @@ class Publisher:
 
     def push_checkpoint(self, checkpoint_folder: str, hub_model_id: str, global_step: int) -> None:
         """Uploads a new checkpoint's weights in the background, as `hub_strategy` says."""
-        strategy = self.args.hub_strategy
-        uploading = any(not upload.done() for upload in self._uploads)
+        strategy, uploading = self.args.hub_strategy, any(not upload.done() for upload in self._uploads)
         if strategy == "end" or (uploading and not self.args.hub_always_push):
             return
         checkpoint = Path(checkpoint_folder)
         try:
             sharing.copy_weights(checkpoint, self.args.output_dir)
         except OSError as error:
-            # The checkpoint itself is complete: an upload that cannot be prepared is no reason to stop
             logger.warning(f"The checkpoint {checkpoint} is saved, but not uploaded: {error}")
             return
         options = self._options(f"Training in progress, step {global_step}")
@@ -113,12 +93,10 @@ class Publisher:
         self._uploads = []
 
     def _in_background(self, *args: Any, **kwargs: Any) -> Future[CommitInfo]:
-        upload = self._executor.submit(sharing.upload, *args, **kwargs)
-        upload.add_done_callback(_warn_of_failure)
-        self._uploads.append(upload)
-        return upload
+        def warn(upload: Future[CommitInfo]) -> None:
+            if (error := upload.exception()) is not None:
+                logger.warning(str(error))
 
-
-def _warn_of_failure(upload: Future[CommitInfo]) -> None:
-    if (error := upload.exception()) is not None:
-        logger.warning(str(error))
+        self._uploads.append(self._executor.submit(sharing.upload, *args, **kwargs))
+        self._uploads[-1].add_done_callback(warn)
+        return self._uploads[-1]

@@ -15,21 +15,17 @@ from trl_flow.trainer.prompt_cache import image_fingerprint
 
 
 def micro_batch_indices(number: int, num_micro_batches: int, num_updates: int) -> list[list[int]]:
-    """
-    The indices of a process's `number` samples in each micro-batch, in the order in which these are trained on.
-
+    """The indices of a process's `number` samples in each micro-batch, in the order in which these are trained on.
     Micro-batch `k` of `K` takes every `K`-th sample from the `k`-th on, and the `U` updates take turns in choosing
     micro-batches: update `u` is made of the samples `u, u + U, u + 2 U ...` of the global batch, however that is cut
-    into processes and into micro-batches of which each update takes as many, and has its share of every group.
-    """
+    into processes and micro-batches, and has its share of every group."""
     chosen = [k for update in range(num_updates) for k in range(update, num_micro_batches, num_updates)]
     return [list(range(k, number, num_micro_batches)) for k in chosen]
 
 
 class RolloutBuffer:
     """What an algorithm keeps of a process's samples: they come in their own order and are kept in that of training,
-    one tensor for each name, allocated once, of which micro-batches are slices. No more than one part is held
-    besides."""
+    one tensor for each name, allocated once, of which micro-batches are slices."""
 
     def __init__(self, number: int, args: FlowRLConfig):
         num_updates = max(1, args.steps_per_generation // args.gradient_accumulation_steps)
@@ -49,8 +45,7 @@ class RolloutBuffer:
     def finish(
         self, rows: list[dict[str, Any]], steps: tuple[int, ...], advantages: torch.Tensor, images: list | None
     ) -> list[MicroBatch]:
-        """The micro-batches, in the order in which they are trained on; rows, advantages `(N, ...)` and the images
-        that are edited are given in the samples' own order."""
+        """The micro-batches in the order of training; rows, advantages `(N, ...)` and images in the samples' own."""
         size = len(self._indices[0])
         return [
             MicroBatch(

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,31 +25,18 @@ STATE_NAME = "run_state.json"
 TENSORS_NAME = "run_state.safetensors"
 
 
-class Stateful(Protocol):
-    """What has a state: JSON values and tensors by name. `load_state_dict({})` is a new start."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
 class RunState:
-    """
-    The place in a run, as (generation, update within it), and the samples of the phase that is being trained on.
-    `parts` is what else is saved, loaded and reset, by its name in the file.
+    """The place in a run, as (generation, update within it), and the samples of the phase that is being trained on.
+    `parts` is what else is saved, loaded and reset, by its name in the file: each has `state_dict()`, JSON values and
+    tensors by name, and `load_state_dict(state)`, which with `{}` is a new start."""
 
-    Attributes:
-        generation (`int`): sampling phases that have been trained on to their end.
-        micro_batches (`list[MicroBatch]` or `None`): the samples of the phase at hand; `None` before it is sampled.
-    """
-
-    def __init__(self, args: FlowRLConfig, parts: dict[str, Stateful]):
-        self.args = args
-        self.parts = parts
+    def __init__(self, args: FlowRLConfig, parts: dict[str, Any]):
+        self.args, self.parts = args, parts
         self._start()
 
     def _start(self) -> None:
-        self.generation = 0
-        self.micro_batches: list[MicroBatch] | None = None
+        self.generation = 0  # sampling phases that have been trained on to their end
+        self.micro_batches: list[MicroBatch] | None = None  # of the phase at hand, once it is sampled
         self._position = 0  # micro-batches of the phase that have been trained on
         self._last_update = (0, 0)
 
@@ -75,7 +62,6 @@ class RunState:
             self.generation += 1
 
     def after_update(self) -> None:
-        """Notes the place, for [`rewind`]."""
         self._last_update = (self.generation, self._position)
 
     def rewind(self) -> None:
@@ -87,7 +73,6 @@ class RunState:
     # ---- Saving ----
 
     def reset(self) -> None:
-        """Everything as before training."""
         self._start()
         for part in self.parts.values():
             part.load_state_dict({})
@@ -115,9 +100,8 @@ class RunState:
         state = _read(folder)
         self.generation = state["generation"]
         self._position = state["update"] * self.args.gradient_accumulation_steps
-        self.micro_batches = None
-        if self._position:
-            self.micro_batches = load_micro_batches(folder, self.args.process_index, device)
+        in_the_middle = self._position > 0
+        self.micro_batches = load_micro_batches(folder, self.args.process_index, device) if in_the_middle else None
         self.after_update()
 
     def load_part(self, name: str, folder: Path) -> None:
@@ -127,44 +111,31 @@ class RunState:
         self.parts[name].load_state_dict(_read(folder)["parts"].get(name, {}) | own)
 
     def _settings(self) -> dict[str, Any]:
-        names = (
-            "per_device_train_batch_size",
-            "steps_per_generation",
-            "gradient_accumulation_steps",
-            "num_iterations",
-        )
-        return {
-            "generation_batch_size": self.args.generation_batch_size,
-            "updates_per_generation": str(self.args.updates_per_generation),
-            "num_processes": self.args.world_size,
-            **{name: getattr(self.args, name) for name in names},
-        }
+        names = ["generation_batch_size", "per_device_train_batch_size", "steps_per_generation"]
+        names += ["gradient_accumulation_steps", "num_iterations"]
+        own = {"updates_per_generation": str(self.args.updates_per_generation), "num_processes": self.args.world_size}
+        return own | {name: getattr(self.args, name) for name in names}
 
     def check(self, folder: Path) -> None:
-        """
-        Raises `ValueError` unless this run can go on from a checkpoint: at a phase's end with any split of the same
-        generation batch, in its middle with the same one only.
-        """
+        """Raises `ValueError` unless this run can go on from a checkpoint: at a phase's end with any split of the same
+        generation batch, in its middle with the same one only."""
         state = _read(folder)
         own, saved = self._settings(), state["settings"]
-        in_the_middle = state["update"] > 0
         # Micro-batches of which an update takes no whole share are made of other samples when they are cut otherwise
         steps = [(s["steps_per_generation"], s["gradient_accumulation_steps"]) for s in (own, saved)]
-        is_uneven = any(max(pair) % min(pair) for pair in steps)
         names = ["generation_batch_size", "updates_per_generation", "num_iterations"]
-        names = list(own) if in_the_middle or is_uneven else names
-        different = [name for name in names if own[name] != saved[name]]
-        if different:
-            before, now = (", ".join(f"{name}={values[name]}" for name in different) for values in (saved, own))
+        reason = (
+            "A run goes on with as many images a sampling phase and as many updates with them as it began with, "
+            "however they are split over processes and micro-batches. Use these settings."
+        )
+        if state["update"] > 0 or any(max(pair) % min(pair) for pair in steps):
+            names = list(own)
             reason = (
-                "A run goes on with as many images a sampling phase and as many updates with them as it began with, "
-                "however they are split over processes and micro-batches. Use these settings."
+                "It stands in the middle of a generation batch, or its updates take uneven shares of one: samples are "
+                "split that way. Use these settings, or a checkpoint at the end of a generation batch."
             )
-            if in_the_middle or is_uneven:
-                reason = (
-                    "It stands in the middle of a generation batch, or its updates take uneven shares of one: samples "
-                    "are split that way. Use these settings, or a checkpoint at the end of a generation batch."
-                )
+        if different := [name for name in names if own[name] != saved[name]]:
+            before, now = (", ".join(f"{name}={values[name]}" for name in different) for values in (saved, own))
             raise ValueError(f"{folder} was written with {before}, but this run has {now}. {reason}")
 
 
@@ -173,7 +144,6 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def is_complete(checkpoint: str) -> bool:
-    """Whether a checkpoint was written to its end."""
     # The trainer's state is written last; a process that was killed meanwhile leaves it out, or half of it
     try:
         json.loads(Path(checkpoint, "trainer_state.json").read_text())
@@ -183,27 +153,21 @@ def is_complete(checkpoint: str) -> bool:
 
 
 def step_of(checkpoint: str) -> int:
-    """The number of updates after which a checkpoint was written."""
     return json.loads(Path(checkpoint, "trainer_state.json").read_text())["global_step"]
 
 
 def checkpoint_to_resume(given: str | os.PathLike | bool | None, args: FlowRLConfig) -> str | None:
-    """The checkpoint that `train(resume_from_checkpoint=given)` means. Raises `ValueError` if it is not complete, if
-    there is none, or if its run has come to its end."""
+    """The checkpoint that `train(resume_from_checkpoint=given)` means; `ValueError` without one to go on from."""
     if not given:
         return None
     checkpoint = last_complete_checkpoint(args.output_dir) if given is True else os.fspath(given)
     if not is_complete(checkpoint):
-        raise ValueError(
-            f"{checkpoint!r} is not a complete checkpoint of this trainer. Pass True to resume from the last complete "
-            "one in output_dir."
-        )
+        what = "is not a complete checkpoint of this trainer. Pass True to resume from the last complete one"
+        raise ValueError(f"{checkpoint!r} {what} in output_dir.")
     # transformers would look at max_steps after one more update only
-    if 0 < args.max_steps <= step_of(checkpoint):
-        raise ValueError(
-            f"{checkpoint!r} is at update {step_of(checkpoint)}, and max_steps is {args.max_steps}: the run has come "
-            "to its end. Raise max_steps to go on with it."
-        )
+    if 0 < args.max_steps <= (step := step_of(checkpoint)):
+        ended = f"max_steps is {args.max_steps}: the run has come to its end. Raise max_steps to go on with it."
+        raise ValueError(f"{checkpoint!r} is at update {step}, and {ended}")
     return checkpoint
 
 
@@ -223,8 +187,7 @@ def last_complete_checkpoint(output_dir: str) -> str:
 
 @contextlib.contextmanager
 def writing_checkpoint(folder: Path, args: FlowRLConfig) -> Iterator[None]:
-    """Around the writing of a checkpoint, on all processes: what could not be written to its end is removed, and a
-    `RuntimeError` says what to do."""
+    """Around the writing of a checkpoint, on all processes: a failed one is removed, and a `RuntimeError` raised."""
     is_main = args.process_index == 0
     try:
         # A folder left by a process that was killed while writing it would mix with this one
@@ -238,6 +201,6 @@ def writing_checkpoint(folder: Path, args: FlowRLConfig) -> Iterator[None]:
         free = shutil.disk_usage(Path(args.output_dir)).free / 2**20
         raise RuntimeError(
             f"The checkpoint {folder} could not be written ({type(error).__name__}: {error}); {free:.0f} MiB are free "
-            "there. What had been written of it is removed, and earlier checkpoints are untouched. Make room and "
-            "resume with train(resume_from_checkpoint=True)."
+            "there. It is removed, and earlier checkpoints are untouched. Make room and resume with "
+            "train(resume_from_checkpoint=True)."
         ) from error

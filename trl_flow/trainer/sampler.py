@@ -1,7 +1,7 @@
 """[`Sampler`]: rows of the data set and a plan in, sampled parts out, reproducible sample by sample."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +25,9 @@ class SampledPart:
 
 @dataclass(eq=False)
 class Sampler:
-    """
-    Samples generation batches in parts of one forward's size, and tells `show_stage` what is going on.
-
-    Each sample's noise comes from generators of its own, made from its index in the global batch: what is drawn does
-    not depend on the size of a part or the number of processes.
-    """
+    """Samples generation batches in parts of one forward's size, and tells `show_stage` what is going on. Each
+    sample's noise comes from generators of its own, made from its index in the global batch: what is drawn depends
+    neither on the size of a part nor on the number of processes."""
 
     policy: Policy
     dynamics: Dynamics
@@ -46,20 +43,15 @@ class Sampler:
         first_step, starts = self._starts(generation, rows, plan)
         for first in range(0, len(rows), size):
             done, key = first // size * num_steps, (self.args.seed, generation, RandomStream.TRANSITIONS)
-            sampled = self._rollout(
-                rows[first : first + size],
-                starts[first : first + size],
-                plan,
-                generators=[sample_generator(*key, offset + first + i) for i in range(size)],
-                first_step=first_step,
-                on_step=lambda step, done=done: self.show_stage(f"sampling {done + step + 1}/{total}"),
-            )
+            part, start = rows[first : first + size], starts[first : first + size]
+            options = {"generators": [sample_generator(*key, offset + first + i) for i in range(size)]}
+            options["on_step"] = lambda step, done=done: self.show_stage(f"sampling {done + step + 1}/{total}")
+            sampled = self._rollout(part, start, plan, first_step=first_step, **options)
             if not sampled.final.isfinite().all():
                 raise FloatingPointError(
-                    "Sampling gave NaN or infinite latents for the prompts "
-                    f"{[row['prompt'] for row in rows[first : first + 3]]}. In the first phase, noise_level or the "
-                    "precision is at fault. Later, training has diverged: lower learning_rate and resume from an "
-                    "earlier checkpoint."
+                    f"Sampling gave NaN or infinite latents for the prompts {[row['prompt'] for row in part[:3]]}. In "
+                    "the first phase, noise_level or the precision is at fault. Later, training has diverged: lower "
+                    "learning_rate and resume from an earlier checkpoint."
                 )
             self.show_stage("decoding")
             yield SampledPart(first, sampled, decode(self.policy.backbone, sampled.final))
@@ -78,12 +70,10 @@ class Sampler:
         """Where the local samples of a generation batch begin: a step, and the latents there, `(N, ...)`. With
         `share_initial_noise` the images of a group are one and the same up to the first stochastic step: the ODE
         steps before it are taken once for each group."""
-        number, first_step = len(rows), min(plan.stochastic, default=0)
-        offset = self.args.process_index * number
-        indices = [offset + i for i in range(number)]
+        number, size, first_step = len(rows), self.args.num_generations, min(plan.stochastic, default=0)
+        indices = range(self.args.process_index * number, (self.args.process_index + 1) * number)
         if not self.args.share_initial_noise:
             return 0, self._initial_noise(generation, indices)
-        size = self.args.num_generations
         groups = [index // size for index in indices]
         distinct = sorted(set(groups))
         latents = self._initial_noise(generation, distinct)
@@ -107,8 +97,8 @@ class Sampler:
             parts.append(self._rollout(part, start, StepPlan(), **options).final)
         return torch.cat(parts)
 
-    def _initial_noise(self, generation: int, indices: list[int]) -> torch.Tensor:
+    def _initial_noise(self, generation: int, indices: Iterable[int]) -> torch.Tensor:
         """`x_1` of samples by their global indices, or with `share_initial_noise` of groups by theirs."""
-        stream = RandomStream.INITIAL_NOISE
-        generators = [sample_generator(self.args.seed, generation, stream, index) for index in indices]
+        key = self.args.seed, generation, RandomStream.INITIAL_NOISE
+        generators = [sample_generator(*key, index) for index in indices]
         return draw_noise(self.policy.backbone.latent_shape(), generators, self.policy.accelerator.device)

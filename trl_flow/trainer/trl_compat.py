@@ -1,8 +1,5 @@
-"""Every private part of TRL that trl_flow stands on, in one place.
-
-`setup.cfg` asks for `trl<2` because of this file alone: none of these names is exported by TRL, so a release of TRL
-may move them. Nothing else in the project imports from inside TRL.
-"""
+"""Every private part of TRL that trl_flow stands on: `setup.cfg` asks for `trl<2` because of this file alone, for a
+release of TRL may move what it does not export. Nothing else in the project imports from inside TRL."""
 
 from collections.abc import Callable, Iterator
 
@@ -10,20 +7,15 @@ import torch
 from datasets import Dataset
 from trl.trainer.base_config import _BaseConfig  # TrainingArguments with the defaults that all TRL trainers share
 from trl.trainer.base_trainer import _BaseTrainer  # transformers.Trainer with TRL's gradient-accumulation contract
-from trl.trainer.utils import (
-    RepeatSampler,  # repeats each prompt for its group, and each batch for its updates
-    disable_dropout_in_model,
-    identity,  # the data collator: rows reach the trainer as a list of dictionaries
-)
+from trl.trainer.utils import RepeatSampler, disable_dropout_in_model, identity
 
 
 __all__ = ["EpochRepeatSampler", "GroupTrainer", "_BaseConfig", "disable_dropout_in_model", "identity"]
 
 
 class EpochRepeatSampler(RepeatSampler):
-    """[`RepeatSampler`] whose order depends on the epoch's number alone: TRL's draws each epoch's permutation from one
-    running generator, so that a run that is resumed in its second epoch sees the first epoch's order again. Here the
-    generator is seeded with `seed + epoch()` each time."""
+    """[`RepeatSampler`], seeded with `seed + epoch()` in each epoch: TRL's draws all permutations from one running
+    generator, so that a run that is resumed in its second epoch sees the first epoch's order again."""
 
     def __init__(self, *args, epoch: Callable[[], int], seed: int, **kwargs):
         super().__init__(*args, seed=seed, **kwargs)
@@ -36,28 +28,21 @@ class EpochRepeatSampler(RepeatSampler):
 
 
 class GroupTrainer(_BaseTrainer):
-    """TRL's base trainer with the data loader of its `GRPOTrainer`: it yields whole generation batches, the images of
-    a group next to each other, each as often as there are micro-batches in it, and is sampled from once."""
+    """TRL's base trainer with its `GRPOTrainer`'s data loader: whole generation batches, the images of a group next to
+    each other, each as often as there are micro-batches in it."""
 
     def get_train_dataloader(self):
-        return self._get_dataloader(
-            dataset=self.train_dataset,
-            description="Training",
-            batch_size=self._train_batch_size * self.args.steps_per_generation,
-            sampler_fn=self._get_train_sampler,
-            is_training=True,
-        )
+        size = self._train_batch_size * self.args.steps_per_generation
+        options = {"sampler_fn": self._get_train_sampler, "is_training": True}
+        return self._get_dataloader(self.train_dataset, "Training", batch_size=size, **options)
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> torch.utils.data.Sampler:
-        return EpochRepeatSampler(
-            self.train_dataset if dataset is None else dataset,
-            mini_repeat_count=self.args.num_generations,
-            batch_size=self.args.generation_batch_size // self.args.num_generations,
-            repeat_count=self.args.num_iterations * self.args.steps_per_generation,
-            shuffle=self.args.shuffle_dataset,
-            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
-            epoch=lambda: int(self.state.epoch or 0),
-        )
+        args, dataset = self.args, self.train_dataset if dataset is None else dataset
+        repeats = {"mini_repeat_count": args.num_generations, "shuffle": args.shuffle_dataset}
+        repeats["batch_size"] = args.generation_batch_size // args.num_generations
+        repeats["repeat_count"] = args.num_iterations * args.steps_per_generation
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return EpochRepeatSampler(dataset, seed=seed, epoch=lambda: int(self.state.epoch or 0), **repeats)
 
     def _determine_best_metric(self, metrics, trial):
         name = self.args.metric_for_best_model

@@ -23,45 +23,35 @@ _BACKGROUND = (0x99, 0x99, 0x99)
 
 def crop_object(image: Image.Image, detection: Detection) -> Image.Image:
     """
-    What a color classifier is shown of an object: its box, with gray (#999) for all that is not in its mask.
-
-    Args:
-        image (`PIL.Image.Image`): the whole image, RGB.
-        detection (`Detection`): the object; a box that reaches beyond the image is cut off at its edge.
-
-    Raises:
-        ValueError: if the mask has not the size of the image, or the box lies outside of it.
+    What a color classifier is shown of an object of an RGB image: its box, cut off at the image's edge, with gray
+    (#999) for all that is not in its mask. A `ValueError` if the mask has not the size of the image, or the box lies
+    outside of it.
     """
     if detection.mask is not None:
         mask = np.asarray(detection.mask, dtype=bool)
         if mask.shape != (image.height, image.width):
-            raise ValueError(
-                f"The mask of a detection of {detection.label!r} has the shape {mask.shape}, but the image is "
-                f"{(image.height, image.width)} (height, width). Detectors must return masks of the whole image."
-            )
+            shapes = f"has the shape {mask.shape}, but the image is {(image.height, image.width)} (height, width)"
+            advice = "Detectors must return masks of the whole image."
+            raise ValueError(f"The mask of a detection of {detection.label!r} {shapes}. {advice}")
         image = Image.composite(image, Image.new("RGB", image.size, _BACKGROUND), Image.fromarray(mask))
     left, top, right, bottom = (round(edge) for edge in detection.box)
     left, top = max(left, 0), max(top, 0)
     # A box thinner than a pixel still shows the pixel that it is on
     right, bottom = min(max(right, left + 1), image.width), min(max(bottom, top + 1), image.height)
     if left >= right or top >= bottom:
-        raise ValueError(
-            f"The box {detection.box} of a detection of {detection.label!r} lies outside of the image, which is "
-            f"{image.width} x {image.height} pixels. Boxes are in pixels, not in shares of the image."
-        )
+        box = f"The box {detection.box} of a detection of {detection.label!r} lies outside of the image"
+        size = f"{image.width} x {image.height} pixels"
+        raise ValueError(f"{box}, which is {size}. Boxes are in pixels, not in shares of the image.")
     return image.crop((left, top, right, bottom))
 
 
 class CLIPColorClassifier:
     """
-    Tells one of GenEval's ten colors by zero-shot CLIP: the color whose sentences are nearest to the image.
-
-    As in GenEval each color stands for the mean of the normalized embeddings of three sentences ("a photo of a red
-    dog", "a photo of a red-colored dog", "a photo of a red object").
+    Tells one of GenEval's ten colors by zero-shot CLIP: the nearest to the image, where each stands for the mean of
+    three sentences ("a photo of a red dog", "a photo of a red-colored dog", "a photo of a red object").
 
     Args:
-        model (`str`, defaults to `"openai/clip-vit-large-patch14"`): hub id or folder of a CLIP; the default is
-            GenEval's.
+        model (`str`, defaults to GenEval's, `"openai/clip-vit-large-patch14"`): hub id or folder of a CLIP.
         revision (`str`, *optional*), token (`str` or `bool`, *optional*): as in `huggingface_hub`.
         device (`str` or `torch.device`, defaults to `"cpu"`), dtype (`torch.dtype`, defaults to `torch.float32`): of
             the model.

@@ -40,9 +40,8 @@ class Mask2FormerDetector:
     The default checkpoint is the Mask2Former authors' own (Swin-S, COCO instances). GenEval's is mmdetection's
     training of the same model on the same data, so that scores of single images can differ from published runs.
 
-    Images are scaled so that the shorter edge has `shortest_edge` pixels, or the longer one `longest_edge` if that
-    is less. Masks are computed at the size of the image, unlike in transformers' post-processing, which computes
-    all of them at 384 x 384.
+    Images are scaled so that the shorter edge has `shortest_edge` pixels, or the longer one `longest_edge` if that is
+    less. Masks have the size of the image, where transformers' post-processing makes all of them 384 x 384.
 
     Args:
         model (`str`, defaults to `"facebook/mask2former-swin-small-coco-instance"`): hub id or folder of a Mask2Former
@@ -70,28 +69,22 @@ class Mask2FormerDetector:
     ):  # fmt: skip
         # Swin halves a quarter of the size three times: from less than 64 a single pixel could be left
         if not 64 <= shortest_edge <= longest_edge:
-            raise ValueError(
-                f"shortest_edge={shortest_edge} and longest_edge={longest_edge}, but the first must be at least 64 "
-                "and the second not be less."
-            )
+            given = f"shortest_edge={shortest_edge} and longest_edge={longest_edge}"
+            raise ValueError(f"{given}, but the first must be at least 64 and the second not be less.")
         source: dict[str, Any] = {"revision": revision, "token": token}
         self._model = load_pretrained(_Mask2Former, model, **source).to(device, dtype)
         self._labels = [geneval_class(self._model.config.id2label[i]) for i in range(self._model.config.num_labels)]
         if missing := sorted(self.classes - set(self._labels)):
-            raise ValueError(
-                f"The labels of {model} are not COCO's: it has none for {missing[:5]} and {max(len(missing) - 5, 0)} "
-                "more of GenEval's classes. Give a Mask2Former trained on COCO's instances, or a detector of your own."
-            )
+            lacks = f"it has none for {missing[:5]} and {max(len(missing) - 5, 0)} more of GenEval's classes"
+            advice = "Give a Mask2Former trained on COCO's instances, or a detector of your own"
+            raise ValueError(f"The labels of {model} are not COCO's: {lacks}. {advice}.")
         self._processor = load_pretrained(Mask2FormerImageProcessorPil, model, **source)
         self._size = {"shortest_edge": shortest_edge, "longest_edge": longest_edge}
         self.min_score = min_score
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[Image.Image]) -> list[list[Detection]]:
-        """
-        What is on each of some RGB images, the most confident first, with masks and labels in GenEval's words:
-        `list[list[Detection]]`.
-        """
+        """What is on each of some RGB images, the most confident first, with masks and labels in GenEval's words."""
         if not images:
             return []
         # Narrower strips would be left with no pixel when scaled
@@ -103,11 +96,8 @@ class Mask2FormerDetector:
         inputs = self._processor(widened, size=self._size, return_tensors="pt").to(self._model.device)
         pixels, inside = inputs["pixel_values"].to(self._model.dtype), inputs["pixel_mask"]
         outputs = self._model(pixel_values=pixels, pixel_mask=inside)
-        of_images = zip(images, outputs.class_queries_logits, outputs.masks_queries_logits, inside, strict=True)
-        return [
-            self._read_out(image, classes.float(), masks.float(), own_inside)
-            for image, classes, masks, own_inside in of_images
-        ]
+        logits = outputs.class_queries_logits, outputs.masks_queries_logits
+        return [self._read_out(*of_image) for of_image in zip(images, *logits, inside, strict=True)]
 
     def _read_out(
         self, image: Image.Image, class_logits: torch.Tensor, mask_logits: torch.Tensor, inside: torch.Tensor
@@ -115,19 +105,17 @@ class Mask2FormerDetector:
         """
         One image's detections, from the logits of its Q queries, `(Q, number of classes + 1)` with "no object" last
         and `(Q, H / 4, W / 4)`. `inside` is `(H, W)`: 1 where the image is, 0 in the padding at its right and bottom.
-
-        A detection's score is the probability of its class times the mean probability of its mask's pixels. A query
-        may be detected as several classes.
         """
-        scores, which = class_logits.softmax(-1)[:, :-1].flatten().topk(len(class_logits))
+        # The score: the probability of the class times the mask's mean. A query may be of several classes
+        scores, which = class_logits.float().softmax(-1)[:, :-1].flatten().topk(len(class_logits))
         # A mask's share only lowers the score: what is not above `min_score` here never will be
         which = which[scores > self.min_score]
         height, width = int(inside[:, 0].sum()), int(inside[0].sum())
         detections = []
         # One by one: masks of large images are large
         for score, query, label in zip(scores, which // len(self._labels), which % len(self._labels), strict=False):
-            mask = interpolate(mask_logits[query][None, None], size=inside.shape, mode="bilinear", align_corners=False)
-            mask = mask[..., :height, :width]
+            mask = mask_logits[query][None, None].float()
+            mask = interpolate(mask, size=inside.shape, mode="bilinear", align_corners=False)[..., :height, :width]
             mask = interpolate(mask, size=(image.height, image.width), mode="bilinear", align_corners=False)[0, 0]
             covered = mask > 0
             score = float(score * (mask.sigmoid() * covered).sum() / (covered.sum() + 1e-6))

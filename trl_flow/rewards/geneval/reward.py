@@ -34,23 +34,19 @@ class GenEvalReward(HubReward):
 
     Needs the columns `tag` and `include`, and `exclude` for counting, as in GenEval's and Flow-GRPO's metadata files
     and from [`trl_flow.prompts.generate_geneval_prompts`]. The prompt's text is not read. A row without a tag and
-    clauses (`None` in both columns), as in a data set of several kinds of prompts, has the score `None`.
-
-    With a `log_metric`, as in the trainer, each call also logs the share of images that are correct by GenEval's own
-    rules, for each task as `geneval/{tag}`.
+    clauses (`None` in both) has the score `None`. The share of images that are correct by GenEval's own rules is
+    logged for each task as `geneval/{tag}`.
 
     Args:
         score (`str`, defaults to `"partial"`): `"partial"` and `"strict"` are Flow-GRPO's training reward and its
-            all-or-nothing version, `"nonnegative"` is `max(partial, 0)`, for methods that need rewards of one sign
-            (VGPO, Eq. 12), `"correct"` is GenEval's own score, which papers report. They differ in that
-            GenEval wants at least the named number of objects where Flow-GRPO wants exactly it; see
-            `trl_flow/rewards/geneval/rules.py`.
-        detector (`Callable`, *optional*): finds the objects, instead of Mask2Former: a function from a list of RGB
-            images to a list of lists of [`Detection`], one list for each image. If it has an attribute `classes`,
-            a request for any other class is refused.
-        color_classifier (`Callable`, *optional*): tells colors, instead of CLIP: a function from a list of images,
-            one object each, and the list of their classes to the list of their colors. If it has an attribute
-            `colors`, a request for any other color is refused.
+            all-or-nothing version, which want exactly the named number of objects, `"nonnegative"` is
+            `max(partial, 0)`, for methods that need rewards of one sign (VGPO, Eq. 12), `"correct"` is GenEval's own
+            score, which papers report, and wants at least that number; see `trl_flow/rewards/geneval/rules.py`.
+        detector (`Callable`, *optional*): finds the objects, instead of Mask2Former: from a list of RGB images to a
+            list of [`Detection`] for each. With an attribute `classes` a request for another class is refused.
+        color_classifier (`Callable`, *optional*): tells colors, instead of CLIP: from a list of images, one object
+            each, and the list of their classes to that of their colors. With an attribute `colors` a request for
+            another color is refused.
         threshold (`float`, defaults to 0.3): what scores of detections must exceed.
         counting_threshold (`float`, defaults to 0.9): the same for the task `counting`.
         max_objects (`int`, defaults to 16): most objects of a class that are looked at.
@@ -58,15 +54,13 @@ class GenEvalReward(HubReward):
             dropped; 1.0 drops none.
         position_threshold (`float`, defaults to 0.1): how far beyond each other, in shares of their sizes, objects
             must be to be left of, right of, above or below each other.
-        model (`str`): hub id or folder of the Mask2Former.
-        clip_model (`str`): hub id or folder of the CLIP.
+        model (`str`), clip_model (`str`): hub id or folder of the Mask2Former and of the CLIP.
         clip_revision (`str`, *optional*): branch, tag or commit of the CLIP on the Hub.
         revision, token, device, dtype, batch_size: as in [`HubReward`].
 
     Raises:
-        ValueError: if `score` is none of the four, or a threshold or `max_objects` is out of its range. When called,
-            if a row is not GenEval's metadata, or the detector or color classifier returns something else than
-            described above.
+        ValueError: if `score`, a threshold or `max_objects` is out of range. On a call, if a row is not GenEval's
+            metadata, or the detector or color classifier returns something else than described above.
         TypeError: if `detector` or `color_classifier` is no callable.
     """
 
@@ -108,35 +102,22 @@ class GenEvalReward(HubReward):
         prompts: list[str], images: Images, tag: list[str | None], include: Clauses, exclude: Clauses | None = None,
         log_metric: Callable[[str, float], None] | None = None, **kwargs: Any,
     ) -> list[float | None]:  # fmt: skip
-        """
-        `N` scores for `N` prompts, images and rows of metadata, `None` where a row asks for nothing. A `ValueError`
-        names the prompt whose row is not GenEval's metadata.
-        """
+        """`N` scores for `N` prompts, images and rows of metadata, `None` where a row asks for nothing."""
         results = self.results(prompts, images, tag, include, exclude)
-        if log_metric is not None:
-            by_task: dict[str, list[float]] = {}
-            for result, task in zip(results, tag, strict=True):
-                if result is not None:
-                    by_task.setdefault(task, []).append(result.correct)
-            for task, correct in by_task.items():
+        for task in dict.fromkeys(tag) if log_metric else ():
+            if correct := [result.correct for result, own in zip(results, tag, strict=True) if result and own == task]:
                 log_metric(f"geneval/{task}", sum(correct) / len(correct))
         return [None if result is None else getattr(result, self.score) for result in results]
 
     def results(
         self,
-        prompts: list[str],
-        images: Images,
-        tag: list[str | None],
-        include: Clauses,
-        exclude: Clauses | None = None,
-    ) -> list[GenEvalResult | None]:
+        prompts: list[str], images: Images, tag: list[str | None], include: Clauses, exclude: Clauses | None = None,
+    ) -> list[GenEvalResult | None]:  # fmt: skip
         """All scores of each image and what was found on it; arguments and errors as for a call."""
         exclude = [None] * len(tag) if exclude is None else exclude
         if not len(prompts) == len(tag) == len(include) == len(exclude):
-            raise ValueError(
-                f"There are {len(prompts)} prompts, {len(tag)} tags, {len(include)} include and {len(exclude)} "
-                "exclude lists. Give one of each for each image."
-            )
+            lists = f"{len(include)} include and {len(exclude)} exclude lists. Give one of each for each image."
+            raise ValueError(f"There are {len(prompts)} prompts, {len(tag)} tags, {lists}")
         requests = [self._request(*row) for row in zip(prompts, tag, include, exclude, strict=True)]
         return super().__call__(prompts, images, requests=requests)
 
@@ -158,9 +139,9 @@ class GenEvalReward(HubReward):
 
     def _load(self, device: torch.device) -> tuple[Detector, ColorClassifier]:
         options: dict[str, Any] = {"token": self.token, "device": device, "dtype": self.dtype}
-        lowest = min(self.threshold, self.counting_threshold)
+        least = min(self.threshold, self.counting_threshold)
         return (
-            self.detector or Mask2FormerDetector(self.model, revision=self.revision, min_score=lowest, **options),
+            self.detector or Mask2FormerDetector(self.model, revision=self.revision, min_score=least, **options),
             self.color_classifier or CLIPColorClassifier(self.clip_model, revision=self.clip_revision, **options),
         )
 
@@ -182,23 +163,19 @@ class GenEvalReward(HubReward):
         if len(colors) != len(colored):
             raise ValueError(f"The color classifier returned {len(colors)} colors for {len(colored)} objects.")
         color_of = dict(zip(colored, colors, strict=True))
-        results: list[GenEvalResult | None] = [None] * len(images)
-        for i in asked:
-            results[i] = judge(
-                objects[i], requests[i], lambda name, one, i=i: color_of[i, name, one], self.position_threshold
-            )
-        return results
+        judged = {
+            i: judge(objects[i], requests[i], lambda name, one, i=i: color_of[i, name, one], self.position_threshold)
+            for i in asked
+        }
+        return [judged.get(i) for i in range(len(images))]
 
 
 def _detect(detector: Detector, images: Images) -> list[list[Detection]]:
     found = [list(detections) for detections in detector(images)] if images else []
     if len(found) != len(images):
-        raise ValueError(
-            f"The detector returned {len(found)} lists of detections for {len(images)} images. It must return one for "
-            "each, empty where it finds nothing."
-        )
+        counts = f"{len(found)} lists of detections for {len(images)} images"
+        raise ValueError(f"The detector returned {counts}. It must return one for each, empty where it finds nothing.")
     if others := [one for detections in found for one in detections if not isinstance(one, Detection)]:
-        raise ValueError(
-            f"The detector returned {others[0]!r}, but must return objects of trl_flow.rewards.geneval.Detection."
-        )
+        expected = "objects of trl_flow.rewards.geneval.Detection"
+        raise ValueError(f"The detector returned {others[0]!r}, but must return {expected}.")
     return found

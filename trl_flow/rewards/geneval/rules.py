@@ -27,17 +27,9 @@ Box = tuple[float, float, float, float]
 
 # What detectors call these classes: COCO's own names, and those of the older lists that some checkpoints carry
 _OTHER_NAMES = {
-    "mouse": "computer mouse",
-    "remote": "tv remote",
-    "keyboard": "computer keyboard",
-    "aeroplane": "airplane",
-    "motorbike": "motorcycle",
-    "sofa": "couch",
-    "pottedplant": "potted plant",
-    "diningtable": "dining table",
-    "tvmonitor": "tv",
-    "tv monitor": "tv",
-    "hair dryer": "hair drier",
+    **{"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard", "aeroplane": "airplane"},
+    **{"motorbike": "motorcycle", "sofa": "couch", "pottedplant": "potted plant", "diningtable": "dining table"},
+    **{"tvmonitor": "tv", "tv monitor": "tv", "hair dryer": "hair drier"},
 }
 
 
@@ -53,8 +45,7 @@ class Detection:
     An object that a detector found.
 
     Attributes:
-        label (`str`): its class, in GenEval's or in COCO's words.
-        score (`float`): the detector's confidence, in `[0, 1]`.
+        label (`str`), score (`float`): its class, in GenEval's or COCO's words, and the confidence, in `[0, 1]`.
         box (`tuple[float, float, float, float]`): left, top, right and bottom edge in pixels, y pointing down.
         mask (`numpy.ndarray`, *optional*): `(height, width)` of the whole image, True on the object. Colors are
             judged on the object alone where there is one, else on the whole box.
@@ -79,17 +70,12 @@ class Detection:
             raise ValueError(f"{has_box}, but a box is four finite numbers: left, top, right, bottom.")
         left, top, right, bottom = self.box
         if right < left or bottom < top:
-            raise ValueError(
-                f"{has_box}, whose right or bottom edge comes before its left or top one: give left, top, right, "
-                "bottom, and not left, top, width, height."
-            )
+            advice = "give left, top, right, bottom, and not left, top, width, height"
+            raise ValueError(f"{has_box}, whose right or bottom edge comes before its left or top one: {advice}.")
 
 
 class Clause(NamedTuple):
-    """
-    One entry of `include` or `exclude`: at least 1 object of a class (GenEval's word), their color, and where they
-    are: a word of `POSITIONS` and the index of the earlier clause whose objects it refers to.
-    """
+    """One entry of `include` or `exclude`. A position is a relation to the objects of the clause of an index."""
 
     name: str
     count: int
@@ -108,14 +94,9 @@ class Request(NamedTuple):
 @dataclass(frozen=True)
 class GenEvalResult:
     """
-    What became of an image.
-
-    Attributes:
-        correct (`float`): GenEval's score: 1.0 or 0.0.
-        strict (`float`): Flow-GRPO's strict score: 1.0 or 0.0.
-        partial (`float`): Flow-GRPO's reward, at most 1.0, which it is where every `include` clause holds exactly. It
-            can be negative: 5 objects where 1 is wanted are worth 1 - 4 = -3.
-        found (`dict[str, int]`): how many objects of each class were found.
+    What became of an image: GenEval's score `correct` and Flow-GRPO's `strict`, 1.0 or 0.0, its reward `partial`, and
+    how many objects of each class were `found`. `partial` is 1.0 where every `include` clause holds exactly, less
+    elsewhere, and can be negative: 5 objects where 1 is wanted are worth 1 - 4 = -3.
     """
 
     correct: float
@@ -131,20 +112,16 @@ class GenEvalResult:
 
 def parse_request(tag: Any, include: Any, exclude: Any = None) -> Request:
     """
-    Reads one row of GenEval's metadata. Keys whose value is None count as absent, as do `datasets`' filled-in ones.
-
-    Raises:
-        ValueError: if it is not GenEval's metadata, saying what is wrong and what the shape is.
+    Reads one row of GenEval's metadata; a `ValueError` if it is none. Keys whose value is None count as absent:
+    `datasets` fills in such.
     """
     _expect(tag in TASKS, f"the tag is {tag!r}, but must be one of {', '.join(TASKS)}")
     some = isinstance(include, list | tuple) and len(include) > 0
     _expect(some, f"`include` is {include!r}, but must be a list of at least one clause")
-    _expect(
-        exclude is None or isinstance(exclude, list | tuple),
-        f"`exclude` is {exclude!r}, but must be a list of clauses",
-    )
+    exclude = () if exclude is None else exclude
+    _expect(isinstance(exclude, list | tuple), f"`exclude` is {exclude!r}, but must be a list of clauses")
     included = tuple(_parse_clause(clause, index) for index, clause in enumerate(include))
-    return Request(tag, included, tuple(_parse_clause(clause, index=0) for clause in exclude or ()))
+    return Request(tag, included, tuple(_parse_clause(clause, index=0) for clause in exclude))
 
 
 def _parse_clause(clause: Any, index: int) -> Clause:
@@ -155,26 +132,20 @@ def _parse_clause(clause: Any, index: int) -> Clause:
     has = f"the clause {clause} has"
     _expect(not unknown, f"{has} the unknown keys {unknown}")
     _expect(name and isinstance(name, str), f"{has} no `class`")
-    counts = _is_whole(count) and count >= 1
-    _expect(counts, f"{has} the count {count!r}, but must have a whole number of at least 1")
+    _expect(_is_index(count) and count, f"{has} the count {count!r}, but must have a whole number of at least 1")
     _expect(color is None or isinstance(color, str), f"{has} the color {color!r}, but must have a word")
     if position is not None:
-        _expect(
-            isinstance(position, list | tuple) and len(position) == 2 and position[0] in POSITIONS,
-            f"{has} the position {position!r}, but must have [relation, index of a clause], the relation one of "
-            f"{', '.join(POSITIONS)}",
-        )
-        _expect(
-            _is_whole(position[1]) and 0 <= position[1] < index,
-            f"the clause {clause}, number {index}, refers to the clause {position[1]!r}, but can only refer to one "
-            "before it",
-        )
+        known = isinstance(position, list | tuple) and len(position) == 2 and position[0] in POSITIONS
+        expected = f"[relation, index of a clause], the relation one of {', '.join(POSITIONS)}"
+        _expect(known, f"{has} the position {position!r}, but must have {expected}")
+        refers = f"the clause {clause}, number {index}, refers to the clause {position[1]!r}"
+        _expect(_is_index(position[1]) and position[1] < index, f"{refers}, but can only refer to one before it")
         position = tuple(position)
     return Clause(geneval_class(name), count, color, position)
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _expect(condition: Any, otherwise: str) -> None:
@@ -190,11 +161,9 @@ def select_objects(
     detections: Iterable[Detection], *, threshold: float, max_objects: int = 16, nms_threshold: float = 1.0
 ) -> dict[str, list[Detection]]:
     """
-    The detections that count as objects, by class in GenEval's words, the most confident first.
-
-    Of each class those with a score above `threshold` are kept, of these the `max_objects` most confident, and of
-    these every one whose box overlaps a more confident one's by `nms_threshold` or more is dropped. An
-    `nms_threshold` of 1.0, GenEval's, drops none.
+    The detections that count as objects, by class in GenEval's words, the most confident first: of each class the
+    `max_objects` most confident with a score above `threshold`, but for those whose box overlaps a more confident
+    one's by `nms_threshold` or more. 1.0, GenEval's, drops none.
     """
     objects: dict[str, list[Detection]] = {}
     for detection in sorted(detections, key=lambda detection: -detection.score):
@@ -221,10 +190,8 @@ def _overlap(a: Box, b: Box) -> float:
 
 def relative_position(a: Box, b: Box, position_threshold: float = 0.1) -> set[str]:
     """
-    Where box `a` is, seen from box `b`: none, one or two of "left of", "right of", "above", "below".
-
-    The offset of the centers, less `position_threshold` times the sum of both boxes' sizes along each axis, must make
-    up more than half of the distance.
+    Where box `a` is, seen from box `b`: none, one or two of "left of", "right of", "above", "below". The offset of the
+    centers, less `position_threshold` times both boxes' sizes along each axis, must be more than half the distance.
     """
     distances, offsets = [], []
     for axis in (0, 1):
@@ -258,9 +225,8 @@ def judge(
     Applies the rules to `objects` as from [`select_objects`]. `color_of` tells the color of an object of a class, and
     is asked for those of [`objects_to_color`] only; `position_threshold` is as in [`relative_position`].
 
-    `exclude` enters `correct` and `strict`. In GenEval's prompts only counting has such clauses, and what they
-    exclude is not the exact count either, so that there it makes no difference to Flow-GRPO's `strict`, which leaves
-    it out.
+    `exclude` enters `strict` too, unlike in Flow-GRPO. In GenEval's prompts, where only counting has such clauses and
+    what they exclude is not the exact count either, that makes no difference.
     """
     excluded = any(len(objects.get(clause.name, ())) >= clause.count for clause in request.exclude)
     enough, _ = _judge_include(objects, request, color_of, position_threshold, exact=False)
@@ -286,8 +252,7 @@ def _judge_include(
         parts.append(_share(len(found), clause.count))
         if len(found) < clause.count or (exact and len(found) > clause.count):
             # One part for color and position together, as Flow-GRPO has it
-            if clause.color is not None or clause.position is not None:
-                parts.append(0.0)
+            parts += [0.0] * (clause.color is not None or clause.position is not None)
             groups.append(None)
             continue
         found = found[: clause.count]
@@ -303,12 +268,9 @@ def _judge_include(
                 relation in relative_position(one.box, other.box, position_threshold)
                 for one, other in itertools.product(found, others)
             )
-            if not holds:
-                parts.append(0.0)
             # Flow-GRPO adds the 1 even after the 0 of a wrong position, so that with two objects that is worth 3/4.
             # Only a missing reference gets none
-            if others is not None:
-                parts.append(1.0)
+            parts += [0.0] * (not holds) + [1.0] * (others is not None)
         groups.append(found if holds else None)
     return None not in groups, parts
 
