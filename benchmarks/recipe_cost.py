@@ -31,12 +31,8 @@ def operations(backbone, policy, args, *, backward: bool) -> int:
     """Of the forward, or the forward and backward, of one image and step, guidance included."""
 
     def condition():
-        return {
-            name: torch.empty(1, *shape, dtype=torch.float32, device="meta")
-            if dtype.is_floating_point
-            else torch.empty(1, *shape, dtype=dtype, device="meta")
-            for name, (shape, dtype) in backbone.condition_shapes().items()
-        }
+        shapes = backbone.condition_shapes().items()
+        return {name: torch.empty(1, *shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes}
 
     latents = torch.empty(1, *backbone.latent_shape(), device="meta")
     negative = condition() if backbone.uses_guidance(args.guidance_scale) else None
@@ -53,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("recipe")
     parser.add_argument("--model", help="folder with the configuration files, or a hub id; default: the recipe's")
-    parser.add_argument("--tflops", type=float, default=TFLOPS, help="operations of a GPU in 1e12 per second (%(default)s)")
+    parser.add_argument("--tflops", type=float, default=TFLOPS, help="of a GPU, in use; default: %(default)s")
     parser.add_argument("--eval-prompts", type=int, help="default: as many as the recipe's set has to test on")
     given = parser.parse_args(argv)
     argv, recipe = read_recipe(["--config", given.recipe])

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from full_size_configs import write_configs
 from test_cli import mistake
+from test_examples import load_program
 from tiny_flux import tiny_flux_pipeline
 from tiny_unets import tiny_sd_pipeline
 
@@ -17,6 +18,7 @@ from trl_flow.commands.options import parse_training, peft_config, training_pars
 from trl_flow.commands.recipe import read_recipe
 from trl_flow.prompts import PROMPT_SETS
 from trl_flow.rewards.named import NAMED_REWARDS
+from trl_flow.shapes import pipeline_path
 
 
 FOLDER = Path(__file__).parents[1] / "examples" / "recipes"
@@ -299,3 +301,24 @@ def test_a_run_stops_when_the_gold_score_falls(recipes, capsys, monkeypatch):
     logged = [json.loads(line) for line in Path("out", "log_history.jsonl").read_text().splitlines()]
     assert max(entry["step"] for entry in logged) == 2
     assert json.loads(Path("out", "best_gold", "scores.json").read_text())["step"] == 1
+
+
+def test_the_cost_of_a_run_is_its_operations(capsys):
+    """Ours on the bundled model: 60 phases of 288 images, six steps, four of them trained."""
+    load_program("benchmarks/recipe_cost.py").main(
+        [
+            str(FOLDER / "shapes_guard.yaml"),
+            "--model",
+            str(pipeline_path()),
+            "--tflops",
+            "1e-3",
+            "--eval-prompts",
+            "108",
+        ]
+    )
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    forward, both = result["operations"].values()
+    assert 2 * forward < both < 4 * forward
+    numbers = {"sampling": 60 * 288 * 6 * forward, "training": 60 * 288 * 4 * both}
+    numbers["evaluations"] = 4 * 108 * 10 * forward
+    assert result["gpu_hours"] == pytest.approx({name: number / 3.6e12 for name, number in numbers.items()})
