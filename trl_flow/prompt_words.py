@@ -26,6 +26,12 @@ COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown",
 
 POSITIONS = ("left of", "right of", "above", "below")
 
+
+def dimension_of(testpoint: str) -> str:
+    """UniGenBench's dimension of a test point: "Attribute" of "Attribute - Color", "Style" of "Style"."""
+    return testpoint.split("-")[0].strip()
+
+
 # Straight, English, Swedish, German, French and East Asian quotation marks, each with the mark that closes it
 _QUOTED = re.compile(
     r'"([^"]*)"|“([^“”]*)”|”([^“”]*)”|„([^„“”]*)[“”]|«([^«»]*)»|»([^«»]*)«|「([^「」]*)」|『([^『』]*)』'

@@ -293,7 +293,7 @@ def test_a_last_step_without_noise_is_not_trained(cls, make, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_inference_steps": 1}, "num_inference_steps is 1, and on this model's schedule no step adds noise"),
+        ({"num_inference_steps": 1}, "num_inference_steps is 1, and no step of this model's schedule adds noise"),
         ({"sde_window_size": 3}, r"sde_window_range is \[0, 3\], but on this model's schedule the last of 3 steps"),
         ({"sde_window_size": 1, "sde_window_range": [2, 3]}, "a window of 1 steps does not fit"),
         ({"noise_level": 1.5}, "noise_level is 1.5: it must be a finite number, between 0 and 1"),

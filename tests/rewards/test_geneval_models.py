@@ -163,6 +163,22 @@ def test_colors_are_those_of_the_nearest_sentences(clip):
     assert CLIPColorClassifier(str(folder))([], []) == []
 
 
+@pytest.mark.parametrize("extra, left", [(3, 2), (7, 4), (1, 0), (4, 2)])
+def test_an_object_is_cropped_as_by_open_clip(clip, extra, left):
+    """Half margins are rounded to even, where transformers' processor rounds 1.5 and 3.5 down."""
+    classifier, seen = CLIPColorClassifier(str(clip[0])), []
+    image = picture(32 + extra, 32)
+
+    def take(module, args, kwargs):
+        seen.append(kwargs["pixel_values"])
+
+    with classifier._model.vision_model.register_forward_pre_hook(take, with_kwargs=True):
+        classifier([image], ["dog"])
+    shown = np.asarray(image, dtype=np.float32)[:, left : left + 32] / 255
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    np.testing.assert_allclose(seen[0][0].permute(1, 2, 0).numpy(), (shown - mean) / std, atol=1e-5)
+
+
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
 

@@ -500,6 +500,10 @@ def test_an_unknown_score_of_unified_reward_is_refused():
         ("final score: 1/5", 1.0),
         ("Final Score:\n\n5", 5.0),
         ("Final Score: 2 ... Final Score: 4", 2.0),
+        ("Final Score: [4]", 4.0),
+        ("**Final Score: [3.5]**", 3.5),
+        ("Final Score：4", 4.0),
+        ("Final Score (1-5): 4", 4.0),
         ("Final Score: good", None),
         ("Score: 4", None),
         ("after 'Final Score:'", None),
@@ -515,7 +519,16 @@ def test_final_scores_are_read(answer, expected):
     [
         ("Alignment Score (1-5): 2.694700002670288\nStyle Score (1-5): 2.8", 2.694700002670288),
         ("Style Score (1-5): 2.8", None),
-        ("Alignment Score: 3", None),
+        ("Alignment Score: 3", 3.0),
+        ("Alignment Score(1-5): 4", 4.0),
+        ("Alignment Score (1-5) : 4", 4.0),
+        ("**Alignment Score** (1–5): **4.5**", 4.5),
+        ("alignment score（1-5）：2", 2.0),
+        ("Alignment Score：2", 2.0),
+        ("Alignment Score (1-5): [2]", 2.0),
+        ("Alignment Score (1-5): X\nAlignment Score (1-5): 3", 3.0),
+        ("Alignment Score (1-10): 8", None),
+        ("Alignment: 4", None),
     ],
 )
 def test_axis_scores_are_read(answer, expected):

@@ -5,7 +5,7 @@ import itertools
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from trl_flow.backbones import Backbone
 from trl_flow.evaluation import inputs
 from trl_flow.evaluation.adapters import BASE, Adapter, base_fingerprint, check_adapter, loaded_adapter, parse_adapters
+from trl_flow.evaluation.categories import category_tables
 from trl_flow.evaluation.comparison import compare_scores
 from trl_flow.evaluation.drawing import draw
 from trl_flow.evaluation.grids import comparison_grid, evenly
@@ -31,6 +32,7 @@ from trl_flow.evaluation.scoring import score_images
 from trl_flow.evaluation.tables import markdown
 from trl_flow.evaluation.vote_results import update_votes
 from trl_flow.rewards.scorer import RewardScorer
+from trl_flow.rewards.unigenbench import UniGenBenchReward
 
 
 RESULTS, REPORT, PAGE = "results.json", "results.md", "comparison.html"
@@ -40,6 +42,8 @@ _SCORED_TOGETHER = 64
 
 # By set, model and reward, float64 `(N,)`
 ModelScores = dict[str, dict[str, dict[str, np.ndarray]]]
+# By set and model, for each image the 0 and 1 of UniGenBench's test points, where these were looked for
+TestPoints = dict[str, dict[str, list | None]]
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ def evaluate_models(
     output_dir: str | os.PathLike,
     proxy: Callable | Sequence[Callable] = (),
     gold: Callable | Sequence[Callable] = (),
+    rewards_by_set: Mapping[str, Collection[str]] | None = None,
     options: DrawingOptions | None = None,
     backbone: Backbone | None = None,
     grid_prompts: int = 16,
@@ -92,6 +97,7 @@ def evaluate_models(
         output_dir: a new or empty folder, or an earlier comparison's with the same drawing options. Models, prompt
             sets and rewards may be added to it.
         proxy, gold: rewards that were optimized, and others. May both be empty.
+        rewards_by_set: names of the rewards that score each set; by default all score all.
         backbone: for a loaded pipeline of a family that has none here; it decides height, width and
             `max_sequence_length`.
         grid_prompts: rows of the image grids, spread evenly over the prompts.
@@ -111,9 +117,11 @@ def evaluate_models(
     sets = inputs.prompt_sets(prompts)
     proxy, gold = ([funcs] if callable(funcs) else list(funcs) for funcs in (proxy, gold))
     scorer = RewardScorer([*proxy, *gold])
+    asked = {name: [r for r in scorer.names if not rewards_by_set or r in rewards_by_set[name]] for name in sets}
     for name, dataset in sets.items():
         try:
-            scorer.check(dataset.column_names)
+            funcs = zip(scorer.names, scorer.reward_funcs, strict=True)
+            RewardScorer(func for reward, func in funcs if reward in asked[name]).check(dataset.column_names)
         except (TypeError, ValueError) as error:
             raise ValueError(f"the prompt set {name!r}: {error}") from error
     folder = ImageFolder(output_dir)
@@ -123,7 +131,7 @@ def evaluate_models(
     models = _described_models(model, backbone, adapters)
     lists = {name: inputs.prompt_list(dataset, with_images=backbone.takes_image) for name, dataset in sets.items()}
     folder.claim(asdict(options), models, lists, write=False)
-    run = _Run(folder, options, sets, lists, models, progress)
+    run = _Run(folder, options, sets, asked, lists, models, progress)
     with folder.locked():
         folder.claim(asdict(options), models, lists)
         drawn = run.draw(backbone, adapters)
@@ -132,9 +140,9 @@ def evaluate_models(
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        scores = run.score(scorer, drawn, rescore)
+        scores, points = run.score(scorer, drawn, rescore)
         kinds = {"proxy": scorer.names[: len(proxy)], "gold": scorer.names[len(proxy) :]}
-        return run.write(scores, kinds, grid_prompts, page_megabytes)
+        return run.write(scores, points, kinds, grid_prompts, page_megabytes)
 
 
 def _described_models(
@@ -157,6 +165,7 @@ class _Run:
     folder: ImageFolder
     options: DrawingOptions
     sets: dict[str, Dataset]
+    asked: dict[str, list[str]]  # names of the rewards that score each set
     lists: dict[str, PromptList]
     models: dict[str, dict[str, str]]
     progress: bool
@@ -194,7 +203,9 @@ class _Run:
                     self.folder.save(name, model, index, image)
                 bar.update(len(batch))
 
-    def score(self, scorer: RewardScorer, drawn: set[tuple[str, str]], rescore: bool) -> ModelScores:
+    def score(
+        self, scorer: RewardScorer, drawn: set[tuple[str, str]], rescore: bool
+    ) -> tuple[ModelScores, TestPoints]:
         """The scores of all images: kept ones where they still hold, unless `rescore`."""
         rewards = {
             name: inputs.computed_by(func) for name, func in zip(scorer.names, scorer.reward_funcs, strict=True)
@@ -206,47 +217,71 @@ class _Run:
             kept.get(name, {}).pop(model, None)
         reused = 0
         for reward, func in zip(scorer.names, scorer.reward_funcs, strict=True):
-            for name, model in itertools.product(self.sets, self.models):
+            of_reward = [name for name in self.sets if reward in self.asked[name]]
+            for name, model in itertools.product(of_reward, self.models):
                 by_reward = kept.setdefault(name, {}).setdefault(model, {})
                 if reward in by_reward:
                     reused += 1
                     continue
-                by_reward[reward] = [finite(value) for value in self._score_set(name, model, func, reward)]
+                values, points = self._score_set(name, model, func, reward)
+                by_reward[reward] = [finite(value) for value in values]
+                if any(points):
+                    by_reward[UniGenBenchReward.POINTS] = points
                 self.folder.keep_scores(kept, rewards, columns)
             if callable(close := getattr(func, "close", None)):
                 close()
         if reused and self.progress:
             tqdm.write(f"{reused} columns of scores are those of an earlier run (--rescore computes them anew).")
         scores: ModelScores = {name: {model: {} for model in self.models} for name in self.sets}
-        for name, model, reward in itertools.product(self.sets, self.models, rewards):
-            scores[name][model][reward] = np.array(kept[name][model][reward], dtype=np.float64)
-        return scores
+        points: TestPoints = {name: {} for name in self.sets}
+        for name, model in itertools.product(self.sets, self.models):
+            found = kept.get(name, {}).get(model, {})
+            for reward in self.asked[name]:
+                scores[name][model][reward] = np.array(found[reward], dtype=np.float64)
+            judged = any(isinstance(f, UniGenBenchReward) for f in scorer.reward_funcs)
+            points[name][model] = found.get(UniGenBenchReward.POINTS) if judged else None
+        return scores, points
 
-    def _score_set(self, name: str, model: str, func: Callable, reward: str) -> list[float]:
+    def _score_set(self, name: str, model: str, func: Callable, reward: str) -> tuple[list[float], list]:
         dataset, number = self.sets[name], self.options.num_images_per_prompt
         # Whole prompts: some rewards compare the images of one
         rows = max(1, _SCORED_TOGETHER // number)
         values: list[float] = []
+        points: list = []
         with self._bar(reward, model, name) as bar:
             for first in range(0, len(dataset), rows):
                 part = dataset.select(range(first, min(first + rows, len(dataset))))
                 indices = range(first * number, (first + len(part)) * number)
-                (scores,) = score_images([self.folder.load(name, model, i) for i in indices], part, func).values()
+                images, extras = [self.folder.load(name, model, i) for i in indices], {}
+                (scores,) = score_images(images, part, func, extras=extras).values()
                 values += scores.tolist()
+                points += extras.get(UniGenBenchReward.POINTS, [None] * len(images))
                 bar.update(len(indices))
-        return values
+        return values, points
 
     def write(
-        self, scores: ModelScores, kinds: dict[str, list[str]], grid_prompts: int, page_megabytes: float
+        self,
+        scores: ModelScores,
+        points: TestPoints,
+        kinds: dict[str, list[str]],
+        grid_prompts: int,
+        page_megabytes: float,
     ) -> Comparison:
         """Writes tables, grids and the page."""
         path, number = self.folder.path, self.options.num_images_per_prompt
+        sets = {}
+        for name, found in scores.items():
+            own = {
+                kind: [reward for reward in rewards if reward in self.asked[name]] for kind, rewards in kinds.items()
+            }
+            sets[name] = compare_scores(found, **own, num_images_per_prompt=number)
+            sets[name]["categories"] = category_tables(self.sets[name], found, points[name], number)
         results = {
             "model": self.models[BASE]["path"],
             "models": self.models,
             **kinds,
             "settings": asdict(self.options),
-            "sets": {n: compare_scores(s, **kinds, num_images_per_prompt=number) for n, s in scores.items()},
+            "sets": sets,
             "votes": None,
             "versions": versions(),
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),

@@ -27,6 +27,8 @@ evaluates, score the images, and write tables, an image grid and a page to look 
       --prompts pickscore --proxy pickscore --gold hpsv2 imagereward --output_dir comparison
   trl-flow evaluate --model bundled --adapters demo=trl-flow-demo --prompts bundled \\
       --proxy shapes_soft shapes_fidelity --gold shapes_strict --output_dir comparison
+  trl-flow evaluate --table guard --model stabilityai/stable-diffusion-3.5-medium --adapters runs/guard \\
+      --table_rewards unifiedreward@http://localhost:8000/v1 --output_dir guard-table
   trl-flow evaluate --vote comparison
 
 Killed, the same command goes on where it stopped. Adapters, prompt sets and rewards may be added to a folder.
@@ -61,12 +63,12 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     if arguments.vote is not None:
         _check_vote(arguments)
     if isinstance(arguments.vote, str) and arguments.model is None:
-        if given := [name for name in ("adapters", "prompts", "proxy", "gold") if getattr(arguments, name)]:
+        if given := [name for name in ("adapters", "prompts", "proxy", "gold", "table") if getattr(arguments, name)]:
             what = f"--vote {arguments.vote} is a vote on what that folder holds, and --{given[0]} is for drawing"
             raise ValueError(f"{what}. Remove it, or give --model too.")
         return _vote(arguments, arguments.vote)
     folder = arguments.output_dir or (arguments.vote if isinstance(arguments.vote, str) else "trl-flow-evaluation")
-    evaluation = _evaluation(arguments)
+    evaluation, names = _evaluation(arguments)
 
     from trl_flow.rewards.checks import RewardError
 
@@ -82,6 +84,10 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
         except RewardError as error:
             _show_failure(error)
             raise ValueError(f"{error}\n{kept}") from error
+        if arguments.table:
+            from trl_flow.evaluation.paper_tables import with_table
+
+            comparison = with_table(comparison, arguments.table, names)
         print(f"\n{comparison.markdown}\nIn {folder}: {REPORT}, {RESULTS}, {PAGE} and the image grids.")
         if arguments.vote is not None:
             _vote(arguments, folder)()
@@ -100,9 +106,13 @@ def _show_failure(error: Exception) -> None:
         traceback.print_exception(type(cause), cause, step)
 
 
-def _evaluation(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `evaluate_models`, but for the folder."""
-    for name in ("model", "prompts"):
+def _evaluation(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
+    """The arguments of `evaluate_models`, but for the folder, and what the rewards of a paper's table are called."""
+    wrong = ("prompts", "proxy", "gold") if arguments.table else ("table_prompts", "table_rewards")
+    if given := [name for name in wrong if getattr(arguments, name)]:
+        why = "--table chooses prompts and rewards itself" if arguments.table else "there is no --table"
+        raise ValueError(f"--{given[0]} has no meaning, since {why}. Remove it, or choose the other way.")
+    for name in ("model",) if arguments.table else ("model", "prompts"):
         if not getattr(arguments, name):
             hint = "For a vote on a folder that is there: trl-flow evaluate --vote DIR."
             raise ValueError(f"--{name} is missing. {hint}")
@@ -129,16 +139,23 @@ def _evaluation(arguments: argparse.Namespace) -> dict[str, Any]:
 
         model, options = pipeline_path(), {"num_inference_steps": 10, "guidance_scale": 2.0}
         options |= {"height": IMAGE_SIZE, "width": IMAGE_SIZE, "max_sequence_length": T5_TOKENS}
+    chosen, names = {}, {}
+    if arguments.table:
+        from trl_flow.evaluation.paper_tables import TABLES, table_inputs
+
+        copies = {"prompts": arguments.table_prompts, "rewards": arguments.table_rewards}
+        chosen, names = table_inputs(arguments.table, model, arguments.adapters, **copies, limit=arguments.limit)
+        options["num_images_per_prompt"] = TABLES[arguments.table].num_images_per_prompt
     given = {field.name: getattr(arguments, field.name) for field in fields(DrawingOptions)}
     options |= {name: value for name, value in given.items() if value is not None}
     sets = {}
-    for name, source in map(split_name, arguments.prompts):
+    for name, source in map(split_name, arguments.prompts or ()):
         name = name or (Path(source).stem if os.path.exists(source) else source)
         if name in sets:
             raise ValueError(f"two prompt sets are called {name!r}. Name them: --prompts a={source} ...")
         dataset = _prompts(source)
         sets[name] = dataset.take(min(arguments.limit or len(dataset), len(dataset)))
-    return {
+    evaluation = {
         "model": model,
         "adapters": arguments.adapters,
         "prompts": sets,
@@ -147,6 +164,7 @@ def _evaluation(arguments: argparse.Namespace) -> dict[str, Any]:
         "options": DrawingOptions(**options),
         **{name: getattr(arguments, name) for name in ("grid_prompts", "page_megabytes", "rescore")},
     }
+    return evaluation | chosen, names
 
 
 def _prompts(source: str) -> "Dataset":

@@ -18,12 +18,13 @@ def score_images(
     reward_funcs: Callable | Sequence[Callable],
     *,
     timeout: float | None = None,
+    extras: dict[str, list] | None = None,
 ) -> dict[str, np.ndarray]:
     """
     Scores of images by reward functions, called as in training, with the data set's columns.
 
     `images` are `N`: `K` for each row of `dataset`, those of one row next to each other. `timeout` is in seconds, for
-    each function; `None`: for ever.
+    each function; `None`: for ever. `extras` is given what the functions pass to `log_extra`, `N` values by column.
 
     Returns:
         `dict[str, np.ndarray]`: for each function float64 of shape `(N,)`, NaN where it does not apply.
@@ -37,7 +38,11 @@ def score_images(
     number = len(images) // len(dataset)
     columns = {name: [value for value in dataset[name] for _ in range(number)] for name in dataset.column_names}
     scorer = RewardScorer([reward_funcs] if callable(reward_funcs) else reward_funcs, timeout=timeout)
-    rewards = scorer.score(columns.pop("prompt"), list(images), columns).rewards
+    scored = scorer.score(columns.pop("prompt"), list(images), columns)
+    if extras is not None:
+        for name, values in scored.logs.columns.items():
+            extras[name] = [values.get(i) for i in range(len(images))]
+    rewards = scored.rewards
     return {name: rewards[:, i].double().numpy() for i, name in enumerate(scorer.names)}
 
 

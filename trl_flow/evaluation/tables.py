@@ -36,8 +36,14 @@ def score_table(differences: Mapping[str, PairedDifference]) -> str:
 def markdown(results: Mapping[str, Any]) -> str:
     """A report of `results.json`'s content: for each prompt set a table of scores and one of paired differences."""
     parts = [f"# {title(results)}", _settings_line(results)]
+    paper = results.get("paper_tables", ())
+    for table in paper:
+        parts += [f"## {markdown_text(table['title'])}", category_table(table), table["note"]]
     for name, content in results["sets"].items():
         parts += [f"## {markdown_text(name)}", means_table(content), difference_table(content)]
+        for table in content.get("categories", ()):
+            if not any(table["columns"] == shown["columns"] and table["rows"] == shown["rows"] for shown in paper):
+                parts += [f"{markdown_text(table['reward'])} by {table['by']}:", category_table(table)]
         if content["gold_note"]:
             parts.append(markdown_text(content["gold_note"]))
     parts.append(legend(results))
@@ -85,6 +91,21 @@ def difference_table(content: Mapping[str, Any]) -> str:
         return ""
     header = ["model", "reward", "difference to base", "standard error", "in std. errors", "95% interval", "prompts"]
     return markdown_table(header, rows, left=2)
+
+
+def category_table(table: Mapping[str, Any]) -> str:
+    """A table of models in rows and categories in columns. Of more than twelve it is the other way round, with those
+    only of which there is a score."""
+    form = table.get("format", ".2f")
+    rows = {
+        markdown_text(model): ["-" if cells[name] is None else format(cells[name], form) for name in table["columns"]]
+        for model, cells in table["rows"].items()
+    }
+    names = [markdown_text(name) for name in table["columns"]]
+    if len(names) <= 12:
+        return markdown_table(["model", *names], [[model, *cells] for model, cells in rows.items()])
+    turned = zip(names, *rows.values(), strict=True)
+    return markdown_table([table["by"], *rows], [list(cells) for cells in turned if set(cells[1:]) != {"-"}])
 
 
 def _settings_line(results: Mapping[str, Any]) -> str:

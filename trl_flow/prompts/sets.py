@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import constants, get_session, hf_hub_download
 
-from trl_flow.prompt_words import quoted_text
+from trl_flow.prompt_words import dimension_of, quoted_text
 from trl_flow.prompts.files import dataset_of, read_prompts, with_prompt_column
 from trl_flow.prompts.geneval import generate_geneval_prompts, geneval_benchmark
 
@@ -183,7 +183,7 @@ def load_unigenbench(
             words = f"the description in row {row} is not understood ({error!r})"
             wanted = f"It must be a JSON object with the keys {', '.join(keys)}: {text!r}"
             raise ValueError(f"the data set 'unigenbench' cannot be read: {words}. {wanted}.") from error
-        dimensions = list(dict.fromkeys(point.split("-")[0].strip() for point in testpoints))
+        dimensions = list(dict.fromkeys(dimension_of(point) for point in testpoints))
         rows.append((theme, subtheme, dimensions, testpoints, descriptions))
     names = ("theme", "subtheme", "dimensions", "testpoints", "testpoint_descriptions")
     columns = zip(names, map(list, zip(*rows, strict=True)), strict=True)

@@ -30,6 +30,7 @@ PUBLIC: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     "RewardServerError": ("remote", {}),
     "ShapesReward": ("shapes", {f"shapes_{score}": (score,) for score in ("soft", "strict", "fidelity")}),
     # The judges ask the server at OPENAI_BASE_URL
+    "UniGenBenchReward": ("unigenbench", {"unigenbench": ()}),
     "UnifiedReward": ("judge", {"unifiedreward": (), **{f"unifiedreward_{axis}": (axis,) for axis in _AXES}}),
     "UnifiedRewardComparer": ("preference", {}),
     "UnreadableAnswer": ("judge", {}),

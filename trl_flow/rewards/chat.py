@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import copy
 import json
 import numbers
 import os
@@ -104,6 +105,17 @@ class ChatModel:
                 "an OpenAI-compatible server; it mostly ends in /v1."
             )
         return completion.choices[0]
+
+    async def check(self) -> None:
+        """Raises a `JudgeError` if the server is not there, or it is not known which of its models is meant. Asks
+        once, and for nothing that costs."""
+        probe = copy.copy(self)
+        probe.max_retries, probe._connections = 0, {}
+        async with probe._connected() as connection:
+            if self.model is None:
+                await probe._only_model(connection.client)
+            else:
+                await probe._request(connection.client.models.list())
 
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[_Connection]:

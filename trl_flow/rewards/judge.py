@@ -36,14 +36,16 @@ class Question:
             raise TypeError(f"A judge needs {needed}, but was given {prompt_template!r} and {parse!r}.")
         self.prompt_template, self.parse, self.max_tokens = prompt_template, parse, max_tokens
         self.chat = ChatModel(**server)
+        # Where an evaluation looks for what its scores were computed by
+        self.model = self.chat.model
 
-    async def _ask(self, prompt: str, *images: Image.Image) -> tuple[Any, str]:
-        """What the first answer that can be read says, or None, and the last answer."""
+    async def _ask(self, prompt: str, *images: Image.Image, read: Callable | None = None) -> tuple[Any, str]:
+        """What the first answer that can be read (by `read` or else `_read`) says, or None, and the last answer."""
         for temperature in self._temperatures:
             choice = await self._answer(prompt, images, temperature)
             # Empty where the server sent no text, as for an answer cut off while thinking
             text = choice.message.content or ""
-            if (outcome := self._read(choice, text)) is not None:
+            if (outcome := (read or self._read)(choice, text)) is not None:
                 break
         return outcome, text
 

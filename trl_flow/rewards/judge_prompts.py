@@ -5,6 +5,8 @@
 * UnifiedReward (Wang et al., 2025): https://huggingface.co/papers/2503.05236
 * UnifiedReward-Think (Wang et al., 2025): https://huggingface.co/papers/2505.03318
 * DeQA-Score (You et al., 2025): https://huggingface.co/papers/2501.11561
+
+The prompt of UniGenBench++ (Wang et al., 2025, https://arxiv.org/abs/2510.18701) alone is in words of our own.
 """
 
 import json
@@ -24,6 +26,11 @@ UNIFIED_REWARD_AXES = _PROMPTS["axes"]  # three scores, of UnifiedReward 2.0
 UNIFIED_REWARD_PAIR = _PROMPTS["pair"]  # which of two images is better, of UnifiedReward
 UNIFIED_REWARD_THINK_PAIR = _PROMPTS["think_pair"]  # of UnifiedReward-Think, the judge of Pref-GRPO
 
+# Which parts of its prompt an image shows: asks for the same and is answered in the same form as UniGenBench++'s own
+UNIGENBENCH = _PROMPTS["unigenbench"]
+# Its 27 test points, by name and in the order of SLAS's Table 3, and what each is about
+UNIGENBENCH_TESTPOINTS: dict[str, str] = dict(line.split(": ", 1) for line in _LINES["unigenbench_testpoints"])
+
 DEQA_QUESTION = "How would you rate the quality of this image?"
 DEQA_ANSWER_PREFIX = "The quality of the image is"
 DEQA_LEVELS = {"excellent": 5, "good": 4, "fair": 3, "poor": 2, "bad": 1}
@@ -35,8 +42,8 @@ def final_score(answer: str) -> float | None:
 
 
 def axis_score(answer: str, axis: Literal["alignment", "coherence", "style"]) -> float | None:
-    """The number after `Alignment Score (1-5):`, or that of another axis, or None."""
-    return _number_after(rf"{axis} Score \(1-5\)", answer)
+    """The number after `Alignment Score (1-5):` (the models leave `(1-5)` out at times), or another axis', or None."""
+    return _number_after(f"{axis} Score", answer)
 
 
 def preferred_image(answer: str) -> Preference | None:
@@ -51,7 +58,18 @@ def preferred_image(answer: str) -> Preference | None:
     return found[0] if len(found) == 1 else None
 
 
+def passed_testpoints(answer: str, number: int) -> list[int] | None:
+    """
+    The 0 or 1 of each of `number` test points in the last `<score>` list of an answer. None where there is no such
+    list, or it has another length or another entry: it could not be told which test points were answered.
+    """
+    lists = re.findall(r"<score>\s*\[(.*?)\]\s*</score>", answer, re.DOTALL)
+    scores = [entry.strip(" \t\r\n'\"") for entry in lists[-1].split(",")] if lists else []
+    return [int(entry) for entry in scores] if len(scores) == number and set(scores) <= {"0", "1"} else None
+
+
 def _number_after(label: str, answer: str) -> float | None:
-    # Asterisks: chat models like to write the label in bold
-    match = re.search(rf"{label}\**:[\s*]*(\d+(?:\.\d+)?)", answer, re.IGNORECASE)
+    # Chat models like to write in bold, with the scale, in brackets, or with Chinese punctuation
+    scale = r"(?:[(（]1\s*[-–]\s*5[)）])?"
+    match = re.search(rf"{label}[\s*]*{scale}[\s*]*[:：][\s*\[]*(\d+(?:\.\d+)?)", answer, re.IGNORECASE)
     return float(match.group(1)) if match else None

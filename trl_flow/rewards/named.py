@@ -18,7 +18,8 @@ NAMED_REWARDS: dict[str, tuple[str, ...]] = {
 
 def named_reward(name: str) -> Any:
     """
-    The reward function that `name` stands for: a key of `NAMED_REWARDS`, a dotted import path such as
+    The reward function that `name` stands for: a key of `NAMED_REWARDS`, for a judge also with the address of its
+    server (and a model of several), as in `deqa@http://localhost:8000/v1#my-deqa`; a dotted import path such as
     `my_rewards.brightness`, looked for in the current folder too (a class is called without arguments), or the address
     of a reward server: of several separated by commas, and with a reward's name behind a `#` if they offer more than
     one, as in `http://one:8000,http://two:8000#pickscore`.
@@ -27,9 +28,10 @@ def named_reward(name: str) -> Any:
         ValueError: if there is no such function, naming the nearest that there is.
         ImportError: if it needs an optional package that is missing.
     """
-    if name in NAMED_REWARDS:
-        cls, *arguments = NAMED_REWARDS[name]
-        return getattr(rewards, cls)(*arguments)
+    known, at, _ = name.partition("@")
+    if known in NAMED_REWARDS:
+        cls, *arguments = NAMED_REWARDS[known]
+        return getattr(rewards, cls)(*arguments, **(_server(name, cls) if at else {}))
     if name.startswith(("http://", "https://")):
         urls, _, reward = name.partition("#")
         return rewards.RemoteReward([url.strip() for url in urls.split(",")], reward=reward or None)
@@ -46,6 +48,18 @@ def named_rewards(names: Sequence[str] | str | None, option: str = "reward_funcs
         known = ", ".join(NAMED_REWARDS)
         raise ValueError(f"{option} is missing. Name at least one of {known}, or a dotted import path.")
     return [named_reward(name) for name in names]
+
+
+def _server(name: str, cls: str) -> dict[str, Any]:
+    """Where `name@address#model` asks."""
+    from trl_flow.rewards.judge import Question
+
+    known, _, address = name.partition("@")
+    if not issubclass(getattr(rewards, cls), Question) or not address.startswith(("http://", "https://")):
+        example = "unifiedreward@http://localhost:8000/v1"
+        raise ValueError(f"there is no reward function {name!r}. Judges have an address behind an @, as {example}.")
+    base_url, _, model = address.partition("#")
+    return {"base_url": base_url, "model": model or None}
 
 
 def _nearest(name: str) -> str:

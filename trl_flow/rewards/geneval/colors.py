@@ -11,8 +11,9 @@ from transformers import CLIPModel
 
 from trl_flow.prompt_words import COLORS
 from trl_flow.rewards.checkpoints import load_pretrained
-from trl_flow.rewards.clip import load_clip_preprocess, load_clip_tokenizer
+from trl_flow.rewards.clip import load_clip_tokenizer
 from trl_flow.rewards.geneval.rules import Detection
+from trl_flow.rewards.pixels import fill_and_crop
 
 
 # GenEval's templates
@@ -61,7 +62,7 @@ class CLIPColorClassifier:
         colors (`tuple[str, ...]`): the colors that it knows.
 
     Raises:
-        CheckpointError: if the model, its tokenizer or its image processor cannot be loaded.
+        CheckpointError: if the model or its tokenizer cannot be loaded.
     """
 
     colors = COLORS
@@ -75,7 +76,7 @@ class CLIPColorClassifier:
         source: dict[str, Any] = {"revision": revision, "token": token}
         self._model = load_pretrained(CLIPModel, model, **source).to(device, dtype)
         self._tokenizer = load_clip_tokenizer(model, self._model, **source)
-        self._preprocess = load_clip_preprocess(model, **source)
+        self._size = self._model.config.vision_config.image_size
         self._batch_size = batch_size
         self._by_class: dict[str, torch.Tensor] = {}
 
@@ -85,7 +86,9 @@ class CLIPColorClassifier:
         colors: list[str] = []
         for first in range(0, len(crops), self._batch_size):
             part = slice(first, first + self._batch_size)
-            pixels = self._preprocess(list(crops[part])).to(self._model.device, self._model.dtype)
+            # As open_clip does, with which GenEval looks at them
+            pixels = torch.stack([fill_and_crop(crop, self._size) for crop in crops[part]])
+            pixels = pixels.to(self._model.device, self._model.dtype)
             images = normalize(self._model.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1)
             texts = torch.stack([self._color_embeddings(name) for name in names[part]])
             nearest = torch.einsum("nd,ncd->nc", images, texts).argmax(dim=-1)
