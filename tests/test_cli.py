@@ -27,6 +27,7 @@ def recipe(tmp_path, tiny_sd3_path, monkeypatch):
             "output_dir": str(tmp_path / "run"),
             "num_generations": 4,
             "per_device_train_batch_size": 8,
+            "steps_per_generation": 1,
             "num_inference_steps": 2,
             "height": 16,
             "width": 16,

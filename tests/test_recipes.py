@@ -282,9 +282,8 @@ def test_stopping_needs_something_that_watches(recipes, capsys):
     assert "over_optimization_patience is not set" in mistake(capsys, "train", "--config", recipes(one=options))
 
 
-def test_a_run_stops_when_the_gold_score_falls(recipes, capsys, monkeypatch):
+def test_a_run_stops_when_the_gold_score_falls(recipes, prompts):
     """The reward rises with every update, the gold score falls: two such evaluations end the run."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
     Path("own_falling.py").write_text(
         "calls = {'reward': 0, 'gold': 0}\n"
         "def reward(prompts, images, **kwargs):\n    calls['reward'] += 1\n"
@@ -295,9 +294,9 @@ def test_a_run_stops_when_the_gold_score_falls(recipes, capsys, monkeypatch):
     options = {"model_name_or_path": "bundled", "reward_funcs": ["own_falling.reward"], "output_dir": "out"}
     options |= {"eval_reward_funcs": ["own_falling.gold"], "eval_strategy": "steps", "eval_steps": 1, "max_steps": 9}
     options |= {"per_device_train_batch_size": 4, "num_generations": 2, "steps_per_generation": 1, "use_peft": True}
-    options |= {"num_inference_steps": 2, "eval_num_inference_steps": 2, "per_device_eval_batch_size": 108}
+    options |= {"num_inference_steps": 2, "eval_num_inference_steps": 2, "dataset_name": "prompts.jsonl"}
     options |= {"guidance_scale": 1.0, "save_strategy": "no", "use_cpu": True, "report_to": "none"}
-    options |= {"over_optimization_patience": 2, "over_optimization_stop": True}
+    options |= {"over_optimization_patience": 2, "over_optimization_stop": True, "dataset_test_split": "train"}
     assert main(["train", "--config", recipes(one=options)]) == 0
     logged = [json.loads(line) for line in Path("out", "log_history.jsonl").read_text().splitlines()]
     assert max(entry["step"] for entry in logged) == 2
