@@ -1,14 +1,14 @@
 """
-What GRPO-Guard, SLAS and VGPO add to a training step of plain Flow-GRPO, printed as one JSON line.
+What GRPO-Guard, its probe, SLAS and VGPO add to a phase of plain Flow-GRPO with two updates, as one JSON line.
 
     python benchmarks/method_time.py
     python benchmarks/method_time.py --num-steps 6 --batch-size 144
 
 One trainer for each method, all with the same model, prompts, dynamics and trained steps, so that only the method's
-own arithmetic differs: the ratio and the weight (Guard), the shape of the advantages (SLAS), the reward of every step
-and the values made of them (VGPO; here with the bundled world's checker). They take turns in one process, step by
-step, so that whatever else runs on the machine slows all; each figure is the median over the measured steps of the
-method's time divided by that of the plain trainer's step beside it.
+own arithmetic differs: the ratio and the weight (Guard), one more forward of the second update (its probe), the shape
+of the advantages (SLAS), the reward of every step and the values made of them (VGPO; here with the bundled world's
+checker). They take turns in one process, phase by phase, so that whatever else runs on the machine slows all; each
+figure is the median over the measured phases of the method's time divided by that of the plain trainer's beside it.
 """
 
 import argparse
@@ -30,18 +30,21 @@ from trl_flow.rewards import ShapesReward
 from trl_flow.shapes import load_pipeline, load_prompts
 
 
-WARM_UP = 2  # steps that are not counted: the first ones encode the prompts and allocate
+WARM_UP = 2  # phases that are not counted: the first ones encode the prompts and allocate
 
+GUARD = {"importance_ratio": "ratio_norm", "timestep_weighting": "inverse_dt", "scale_rewards": "group"}
+UPDATES = 2  # in a phase
 METHODS = {
     "plain": {},
-    "guard": {"importance_ratio": "ratio_norm", "timestep_weighting": "inverse_dt", "scale_rewards": "group"},
+    "guard": GUARD,
+    "guard_probe": GUARD | {"ratio_probe": 32},
     "slas": {"advantage_power": 0.5},
     "vgpo": {"dense_rewards": True, "value_discount": 0.9, "value_scale": 0.1},
 }
 
 
 class TakeTurns(TrainerCallback):
-    """Lets one trainer make one step at a time, and times it as `(wall, computing)` seconds."""
+    """Lets one trainer go through one phase at a time, and times it as `(wall, computing)` seconds."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -55,14 +58,16 @@ class TakeTurns(TrainerCallback):
         return time.perf_counter(), time.process_time()
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.may_go.acquire()
-        self.start = self._clocks()
+        if state.global_step % UPDATES == 0:
+            self.may_go.acquire()
+            self.start = self._clocks()
 
     def on_step_end(self, args, state, control, **kwargs):
         # Logging follows this event, and is the same for all
-        end = self._clocks()
-        self.times.append((end[0] - self.start[0], end[1] - self.start[1]))
-        self.has_stepped.release()
+        if state.global_step % UPDATES == 0:
+            end = self._clocks()
+            self.times.append((end[0] - self.start[0], end[1] - self.start[1]))
+            self.has_stepped.release()
 
     def step(self) -> None:
         self.may_go.release()
@@ -74,8 +79,9 @@ def make_trainer(fields: dict, folder: Path, options: argparse.Namespace) -> Flo
     size = pipeline.default_sample_size * pipeline.vae_scale_factor
     args = FlowGRPOConfig(
         output_dir=str(folder),
-        max_steps=WARM_UP + options.repeats,
-        per_device_train_batch_size=options.batch_size,
+        max_steps=UPDATES * (WARM_UP + options.repeats),
+        per_device_train_batch_size=options.batch_size // UPDATES,
+        steps_per_generation=UPDATES,
         num_generations=options.num_generations,
         num_inference_steps=options.num_steps,
         guidance_scale=options.guidance,
@@ -88,7 +94,7 @@ def make_trainer(fields: dict, folder: Path, options: argparse.Namespace) -> Flo
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        **fields,
+        **{"ratio_probe": 0} | fields,
     )
     dataset = load_prompts("train").select(range(options.batch_size // options.num_generations))
     lora = LoraConfig(r=32, lora_alpha=64, init_lora_weights="gaussian")
@@ -99,11 +105,11 @@ def make_trainer(fields: dict, folder: Path, options: argparse.Namespace) -> Flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-size", type=int, default=64, help="samples in a training step")
+    parser.add_argument("--batch-size", type=int, default=64, help="samples in a phase")
     parser.add_argument("--num-generations", type=int, default=8, help="samples of each prompt")
-    parser.add_argument("--num-steps", type=int, default=10, help="sampling steps, all of them trained")
+    parser.add_argument("--num-steps", type=int, default=10, help="sampling steps, all but the last trained")
     parser.add_argument("--guidance", type=float, default=4.5, help="classifier-free guidance; 1 is none")
-    parser.add_argument("--repeats", type=int, default=10, help="training steps that are measured")
+    parser.add_argument("--repeats", type=int, default=10, help="phases that are measured")
     options = parser.parse_args()
     logging.set_verbosity_error()
     diffusers_logging.set_verbosity_error()

@@ -99,6 +99,7 @@ def make_trainer(reward, overlap: bool, folder: Path, updates: int, options: arg
         max_steps=updates,
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.parts,
+        steps_per_generation=options.parts,
         num_generations=options.num_generations,
         num_inference_steps=options.num_steps,
         # Sampling is what rewards hide behind: train one step of it

@@ -75,7 +75,7 @@ class BareTransformer:
         with torch.no_grad():
             for timestep in self.timesteps:
                 self.forward(timestep)
-        for timestep in self.timesteps:
+        for timestep in self.timesteps[:-1]:
             self.forward(timestep).float().square().mean().backward()
         self.model.zero_grad()
 
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder or hub id of a pipeline; default: the bundled one")
     parser.add_argument("--batch-size", type=int, default=64, help="samples in a training step")
     parser.add_argument("--num-generations", type=int, default=8, help="samples of each prompt")
-    parser.add_argument("--num-steps", type=int, default=10, help="sampling steps, all of them trained")
+    parser.add_argument("--num-steps", type=int, default=10, help="sampling steps, all but the last trained")
     parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance; 1 is none")
     parser.add_argument("--size", type=int, help="height and width in pixels; default: the model's own")
     parser.add_argument("--max-sequence-length", type=int, default=1, help="T5 tokens; the bundled model has no T5")
@@ -136,6 +136,7 @@ def main() -> None:
             output_dir=folder,
             max_steps=WARM_UP + options.repeats,
             per_device_train_batch_size=options.batch_size,
+            steps_per_generation=1,  # each step samples
             num_generations=options.num_generations,
             num_inference_steps=options.num_steps,
             guidance_scale=options.guidance,

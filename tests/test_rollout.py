@@ -38,17 +38,18 @@ def sample(
     level=0.7,
     stochastic=ALL,
     kept=None,
-    project_from=None,
+    plan=None,
     **kwargs,
 ):
     """Draws the prompts at `indices`, each with generators of its index."""
+    plan = plan or {}
     own = {key: value[list(indices)] for key, value in condition.items()}
     noise = [sample_generator(0, index) for index in indices]
     return rollout(
         lambda x, timestep: backbone.guided_prediction(backbone.model, x, timestep, own),
         FlowDynamics(backbone.schedule(STEPS), sde_type, level),
         draw_noise(backbone.latent_shape(), noise, torch.device("cpu")),
-        StepPlan(tuple(stochastic), tuple(stochastic if kept is None else kept), project_from),
+        StepPlan(tuple(stochastic), tuple(stochastic if kept is None else kept), **plan),
         generators=[sample_generator(1, index) for index in indices],
         **kwargs,
     )
@@ -192,7 +193,7 @@ def test_without_noise_every_dynamics_is_the_ode(sde_type, backbone, condition):
 
 
 def test_nothing_keeps_a_graph(backbone, condition):
-    t = sample(backbone, condition, project_from=0)
+    t = sample(backbone, condition, plan={"project": True})
     for name in ("latents", "next_latents", "means", "final", "pred_original_samples"):
         assert not getattr(t, name).requires_grad
         assert getattr(t, name).dtype == torch.float32
@@ -202,7 +203,7 @@ def test_nothing_keeps_a_graph(backbone, condition):
 
 
 def test_projections_by_hand(backbone, condition):
-    t = sample(backbone, condition, project_from=0)
+    t = sample(backbone, condition, plan={"project": True})
     assert t.pred_original_samples.shape == (4, STEPS, 4, 8, 8)
     sigmas = backbone.schedule(STEPS).sigmas
     for step in ALL[:-1]:
@@ -213,19 +214,37 @@ def test_projections_by_hand(backbone, condition):
     assert torch.equal(t.pred_original_samples[:, -1], t.final)
 
 
-def test_projections_begin_where_the_plan_says(backbone, condition):
-    everything = sample(backbone, condition, project_from=0)
-    some = sample(backbone, condition, kept=[1, 3], project_from=1)
-    assert torch.equal(some.pred_original_samples, everything.pred_original_samples[:, 1:])
+def test_parts_of_the_steps_give_all_projections(backbone, condition):
+    everything = sample(backbone, condition, stochastic=[2, 3], plan={"project": True})
+    first = sample(backbone, condition, stochastic=[], plan={"project": True}, last_step=2)
+    assert first.pred_original_samples.shape == (4, 1, 4, 8, 8)  # what is after the second step, the third predicts
+    torch.testing.assert_close(first.pred_original_samples, everything.pred_original_samples[:, :1])
+
+
+def test_each_sample_keeps_its_own_steps(backbone, condition):
+    everything = sample(backbone, condition)
+    own = sample(backbone, condition, plan={"kept_per_sample": 2})
+    assert own.steps == (0, 1, 2, 3)
+    assert own.chosen.shape == (4, 2)
+    assert len({tuple(row) for row in own.chosen.tolist()}) > 1
+    torch.testing.assert_close(own.final, everything.final, rtol=0, atol=0)  # drawn after all noise
+    for b, row in enumerate(own.chosen.tolist()):
+        assert row == sorted(set(row))
+        for place, step in enumerate(row):
+            for name in ("latents", "next_latents", "means"):
+                assert torch.equal(getattr(own, name)[b, place], getattr(everything, name)[b, step])
+    # by the sample's own generator: whatever else is in the batch
+    one = sample(backbone, condition, [2], plan={"kept_per_sample": 2})
+    assert one.chosen.tolist() == own.chosen[2:3].tolist()
 
 
 def test_projections_cost_no_forward(backbone, condition):
     calls = []
     handle = backbone.model.register_forward_hook(lambda *_: calls.append(1))
     try:
-        sample(backbone, condition, project_from=None)
+        sample(backbone, condition)
         without = len(calls)
-        sample(backbone, condition, project_from=0)
+        sample(backbone, condition, plan={"project": True})
     finally:
         handle.remove()
     assert without == STEPS

@@ -58,7 +58,7 @@ def test_a_rollout_is_a_walk_of_diffusers_scheduler(prediction_type, config):
         lambda latents, timestep: backbone.guided_prediction(backbone.model, latents, timestep, condition),
         dynamics,
         x,
-        StepPlan(window, window, project_from=0),
+        StepPlan(window, window, project=True),
         generators=[sample_generator(1)],
     )
     scheduler, generator = backbone.pipeline.scheduler, sample_generator(1)

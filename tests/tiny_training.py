@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import LoraConfig
 from tiny_models import tiny_sd3_pipeline
@@ -42,12 +43,13 @@ def prompts(number: int = len(PROMPTS), **columns) -> Dataset:
 
 
 def tiny_config(output_dir, cls: type[FlowGRPOConfig] = FlowGRPOConfig, **fields) -> FlowGRPOConfig:
-    """Two groups of four images, three sampling steps, two updates; `fields` change whatever a test is about."""
+    """Two groups of four images, four sampling steps of which three are trained, two updates of a phase each; `fields`
+    change whatever a test is about."""
     defaults = {
         "output_dir": str(output_dir),
         "per_device_train_batch_size": 8,
         "num_generations": 4,
-        "num_inference_steps": 3,
+        "num_inference_steps": 4,
         "eval_num_inference_steps": 2,
         "height": 16,
         "width": 16,
@@ -63,6 +65,8 @@ def tiny_config(output_dir, cls: type[FlowGRPOConfig] = FlowGRPOConfig, **fields
         "disable_tqdm": True,
         "log_images": False,
     }
+    if "generation_batch_size" not in fields:
+        defaults["steps_per_generation"] = fields.get("gradient_accumulation_steps", 1)
     return cls(**defaults | fields)
 
 
@@ -121,10 +125,11 @@ class Stages:
     ) -> list[MicroBatch]:
         """A sampling phase whose images get `rewards`, and with `instant` `(N, T)` those of each step."""
         plan, rows = self.algorithm.plan(generation), self.rows()
+        self.policy.sampling_weights = self.policy.copy_weights()
         buffer = RolloutBuffer(len(rows), self.args)
         for part in self.sampler.sample(rows, plan, generation):
             buffer.add(part.first, self.algorithm.keep(part.rollout))
-        instant = None if instant is None else instant[:, plan.project_from :, None]
+        instant = None if instant is None else instant[:, :, None]
         scores = PhaseScores(torch.tensor(rewards)[:, None], ["reward"], plan, instant)
         advantages, _ = self.algorithm.advantages(scores)
         return buffer.finish(rows, plan.kept, advantages, None)
@@ -161,10 +166,12 @@ def tiny_stages(output_dir, *, pipeline=None, lora: LoraConfig | None | str = "d
     backbone = get_backbone(pipeline, **sizes)
     module = prepare_module(backbone, args, tiny_lora() if lora == "default" else lora).train()
     algorithm = ClippedPolicyGradient(args, backbone, torch.ones(1))
+    AcceleratorState._reset_state()  # there is one for the whole process, with one precision
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if args.bf16 else "no")
     policy = Policy(
         backbone,
         args,
-        Accelerator(cpu=True),
+        accelerator,
         lambda: module,
         PromptCache.of(backbone, args),
         keep_reference=algorithm.needs_reference,

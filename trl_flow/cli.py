@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command is None:
             parser.print_help()
             return 0
-        run = {"demo": _demo, "env": _env, "evaluate": _evaluate, "serve-rewards": _serve_rewards}[arguments.command]
-        return run(arguments) or 0
+        commands = {"demo": _demo, "env": _env, "evaluate": _evaluate, "compare-runs": _compare_runs}
+        return (commands | {"serve-rewards": _serve_rewards})[arguments.command](arguments) or 0
     except UsageError as error:
         if os.environ.get(_TRACEBACK):
             raise
@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from trl_flow import __version__
+    from trl_flow.commands import compare_runs
     from trl_flow.evaluation import evaluate_command as evaluation
     from trl_flow.serving import command as serving
 
@@ -78,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=help, add_help=False)
     for name, command, help in (
         ("evaluate", evaluation, "compare a base model and adapters: scores, images side by side, and a blind vote"),
+        ("compare-runs", compare_runs, "compare training runs at equal proxy, from their logs: a table and a plot"),
         ("serve-rewards", serving, "serve reward functions over HTTP: --rewards pickscore,hpsv2 --port 8000"),
     ):
         layout = {"description": command.DESCRIPTION, "formatter_class": argparse.RawDescriptionHelpFormatter}
@@ -154,6 +156,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     # What the pipeline refuses to draw, damaged images, a full disk, a reward function that fails
     with _mistakes((ValueError, OSError)):
         run()
+
+
+def _compare_runs(arguments: argparse.Namespace) -> None:
+    from trl_flow.commands.compare_runs import run
+
+    with _mistakes():
+        run(arguments)
 
 
 def _serve_rewards(arguments: argparse.Namespace) -> int:

@@ -33,12 +33,14 @@ class StepPlan:
     Attributes:
         stochastic (`tuple[int, ...]`): steps that add noise, ascending.
         kept (`tuple[int, ...]`): those whose latents and means are kept, ascending; all of them stochastic.
-        project_from (`int`, *optional*): keep the predicted clean latents after each step from this one on.
+        kept_per_sample (`int`, *optional*): each sample keeps only so many of them, drawn by its own generator.
+        project (`bool`): whether the predicted clean latents after each step are kept.
     """
 
     stochastic: tuple[int, ...] = ()
     kept: tuple[int, ...] = ()
-    project_from: int | None = None
+    kept_per_sample: int | None = None
+    project: bool = False
 
     def __post_init__(self):
         if not set(self.kept) <= set(self.stochastic):
@@ -48,16 +50,18 @@ class StepPlan:
 @dataclass(frozen=True)
 class Rollout:
     """
-    One batch of `B` samples, with the `S` steps that are kept. All tensors are float32.
+    One batch of `B` samples, with the `S` steps that each keeps. All tensors but `chosen` are float32.
 
     Attributes:
-        steps (`tuple[int, ...]`): indices of the kept steps in the schedule, ascending, length `S`.
+        steps (`tuple[int, ...]`): indices of the plan's kept steps in the schedule, ascending.
         latents (`torch.Tensor`): `x_t` before each kept step, `(B, S, ...)`.
         next_latents (`torch.Tensor`): the sampled `x_{t'}`, `(B, S, ...)`.
         means (`torch.Tensor`): mean of the transition at sampling time, `(B, S, ...)`.
         final (`torch.Tensor`): latents of the finished images, `(B, ...)`.
-        pred_original_samples (`torch.Tensor` or `None`): the predicted clean latents after each step from
-            `plan.project_from` on, `(B, T - project_from, ...)`; the last is `final`.
+        pred_original_samples (`torch.Tensor` or `None`): the predicted clean latents after each of the `T` steps,
+            `(B, T, ...)`; the last is `final`. Of a part of the steps, those that its predictions give.
+        chosen (`torch.Tensor` or `None`): with `plan.kept_per_sample`, the places in `steps` of those that each sample
+            keeps, int64, `(B, S)`, ascending.
     """
 
     steps: tuple[int, ...]
@@ -66,6 +70,7 @@ class Rollout:
     means: torch.Tensor
     final: torch.Tensor
     pred_original_samples: torch.Tensor | None = None
+    chosen: torch.Tensor | None = None
 
 
 def sample_generator(*key: int) -> torch.Generator:
@@ -117,13 +122,14 @@ def rollout(
         on_step (`Callable[[int], None]`, *optional*): called with the index of each step before it is taken.
     """
     schedule = dynamics.schedule
+    last_step = schedule.num_steps if last_step is None else last_step
     kept: list[tuple[torch.Tensor, ...]] = []
     predicted: list[torch.Tensor] = []
-    for step in range(first_step, schedule.num_steps if last_step is None else last_step):
+    for step in range(first_step, last_step):
         if on_step is not None:
             on_step(step)
         prediction = predict(latents, schedule.timesteps[step])
-        if plan.project_from is not None and step > plan.project_from:
+        if plan.project and step > 0:
             predicted.append(dynamics.pred_original_sample(prediction, latents, step))
         if step in plan.stochastic:
             transition = dynamics.transition(prediction, latents, step)
@@ -134,6 +140,16 @@ def rollout(
         else:
             next_latents = dynamics.ode_step(prediction, latents, step)
         latents = next_latents
-    of_steps = [torch.stack(values, dim=1) for values in zip(*kept, strict=True)]
-    projected = None if plan.project_from is None else torch.stack([*predicted, latents], dim=1)
-    return Rollout(plan.kept, *(of_steps or [latents.new_zeros(len(latents), 0)] * 3), latents, projected)
+    if last_step == schedule.num_steps:
+        predicted.append(latents)
+
+    def stacked(values: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(values, dim=1) if values else latents.new_zeros(len(latents), 0, *latents.shape[1:])
+
+    of_steps, chosen = [stacked(values) for values in zip(*kept, strict=True)] or [stacked([])] * 3, None
+    if plan.kept_per_sample is not None:
+        permutations = [torch.randperm(len(plan.kept), generator=generator) for generator in generators]
+        chosen = torch.stack(permutations)[:, : plan.kept_per_sample].sort().values.to(latents.device)
+        samples = torch.arange(len(latents), device=latents.device)[:, None]
+        of_steps = [tensor[samples, chosen] for tensor in of_steps]
+    return Rollout(plan.kept, *of_steps, latents, stacked(predicted) if plan.project else None, chosen)

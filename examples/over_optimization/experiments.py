@@ -53,6 +53,7 @@ COMMON: dict[str, Any] = {
     "learning_rate": 1e-3,
     "scale_rewards": "group",
     "scale_epsilon": False,  # the ranges below are for the bundled model's latents
+    "train_last_step": True,  # as when the results were measured
 }
 
 # Clip ranges by importance_ratio and sde_type. One rule for all: `run.py --only ratios` measures the ratios of one

@@ -9,6 +9,8 @@ import numpy as np
 from experiments import ARMS, COMMON, RATIO_SEEDS, RATIOS, SECTIONS, Scale
 from training import RESULT, fingerprint, is_finished, settings_of
 
+from trl_flow.evaluation.equal_proxy import value_at_proxy
+
 
 # What the log calls them
 SCORES = {
@@ -41,24 +43,16 @@ class Curve:
 
     def updates_to(self, proxy: float) -> float:
         """Updates after which the proxy first reaches a level, straight lines between evaluations; NaN if never."""
-        return self._at(proxy, self.steps.astype(float))
+        return value_at_proxy(self.scores["proxy"], self.steps, proxy)
 
     def score_at(self, name: str, proxy: float) -> float:
         """A score at the place where the proxy first reaches a level; NaN if it never does."""
-        return self._at(proxy, self.scores[name])
+        return value_at_proxy(self.scores["proxy"], self.scores[name], proxy)
 
     def mean_on_the_way(self, name: str, proxy: float) -> float:
         """Mean of a score at eight equal steps of the proxy from the base model's to a level."""
         levels = np.linspace(self.scores["proxy"][0], proxy, 9)[1:]
         return float(np.mean([self.score_at(name, level) for level in levels]))
-
-    def _at(self, level: float, values: np.ndarray) -> float:
-        proxy = self.scores["proxy"]
-        for i in range(1, len(proxy)):
-            if proxy[i - 1] < level <= proxy[i]:
-                share = (level - proxy[i - 1]) / (proxy[i] - proxy[i - 1])
-                return float(values[i - 1] + share * (values[i] - values[i - 1]))
-        return float("nan")
 
     def training_series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Updates and values of a training metric."""

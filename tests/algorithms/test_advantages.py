@@ -23,7 +23,7 @@ def estimated(
     """The advantages and metrics of `(N, K)` rewards, in groups of four."""
     weights = torch.tensor([1.0] * rewards.shape[1] if weights is None else weights)
     names = [f"reward {k}" for k in range(rewards.shape[1])] if names is None else names
-    plan = StepPlan((0, 1, 2), (0, 1, 2), project_from=None if instant is None else 0)
+    plan = StepPlan((0, 1, 2), (0, 1, 2), project=instant is not None)
     estimator = AdvantageEstimator(tiny_config(tmp_path, cls=cls, **fields), weights)
     return estimator(PhaseScores(rewards, names, plan, instant))
 
@@ -190,7 +190,7 @@ def test_the_kl_that_counts_is_that_of_a_phases_second_update(sde_type, tmp_path
         normal = torch.distributions.Normal
         kl = torch.distributions.kl_divergence(normal(old.double(), std), normal(mean.double(), std))
         kls.append(kl.mean().item())
-    assert len(kls) == {"flow": 3, "cps": 2}[sde_type] and min(kls) > 1e-9
+    assert len(kls) == 3 and min(kls) > 1e-9
     stages.policy.updates_since_sampling = 2
     for batch in batches:
         stages.losses(batch)
@@ -275,10 +275,30 @@ def test_a_measured_kl_changes_no_loss(tmp_path):
     torch.testing.assert_close(*losses)
 
 
-def test_vgpo_begins_its_values_at_the_first_trained_step(tmp_path):
-    stages = tiny_stages(tmp_path, cls=VGPOConfig, sde_window_size=1, sde_window_range=[1, 2], value_scale=0.2)
-    assert stages.algorithm.plan(0).project_from == 1
-    (batch,) = stages.micro_batches(REWARDS, instant=torch.tensor(TABLE, dtype=torch.float32))
-    assert batch.steps == (1,)
-    expected = values_by_hand(TABLE[:, 1:], discount=0.9, scale=0.2)[:, :1]
-    torch.testing.assert_close(batch.advantages, expected, rtol=1e-4, atol=1e-4)
+def test_vgpos_weights_are_shares_of_all_steps_where_a_window_is_trained_too(tmp_path):
+    # Rewards of 1 at every step and a discount of 0.9: Q = 4.69, 4.10, 3.44, 2.71, 1.90, 1.00 of six steps, mean 2.97;
+    # a window from the fourth step on keeps the last three shares
+    fields = {"num_inference_steps": 6, "value_scale": 1.0, "train_last_step": True}
+    stages = tiny_stages(tmp_path, cls=VGPOConfig, sde_window_size=3, sde_window_range=[3, 6], **fields)
+    assert stages.algorithm.plan(0).project
+    (batch,) = stages.micro_batches([1.0] * 8, instant=torch.ones(8, 6))
+    assert batch.steps == (3, 4, 5)
+    values, weights = torch.tensor([2.71, 1.9, 1.0]), torch.tensor([0.912, 0.639, 0.337])
+    torch.testing.assert_close(batch.advantages, (weights * values).expand(8, 3), rtol=1e-3, atol=1e-3)
+
+
+def test_vgpos_scale_may_differ_between_steps(tmp_path):
+    both = dense(tmp_path, TABLE, value_scale=[0.2, 0.0, 0.2], num_inference_steps=3)[0]
+    with_scale = dense(tmp_path, TABLE, value_scale=0.2)[0]
+    without = dense(tmp_path, TABLE, value_scale=0.0)[0]
+    torch.testing.assert_close(both[:, [0, 2]], with_scale[:, [0, 2]])
+    torch.testing.assert_close(both[:, 1], without[:, 1])
+
+
+def test_a_sample_that_no_reward_applies_to_has_no_advantage(tmp_path):
+    table = TABLE.copy()
+    table[2] = math.nan
+    advantages, stats = dense(tmp_path, table, value_scale=0.3)
+    assert advantages[2].tolist() == [0.0] * 3
+    assert advantages.isfinite().all() and (advantages[[0, 1, 3]] != 0).all()
+    assert 0 < stats["advantage/value_share"] < 1

@@ -105,6 +105,7 @@ def reinforce(tmp_path, cls=ReinforceTrainer, **fields):
         drawn[:] = images
         return brightness(prompts, images)
 
+    fields |= {"num_inference_steps": 3}
     args = tiny_config(tmp_path, cls=FlowRLConfig, guidance_scale=1.0, overlap_rewards=False, **fields)
     lora = tiny_lora(init_lora_weights=False)
     trainer = cls(tiny_sd3_pipeline(), reward, args, train_dataset=prompts(), peft_config=lora)

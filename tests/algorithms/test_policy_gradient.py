@@ -1,5 +1,7 @@
 """Ratios, clipping, KL and gradients of the clipped policy gradient, worked out here by other means."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -14,9 +16,9 @@ REWARDS = [0.1, 0.5, 0.2, 0.9, 0.4, 0.3, 0.8, 0.7]  # two groups of four
 RATIOS = ["standard", "mean_revised", "ratio_norm"]
 
 
-def prediction(stages, batch, index: int, model=None) -> torch.Tensor:
+def prediction(stages, batch, index: int, model=None, step: int | None = None) -> torch.Tensor:
     """After guidance, from two forwards that know nothing of each other."""
-    backbone, step = stages.backbone, batch.steps[index]
+    backbone, step = stages.backbone, batch.steps[index] if step is None else step
 
     def forward(texts):
         encoded = [backbone.encode_prompt(text) for text in texts]
@@ -114,30 +116,38 @@ def test_the_gradient_of_guard(tmp_path):
 
 
 def test_the_gradient_of_slas(tmp_path):
-    stages = stages_with(tmp_path, cls=SLASConfig, advantage_clip=0.8)
+    stages = stages_with(tmp_path, cls=SLASConfig, advantage_clip=0.8, timestep_fraction=0.7)
     (batch,) = stages.micro_batches(REWARDS)
     linear = group_advantages_by_hand("batch").clamp(-0.8, 0.8)
     advantages, loss = linear.sign() * linear.abs() ** 1.25, 0.0
-    sigmas = stages.algorithm.dynamics.schedule.sigmas
-    assert len(batch.steps) == 2  # 0.6 of three
-    for index, step in enumerate(batch.steps):
-        t, dt = sigmas[step], sigmas[step] - sigmas[step + 1]
-        x, v = batch.tensors["latents"][:, index], prediction(stages, batch, index)
-        mean = x - (v + 0.3**2 / (2 * t) * (x + (1 - t) * v)) * dt
-        loss = loss - (advantages * log_prob(mean, 0.3 * dt.sqrt(), batch, index)).mean() / len(batch.steps)
+    sigmas, chosen = stages.algorithm.dynamics.schedule.sigmas, batch.tensors["chosen"]
+    assert chosen.shape == (8, 2)  # 0.7 of three steps, of each sample its own
+    assert {tuple(row) for row in chosen.tolist()} == {(0, 1), (0, 2), (1, 2)}
+    for sample, row in enumerate(chosen.tolist()):
+        for place, step in enumerate(row):
+            one = replace(
+                batch,
+                prompts=[batch.prompts[sample]],
+                tensors={name: tensor[sample : sample + 1] for name, tensor in batch.tensors.items()},
+            )
+            t, dt = sigmas[step], sigmas[step] - sigmas[step + 1]
+            x, v = one.tensors["latents"][:, place], prediction(stages, one, place, step=step)
+            mean = x - (v + 0.3**2 / (2 * t) * (x + (1 - t) * v)) * dt
+            loss = loss - advantages[sample] * log_prob(mean, 0.3 * dt.sqrt(), one, place).mean() / 16
     assert_same_gradient(stages, batch, loss)
 
 
 def test_the_gradient_of_vgpo(tmp_path):
     stages = stages_with(tmp_path, cls=VGPOConfig, advantage_clip=50.0)
-    instant = torch.tensor([REWARDS[::-1], [0.5] * 8, REWARDS]).T  # (B, T)
+    instant = torch.tensor([REWARDS[::-1], [0.5] * 8, [0.7] * 8, REWARDS]).T  # (B, T)
     (batch,) = stages.micro_batches(REWARDS, instant=instant)
-    q3 = instant[:, 2]
+    q4 = instant[:, 3]
+    q3 = instant[:, 2] + 0.9 * q4
     q2 = instant[:, 1] + 0.9 * q3
     q1 = instant[:, 0] + 0.9 * q2
-    q = torch.stack([q1, q2, q3], dim=1)
-    grouped = q.view(2, 4, 3)
-    relative = ((grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-4)).view(8, 3)
+    q = torch.stack([q1, q2, q3, q4], dim=1)
+    grouped = q.view(2, 4, 4)
+    relative = ((grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-4)).view(8, 4)
     advantages, loss = q / q.mean(1, keepdim=True) * (relative + 0.05 * q), 0.0
     for index in range(3):
         own = log_prob(*flow_mean_and_std(stages, batch, index), batch, index)
@@ -194,7 +204,7 @@ def test_ratio_and_clip_metrics(importance_ratio, learning_rate, epsilon, tmp_pa
     stages.descend(batch, learning_rate)
     metrics = Metrics(Accelerator(cpu=True))
     for unit, output in stages.losses(batch).items():
-        metrics.add(unit, output.stats)
+        metrics.add(unit, output)
     logs = metrics.flush(stages.algorithm)
     advantages = group_advantages_by_hand("batch")
     ratios = []
@@ -266,7 +276,7 @@ def test_flow_cps_standard_ratio_has_no_variance(tmp_path):
     stages.descend(batch, learning_rate=1000.0)
     sigmas, level = stages.algorithm.dynamics.schedule.sigmas, stages.args.noise_level
     outputs = stages.losses(batch)
-    assert list(outputs) == [0, 1]  # the last step is deterministic
+    assert list(outputs) == [0, 1, 2]  # the last step is deterministic
     for index, output in enumerate(outputs.values()):
         t, t_next = sigmas[index], sigmas[index + 1]
         x, v = batch.tensors["latents"][:, index], prediction(stages, batch, index).detach()
@@ -319,19 +329,23 @@ def test_the_reference_of_full_fine_tuning_is_the_initial_model(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "number"),
     [
-        ({}, 3 + 3),
-        ({"guidance_scale": 1.0}, 3 + 3),  # guidance is a larger batch, not a second forward
-        ({"beta": 0.04}, 3 + 2 * 3),
-        ({"dense_rewards": True, "value_scale": 0.1}, 3 + 3),
-        ({"sde_window_size": 1}, 3 + 1),
-        ({"timestep_fraction": 0.6, "num_inference_steps": 5}, 5 + 3),
-        ({"sde_type": "cps"}, 3 + 2),
+        ({}, 4 + 3),
+        ({"guidance_scale": 1.0}, 4 + 3),  # guidance is a larger batch, not a second forward
+        ({"beta": 0.04}, 4 + 2 * 3),
+        ({"dense_rewards": True, "value_scale": 0.1}, 4 + 3),
+        ({"sde_window_size": 1}, 4 + 1),
+        ({"timestep_fraction": 0.6, "num_inference_steps": 6}, 6 + 3),  # of five
+        ({"timestep_fraction": 0.59, "num_inference_steps": 6}, 6 + 2),  # rounded down
+        ({"timestep_fraction": 0.1}, 4 + 1),  # but to no less than one
+        ({"timestep_fraction": 0.7, "timestep_fraction_per_sample": True}, 4 + 2),
+        ({"sde_type": "cps"}, 4 + 3),
+        ({"train_last_step": True}, 4 + 4),
     ],
     ids=str,
 )
 def test_forwards_by_hand(fields, number, tmp_path):
     stages, calls = tiny_stages(tmp_path, **fields), []
     stages.backbone.model.register_forward_hook(lambda *_: calls.append(1))
-    (batch,) = stages.micro_batches(REWARDS, instant=torch.ones(8, 3) if "dense_rewards" in fields else None)
+    (batch,) = stages.micro_batches(REWARDS, instant=torch.ones(8, 4) if "dense_rewards" in fields else None)
     stages.losses(batch)
     assert len(calls) == number

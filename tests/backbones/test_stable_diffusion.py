@@ -278,13 +278,16 @@ def test_the_default_targets_are_all_attentions(make, tmp_path):
                 assert f"base_model.model.{name}.{layer}.lora_{part}.default.weight" in names
 
 
+THREE_STEPS = {"num_inference_steps": 3, "train_last_step": True}
+
+
 @pytest.mark.parametrize(
     ("make", "cls"), [(tiny_sd_pipeline, FlowGRPOConfig), (tiny_sdxl_pipeline, VGPOConfig)], ids=["sd", "sdxl"]
 )
 def test_a_last_step_without_noise_is_not_trained(cls, make, tmp_path):
     pipeline = make()
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, set_alpha_to_one=True)
-    trainer, moved = train(tmp_path, pipeline, cls=cls, max_steps=1)
+    trainer, moved = train(tmp_path, pipeline, cls=cls, max_steps=1, **THREE_STEPS)
     assert moved > 1e-4
     steps = {name for name in trainer.state.log_history[0] if name.startswith("ratio/mean_step_")}
     assert steps == {"ratio/mean_step_0", "ratio/mean_step_1"}
@@ -304,13 +307,13 @@ def test_what_a_schedule_without_noise_at_the_end_cannot_do_is_refused(fields, m
     pipeline = tiny_sd_pipeline()
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, set_alpha_to_one=True)
     with pytest.raises(ValueError, match=message):
-        tiny_trainer(tmp_path, pipeline=pipeline, **SIZE | fields)
+        tiny_trainer(tmp_path, pipeline=pipeline, **SIZE | THREE_STEPS | fields)
 
 
 def test_a_window_keeps_clear_of_a_last_step_without_noise(tmp_path):
     pipeline = tiny_sd_pipeline()
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, set_alpha_to_one=True)
-    trainer = tiny_trainer(tmp_path, pipeline=pipeline, sde_window_size=1, **SIZE)
+    trainer = tiny_trainer(tmp_path, pipeline=pipeline, sde_window_size=1, **SIZE | THREE_STEPS)
     windows = {trainer.algorithm.plan(generation).stochastic for generation in range(40)}
     assert windows == {(0,), (1,)}
 

@@ -102,6 +102,8 @@ def test_the_bundled_model_and_prompts_have_their_own_defaults(tmp_path, capsys)
         (["--model", "{model}", "--prompts", "{prompts}", "--output_dir", "{prompts}"], "is a file"),
         (["--vote", "{tmp}"], "no evaluation's folder"),
         (["--vote", "{tmp}", "--proxy", "shapes_soft"], "--proxy is for drawing"),
+        (["--vote", "{tmp}", "--steps"], "--steps is for drawing"),
+        (["--model", "{model}", "--prompts", "{prompts}", "--steps", "4"], "unrecognized arguments: 4"),
         (["--vote", "{tmp}", "--vote_pairs", "0"], "vote_pairs is 0"),
         (["--vote", "{tmp}", "--port", "70000"], "port is 70000"),
         (["--adaptors", "x"], "Did you mean --adapters?"),

@@ -8,9 +8,11 @@ from PIL import Image
 from trl_flow.evaluation.plots import (
     all_plots,
     clip_shares,
+    equal_proxy,
     gradient_norms,
     proxy_against_gold,
     ratio_distribution,
+    ratio_histograms,
     reward_curves,
     reward_std,
 )
@@ -127,6 +129,23 @@ def test_ratios_that_are_1_by_definition_are_no_distribution(draw):
         draw(STEPS[:1])
 
 
+def test_histograms_of_single_steps():
+    counts = [0] * 47
+    # Two of eight ratios beyond, one at -1 .. -7/9 and five around 1
+    counts[0], counts[19], counts[23], counts[46] = 1, 1, 5, 1
+    history = [{"step": 1, "ratio/histogram_step_0": counts}, {"step": 2, "ratio/histogram_step_2": counts}]
+    first, second, _ = ratio_histograms({"a": history, "b": history[:1]}).axes
+    assert (first.get_title(), second.get_title()) == ("a", "b")
+    inside, beyond = first.lines[:2]
+    shares = {round(9 * x): share for x, share in points(inside) if share}
+    assert shares == {-8: 1 / 8, 0: 5 / 8}
+    assert points(beyond) == [(-5.5, 1 / 8), (5.5, 1 / 8)]
+    clipping = [line.get_xdata()[0] for line in first.lines[4:]]
+    assert (len(first.lines), len(second.lines), clipping) == (6, 4, [-1, 1])
+    with pytest.raises(ValueError, match="'b' has no histograms.*num_iterations"):
+        ratio_histograms({"a": history, "b": STEPS})
+
+
 # ---- Over training ----
 
 
@@ -157,6 +176,19 @@ def test_proxy_and_gold_over_training_and_against_each_other():
     assert points(both.lines[1]) == [(0.75, 0.5)]  # where it stands
 
 
+def test_gold_at_equal_proxy_is_marked():
+    other = [evaluated(0, 0.25, 1.0, 0.0), evaluated(2, 0.75, 0.5, 0.25)]
+    (axes,) = equal_proxy({"run": GOLD, "other": other}, levels=[0.5, 0.25]).axes
+    curves = {line.get_label(): points(line) for line in axes.lines if not line.get_label().startswith("_")}
+    assert curves == {"run": [(0.25, 1.0), (0.5, 1.25), (0.75, 0.5)], "other": [(0.25, 1.0), (0.75, 0.5)]}
+    marks = [points(container.lines[0]) for container in axes.containers]
+    # Side by side, by 1.2% of the range of 0.5
+    for mark, gold, shift in zip(marks, (1.25, 0.75), (-0.003, 0.003), strict=True):
+        assert mark == [pytest.approx((0.5 + shift, gold)), pytest.approx((0.25 + shift, 1.0))]
+    bar = axes.containers[1].lines[2][0].get_segments()[0][:, 1]
+    assert bar == pytest.approx([0.75 - 1.959964 * 0.125, 0.75 + 1.959964 * 0.125])
+
+
 def test_one_of_several_evaluation_sets():
     history = [evaluated(0, 0.1, 1.0, name="seen_"), evaluated(0, 0.9, 1.0, name="far_away_")]
     assert points(proxy_against_gold(history).axes[0].lines[0]) == [(0, 0.1)]
@@ -170,6 +202,7 @@ def test_one_of_several_evaluation_sets():
     [
         (ratio_distribution, "nothing was trained"),
         (clip_shares, "nothing was trained"),
+        (ratio_histograms, "num_iterations"),
         (gradient_norms, "diagnostics_steps=1"),
         (reward_std, "nothing was trained"),
         (proxy_against_gold, "eval_reward_funcs"),

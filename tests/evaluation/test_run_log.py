@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from trl_flow.evaluation.run_log import diagnostics_table, read_log_history, step_statistics
+from trl_flow.evaluation.run_log import diagnostics_table, read_log_history, step_histograms, step_statistics
 
 
 def log(step: int) -> list[dict]:
@@ -89,3 +89,16 @@ def test_the_table_by_hand():
 def test_the_table_is_of_the_latest_logs():
     history = [{"step": i, "grad_norm/step_0": float(i >= 50)} for i in range(100)]
     assert diagnostics_table(history).splitlines()[-1] == "| 0 | - | - | - | - | 1 |"
+
+
+def test_histograms_of_several_logs_are_added_up():
+    history = [
+        {"step": 1, "ratio/histogram_step_10": [1, 0, 2], "ratio/histogram_step_2": [0, 3, 0]},
+        {"step": 2, "loss": 0.5},
+        {"step": 3, "ratio/histogram_step_10": [4, 4, 0]},
+    ]
+    assert list(step_histograms(history).items()) == [(2, [0, 3, 0]), (10, [5, 4, 2])]
+    assert step_histograms(history, last=1) == {10: [4, 4, 0]}
+    assert step_histograms(history[1:2]) == {}
+    with pytest.raises(ValueError, match="last is 0"):
+        step_histograms(history, last=0)

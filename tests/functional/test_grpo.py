@@ -7,7 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_flow.functional import clipped_loss, gaussian_kl, group_advantages, ratio_statistics, transition_kl
+from trl_flow.functional import (
+    clipped_loss,
+    gaussian_kl,
+    group_advantages,
+    ratio_histogram,
+    ratio_statistics,
+    transition_kl,
+)
+from trl_flow.functional.grpo import RATIO_BIN_EDGES
 
 
 few = settings(deadline=None, derandomize=True, max_examples=60)
@@ -49,6 +57,15 @@ def test_batch_scaled_advantages_by_hand():
     torch.testing.assert_close(advantages, double([-0.5222056973, 0.5222056973, 0, 0]), rtol=0, atol=1e-9)
 
 
+def test_centered_batch_scaled_advantages_by_hand():
+    # centered -1, 1, 0, 0: std = sqrt(2 / 3) = 0.8164965809; 1 / (0.8164965809 + 0.0001) = 1.2245948898
+    advantages = group_advantages(double([1, 3, 5, 5]), 2, scale_rewards="batch_centered")
+    torch.testing.assert_close(advantages, double([-1.2245948898, 1.2245948898, 0, 0]), rtol=0, atol=1e-9)
+    # what differs between prompts alone does not count
+    shifted = group_advantages(double([1, 3, 905, 905]), 2, scale_rewards="batch_centered")
+    torch.testing.assert_close(shifted, advantages)
+
+
 def test_groups_are_contiguous():
     # read the other way, as every second sample, no group would have equal rewards
     advantages = group_advantages(torch.tensor([1.0, 1.0, 1.0, 7.0, 7.0, 7.0]), 3, scale_rewards="group")
@@ -68,12 +85,12 @@ def test_samples_without_a_reward_are_left_out_by_hand():
     torch.testing.assert_close(by_batch, 0.4999750012 * unscaled, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+@pytest.mark.parametrize("scale_rewards", ["group", "batch", "batch_centered", "none"])
 def test_a_batch_without_any_reward_has_no_advantage(scale_rewards):
     assert group_advantages(torch.full((4,), math.nan), 2, scale_rewards=scale_rewards).tolist() == [0.0] * 4
 
 
-@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+@pytest.mark.parametrize("scale_rewards", ["group", "batch", "batch_centered", "none"])
 def test_a_group_of_equal_rewards_has_no_advantage_not_even_rounding(scale_rewards):
     # 0.1 three times has a mean that is not 0.1 in float32; divided by 1e-4 the difference would be a signal
     rewards = torch.tensor([0.1, 0.1, 0.1, 0.1 + 1e6, 0.1 + 1e6, 0.1 + 1e6, 0.0, 1.0, 2.0])
@@ -81,14 +98,14 @@ def test_a_group_of_equal_rewards_has_no_advantage_not_even_rounding(scale_rewar
     assert group_advantages(rewards[:6], 3, scale_rewards=scale_rewards).tolist() == [0.0] * 6
 
 
-@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+@pytest.mark.parametrize("scale_rewards", ["group", "batch", "batch_centered", "none"])
 def test_a_group_of_one_has_no_advantage(scale_rewards):
     assert group_advantages(torch.tensor([1.0, 4.0]), 1, scale_rewards=scale_rewards).tolist() == [0.0, 0.0]
     assert group_advantages(torch.tensor([1.0]), 1, scale_rewards=scale_rewards).tolist() == [0.0]
 
 
 @few
-@given(case=groups(), scale_rewards=st.sampled_from(["group", "batch", "none"]))
+@given(case=groups(), scale_rewards=st.sampled_from(["group", "batch", "batch_centered", "none"]))
 def test_advantages_of_a_group_sum_to_zero_and_keep_its_order(case, scale_rewards):
     rewards, size = case
     advantages = group_advantages(double(rewards).flatten(), size, scale_rewards=scale_rewards).view(-1, size)
@@ -99,7 +116,7 @@ def test_advantages_of_a_group_sum_to_zero_and_keep_its_order(case, scale_reward
 
 
 @few
-@given(case=groups(), shift=eighths, scale_rewards=st.sampled_from(["group", "batch", "none"]))
+@given(case=groups(), shift=eighths, scale_rewards=st.sampled_from(["group", "batch", "batch_centered", "none"]))
 def test_advantages_do_not_see_an_offset_of_the_rewards(case, shift, scale_rewards):
     rewards, size = case
     flat = double(rewards).flatten()
@@ -275,6 +292,26 @@ def test_clipping_acts_where_the_loss_has_no_gradient():
     clipped = statistics["high"] + statistics["low"]
     assert 0.2 < clipped.mean() < 0.8
     assert torch.equal(clipped == 1, gradient == 0)
+
+
+def test_the_bins_of_ratios_by_hand():
+    """In clip ranges, 0.1 below 1 and 0.4 above: -6, -2, -0.5, 0, 0.5, 2, 6. Bin 0 is below -5, then 2/9 each."""
+    log_ratio = double([0.4, 0.8, 0.95, 1, 1.2, 1.8, 3.4]).log()
+    bins = ratio_histogram(log_ratio, epsilon=0.1, epsilon_high=0.4)
+    # (-2 + 5) * 4.5 = 13.5, (-0.5 + 5) * 4.5 = 20.25, 5 * 4.5 = 22.5, 24.75, 31.5: one bin further, for the tail
+    assert bins.argmax(dim=1).tolist() == [0, 14, 21, 23, 25, 32, 46]
+    assert bins.shape == (7, 47) and bins.sum(dim=1).tolist() == [1.0] * 7
+    assert RATIO_BIN_EDGES[0] == -5 and RATIO_BIN_EDGES[-1] == 5 and {-1.0, 1.0} < set(RATIO_BIN_EDGES)
+    assert ratio_histogram(torch.zeros(2), epsilon=0.0).argmax(dim=1).tolist() == [23, 23]
+
+
+def test_what_lies_outside_in_the_histogram_is_what_the_statistics_count():
+    log_ratio = 4e-6 * torch.randn(500, generator=torch.Generator().manual_seed(0))
+    statistics = ratio_statistics(log_ratio, torch.ones(500), epsilon=2e-6, epsilon_high=3e-6)
+    counts = ratio_histogram(log_ratio, epsilon=2e-6, epsilon_high=3e-6).sum(dim=0)
+    low, high = RATIO_BIN_EDGES.index(-1.0), RATIO_BIN_EDGES.index(1.0)
+    assert counts[: low + 1].sum() == statistics["below"].sum() > 50
+    assert counts[high + 1 :].sum() == statistics["above"].sum() > 50
 
 
 # KL

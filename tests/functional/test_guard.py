@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from trl_flow.functional import (
     Transition,
     clipped_loss,
+    cps_transition,
     dance_sde_transition,
     flow_sde_transition,
     gaussian_log_prob,
@@ -210,19 +211,19 @@ def test_weights_refuse_what_does_not_fit():
 UNEVEN = [0.95, 0.9, 0.8, 0.6, 0.5, 0.2, 0.0]  # steps of 0.05 to 0.3
 
 
-def gradient_scales(transition, kind, weighting, beta):
+def gradient_scales(transition, kind, weighting, beta, gain=lambda t, u: None, sigmas=UNEVEN):
     """Norm of the loss gradient in the velocity over that of advantage times noise, on-policy, for every step."""
     generator = torch.Generator().manual_seed(0)
     latents, velocity, noise = torch.randn(3, 2, 4, 6, 6, generator=generator, dtype=torch.float64)
     advantages = double([1.5, -0.7])
     scales = []
-    for t, u in zip(UNEVEN, UNEVEN[1:], strict=False):
+    for t, u in zip(sigmas, sigmas[1:], strict=False):
         old = transition(velocity, latents, t, u)
         sample = old.mean + old.std.view(2, 1, 1, 1) * noise
         current = velocity.clone().requires_grad_()
         new = transition(current, latents, t, u)
         ratio = log_ratio(sample, new.mean, old.mean, new.std, kind=kind)
-        weight = timestep_weight(weighting, std=new.std, dt=t - u, beta=beta(t))
+        weight = timestep_weight(weighting, std=new.std, dt=t - u, beta=beta(t), gain=gain(t, u))
         loss = clipped_loss(ratio, advantages, epsilon=2e-6, weight=weight)
         (gradient,) = torch.autograd.grad(loss.sum(), current)
         reference = advantages.view(2, 1, 1, 1) * noise / noise[0].numel()
@@ -272,3 +273,28 @@ def test_dance_steps_are_equalized_by_the_inverse_of_beta_not_by_the_printed_wei
     printed = gradient_scales(dance, "ratio_norm", "beta_over_dt", dance_beta)
     assert equal == pytest.approx([1.0] * 6, rel=1e-9)
     assert printed == pytest.approx([dance_beta(t) ** 2 for t in UNEVEN[:-1]], rel=1e-9)
+
+
+def cps(velocity, latents, sigma, sigma_next):
+    return cps_transition(velocity, latents, sigma, sigma_next, noise_level=0.8)
+
+
+def test_one_over_the_gain_equalizes_the_steps_of_every_dynamics():
+    # GRPO-Guard's weight of Flow-SDE leaves CPS uneven: d mean / d v = -(dt + (1 - cos(eta pi / 2)) t' (1 - t))
+    def cps_gain(t, u):
+        return (t - u) + (1 - math.cos(0.8 * math.pi / 2)) * u * (1 - t)
+
+    def dance_gain(t, u):
+        return dance_beta(t) * (t - u)
+
+    assert gradient_scales(dance, "ratio_norm", "inverse_gain", dance_beta, dance_gain) == pytest.approx([1.0] * 6)
+    steps = UNEVEN[:-1]  # the last one of CPS is deterministic
+    equal = gradient_scales(cps, "ratio_norm", "inverse_gain", flow_beta, cps_gain, sigmas=steps)
+    assert equal == pytest.approx([1.0] * 5, rel=1e-9)
+    uneven = gradient_scales(cps, "ratio_norm", "inverse_dt", flow_beta, sigmas=steps)
+    assert max(uneven) > 1.5 * min(uneven)
+
+
+def test_the_gain_must_be_given():
+    with pytest.raises(ValueError, match="'inverse_gain' needs gain"):
+        timestep_weight("inverse_gain", std=torch.ones(2), dt=0.1)

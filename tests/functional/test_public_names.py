@@ -18,8 +18,9 @@ SIGNATURES = {
     ),
     "gaussian_log_prob": "sample, transition",
     "log_ratio": "sample, mean, old_mean, std, *, kind",
-    "timestep_weight": "kind, *, std, dt, beta=None",
+    "timestep_weight": "kind, *, std, dt, beta=None, gain=None",
     "clipped_loss": "log_ratio, advantages, *, epsilon, epsilon_high=None, weight=None",
+    "ratio_histogram": "log_ratio, *, epsilon, epsilon_high=None",
     "ratio_statistics": "log_ratio, advantages, *, epsilon, epsilon_high=None",
     "gaussian_kl": "mean, ref_mean, diffusion",
     "transition_kl": "mean, old_mean, std",
@@ -38,6 +39,10 @@ SIGNATURES = {
     "value_share": "values, num_generations, *, scale",
     "max_advantage_power": "advantages, *, grad_sq_norm, fisher_eigenvalue, learning_rate, max_kl",
     "max_advantage_power_bounded": "bound, *, grad_sq_norm, fisher_eigenvalue, learning_rate, max_kl",
+    "max_advantage_power_sub_gaussian": (
+        "norm, *, grad_sq_norm, fisher_eigenvalue, learning_rate, max_kl, constant=1.0"
+    ),
+    "probed_mean": "mean, probe_mean, old_mean, *, scale",
 }
 
 

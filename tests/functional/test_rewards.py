@@ -51,16 +51,23 @@ def test_the_sum_takes_steps_too_and_half_precision_and_refuses_other_shapes():
 def test_what_is_missing_takes_its_groups_mean_by_hand():
     # Groups of three: at the first step (1, -, 3) and (-, -, -), at the second (2, 5, -) and (4, -, -)
     rewards = double([[1, 2], [NAN, 5], [3, NAN], [NAN, 4], [NAN, NAN], [NAN, NAN]])
-    assert fill_missing(rewards, 3).tolist() == [[1, 2], [2, 5], [3, 3.5], [0, 4], [0, 4], [0, 4]]
-    assert fill_missing(rewards[:, 0], 3).tolist() == [1, 2, 3, 0, 0, 0]
+    # a sample without any reward stays without
+    expected = double([[1, 2], [2, 5], [3, 3.5], [0, 4], [NAN, NAN], [NAN, NAN]])
+    torch.testing.assert_close(fill_missing(rewards, 3), expected, equal_nan=True)
 
 
-def test_a_filled_sample_has_no_relative_advantage_and_leaves_the_means():
+def test_a_sample_without_a_reward_has_no_advantage_and_leaves_the_means():
     instant = double([[1, 2], [NAN, NAN], [3, 3]])
     values = cumulative_values(fill_missing(instant, 3), 0.5)
-    advantages = dual_advantages(values, 3, scale=0.0)
-    assert advantages[1].tolist() == [0, 0]
-    assert advantages[0, 0] < 0 < advantages[2, 0]
+    advantages = dual_advantages(values, 3, scale=0.1)
+    assert advantages[1].tolist() == [0, 0]  # with an absolute part, too
+    torch.testing.assert_close(advantages[[0, 2]], dual_advantages(values[[0, 2]], 2, scale=0.1))
+
+
+def test_a_filled_step_has_no_relative_advantage():
+    instant = double([[1, 2], [2, NAN], [3, 3]])
+    advantages = dual_advantages(fill_missing(instant, 3), 3, scale=0.0)
+    assert advantages[1].tolist() == pytest.approx([0, 0], abs=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from trl_flow.functional import (
     effective_sample_share,
     max_advantage_power,
     max_advantage_power_bounded,
+    max_advantage_power_sub_gaussian,
     super_linear,
 )
 
@@ -331,3 +332,58 @@ def test_corollary_1_refuses_numbers_out_of_their_domain(name, value):
     numbers = {"bound": 2.0, "grad_sq_norm": 1.0, "fisher_eigenvalue": 1.0, "learning_rate": 1.0, "max_kl": 0.1}
     with pytest.raises(ValueError, match=f"{name} is"):
         max_advantage_power_bounded(**numbers | {name: value})
+
+
+# The bound for sub-Gaussian advantages
+
+
+def largest_sub_gaussian(norm, limit, constant=1.0):
+    return max_advantage_power_sub_gaussian(
+        norm, grad_sq_norm=1.0, fisher_eigenvalue=1.0, learning_rate=1.0, max_kl=limit / 2, constant=constant
+    )
+
+
+@pytest.mark.parametrize(
+    "norm, constant, limit, expected",
+    [
+        (1.0, 1.0, 16.0, 1.0),  # p = 4: (1 * sqrt 4)^4 = 16
+        (2.0, 1.0, 256.0, 1.0),  # p = 4: (2 * sqrt 4)^4 = 256
+        (1.0, 2.0, 256.0, 1.0),  # p = 4: (2 * sqrt 4)^4 = 256
+        (1.0, 1.0, 1.0, 0.0),  # p = 2: (sqrt 2)^2 = 2 is too large
+        (3.0, 1.0, 0.01, 0.0),
+    ],
+)
+def test_corollary_2_by_hand(norm, constant, limit, expected):
+    assert largest_sub_gaussian(norm, limit, constant) == pytest.approx(expected, abs=1e-9)
+
+
+@few
+@given(norm=st.floats(0.1, 10), limit=st.floats(1e-3, 1e9))
+def test_corollary_2_is_the_last_power_within_the_bound(norm, limit):
+    def log_moment(power):
+        return 2 * (1 + power) * math.log(norm * math.sqrt(2 * (1 + power)))
+
+    power = largest_sub_gaussian(norm, limit)
+    assert log_moment(power + 1e-3) > math.log(limit) - 1e-9 or norm**2 * 2 < 1 / math.e
+    assert power == 0 or log_moment(power) == pytest.approx(math.log(limit), rel=1e-6, abs=1e-9)
+
+
+def test_gaussian_advantages_are_allowed_no_less_than_corollary_2():
+    # E |A|^p of a unit Gaussian is 2^(p / 2) Gamma((p + 1) / 2) / sqrt(pi); its Orlicz norm is sqrt(8 / 3)
+    for limit in (10.0, 1e3, 1e6):
+        p = 2 * (1 + largest_sub_gaussian(math.sqrt(8 / 3), limit))
+        assert p == 2 or 2 ** (p / 2) * math.gamma((p + 1) / 2) / math.sqrt(math.pi) <= limit
+
+
+def test_corollary_2_grows_more_slowly_than_the_logarithm():
+    powers = [largest_sub_gaussian(1.0, 10.0**exponent) for exponent in (4, 8, 16, 32)]
+    assert all(later < 2 * (earlier + 1) - 1 for earlier, later in zip(powers, powers[1:], strict=False))
+
+
+def test_corollary_2_refuses_numbers_out_of_their_domain_and_allows_updates_of_length_zero():
+    numbers = {"grad_sq_norm": 1.0, "fisher_eigenvalue": 1.0, "learning_rate": 1.0, "max_kl": 0.1}
+    with pytest.raises(ValueError, match="norm is 0"):
+        max_advantage_power_sub_gaussian(0.0, **numbers)
+    with pytest.raises(ValueError, match="constant is -1"):
+        max_advantage_power_sub_gaussian(1.0, constant=-1.0, **numbers)
+    assert max_advantage_power_sub_gaussian(1.0, **numbers | {"learning_rate": 0.0}) == math.inf

@@ -191,7 +191,20 @@ def test_value_share_by_hand():
     assert value_share(torch.zeros(2, 2), 2, scale=0.1).item() == 0
 
 
+def test_the_scale_may_differ_between_steps():
+    # the group by hand above, with k = 0.1 at the first step and 0 at the second
+    values = double([[1, 3], [3, 3]])
+    advantages = dual_advantages(values, 2, scale=torch.tensor([0.1, 0.0]))
+    expected = double([[-0.3035283924, 0.0], [1.0070567848, 0.0]])
+    torch.testing.assert_close(advantages, expected, rtol=0, atol=1e-7)
+    # relative 1.0605851772 as below; absolute 0.1 (0.5 * 1 + 1 * 3) = 0.35
+    share = value_share(values, 2, scale=torch.tensor([0.1, 0.0])).item()
+    assert share == pytest.approx(0.35 / 1.4105851772, abs=1e-7)
+
+
 def test_dual_advantages_refusals():
+    with pytest.raises(ValueError, match=r"scale has shape \(3,\).*each of the 2 steps"):
+        dual_advantages(torch.ones(4, 2), 2, scale=torch.ones(3))
     with pytest.raises(ValueError, match=r"(?s)\(5, 2\).*num_generations=2"):
         dual_advantages(torch.ones(5, 2), 2, scale=0.1)
     with pytest.raises(ValueError, match="scale is -0.1"):

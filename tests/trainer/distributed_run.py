@@ -57,6 +57,8 @@ SCENARIOS = {
     "large groups and second epoch": {"num_generations": 8, "max_steps": 5, "data_seed": 1},
     "several rewards": {"reward_funcs": [redness], "multi_objective_aggregation": "normalize_then_sum"},
     "adapted power": {"advantage_power": "auto", "target_kl": 1e-3, "max_steps": 3},
+    "a probed ratio": {"importance_ratio": "ratio_norm", "ratio_probe": 8, "num_iterations": 2, "max_steps": 4},
+    "steps of each sample's own": {"timestep_fraction": 0.7, "timestep_fraction_per_sample": True},
     "all weights": {"lora": None, "learning_rate": 0.01},
     # each prompt's three images are split over the processes
     "gold": {"eval_reward_funcs": [darkness], "num_generations_eval": 3},

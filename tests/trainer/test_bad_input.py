@@ -281,7 +281,7 @@ def test_a_misspelt_option(cls, tmp_path):
         ({"num_generations": 16}, ["not divisible by num_generations (16)"]),
         ({"generation_batch_size": 12}, ["generation_batch_size (12)", "multiple of"]),
         ({"sde_window_size": 4}, ["sde_window_size is 4", "[0, 3]", "has 3"]),
-        ({"sde_window_size": 1, "sde_window_range": [0, 4]}, ["[0, 4]", "num_inference_steps (3)"]),
+        ({"sde_window_size": 1, "sde_window_range": [0, 4]}, ["[0, 4]", "num_inference_steps (4)"]),
     ],
 )
 def test_groups_batches_and_windows_that_do_not_fit(fields, parts, tmp_path):

@@ -32,7 +32,11 @@ FLOW_GRPO = {
     "noise_level": 0.7,
     "sde_window_size": None,
     "sde_window_range": None,
+    "train_last_step": False,
     "timestep_fraction": 1.0,
+    "timestep_fraction_per_sample": False,
+    "ratio_probe": "auto",
+    "ema_update_every": 1,
     "share_initial_noise": False,
     "importance_ratio": "standard",
     "timestep_weighting": "none",
@@ -64,6 +68,7 @@ CHANGES = {
         "sde_type": "dance",
         "noise_level": 0.3,
         "timestep_fraction": 0.6,
+        "timestep_fraction_per_sample": True,
         "share_initial_noise": True,
         "scale_rewards": "batch",
         "advantage_power": 0.25,
@@ -117,9 +122,9 @@ def test_every_field_can_be_set_on_every_preset(cls):
     ("fields", "weight"),
     [
         ({}, "inverse_dt"),
-        ({"sde_type": "cps"}, "inverse_dt"),
-        ({"sde_type": "dance"}, "inverse_beta_dt"),
-        ({"sde_type": "dance", "timestep_weighting": "beta_over_dt"}, "beta_over_dt"),
+        ({"sde_type": "cps"}, "inverse_gain"),
+        ({"sde_type": "dance"}, "beta_over_dt"),
+        ({"sde_type": "dance", "timestep_weighting": "inverse_beta_dt"}, "inverse_beta_dt"),
         ({"sde_type": "dance", "timestep_weighting": "inverse_dt"}, "inverse_dt"),
         ({"timestep_weighting": "none"}, "none"),
     ],
@@ -139,8 +144,10 @@ def test_scale_rewards_as_in_trl(value, meant):
 @pytest.mark.parametrize(
     ("fields", "steps_per_generation", "generation_batch_size"),
     [
-        ({"per_device_train_batch_size": 8}, 1, 8),
-        ({"per_device_train_batch_size": 8, "gradient_accumulation_steps": 3}, 3, 24),
+        # two updates a phase, unless it is said otherwise
+        ({"per_device_train_batch_size": 8}, 2, 16),
+        ({"per_device_train_batch_size": 8, "gradient_accumulation_steps": 3}, 6, 48),
+        ({"per_device_train_batch_size": 8, "steps_per_generation": 1}, 1, 8),
         ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 6}, 6, 24),
         ({"per_device_train_batch_size": 4, "generation_batch_size": 32}, 8, 32),
     ],
@@ -162,7 +169,7 @@ def test_batches_by_hand(fields, steps_per_generation, generation_batch_size):
         ({"sde_type": "ode"}, ["sde_type is 'ode'", "flow, dance, cps"]),
         ({"importance_ratio": "guard"}, ["importance_ratio is 'guard'", "standard, mean_revised, ratio_norm"]),
         ({"timestep_weighting": "dt"}, ["timestep_weighting is 'dt'", "inverse_dt"]),
-        ({"scale_rewards": "global"}, ["scale_rewards is 'global'", "group, batch, none"]),
+        ({"scale_rewards": "global"}, ["scale_rewards is 'global'", "group, batch, batch_centered, none"]),
         # combinations
         ({"timestep_weighting": "beta_over_dt"}, ["beta_over_dt", "sde_type is 'flow'", "sde_type='dance'"]),
         ({"timestep_weighting": "inverse_beta_dt", "sde_type": "cps"}, ["inverse_beta_dt", "sde_type is 'cps'"]),
@@ -172,7 +179,7 @@ def test_batches_by_hand(fields, steps_per_generation, generation_batch_size):
         ({"sde_type": "cps", "num_inference_steps": 1}, ["num_inference_steps is 1", "at least 2"]),
         # windows
         ({"sde_window_range": [0, 5]}, ["sde_window_range is [0, 5]", "sde_window_size is not set"]),
-        ({"sde_window_size": 11}, ["sde_window_size is 11", "[0, 10]"]),
+        ({"sde_window_size": 11}, ["sde_window_size is 11", "[0, 9]"]),
         ({"sde_window_size": 0}, ["sde_window_size is 0", "at least 1"]),
         ({"sde_window_size": 3, "sde_window_range": [1, 3]}, ["sde_window_size is 3", "[1, 3], which has 2"]),
         ({"sde_window_size": 1, "sde_window_range": [1]}, ["sde_window_range is [1]", "two whole numbers"]),
@@ -212,10 +219,23 @@ def test_batches_by_hand(fields, steps_per_generation, generation_batch_size):
         ({"reward_weights": 1.0}, ["reward_weights is 1.0", "a list"]),
         ({"diagnostics_steps": -1}, ["diagnostics_steps is -1"]),
         # batches
-        ({"num_generations": 5}, ["generation_batch_size is 8", "num_generations (5)", "Change num_generations"]),
+        ({"num_generations": 5}, ["generation_batch_size is 16", "num_generations (5)", "Change num_generations"]),
         ({"generation_batch_size": 20}, ["generation_batch_size (20)", "= 8"]),
         ({"generation_batch_size": 16, "steps_per_generation": 3}, ["(16)", "(3)", "cannot both be set"]),
         ({"steps_per_generation": 0}, ["steps_per_generation is 0"]),
+        ({"num_inference_steps": 1}, ["num_inference_steps is 1", "at least 2 steps"]),
+        ({"train_last_step": True, "sde_type": "cps"}, ["train_last_step is True", "adds no noise", "Leave it out"]),
+        ({"ratio_probe": 0.5}, ["ratio_probe is 0.5", "0 for none", "from 1 on"]),
+        ({"ratio_probe": "often"}, ["ratio_probe is 'often'", "a number or 'auto'"]),
+        ({"ratio_probe": -2}, ["ratio_probe is -2"]),
+        ({"ema_update_every": 0}, ["ema_update_every is 0", "at least 1"]),
+        ({"value_scale": [0.1, 0.2], "dense_rewards": True}, ["value_scale is [0.1, 0.2]", "each of the 10 steps"]),
+        ({"value_scale": [-0.1] * 10, "dense_rewards": True}, ["value_scale is [-0.1", "0 or more"]),
+        ({"value_scale": "much", "dense_rewards": True}, ["value_scale is 'much'"]),
+        (
+            {"value_scale": [0.0] * 9 + [0.1], "dense_rewards": False},
+            ["value_scale is [0.0", "dense_rewards is False"],
+        ),
     ],
     ids=lambda value: ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
@@ -297,7 +317,8 @@ def test_nan_and_infinity_are_refused(name, value):
 
 
 def test_the_largest_window_of_each_dynamics_is_allowed():
-    assert config(sde_window_size=10).sde_window_range == [0, 10]
+    assert config(sde_window_size=9).sde_window_range == [0, 9]
+    assert config(sde_window_size=10, train_last_step=True).sde_window_range == [0, 10]
     assert config(sde_window_size=9, sde_type="cps").sde_window_range == [0, 9]
     assert config(sde_type="cps").num_stochastic_steps == 9
     assert config(sde_type="cps", noise_level=1.0).noise_level == 1
@@ -431,6 +452,7 @@ def test_a_clip_range_is_scaled_whether_it_is_set_or_not():
                 "sde_type": "dance",
                 "noise_level": 0.3,
                 "timestep_fraction": 0.6,
+                "timestep_fraction_per_sample": True,
                 "share_initial_noise": True,
                 "advantage_power": 0.25,
             },
@@ -440,3 +462,38 @@ def test_a_clip_range_is_scaled_whether_it_is_set_or_not():
 )
 def test_a_preset_is_nothing_but_defaults(preset, fields):
     assert config(preset).to_dict() == config(**fields).to_dict()
+
+
+# ---- Which steps are trained, in which precision ----
+
+
+@pytest.mark.parametrize(
+    ("fraction", "steps", "number"),
+    [
+        (0.99, 10, 9),  # Flow-GRPO's released fraction of its ten steps
+        (0.6, 15, 9),  # DanceGRPO's, of FLUX's sixteen without the last
+        (0.6, 49, 29),  # and of fifty
+        (0.29, 100, 29),  # 28.999999999999996 in floating point
+        (0.05, 9, 1),
+        (1.0, 9, 9),
+    ],
+)
+def test_a_fraction_of_the_steps_rounds_down(fraction, steps, number):
+    assert config(timestep_fraction=fraction).num_trained_steps(steps) == number
+
+
+def test_without_a_probe_guard_trains_in_float16_on_gpus_that_have_bfloat16(monkeypatch):
+    for module in ("flow_grpo_config", "flow_rl_config"):
+        monkeypatch.setattr(f"trl_flow.trainer.{module}.is_torch_bf16_gpu_available", lambda: True)
+    args = config(GuardConfig, ratio_probe=0)
+    assert (args.fp16, args.bf16) == (True, False)
+    for other in (config(GuardConfig), config(ratio_probe=0)):
+        assert (other.fp16, other.bf16) == (False, True)
+    assert config(GuardConfig, ratio_probe=0, bf16=True).bf16
+
+
+@pytest.mark.parametrize(("text", "meant"), [("0.1", 0.1), ("0", 0), ("[0.1, 0.1, 0]", [0.1, 0.1, 0])], ids=str)
+def test_a_value_scale_from_a_command_line(text, meant):
+    line = ["--output_dir", "out", "--use_cpu", "--dense_rewards", "--num_inference_steps", "3", "--value_scale", text]
+    (args,) = TrlParser((FlowGRPOConfig,)).parse_args_and_config(line)
+    assert args.value_scale == meant

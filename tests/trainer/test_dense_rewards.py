@@ -18,6 +18,8 @@ def sampled(trainer):
 
 
 def dense(tmp_path, **fields):
+    # three steps, all of them trained
+    fields = {"num_inference_steps": 3, "train_last_step": True} | fields
     return tiny_trainer(tmp_path, **{"dense_rewards": True, "value_discount": 0.5, "value_scale": 0.2} | fields)
 
 

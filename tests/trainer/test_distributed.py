@@ -77,7 +77,11 @@ def test_two_processes_log_what_one_does(name, two, one):
         timed = ("time", "per_second", "memory", "flos")
         names = {key for key in expected_logs if not any(part in key for part in timed)}
         assert names == {key for key in logs if not any(part in key for part in timed)}
-        for key in names - {"grad_norm", "loss", "train_loss"}:
+        for key in {key for key in names if "histogram" in key}:
+            # All images once; one near an edge of its bin may fall into the next
+            moved = sum(abs(a - b) for a, b in zip(logs[key], expected_logs[key], strict=True))
+            assert sum(logs[key]) == sum(expected_logs[key]) and moved <= 2
+        for key in {key for key in names if "histogram" not in key} - {"grad_norm", "loss", "train_loss"}:
             assert logs[key] == pytest.approx(expected_logs[key], rel=2e-2, abs=1e-5), key
         if "grad_norm" in names:
             assert logs["grad_norm"] == pytest.approx(expected_logs["grad_norm"], rel=1e-2)

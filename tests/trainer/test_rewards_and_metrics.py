@@ -74,7 +74,7 @@ def test_groups_without_spread_are_counted(tmp_path):
 
 
 def test_the_names_of_all_metrics(tmp_path):
-    logs = logged(trained(tmp_path, reward_funcs=fixed, beta=0.04, diagnostics_steps=1, num_inference_steps=3))
+    logs = logged(trained(tmp_path, reward_funcs=fixed, beta=0.04, diagnostics_steps=1))
     names = {"reward", "reward_std", "frac_reward_zero_std", "rewards/fixed/mean", "rewards/fixed/std", "kl"}
     names |= {f"clip_ratio/{name}" for name in ("low_mean", "high_mean", "region_mean")} | {"ratio/mean", "ratio/std"}
     for step in range(3):
@@ -245,8 +245,8 @@ def test_log_metric(tmp_path):
         ({"max_steps": 1, "gradient_accumulation_steps": 4, "per_device_train_batch_size": 1}, 1, 4),
         ({"max_steps": 1, "gradient_accumulation_steps": 4, "per_device_train_batch_size": 2}, 2, 4),
         ({"max_steps": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 1}, 4, 8),
-        ({"max_steps": 1, "dense_rewards": True}, 3, 8),  # after each of three steps
-        ({"max_steps": 1, "dense_rewards": True, "sde_window_size": 1, "sde_window_range": [2, 3]}, 1, 8),
+        ({"max_steps": 1, "dense_rewards": True}, 4, 8),  # after each of four steps
+        ({"max_steps": 1, "dense_rewards": True, "sde_window_size": 1, "sde_window_range": [2, 3]}, 4, 8),
     ],
     ids=str,
 )
@@ -461,21 +461,27 @@ def test_the_window_moves_and_stays_in_its_range(tmp_path):
 
 
 def test_a_fraction_of_the_steps_is_trained(tmp_path):
-    chooser = algorithm(tmp_path, num_inference_steps=10, timestep_fraction=0.6)
-    counts = np.zeros(10)
+    chooser = algorithm(tmp_path, num_inference_steps=10, timestep_fraction=0.7)  # 6.3 of nine
+    counts = np.zeros(9)
     for generation in range(200):
         plan = chooser.plan(generation)
-        assert plan.stochastic == tuple(range(10))
+        assert plan.stochastic == tuple(range(9))
         assert len(plan.kept) == len(set(plan.kept)) == 6
         assert plan.kept == tuple(sorted(plan.kept))
         counts[list(plan.kept)] += 1
-    # each step in 0.6 of 200 phases; a binomial's standard deviation is 6.9
-    assert (abs(counts - 120) < 5 * 6.9).all()
+    # each step in 2 / 3 of 200 phases; a binomial's standard deviation is 6.7
+    assert (abs(counts - 400 / 3) < 5 * 6.7).all()
 
 
-def test_the_last_step_of_cps_is_not_trained(tmp_path):
-    plan = algorithm(tmp_path, sde_type="cps", num_inference_steps=4).plan(0)
+@pytest.mark.parametrize("sde_type", ["flow", "dance", "cps"])
+def test_the_last_step_is_not_trained(sde_type, tmp_path):
+    plan = algorithm(tmp_path, sde_type=sde_type, num_inference_steps=4).plan(0)
     assert plan.stochastic == plan.kept == (0, 1, 2)
+
+
+def test_the_last_step_is_trained_where_it_is_asked_for(tmp_path):
+    plan = algorithm(tmp_path, num_inference_steps=4, train_last_step=True).plan(0)
+    assert plan.stochastic == plan.kept == (0, 1, 2, 3)
 
 
 # ---- What is left behind ----

@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 
 from trl_flow.evaluation.plots import all_plots
 from trl_flow.evaluation.run_log import diagnostics_table, read_log_history
+from trl_flow.functional.grpo import RATIO_BIN_EDGES
 
 
 FIELDS = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "num_iterations": 2, "diagnostics_steps": 1}
@@ -38,6 +39,45 @@ def test_a_resumed_run_leaves_out_what_it_does_anew(tmp_path):
     # and a run that begins anew leaves out everything
     tiny_trainer(tmp_path, **FIELDS | {"max_steps": 1}).train()
     assert [entry["step"] for entry in read_log_history(tmp_path)] == [1, 1]
+
+
+def test_histograms_are_in_the_runs_own_log_and_go_to_no_tracker(tmp_path):
+    tracked = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            tracked.append(dict(logs))
+
+    fields = FIELDS | {"max_steps": 4, "learning_rate": 0.1, "epsilon": 1e-3}
+    tiny_trainer(tmp_path, callbacks=[Tracker()], **fields).train()
+    logs = read_log_history(tmp_path)
+    saved = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    assert saved == logs[:4]
+    assert all(isinstance(value, int | float | None) for log in tracked for value in log.values())
+    # The second update of each phase; each has eight images, whose shares outside are those of the metrics
+    low, high = RATIO_BIN_EDGES.index(-1.0), RATIO_BIN_EDGES.index(1.0)
+    for log, is_second in zip(logs[:4], (False, True, False, True), strict=True):
+        steps = [int(key.rsplit("_", 1)[1]) for key in log if key.startswith("ratio/std_step_")]
+        assert len(steps) >= 2
+        for step in steps:
+            counts = log.get(f"ratio/histogram_step_{step}")
+            assert (counts is not None) is is_second
+            if is_second:
+                assert sum(counts) == 8 and all(isinstance(count, int) for count in counts)
+                assert sum(counts[: low + 1]) / 8 == pytest.approx(log[f"clip_ratio/low_step_{step}"])
+                assert sum(counts[high + 1 :]) / 8 == pytest.approx(log[f"clip_ratio/high_step_{step}"])
+
+
+def test_a_sample_is_counted_at_its_own_steps_only(tmp_path):
+    fields = FIELDS | {"max_steps": 2, "num_inference_steps": 5, "diagnostics_steps": 0}
+    tiny_trainer(tmp_path, timestep_fraction=0.5, timestep_fraction_per_sample=True, **fields).train()
+    (histograms,) = filter(None, map(histograms_of, read_log_history(tmp_path)))
+    # Two of four steps for each of eight images, not the same for all
+    assert sum(map(sum, histograms)) == 16 and len(histograms) > 2
+
+
+def histograms_of(log: dict) -> list[list[int]]:
+    return [counts for key, counts in log.items() if key.startswith("ratio/histogram_step_")]
 
 
 def test_evaluations_without_training_leave_a_finished_runs_log_alone(tmp_path):
@@ -74,4 +114,6 @@ def test_every_figure_of_a_folder(fields, ratios, tmp_path):
     trainer.train()
     expected = {"reward_curves", "gradient_norms", "reward_std"}
     # With one update for each sampling phase all ratios are 1
-    assert set(all_plots(tmp_path)) == expected | ({"ratio_distribution", "clip_shares"} if ratios else set())
+    assert set(all_plots(tmp_path)) == expected | (
+        {"ratio_distribution", "ratio_histograms", "clip_shares"} if ratios else set()
+    )

@@ -132,14 +132,18 @@ def test_all_weights_of_a_pipeline_in_half_precision_are_trained_in_float32(tmp_
 @pytest.mark.parametrize(
     ("fields", "number"),
     [
-        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, 2 * (3 + 3)),
-        ({"per_device_train_batch_size": 4, "steps_per_generation": 2}, 2 * 3 + 3),
-        ({"num_iterations": 2}, 3 + 3),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, 2 * (4 + 3)),
+        ({"per_device_train_batch_size": 4, "steps_per_generation": 2}, 2 * 4 + 3),
+        ({"num_iterations": 2}, 4 + 3),
+        # the second update's ratios are not 1: in the first such one their rounding is measured
+        ({"num_iterations": 2, "max_steps": 2}, 4 + 3 + 2 * 3),
+        ({"num_iterations": 2, "max_steps": 4}, 2 * (4 + 3 + 3) + 3),
+        ({"num_iterations": 2, "max_steps": 4, "bf16": True}, 2 * (4 + 3 + 2 * 3)),  # and in half precision corrected
     ],
     ids=str,
 )
-def test_forwards_of_the_first_update(fields, number, tmp_path):
-    trainer, calls = tiny_trainer(tmp_path, max_steps=1, **fields), []
+def test_forwards_by_hand(fields, number, tmp_path):
+    trainer, calls = tiny_trainer(tmp_path, **{"max_steps": 1} | fields), []
     trainer.backbone.model.register_forward_hook(lambda *_: calls.append(1))
     trainer.train()
     assert len(calls) == number

@@ -20,7 +20,7 @@ def starts(tmp_path, generations: int, **fields) -> list[int]:
 
 
 def test_a_progressive_window_moves_on_and_stays_at_the_end(tmp_path):
-    assert starts(tmp_path, 9, sde_window_size=7, sde_window_interval=2) == [0, 0, 1, 1, 2, 2, 3, 3, 3]
+    assert starts(tmp_path, 9, sde_window_size=6, sde_window_interval=2) == [0, 0, 1, 1, 2, 2, 3, 3, 3]
 
 
 def test_a_progressive_window_moves_by_its_stride_within_its_range(tmp_path):
@@ -94,23 +94,23 @@ WINDOW = {"sde_window_size": 1, "sde_window_range": [2, 3], "share_initial_noise
 
 
 def test_common_steps_are_taken_once_for_each_group(tmp_path):
-    # Two groups of four: two ODE steps of two samples, then the window's step of all eight
-    assert forwards(tmp_path, **WINDOW) == [2, 2, 8]
+    # Two groups of four: two ODE steps of two samples, then the window's step and the last one of all eight
+    assert forwards(tmp_path, **WINDOW) == [2, 2, 8, 8]
 
 
 def test_common_steps_are_taken_once_for_all_micro_batches(tmp_path):
     fields = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-    assert forwards(tmp_path, **WINDOW, **fields) == [2, 2] + [2] * 4
+    assert forwards(tmp_path, **WINDOW, **fields) == [2, 2] + [2, 2] * 4
 
 
 def test_common_steps_are_split_as_all_batches_are(tmp_path):
     # Four groups of two in parts of two samples
     fields = {"num_generations": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-    assert forwards(tmp_path, **WINDOW, **fields) == [2, 2, 2, 2] + [2] * 4
+    assert forwards(tmp_path, **WINDOW, **fields) == [2, 2, 2, 2] + [2, 2] * 4
 
 
 def test_without_a_common_noise_every_sample_takes_its_own_steps(tmp_path):
-    assert forwards(tmp_path, **WINDOW | {"share_initial_noise": False}) == [8, 8, 8]
+    assert forwards(tmp_path, **WINDOW | {"share_initial_noise": False}) == [8, 8, 8, 8]
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
@@ -119,9 +119,22 @@ def test_common_steps_lead_to_where_each_samples_own_would(guidance_scale, tmp_p
     (common,) = stages.micro_batches([0.0] * 8)
     # each sample from its group's noise on
     noise = stages.sampler._initial_noise(0, [0, 1]).repeat_interleave(4, dim=0)
-    monkeypatch.setattr(stages.sampler, "_starts", lambda generation, rows, plan: (0, noise))
+    monkeypatch.setattr(stages.sampler, "_starts", lambda generation, rows, plan: (0, noise, None))
     (apart,) = stages.micro_batches([0.0] * 8)
     for name in ("latents", "next_latents", "means"):
         torch.testing.assert_close(common.tensors[name], apart.tensors[name], rtol=1e-4, atol=1e-4)
     start = common.tensors["latents"].view(2, 4, -1)
     assert (start == start[:, :1]).all()
+
+
+def test_common_steps_are_projected_as_each_samples_own_would_be(tmp_path, monkeypatch):
+    # VGPO scores what is predicted after every step, those before the window too
+    stages = tiny_stages(tmp_path, **WINDOW, dense_rewards=True)
+    plan, rows = stages.algorithm.plan(0), stages.rows()
+    (common,) = stages.sampler.sample(rows, plan, 0)
+    noise = stages.sampler._initial_noise(0, [0, 1]).repeat_interleave(4, dim=0)
+    monkeypatch.setattr(stages.sampler, "_starts", lambda generation, rows, plan: (0, noise, None))
+    (apart,) = stages.sampler.sample(rows, plan, 0)
+    predicted = common.rollout.pred_original_samples
+    assert predicted.shape[1] == 4
+    torch.testing.assert_close(predicted, apart.rollout.pred_original_samples, rtol=1e-4, atol=1e-4)

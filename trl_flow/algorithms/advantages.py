@@ -33,8 +33,8 @@ class AdvantageEstimator:
         self.power = AdaptivePower(args.target_kl) if args.advantage_power == "auto" else None
 
     def __call__(self, scores: PhaseScores) -> tuple[torch.Tensor, dict[str, float]]:
-        """The advantages of all processes' samples, `(N,)`, or with `scores.instant` `(N, T')`, one for each of its
-        steps, and their metrics. Raises `RewardError` if VGPO gets a reward below 0."""
+        """The advantages of all processes' samples, `(N,)`, or with `scores.instant` `(N, T)`, one for each of the
+        steps, and their metrics. Raises `RewardError` if VGPO's weights have no meaning for a reward below 0."""
         advantages, stats = self._terminal(scores.rewards_per_func) if scores.instant is None else self._dense(scores)
         # Clamped first: the bound is the one that Corollary 1 of SLAS asks for
         advantages = advantages.clamp(-self.args.advantage_clip, self.args.advantage_clip)
@@ -57,7 +57,9 @@ class AdvantageEstimator:
         rewards = combine_rewards(scores.instant, self.reward_weights.to(scores.instant.device))
         self._check_sign(scores, rewards)
         values = cumulative_values(fill_missing(rewards, number), self.args.value_discount)
-        share = {"advantage/value_share": value_share(values, number, scale=scale).item()} if scale > 0 else {}
+        scale = torch.tensor(scale, dtype=torch.float64)
+        has_scale = self.args.has_value_scale
+        share = {"advantage/value_share": value_share(values, number, scale=scale).item()} if has_scale else {}
         return dual_advantages(values, number, scale=scale), share
 
     def _check_sign(self, scores: PhaseScores, rewards: torch.Tensor) -> None:

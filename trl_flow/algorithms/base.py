@@ -45,8 +45,8 @@ class PhaseScores:
         rewards_per_func (`torch.Tensor`): `(N, K)`, float32, NaN where a reward function does not apply.
         names (`list[str]`): of the `K` reward functions.
         plan ([`StepPlan`]): by which the samples were drawn.
-        instant (`torch.Tensor` or `None`): rewards of the images that were predicted after each step from
-            `plan.project_from` on, `(N, T - project_from, K)`, NaN as above; the last step's are `rewards_per_func`.
+        instant (`torch.Tensor` or `None`): with `plan.project`, rewards of the images that were predicted after each
+            of the `T` steps, `(N, T, K)`, NaN as above; of the last step they are `rewards_per_func`.
     """
 
     rewards_per_func: torch.Tensor
@@ -57,12 +57,15 @@ class PhaseScores:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A `loss` to be minimized, `(B,)`; `stats` without gradients to sum up over samples for the metrics, each `(B,)`;
-    and `regularization`, what of the loss is not the policy's, such as a KL, `(B,)`."""
+    """A `loss` to be minimized, `(B,)`; `stats` without gradients to sum up over samples for the metrics, each `(B,)`,
+    or `(B, K)` for counts that only the run's own log is to have; `regularization`, what of the loss is not the
+    policy's, such as a KL, `(B,)`; and `counted`, where the samples' stats belong to several units, for each of these
+    whether a sample's do, bool, `(B,)`."""
 
     loss: torch.Tensor
     stats: dict[str, torch.Tensor] = field(default_factory=dict)
     regularization: torch.Tensor | None = None
+    counted: dict[int, torch.Tensor] | None = None
 
     @property
     def policy_loss(self) -> torch.Tensor:
@@ -78,7 +81,7 @@ class StepSums:
 
     @property
     def units(self) -> list[int]:
-        return sorted(self._sums)
+        return sorted(unit for unit, sums in self._sums.items() if any(count > 0 for count, *_ in sums.values()))
 
     @property
     def names(self) -> list[str]:
@@ -97,6 +100,10 @@ class StepSums:
         """The population's, of what [`mean`] averages."""
         count, total, squares = self._total(name, unit)
         return max(squares / count - (total / count) ** 2, 0.0) ** 0.5
+
+    def root_mean_square(self, name: str, unit: int | None = None) -> float:
+        count, _, squares = self._total(name, unit)
+        return (squares / count) ** 0.5
 
 
 class Algorithm(ABC):
@@ -131,6 +138,10 @@ class Algorithm(ABC):
     @abstractmethod
     def loss(self, policy: "Policy", batch: MicroBatch, unit: int, condition: "Condition") -> LossOutput:
         """The loss of one unit. `policy.predict` runs the model, `policy.at("reference")` the one before training."""
+
+    def needs_sampling_weights(self, policy: "Policy") -> bool:
+        """Whether the losses of the phase that begins ask for `policy.at("probe", scale)`."""
+        return False
 
     def after_update(self, policy: "Policy") -> dict[str, float]:
         """Called after each optimizer step; returns metrics."""

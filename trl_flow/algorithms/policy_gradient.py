@@ -1,6 +1,7 @@
 """Flow-GRPO, DanceGRPO, Flow-CPS, windows, GRPO-Guard, SLAS, VGPO and their combinations."""
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,9 +11,20 @@ from transformers.utils import logging
 
 from trl_flow.algorithms.advantages import AdvantageEstimator
 from trl_flow.algorithms.base import Algorithm, LossOutput, MicroBatch, PhaseScores, StepSums
+from trl_flow.algorithms.ratio_probe import RatioProbe
 from trl_flow.backbones import Backbone
 from trl_flow.dynamics import FlowDynamics, make_dynamics
-from trl_flow.functional import clipped_loss, gaussian_kl, log_ratio, ratio_statistics, timestep_weight, transition_kl
+from trl_flow.functional import (
+    Transition,
+    clipped_loss,
+    gaussian_kl,
+    log_ratio,
+    probed_mean,
+    ratio_histogram,
+    ratio_statistics,
+    timestep_weight,
+    transition_kl,
+)
 from trl_flow.rollout import RandomStream, Rollout, StepPlan
 
 
@@ -50,11 +62,21 @@ class ClippedPolicyGradient(Algorithm):
         # that of a Gaussian of variance 1/2; RatioNorm needs the variance
         is_cps = isinstance(self.dynamics, FlowDynamics) and args.sde_type == "cps"
         self._ratio_std = math.sqrt(0.5) if is_cps and args.importance_ratio == "standard" else None
+        half_precision = args.bf16 or args.fp16 or backbone.dtype in (torch.bfloat16, torch.float16)
+        clip_range = min(self.epsilon_low, self.epsilon_high)
+        self.probe = RatioProbe(args.ratio_probe, half_precision=half_precision, clip_range=clip_range)
+        if args.updates_per_generation <= 1 and args.importance_ratio != "standard":
+            logger.warning(
+                f"importance_ratio is {args.importance_ratio!r}, but each sampling phase has one update: every ratio "
+                "is 1, and nothing will be clipped. Set steps_per_generation to twice gradient_accumulation_steps, "
+                "which is the default, or num_iterations=2."
+            )
         self._first_deviation: float | None = None
         self._ratio_checked = False
 
     def _checked_stochastic_steps(self) -> list[int]:
-        args, steps = self.args, self.dynamics.stochastic_steps
+        args, last = self.args, self.args.num_inference_steps - 1
+        steps = [step for step in self.dynamics.stochastic_steps if step != last or args.train_last_step]
         if not steps:
             nothing = "no step of this model's schedule adds noise: there is nothing to train. Use at least 2 steps."
             raise ValueError(f"num_inference_steps is {args.num_inference_steps}, and {nothing}")
@@ -84,12 +106,15 @@ class ClippedPolicyGradient(Algorithm):
             else:
                 start = int(rng.integers(first, last + 1))
             stochastic = stochastic[start : start + args.sde_window_size]
-        number = max(1, round(args.timestep_fraction * len(stochastic)))
+        number = args.num_trained_steps(len(stochastic))
+        if args.timestep_fraction_per_sample and number < len(stochastic):
+            return StepPlan(tuple(stochastic), tuple(stochastic), number, project=args.dense_rewards)
         kept = tuple(sorted(rng.choice(stochastic, size=number, replace=False).tolist()))
-        return StepPlan(tuple(stochastic), kept, project_from=kept[0] if args.dense_rewards else None)
+        return StepPlan(tuple(stochastic), kept, project=args.dense_rewards)
 
     def keep(self, rollout: Rollout) -> dict[str, torch.Tensor]:
-        return {"latents": rollout.latents, "next_latents": rollout.next_latents, "means": rollout.means}
+        kept = {"latents": rollout.latents, "next_latents": rollout.next_latents, "means": rollout.means}
+        return kept if rollout.chosen is None else kept | {"chosen": rollout.chosen}
 
     # ---- Advantages ----
 
@@ -97,43 +122,86 @@ class ClippedPolicyGradient(Algorithm):
         (advantages, stats), plan = self.estimator(scores), scores.plan
         if advantages.ndim == 1:
             return advantages[:, None].expand(-1, len(plan.kept)), stats
-        return advantages[:, [step - plan.project_from for step in plan.kept]], stats
+        return advantages[:, list(plan.kept)], stats
 
     # ---- Loss ----
 
+    def units(self, batch: MicroBatch) -> Sequence[int]:
+        """The kept steps, or where each sample has its own the places in these."""
+        return range(batch.tensors["chosen"].shape[1]) if "chosen" in batch.tensors else batch.steps
+
+    def needs_sampling_weights(self, policy: "Policy") -> bool:
+        return self.args.updates_per_generation > 1 and self.probe.is_wanted(policy)
+
     def loss(self, policy: "Policy", batch: MicroBatch, unit: int, condition: "Condition") -> LossOutput:
-        args, dynamics, index = self.args, self.dynamics, batch.steps.index(unit)
-        names = "latents", "next_latents", "means"
-        latents, next_latents, old_mean = (batch.tensors[name][:, index] for name in names)
-        advantages, timestep = batch.advantages[:, index], dynamics.schedule.timesteps[unit]
-        transition = dynamics.transition(policy.predict(latents, timestep, condition), latents, unit)
-        mean, std = transition
+        args, dynamics = self.args, self.dynamics
+        step, advantages, (latents, next_latents, old_mean) = self._part(batch, unit)
+        timestep = dynamics.schedule.timesteps[step]
+
+        def transition() -> Transition:
+            return dynamics.transition(policy.predict(latents, timestep, condition), latents, step)
+
+        probe_mean = None
+        if policy.updates_since_sampling > 0 and self.probe.is_wanted(policy):
+            # Before the forward whose gradient is taken: no weights change between it and its backward
+            scale = self.probe.scale(policy)
+            with policy.at("probe", scale):
+                probe_mean = transition().mean
+        mean, std = current = transition()
         ratio_std = std if self._ratio_std is None else torch.full_like(std, self._ratio_std)
-        log_ratios = log_ratio(next_latents, mean, old_mean, ratio_std, kind=args.importance_ratio)
-        weight = timestep_weight(args.timestep_weighting, std=std, dt=dynamics.dt(unit), beta=dynamics.beta(unit))
+
+        def log_ratios_of(mean: torch.Tensor) -> torch.Tensor:
+            return log_ratio(next_latents, mean, old_mean, ratio_std, kind=args.importance_ratio)
+
+        log_ratios, stats, moved = log_ratios_of(mean), {}, mean.detach()
+        if probe_mean is not None:
+            probed = probed_mean(mean, probe_mean, old_mean, scale=scale)
+            exact = log_ratios_of(probed)
+            stats["rounding"] = (log_ratios - exact).detach()
+            self.probe.observe(stats["rounding"])
+            if self.probe.is_active(policy):
+                log_ratios, moved = exact, probed.detach()
+        of_step = {"dt": dynamics.dt(step), "beta": dynamics.beta(step), "gain": dynamics.gain(step)}
+        weight = timestep_weight(args.timestep_weighting, std=std, **of_step)
         clip_range = {"epsilon": self.epsilon_low, "epsilon_high": self.epsilon_high}
         loss, regularization = clipped_loss(log_ratios, advantages, weight=weight, **clip_range), None
 
-        stats = ratio_statistics(log_ratios.detach(), advantages, **clip_range)
+        stats |= ratio_statistics(log_ratios.detach(), advantages, **clip_range)
+        # In the first update of a phase all ratios are 1, which would bury the others
+        if policy.updates_since_sampling > 0:
+            stats["ratio/histogram"] = ratio_histogram(log_ratios.detach(), **clip_range)
         if args.beta > 0:
             with policy.at("reference"):
-                ref_mean = dynamics.transition(policy.predict(latents, timestep, condition), latents, unit).mean
-            kl = gaussian_kl(mean, ref_mean, dynamics.diffusion(transition, unit))
+                ref_mean = transition().mean
+            kl = gaussian_kl(mean, ref_mean, dynamics.diffusion(current, step))
             regularization = args.beta * kl
             loss = loss + regularization
             stats["kl"] = kl.detach()
         if self.estimator.power is not None:
-            self.estimator.power.observe(transition_kl(mean.detach(), old_mean, std), policy.updates_since_sampling)
+            self.estimator.power.observe(transition_kl(moved, old_mean, std), policy.updates_since_sampling)
         if not self._ratio_checked and policy.updates_since_sampling == 0:
             self._first_deviation = max(self._first_deviation or 0.0, stats["deviation"].abs().max().item())
-        return LossOutput(loss, stats, regularization)
+        counted = {each: step == each for each in batch.steps} if isinstance(step, torch.Tensor) else None
+        return LossOutput(loss, stats, regularization, counted)
+
+    def _part(self, batch: MicroBatch, unit: int) -> tuple[int | torch.Tensor, torch.Tensor, Sequence[torch.Tensor]]:
+        """The step of a unit, or of each sample `(B,)`, with the advantages, latents, next latents and means there."""
+        if "chosen" in batch.tensors:
+            index, places = unit, batch.tensors["chosen"][:, unit]
+            step = torch.tensor(batch.steps, device=places.device)[places]
+            advantages = batch.advantages.gather(1, places[:, None])[:, 0]
+        else:
+            index, step = batch.steps.index(unit), unit
+            advantages = batch.advantages[:, index]
+        return step, advantages, [batch.tensors[name][:, index] for name in ("latents", "next_latents", "means")]
 
     def after_update(self, policy: "Policy") -> dict[str, float]:
         """Before the first update the policy is the one that sampled: every ratio must have been 1."""
         if self.estimator.power is not None:
             self.estimator.power.gather()
+        stats = self.probe.after_update(policy)
         if self._ratio_checked or self._first_deviation is None:
-            return {}
+            return stats
         self._ratio_checked = True
         deviation = max(gather_object([self._first_deviation]))
         if deviation > 0.1 * min(self.epsilon_low, self.epsilon_high):
@@ -143,7 +211,7 @@ class ClippedPolicyGradient(Algorithm):
                 "run different arithmetic: dropout that is still on, a model that keeps state between calls or draws "
                 "random numbers, other shapes, torch.compile, or half precision. Try bf16=False and fp16=False."
             )
-        return {"ratio/first_update_deviation": deviation}
+        return stats | {"ratio/first_update_deviation": deviation}
 
     # ---- Metrics and state ----
 
@@ -154,6 +222,10 @@ class ClippedPolicyGradient(Algorithm):
         metrics = {"ratio/mean": 1 + sums.mean("deviation"), "ratio/std": sums.std("deviation")}
         metrics |= {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
         metrics |= {"kl": sums.mean("kl")} if "kl" in sums.names else {}
+        if "rounding" in sums.names:
+            metrics["ratio/noise_floor"] = sums.root_mean_square("rounding")
+            for step in sums.units:
+                metrics[f"ratio/noise_floor_step_{step}"] = sums.root_mean_square("rounding", step)
         for step in sums.units:
             metrics[f"ratio/mean_step_{step}"] = 1 + sums.mean("deviation", step)
             metrics[f"ratio/std_step_{step}"] = sums.std("deviation", step)
@@ -162,9 +234,11 @@ class ClippedPolicyGradient(Algorithm):
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.estimator.power is None else self.estimator.power.state_dict()
+        power = {} if self.estimator.power is None else self.estimator.power.state_dict()
+        return power | {"probe": self.probe.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._ratio_checked, self._first_deviation = False, None
+        self.probe.load_state_dict(state.get("probe", {}))
         if self.estimator.power is not None:
             self.estimator.power.load_state_dict(state)

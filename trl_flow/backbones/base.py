@@ -214,7 +214,8 @@ class Backbone(ABC):
 
     @abstractmethod
     def predict(self, model: nn.Module, latents: Tensor, timestep: Tensor, condition: Tensors) -> Tensor:
-        """One forward of `model` (the trained module, possibly wrapped) without guidance, `(B, ...)`: the velocity
+        """One forward of `model` (the trained module, possibly wrapped) without guidance, `(B, ...)`, at a `timestep`
+        that is a scalar or `(B,)`: the velocity
         `v = x_1 - x_0` of a flow model, or what a U-Net predicts, the noise or v, as the `prediction_type` of its
         [`DDIMSchedule`] says."""
 
@@ -245,7 +246,7 @@ class Backbone(ABC):
         Args:
             model (`torch.nn.Module`): the trained module, possibly wrapped (PEFT, DDP, FSDP).
             latents (`torch.Tensor`): `x_t`, shape `(B, ...)`.
-            timestep (`torch.Tensor`): one value of the schedule's `timesteps`, a scalar.
+            timestep (`torch.Tensor`): one of the schedule's `timesteps`, a scalar, or `(B,)` with one for each sample.
             condition (`dict[str, torch.Tensor]`): the prompts' conditions, batch `B`.
             negative_condition (`dict[str, torch.Tensor]`, *optional*): the same for the negative prompts. Without it
                 there is no guidance. With it both are run as one batch of `2 B`, as the pipelines do.
@@ -257,6 +258,7 @@ class Backbone(ABC):
         if negative_condition is None:
             return self.predict(model, latents, timestep, condition).float()
         both = {key: torch.cat([negative_condition[key], condition[key]]) for key in condition}
+        timestep = timestep if timestep.ndim == 0 else torch.cat([timestep, timestep])
         prediction = self.predict(model, torch.cat([latents, latents]), timestep, both)
         unconditional, conditional = prediction.float().chunk(2)
         return self.guide(conditional, unconditional, guidance_scale)

@@ -27,6 +27,7 @@ def draw_batch(
     num_inference_steps: int,
     guidance_scale: float,
     on_step: Callable[[int], None] | None = None,
+    predictions: list[torch.Tensor] | None = None,
 ) -> list[Image.Image]:
     """
     Draws one batch along the ODE (for U-Nets by deterministic DDIM): the one way in which evaluations draw.
@@ -34,14 +35,18 @@ def draw_batch(
     `model` is the backbone's trained module, possibly wrapped; the conditions are of `B` prompts, on its device
     (without a negative one there is no guidance by one). `indices` are those of the `B` images in the whole set: an
     image's noise depends on `seed`, which is non-negative, and its index alone. `on_step` is called with the index of
-    each step before it is taken.
+    each step before it is taken. `predictions` gets the clean latents `(B, ...)` that are predicted before each step.
     """
     generators = [sample_generator(seed, RandomStream.EVALUATION, index) for index in indices]
     # No step is stochastic, so the kind and the level of the noise have no effect
     dynamics = make_dynamics(backbone.schedule(num_inference_steps), sde_type="flow", noise_level=0.0)
 
     def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        return backbone.guided_prediction(model, latents, timestep, condition, negative_condition, guidance_scale)
+        conditions = (condition, negative_condition)
+        prediction = backbone.guided_prediction(model, latents, timestep, *conditions, guidance_scale)
+        if predictions is not None:
+            predictions.append(dynamics.pred_original_sample(prediction, latents, len(predictions)))
+        return prediction
 
     noise = draw_noise(backbone.latent_shape(), generators, backbone.device)
     latents = rollout(predict, dynamics, noise, StepPlan(), on_step=on_step).final

@@ -29,13 +29,14 @@ from trl_flow.evaluation.intervals import finite
 from trl_flow.evaluation.outputs import versions, write_json
 from trl_flow.evaluation.page import write_page
 from trl_flow.evaluation.scoring import score_images
+from trl_flow.evaluation.steps import draw_steps
 from trl_flow.evaluation.tables import markdown
 from trl_flow.evaluation.vote_results import update_votes
 from trl_flow.rewards.scorer import RewardScorer
 from trl_flow.rewards.unigenbench import UniGenBenchReward
 
 
-RESULTS, REPORT, PAGE = "results.json", "results.md", "comparison.html"
+RESULTS, REPORT, PAGE, STEPS = "results.json", "results.md", "comparison.html", "steps.png"
 
 # Images that are scored at a time: as many as fit into memory at any size
 _SCORED_TOGETHER = 64
@@ -78,6 +79,7 @@ def evaluate_models(
     options: DrawingOptions | None = None,
     backbone: Backbone | None = None,
     grid_prompts: int = 16,
+    steps: bool = False,
     page_megabytes: float = 50.0,
     rescore: bool = False,
     progress: bool = True,
@@ -101,6 +103,8 @@ def evaluate_models(
         backbone: for a loaded pipeline of a family that has none here; it decides height, width and
             `max_sequence_length`.
         grid_prompts: rows of the image grids, spread evenly over the prompts.
+        steps: also write `steps.png`, what the models predict at every step of sampling, for a few prompts of each
+            set ([`~trl_flow.evaluation.steps_grid`]).
         page_megabytes: about how large the page may become.
         rescore: compute again the scores that an earlier run has kept.
 
@@ -135,6 +139,8 @@ def evaluate_models(
     with folder.locked():
         folder.claim(asdict(options), models, lists)
         drawn = run.draw(backbone, adapters)
+        if steps:
+            draw_steps(backbone, adapters, sets, options, folder.path / STEPS, progress=progress)
         # The rewards' models may need the memory
         del model, backbone
         gc.collect()

@@ -63,7 +63,8 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     if arguments.vote is not None:
         _check_vote(arguments)
     if isinstance(arguments.vote, str) and arguments.model is None:
-        if given := [name for name in ("adapters", "prompts", "proxy", "gold", "table") if getattr(arguments, name)]:
+        drawing = ("adapters", "prompts", "proxy", "gold", "table", "steps")
+        if given := [name for name in drawing if getattr(arguments, name)]:
             what = f"--vote {arguments.vote} is a vote on what that folder holds, and --{given[0]} is for drawing"
             raise ValueError(f"{what}. Remove it, or give --model too.")
         return _vote(arguments, arguments.vote)
@@ -75,7 +76,7 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     kept = f"The images and scores so far are in {folder}. The same command goes on from there."
 
     def run() -> None:
-        from trl_flow.evaluation.evaluate import PAGE, REPORT, RESULTS, evaluate_models
+        from trl_flow.evaluation.evaluate import PAGE, REPORT, RESULTS, STEPS, evaluate_models
 
         try:
             comparison = evaluate_models(output_dir=folder, **evaluation)
@@ -88,7 +89,8 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
             from trl_flow.evaluation.paper_tables import with_table
 
             comparison = with_table(comparison, arguments.table, names)
-        print(f"\n{comparison.markdown}\nIn {folder}: {REPORT}, {RESULTS}, {PAGE} and the image grids.")
+        written = ", ".join([REPORT, RESULTS, PAGE, *([STEPS] if arguments.steps else [])])
+        print(f"\n{comparison.markdown}\nIn {folder}: {written} and the image grids.")
         if arguments.vote is not None:
             _vote(arguments, folder)()
 
@@ -162,7 +164,7 @@ def _evaluation(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str
         "proxy": named_rewards(arguments.proxy, "proxy") if arguments.proxy else (),
         "gold": named_rewards(arguments.gold, "gold") if arguments.gold else (),
         "options": DrawingOptions(**options),
-        **{name: getattr(arguments, name) for name in ("grid_prompts", "page_megabytes", "rescore")},
+        **{name: getattr(arguments, name) for name in ("grid_prompts", "steps", "page_megabytes", "rescore")},
     }
     return evaluation | chosen, names
 

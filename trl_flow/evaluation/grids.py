@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 # Images below this many pixels a side are enlarged: in a 32-pixel cell nobody sees anything, or reads a caption
 _SMALLEST_SIDE = 128
 _FONT_SIZE, _LINE_HEIGHT, _MARGIN = 11, 15, 6
+_NAME_WIDTH = 140  # of the names beside rows, at most
 _PAPER, _INK = "white", "black"
 _framed = functools.partial(ImageOps.expand, fill=_PAPER)
 
@@ -150,27 +151,35 @@ def comparison_grid(
     captions: Sequence[str],
     path: str | os.PathLike | None = None,
     cell: int = 256,
+    names: Sequence[str] = (),
 ) -> Image.Image:
     """
     One row of images for each prompt, one column for each model, with the prompts above the rows.
 
     `rows` are the models' images of each prompt, `columns` the models' names, and `captions` the prompts, of which
-    what is beyond three lines is cut; `path` is as for [`image_grid`]. Images whose longest side is above `cell`
-    pixels are reduced to it, and smaller ones enlarged by a whole factor, by nearest neighbor.
+    what is beyond three lines is cut; an empty one takes no space. `names` stand to the left of the rows. `path` is as
+    for [`image_grid`]. Images whose longest side is above `cell` pixels are reduced to it, and smaller ones enlarged
+    by a whole factor, by nearest neighbor.
     """
-    if {len(columns)} != {*map(len, rows)} or not columns or len(captions) != len(rows) or cell < 1:
+    is_full = columns and {len(columns)} == {*map(len, rows)} and len(names) in (0, len(rows))
+    if not is_full or len(captions) != len(rows) or cell < 1:
         raise ValueError(
             f"There are rows of {[len(row) for row in rows][:10]} images, {len(columns)} columns, {len(captions)} "
-            f"captions and a cell of {cell} pixels. Give an image for each column in every row, and all captions."
+            f"captions, {len(names)} names and a cell of {cell} pixels. Give an image for each column in every row, "
+            "all captions, and all names or none."
         )
     cells = [[_fitted(image, cell) for image in row] for row in rows]
     width = max(image.width for row in cells for image in row)
-    total = len(columns) * (width + _MARGIN)
-    parts = [_joined([_text(_wrap(name, width, most_lines=2), width) for name in columns], 0, (width + _MARGIN, 0))]
-    for row, caption in zip(cells, captions, strict=True):
+    labels = [_wrap(name, _NAME_WIDTH) for name in names or [""] * len(rows)]
+    longest = max((_font().getlength(line) for lines in labels for line in lines), default=-_MARGIN)
+    beside = math.ceil(longest) + _MARGIN
+    total = beside + len(columns) * (width + _MARGIN)
+    heading = _joined([_text(_wrap(name, width, most_lines=2), width) for name in columns], 0, (width + _MARGIN, 0))
+    parts = [_framed(heading, (beside, 0, 0, 0))]
+    for row, caption, lines in zip(cells, captions, labels, strict=True):
         text = _text(_wrap(str(caption), total - _MARGIN, most_lines=3), total - _MARGIN)
-        part = _joined([text, _joined(row, 0, (width + _MARGIN, 0))], 1)
-        parts.append(_framed(part, (0, _MARGIN, 0, _MARGIN)))
+        images = _joined([_text(lines, beside), _joined(row, 0, (width + _MARGIN, 0))], 0)
+        parts.append(_framed(_joined([text, images], 1), (0, _MARGIN, 0, _MARGIN)))
     return _sheet(parts, path)
 
 

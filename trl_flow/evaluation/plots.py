@@ -17,10 +17,22 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from trl_flow.evaluation.run_log import LogHistory, Run, StepStatistics, is_number, read_log_history, step_statistics
+from trl_flow.evaluation.equal_proxy import gold_at_proxy, gold_history, not_logged
+from trl_flow.evaluation.run_log import (
+    LogHistory,
+    Run,
+    StepStatistics,
+    is_number,
+    read_log_history,
+    step_histograms,
+    step_statistics,
+)
+from trl_flow.functional.grpo import RATIO_BIN_EDGES
 
 
 Runs = Run | Mapping[str, Run]
@@ -28,6 +40,7 @@ Runs = Run | Mapping[str, Run]
 # `rewards/{function}/mean` while training, `eval_…` or `eval_{data set}_…` in evaluations
 _MEAN = re.compile(r"(?:eval_(?:(?P<dataset>.+)_)?)?rewards/(?P<name>.+)/mean")
 _STEP = "sampling step (0: noisiest)"
+_MORE_UPDATES = "Train with steps_per_generation a multiple of gradient_accumulation_steps, or num_iterations above 1"
 _POINTS = {"marker": "o", "markersize": 4}
 _BARS = {"elinewidth": 0.8, "capsize": 2}
 
@@ -80,6 +93,36 @@ def ratio_distribution(runs: Runs, path: str | os.PathLike | None = None, *, las
     return saved_figure(figure, path)
 
 
+def ratio_histograms(runs: Runs, path: str | os.PathLike | None = None, *, last: int | None = None) -> Figure:
+    """
+    The distribution of the importance ratio at each trained step (GRPO-Guard, Figure 2), one panel for each run, of
+    the updates after the first of each sampling phase. The ratio less 1 is in clip ranges: dashed lines are the
+    clipping, and the outermost points are all that lies beyond.
+    """
+    found = {label: step_histograms(history, last=last) for label, history in _histories(runs).items()}
+    for label, counts in found.items():
+        if not counts:
+            what = "no histograms of the ratio, which are of updates after the first of each sampling phase"
+            raise ValueError(not_logged(label, f"{what}. {_MORE_UPDATES}"))
+    edges, figure = np.array(RATIO_BIN_EDGES), new_figure(1.4 + 4.6 * len(found), 3.8)
+    centers = np.concatenate([[edges[0] - 0.5], (edges[:-1] + edges[1:]) / 2, [edges[-1] + 0.5]])
+    scale = ScalarMappable(Normalize(0, max(1, *(step for counts in found.values() for step in counts))), "viridis")
+    panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+    for axes, (label, counts) in zip(panels, found.items(), strict=True):
+        for step, values in counts.items():
+            shares, color = np.array(values) / sum(values), scale.to_rgba(step)
+            axes.plot(centers[1:-1], shares[1:-1], color=color, linewidth=1.2)
+            axes.plot(centers[[0, -1]], shares[[0, -1]], color=color, **_POINTS, linestyle="")
+        for side in (-1, 1):
+            axes.axvline(side, color="black", linewidth=0.8, linestyle="--")
+        _label(axes, label or "importance ratio", "(r - 1) / clip range", "")
+        axes.set_xticks([centers[0], *range(-3, 4), centers[-1]], ["< -5", *range(-3, 4), "> 5"])
+    panels[0].set_ylabel("share of samples")
+    panels[0].yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    figure.colorbar(scale, ax=list(panels), label=_STEP, ticks=MaxNLocator(integer=True))
+    return saved_figure(figure, path)
+
+
 def gradient_norms(runs: Runs, path: str | os.PathLike | None = None, *, last: int | None = None) -> Figure:
     """Mean norm of each trained step's policy gradient (GRPO-Guard, Figure 3), with the largest over the smallest."""
     missing = "no gradient norms of single steps. Train with diagnostics_steps=1, or more to do it less often"
@@ -117,7 +160,7 @@ def reward_std(runs: Runs, path: str | os.PathLike | None = None) -> Figure:
     for label, history in _histories(runs).items():
         steps, values = _series(history, "reward_std")
         if not steps:
-            raise ValueError(_missing(label, "no reward_std: nothing was trained yet, or not by this trainer"))
+            raise ValueError(not_logged(label, "no reward_std: nothing was trained yet, or not by this trainer"))
         window = max(1, len(values) // 20)
         means = np.convolve(values, np.full(window, 1 / window), mode="valid")
         color = axes.plot(steps, values, linewidth=0.8, alpha=0.35)[0].get_color() if window > 1 else None
@@ -134,21 +177,52 @@ def proxy_against_gold(runs: Runs, path: str | os.PathLike | None = None, *, eva
     figure = new_figure(12.6, 3.8)
     proxy, gold, both = figure.subplots(1, 3)
     for label, history in _histories(runs).items():
-        prefix = _gold_prefix(history, eval_name, label)
-        steps, rewards, averages = _series(history, f"{prefix}_reward", f"{prefix}_gold/average")
-        error_of = dict(zip(*_series(history, f"{prefix}_gold/average_std_err"), strict=True))
+        found = gold_history(history, eval_name=eval_name, label=label)
         style = {"label": label, "linewidth": 1.3, **_POINTS}
-        proxy.plot(steps, rewards, **style)
-        gold.errorbar(steps, averages, yerr=[error_of.get(step, 0.0) for step in steps], **style, **_BARS)
-        (line,) = both.plot(rewards, averages, **style)
+        proxy.plot(found.updates, found.proxy, **style)
+        gold.errorbar(found.updates, found.gold, yerr=np.nan_to_num(found.standard_errors), **style, **_BARS)
+        (line,) = both.plot(found.proxy, found.gold, **style)
         # Where the run stands: paths turn back
-        both.plot(rewards[-1:], averages[-1:], marker="s", markersize=8, color=line.get_color(), linestyle="")
+        both.plot(found.proxy[-1:], found.gold[-1:], marker="s", markersize=8, color=line.get_color(), linestyle="")
     for axes in (gold, both):
         axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
     _label(proxy, "proxy (optimized)", "update", "evaluation reward")
     _label(gold, "gold (never optimized)", "update", "gold average, base model = 1")
     _label(both, "gold against proxy (square: last)", "evaluation reward", "gold average")
     both.xaxis.set_major_locator(MaxNLocator(6))
+    return saved_figure(figure, path)
+
+
+def equal_proxy(
+    runs: Mapping[str, Run],
+    path: str | os.PathLike | None = None,
+    *,
+    levels: Sequence[float] | None = None,
+    eval_name: str | None = None,
+) -> Figure:
+    """
+    Gold against proxy, and each run's gold at equal proxy (VGPO, Figure 4c), with bars of its 95% interval: the points
+    of [`~trl_flow.evaluation.equal_proxy.gold_at_proxy`], which has the same arguments. A dotted line is a level.
+    """
+    points, found = gold_at_proxy(runs, levels, eval_name=eval_name), {}
+    for label, run in runs.items():
+        found[label] = gold_history(run, eval_name=eval_name, label=label)
+    # Side by side, or the bars of several would hide each other
+    width = 0.012 * np.ptp(np.concatenate([history.proxy for history in found.values()]))
+    figure = new_figure(7.2, 4.4)
+    axes = figure.subplots()
+    for number, (label, history) in enumerate(found.items()):
+        shift = width * (number - (len(found) - 1) / 2)
+        (line,) = axes.plot(history.proxy, history.gold, label=label, linewidth=1.0, marker=".", alpha=0.6)
+        own = [point for point in points if point.run == label]
+        place, gold, bars = zip(*((point.level + shift, point.gold, point.half_width) for point in own), strict=True)
+        style = {"color": line.get_color(), "linestyle": "", "marker": "D", "markersize": 6, "capsize": 3}
+        axes.errorbar(place, gold, yerr=np.nan_to_num(bars), **style)
+    for level in dict.fromkeys(point.level for point in points):
+        axes.axvline(level, color="black", linewidth=0.8, linestyle=":")
+    axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    _label(axes, "gold at equal proxy", "evaluation reward (proxy)", "gold average, base model = 1")
+    axes.xaxis.set_major_locator(MaxNLocator(6))
     return saved_figure(figure, path)
 
 
@@ -162,7 +236,8 @@ def all_plots(run: Run, folder: str | os.PathLike | None = None) -> dict[str, Pa
             raise ValueError("folder is missing: it can only be left out when the run is given by its folder.")
         folder = Path(run, "plots")
     drawn = {}
-    for draw in (reward_curves, ratio_distribution, gradient_norms, clip_shares, reward_std, proxy_against_gold):
+    single = (reward_curves, ratio_distribution, ratio_histograms, gradient_norms, clip_shares, reward_std)
+    for draw in (*single, proxy_against_gold):
         path = Path(folder, f"{draw.__name__}.png")
         with suppress(ValueError):
             draw(history, path)
@@ -183,7 +258,7 @@ def _step_rows(runs: Runs, value: str, last: int | None, missing: str) -> dict[s
     for label, history in _histories(runs).items():
         rows[label] = [row for row in step_statistics(history, last=last) if getattr(row, value) is not None]
         if not rows[label]:
-            raise ValueError(_missing(label, missing))
+            raise ValueError(not_logged(label, missing))
     return rows
 
 
@@ -191,30 +266,12 @@ def _off_policy_rows(runs: Runs, value: str, last: int | None, missing: str) -> 
     rows = _step_rows(runs, value, last, missing)
     what = (
         "importance ratios of exactly 1 only: each sampling phase serves a single update, and the ratio is 1 there by "
-        "definition. Train with steps_per_generation a multiple of gradient_accumulation_steps, or num_iterations "
-        "above 1"
+        f"definition. {_MORE_UPDATES}"
     )
     for label, found in rows.items():
         if not any(row.ratio_std for row in found):
-            raise ValueError(_missing(label, what))
+            raise ValueError(not_logged(label, what))
     return rows
-
-
-def _gold_prefix(history: LogHistory, eval_name: str | None, label: str) -> str:
-    suffix = "_gold/average"
-    prefixes = dict.fromkeys(key.removesuffix(suffix) for entry in history for key in entry if key.endswith(suffix))
-    if not prefixes:
-        what = "no gold scores. Train with eval_reward_funcs, an eval_dataset and eval_strategy='steps'"
-        raise ValueError(_missing(label, what))
-    wanted = next(iter(prefixes)) if eval_name is None else f"eval_{eval_name}"
-    if wanted not in prefixes:
-        names = [prefix.removeprefix("eval").removeprefix("_") or "(without a name)" for prefix in prefixes]
-        raise ValueError(_missing(label, f"no gold scores of an evaluation set {eval_name!r}, but of {names}"))
-    return wanted
-
-
-def _missing(label: str, what: str) -> str:
-    return f"The log{f' of {label!r}' if label else ''} has {what}."
 
 
 def _series(log_history: LogHistory, *keys: str) -> list[list[float]]:

@@ -23,6 +23,8 @@ Run = LogHistory | str | os.PathLike
 
 _STEP_METRIC = re.compile(r"(ratio/mean|ratio/std|clip_ratio/low|clip_ratio/high|grad_norm)(?:_|/)step_(\d+)")
 
+_HISTOGRAM = re.compile(r"ratio/histogram_step_(\d+)")
+
 
 def read_log_history(run: Run) -> LogHistory:
     """The logs of a run, in order. It is a run's `output_dir`, finished or running; a checkpoint's folder; a
@@ -79,8 +81,7 @@ class StepStatistics:
 def step_statistics(log_history: LogHistory, *, last: int | None = None) -> list[StepStatistics]:
     """Means over logs for each trained step, in the steps' order; each log counts the same. `last`, at least 1, takes
     only the latest so many logs with such values."""
-    if last is not None and last < 1:
-        raise ValueError(f"last is {last}, but must be a number of logs, at least 1, or None for all.")
+    _check_last(last)
     logs = list(filter(None, map(_step_values, log_history)))
     values: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for found in logs if last is None else logs[-last:]:
@@ -95,6 +96,29 @@ def step_statistics(log_history: LogHistory, *, last: int | None = None) -> list
         others = (_mean(found[name]) for name in ("clip_ratio/low", "clip_ratio/high", "grad_norm"))
         rows.append(StepStatistics(step, _mean(means), spread, *others))
     return rows
+
+
+def step_histograms(log_history: LogHistory, *, last: int | None = None) -> dict[int, list[int]]:
+    """Counts of the importance ratios by trained step, in the 47 bins of
+    [`~trl_flow.functional.ratio_histogram`], added up over logs. `last`, at least 1, takes only the latest so many
+    logs that have some."""
+    _check_last(last)
+    logs = [found for found in map(_histograms, log_history) if found]
+    counts: dict[int, list[int]] = {}
+    for found in logs if last is None else logs[-last:]:
+        for step, values in found.items():
+            before = counts.get(step, [0] * len(values))
+            counts[step] = [a + b for a, b in zip(before, values, strict=True)]
+    return dict(sorted(counts.items()))
+
+
+def _histograms(log: Mapping[str, Any]) -> dict[int, list[int]]:
+    return {int(match[1]): value for key, value in log.items() if (match := _HISTOGRAM.fullmatch(key))}
+
+
+def _check_last(last: int | None) -> None:
+    if last is not None and last < 1:
+        raise ValueError(f"last is {last}, but must be a number of logs, at least 1, or None for all.")
 
 
 def _mean(numbers: Sequence[float]) -> float | None:

@@ -7,14 +7,22 @@ both shapes in the message, a Python number out of its domain too. Values of ten
 docstring says so. NaN among rewards says that a reward does not apply to a sample.
 """
 
-from trl_flow.functional.grpo import clipped_loss, gaussian_kl, group_advantages, ratio_statistics, transition_kl
-from trl_flow.functional.guard import log_ratio, timestep_weight
+from trl_flow.functional.grpo import (
+    clipped_loss,
+    gaussian_kl,
+    group_advantages,
+    ratio_histogram,
+    ratio_statistics,
+    transition_kl,
+)
+from trl_flow.functional.guard import log_ratio, probed_mean, timestep_weight
 from trl_flow.functional.rewards import combine_rewards, fill_missing, frac_zero_std, normalize_then_sum
 from trl_flow.functional.slas import (
     adapt_power,
     effective_sample_share,
     max_advantage_power,
     max_advantage_power_bounded,
+    max_advantage_power_sub_gaussian,
     super_linear,
 )
 from trl_flow.functional.transitions import (
@@ -50,9 +58,12 @@ __all__ = [
     "log_ratio",
     "max_advantage_power",
     "max_advantage_power_bounded",
+    "max_advantage_power_sub_gaussian",
     "normalize_then_sum",
     "ode_transition",
+    "probed_mean",
     "project_to_data",
+    "ratio_histogram",
     "ratio_statistics",
     "super_linear",
     "timestep_weight",

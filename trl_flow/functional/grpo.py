@@ -19,6 +19,10 @@ from trl_flow.functional._tensors import (
 )
 
 
+# In clip ranges: 45 bins of 2/9, so that 0 is in the middle of one and -1 and 1, the clipping, are edges of two
+RATIO_BIN_EDGES = tuple((2 * i - 45) / 9 for i in range(46))
+
+
 def clipped_loss(
     log_ratio: Tensor,
     advantages: Tensor,
@@ -80,6 +84,34 @@ def ratio_statistics(
     return {"deviation": excess} | {name: flag.to(excess.dtype) for name, flag in flags.items()}
 
 
+def ratio_histogram(log_ratio: Tensor, *, epsilon: float, epsilon_high: float | None = None) -> Tensor:
+    """The bin of each importance ratio, as rows of one 1 each: their sum over samples is a histogram (GRPO-Guard,
+    Figure 2).
+
+    Bins are those of `(r - 1) / epsilon` below 1 and `(r - 1) / epsilon_high` above, so that the histograms of
+    all runs, steps and clip ranges have the same ones, and counts may be added: 45 bins of 2/9 from -5 to 5
+    (`RATIO_BIN_EDGES`), before them what is below and behind them what is above. The clipping begins at the edges -1
+    and 1.
+
+    Args:
+        log_ratio, epsilon, epsilon_high: as for `clipped_loss`.
+
+    Returns:
+        `(B, 47)`, of 0 and 1, float32.
+
+    Raises:
+        ValueError: a shape is not `(B,)`.
+    """
+    check_shapes("(B,)", log_ratio=log_ratio)
+    (log_r,) = promote(log_ratio)
+    excess = torch.expm1(log_r)
+    unit = torch.where(excess < 0, epsilon, epsilon if epsilon_high is None else epsilon_high)
+    # A clip range of 0 has no inside but 1 itself
+    in_ranges = torch.where(excess == 0, 0.0, excess / unit)
+    edges = torch.tensor(RATIO_BIN_EDGES, dtype=in_ranges.dtype, device=in_ranges.device)
+    return torch.nn.functional.one_hot(torch.bucketize(in_ranges, edges), len(edges) + 1).float()
+
+
 def gaussian_kl(mean: Tensor, ref_mean: Tensor, diffusion: Number) -> Tensor:
     """Flow-GRPO's KL penalty between two transitions of the same step, `mean((mean - ref_mean)^2) / (2 sigma_t^2)`.
 
@@ -126,15 +158,20 @@ def transition_kl(mean: Tensor, old_mean: Tensor, std: Number) -> Tensor:
 
 
 def group_advantages(
-    rewards: Tensor, num_generations: int, *, scale_rewards: Literal["group", "batch", "none"]
+    rewards: Tensor, num_generations: int, *, scale_rewards: Literal["group", "batch", "batch_centered", "none"]
 ) -> Tensor:
     """Rewards relative to those of the same prompt's other samples.
 
     | `scale_rewards` | advantage | where |
     | --- | --- | --- |
     | `"group"` | `(R - mean_group) / (std_group + 1e-4)` | GRPO; GRPO-Guard Eq. 4 |
-    | `"batch"` | `(R - mean_group) / (std_batch + 1e-4)` | Flow-GRPO, SLAS |
+    | `"batch"` | `(R - mean_group) / (std(R) + 1e-4)`, over the batch | TRL, Flow-GRPO |
+    | `"batch_centered"` | `(R - mean_group) / (std(R - mean_group) + 1e-4)`, over the batch | for SLAS, see below |
     | `"none"` | `R - mean_group` | SLAS Eq. 9 |
+
+    The standard deviation of the raw rewards holds the differences between prompts, too. Where these are large, few
+    advantages are above 1 in magnitude, so that SLAS's power shrinks all of them. Divided by that of the centered
+    rewards they have a spread of 1, and a power amplifies the large ones. SLAS's text does not say which it has.
 
     Standard deviations are unbiased and the 1e-4 is TRL's, so that the numbers are those of its `GRPOTrainer`. A group
     of equal rewards has advantages of exactly 0; so has a group of one.
@@ -153,7 +190,7 @@ def group_advantages(
             accelerator); `scale_rewards` is unknown.
     """
     check_shapes("(N,)", rewards=rewards)
-    check_choice("scale_rewards", scale_rewards, ("group", "batch", "none"))
+    check_choice("scale_rewards", scale_rewards, ("group", "batch", "batch_centered", "none"))
     grouped = in_groups("rewards", rewards, num_generations)
     check_finite("rewards", rewards, allow_nan=True)
     centered = deviations(grouped)
@@ -161,4 +198,6 @@ def group_advantages(
         centered = centered / (spread(centered) + STD_EPSILON)
     elif scale_rewards == "batch":
         centered = centered / (spread(deviations(grouped.view(1, -1))) + STD_EPSILON)
+    elif scale_rewards == "batch_centered":
+        centered = centered / (spread(deviations(centered.view(1, -1))) + STD_EPSILON)
     return centered.nan_to_num(nan=0.0).view(-1)

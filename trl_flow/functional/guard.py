@@ -64,12 +64,40 @@ def log_ratio(
     return revised if kind == "mean_revised" else revised - latent_mean(move**2) / (2 * scale**2)
 
 
+def probed_mean(mean: Tensor, probe_mean: Tensor, old_mean: Tensor, *, scale: float) -> Tensor:
+    """The mean of a transition with its rounding divided by `scale`, for `log_ratio`: the amplified probe.
+
+    Two forwards of a network differ by rounding as soon as their weights do. It does not grow with the distance of the
+    weights; what an update has changed does. With `k = scale` and the forward at `theta_old + k (theta - theta_old)`
+
+        mean ~ old_mean + (probe_mean - old_mean) / k
+
+    as long as the model is linear so far. The value is this one's, the gradient that of `mean`.
+
+    Args:
+        mean: `(B, ...)`, the trained model's, with its gradient.
+        probe_mean: `(B, ...)`, that of the amplified weights.
+        old_mean: `(B, ...)`, the mean stored at rollout.
+        scale: `k`, above 0.
+
+    Returns:
+        `(B, ...)`, float32 (float64 from float64 input).
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
+    check_shapes("(B, ...)", mean=mean, probe_mean=probe_mean, old_mean=old_mean)
+    current, probed, previous = promote(mean, probe_mean, old_mean)
+    return previous + (probed - previous) / scale + (current - current.detach())
+
+
 def timestep_weight(
-    kind: Literal["none", "temp", "inverse_dt", "beta_over_dt", "inverse_beta_dt"],
+    kind: Literal["none", "temp", "inverse_dt", "beta_over_dt", "inverse_beta_dt", "inverse_gain"],
     *,
     std: Tensor,
     dt: Number,
     beta: Number | None = None,
+    gain: Number | None = None,
 ) -> Tensor:
     """The weight `delta` of a step in the loss (GRPO-Guard Eq. 12).
 
@@ -80,21 +108,24 @@ def timestep_weight(
     | `"inverse_dt"` | `1 / dt` | GRPO-Guard for Flow-SDE |
     | `"beta_over_dt"` | `beta / dt` | GRPO-Guard for Dance-SDE, as printed |
     | `"inverse_beta_dt"` | `1 / (beta dt)` | what makes the gradient equal over the steps of Dance-SDE |
+    | `"inverse_gain"` | `1 / gain` | what makes RatioNorm's gradient equal over the steps of any dynamics |
 
     Args:
         kind: which weight.
         std: `(B,)`, standard deviation of the step; says what B is.
         dt: `(B,)` or scalar, length of the step, above 0.
         beta: `(B,)` or scalar, `1 + eta^2 (1 - t) / (2 t)` for Dance-SDE; only the two kinds that name it look at it.
+        gain: `(B,)` or scalar, above 0, for `"inverse_gain"`: the factor with which the prediction enters the mean,
+            `-d mean / d prediction`; `beta dt` for Dance-SDE, `dt + (1 - cos(eta pi / 2)) t' (1 - t)` for CPS.
 
     Returns:
         `(B,)`.
 
     Raises:
-        ValueError: a shape does not fit; `kind` is unknown; `beta` is missing.
+        ValueError: a shape does not fit; `kind` is unknown; `beta` or `gain` is missing.
     """
     check_shapes("(B,)", std=std)
-    check_choice("kind", kind, ("none", "temp", "inverse_dt", "beta_over_dt", "inverse_beta_dt"))
+    check_choice("kind", kind, ("none", "temp", "inverse_dt", "beta_over_dt", "inverse_beta_dt", "inverse_gain"))
     (scale,) = promote(std)
     step = per_sample("dt", dt, scale)
     if kind == "none":
@@ -103,6 +134,10 @@ def timestep_weight(
         return scale
     if kind == "inverse_dt":
         return 1 / step
+    if kind == "inverse_gain":
+        if gain is None:
+            raise ValueError("kind 'inverse_gain' needs gain, -d mean / d prediction, and none was given.")
+        return 1 / per_sample("gain", gain, scale)
     if beta is None:
         raise ValueError(f"kind {kind!r} needs beta, 1 + eta^2 (1 - t) / (2 t), and none was given.")
     factor = per_sample("beta", beta, scale)

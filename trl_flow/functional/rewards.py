@@ -63,21 +63,23 @@ def normalize_then_sum(rewards: Tensor, weights: Tensor, num_generations: int) -
 def fill_missing(rewards: Tensor, num_generations: int) -> Tensor:
     """Puts the group's mean in place of a NaN, for `cumulative_values`, which needs a number at every step.
 
-    At its group's mean a sample has no relative advantage and leaves the others' means as they are.
+    At its group's mean a sample has no relative advantage and leaves the others' means as they are. One without a
+    reward at any step stays NaN: `dual_advantages` gives it 0.
 
     Args:
         rewards: `(N, ...)`, such as instant rewards `(N, T)`; the `num_generations` samples of a prompt contiguous.
         num_generations: samples per prompt.
 
     Returns:
-        `(N, ...)`; 0 where the whole group is NaN.
+        `(N, ...)`; 0 where the whole group is NaN, but for samples without any reward.
 
     Raises:
         ValueError: `rewards` does not split into groups.
     """
     grouped = in_groups("rewards", rewards, num_generations)
     mean = grouped.nanmean(dim=1, keepdim=True).nan_to_num(nan=0.0)
-    return torch.where(grouped.isnan(), mean, grouped).flatten(0, 1)
+    filled = torch.where(grouped.isnan(), mean, grouped).flatten(0, 1)
+    return filled.masked_fill(rewards.isnan().flatten(1).all(dim=1).view(-1, *[1] * (rewards.ndim - 1)), torch.nan)
 
 
 def frac_zero_std(rewards: Tensor, num_generations: int) -> Tensor:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from scipy.special import lambertw
 from torch import Tensor
 
 from trl_flow.functional._checks import check_finite, check_number
@@ -150,6 +151,49 @@ def max_advantage_power_bounded(
     if bound < 1 or log_limit == math.inf or (bound == 1 and log_limit >= 0):
         return math.inf
     return 0.0 if bound == 1 else max(log_limit / (2 * math.log(bound)) - 1, 0.0)
+
+
+def max_advantage_power_sub_gaussian(
+    norm: float,
+    *,
+    grad_sq_norm: float,
+    fisher_eigenvalue: float,
+    learning_rate: float,
+    max_kl: float,
+    constant: float = 1.0,
+) -> float:
+    """The largest power with which an update stays in its trust region for sub-Gaussian advantages (SLAS Corollary 2).
+
+    With the Orlicz norm `K = inf {s: E exp(A^2 / s^2) <= 2}` the moments are bounded by `E |A|^p <= (c K sqrt(p))^p`,
+    so that Theorem 4 holds with `p = 2 (1 + gamma)` if
+
+        p log(c K sqrt(p)) <= log C,  C = 2 max_kl / (lr^2 lambda_max B)
+
+    whose largest solution is `p = exp(W(2 c^2 K^2 log C)) / (c^2 K^2)`, `W` being Lambert's function: the power grows
+    more slowly than `log C`, as the paper says.
+
+    Args:
+        norm: `K`, above 0, of the linear advantages; that of a Gaussian is `sqrt(8 / 3)` times its standard deviation.
+        grad_sq_norm, fisher_eigenvalue, learning_rate, max_kl: as for `max_advantage_power`.
+        constant: `c`, above 0. The paper leaves it open; 1 is enough for every `p` from 2 on, because `E |A|^p` is at
+            most `2 K^p Gamma(p / 2 + 1)`.
+
+    Returns:
+        A number at least 0. 0 if no power is safe, or none above 0 is; `inf` for an update of length 0.
+
+    Raises:
+        ValueError: a number is out of its domain.
+    """
+    check_number("norm", norm, math.ulp(0.0))
+    check_number("constant", constant, math.ulp(0.0))
+    log_limit = _log_limit(grad_sq_norm, fisher_eigenvalue, learning_rate, max_kl)
+    if log_limit == math.inf:
+        return math.inf
+    scale = (constant * norm) ** 2
+    # With y = scale p: y log y <= 2 scale log C, whose left side is at least -1 / e
+    if 2 * scale * log_limit < -1 / math.e:
+        return 0.0
+    return max(math.exp(lambertw(2 * scale * log_limit).real) / (2 * scale) - 1, 0.0)
 
 
 def _log_limit(grad_sq_norm: float, fisher_eigenvalue: float, learning_rate: float, max_kl: float) -> float:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from trl_flow.functional._checks import check_finite, check_number, check_shapes
-from trl_flow.functional._tensors import STD_EPSILON, deviations, in_groups, promote, spread
+from trl_flow.functional._tensors import STD_EPSILON, Number, deviations, in_groups, promote, spread
 
 
 def cumulative_values(instant_rewards: Tensor, discount: float) -> Tensor:
@@ -66,7 +66,7 @@ def value_weights(values: Tensor) -> Tensor:
     return shares / shares.mean(dim=1, keepdim=True)
 
 
-def dual_advantages(values: Tensor, num_generations: int, *, scale: float) -> Tensor:
+def dual_advantages(values: Tensor, num_generations: int, *, scale: Number) -> Tensor:
     """Adaptive dual advantages (VGPO Eq. 14), the step weights of Eq. 12 included.
 
         A_t = omega_t [(1 + alpha) Q_t - mean_group(Q_t)] / std_group(Q_t),  alpha = k std_group(Q_t)
@@ -79,21 +79,20 @@ def dual_advantages(values: Tensor, num_generations: int, *, scale: float) -> Te
         values: `(B, T)`, from `cumulative_values`, never negative; the `num_generations` samples of a prompt are
             contiguous. A sample with NaN among its values is left out of all means and standard deviations.
         num_generations: samples per prompt.
-        scale: `k`, at least 0; 0 leaves the relative part alone.
+        scale: `k`, at least 0, a number or a tensor `(T,)` with one for each step; 0 leaves the relative part alone.
 
     Returns:
         `(B, T)`; 0 for samples with NaN, whatever `k`.
 
     Raises:
         ValueError: `values` is not `(B, T)`, does not split into groups, or holds infinity or a negative value (these
-            checks wait for an accelerator); `scale` is negative.
+            checks wait for an accelerator); `scale` is negative or has another shape.
     """
-    check_number("scale", scale, 0)
-    relative, absolute = _dual_parts(values, num_generations)
-    return relative + scale * absolute
+    relative, absolute = _dual_parts(values, num_generations, scale)
+    return relative + absolute
 
 
-def value_share(values: Tensor, num_generations: int, *, scale: float) -> Tensor:
+def value_share(values: Tensor, num_generations: int, *, scale: Number) -> Tensor:
     """The share of the absolute part in `dual_advantages`; it rises towards 1 as the samples of a group become alike.
 
         share = sum |omega k Q| / (sum |omega k Q| + sum |omega (Q - mean) / (std + 1e-4)|)
@@ -107,16 +106,22 @@ def value_share(values: Tensor, num_generations: int, *, scale: float) -> Tensor
     Raises:
         ValueError: as `dual_advantages`.
     """
-    check_number("scale", scale, 0)
-    relative, absolute = (part.abs().sum() for part in _dual_parts(values, num_generations))
-    return scale * absolute / (scale * absolute + relative).clamp(min=torch.finfo(relative.dtype).tiny)
+    relative, absolute = (part.abs().sum() for part in _dual_parts(values, num_generations, scale))
+    return absolute / (absolute + relative).clamp(min=torch.finfo(relative.dtype).tiny)
 
 
-def _dual_parts(values: Tensor, num_generations: int) -> tuple[Tensor, Tensor]:
-    """`omega (Q - mean) / (std + 1e-4)` and `omega Q`, both `(B, T)` and 0 for samples with NaN."""
+def _dual_parts(values: Tensor, num_generations: int, scale: Number) -> tuple[Tensor, Tensor]:
+    """`omega (Q - mean) / (std + 1e-4)` and `omega k Q`, both `(B, T)` and 0 for samples with NaN."""
     check_shapes("(B, T)", values=values)
+    scale = torch.as_tensor(scale, dtype=promote(values)[0].dtype, device=values.device)
+    if scale.shape not in ((), values.shape[1:]):
+        raise ValueError(
+            f"scale has shape {tuple(scale.shape)}: it must be a number, or have one for each of the "
+            f"{values.shape[1]} steps."
+        )
+    check_number("scale", scale.min().item(), 0)
     missing = values.isnan().any(dim=1, keepdim=True)
     weights = value_weights(values.masked_fill(missing, 0.0))
     centered = deviations(in_groups("values", values.masked_fill(missing, torch.nan), num_generations))
     relative = (centered / (spread(centered) + STD_EPSILON)).flatten(0, 1)
-    return tuple((weights * part).masked_fill(missing, 0.0) for part in (relative, *promote(values)))
+    return tuple((weights * part).masked_fill(missing, 0.0) for part in (relative, scale * promote(values)[0]))

@@ -66,7 +66,13 @@ class Plan:
     @property
     def trained_steps(self) -> int:
         steps = self.args.sde_window_size or self.args.num_stochastic_steps
-        return max(1, round(self.args.timestep_fraction * steps))
+        return self.args.num_trained_steps(steps)
+
+    @property
+    def has_probe(self) -> bool:
+        """Whether the amplified probe of the importance ratio is run, with two more sets of the trained weights."""
+        on = self.peft_config is not None and self.half if self.args.ratio_probe == "auto" else self.args.ratio_probe
+        return bool(on) and self.args.updates_per_generation > 1
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,8 @@ def estimate(model: str | Path | Backbone, plan: Plan) -> Estimate:
     resident[f"optimizer state ({optimizer})"] = _optimizer_bytes(optimizer, trained) // shards
     if plan.args.use_ema:
         resident["moving average"] = 4 * trained
+    if plan.has_probe:
+        resident["weights of the ratio's probe"] = 8 * trained // weight_shards
     if plan.args.beta > 0 and plan.peft_config is None:
         resident["reference model"] = base
     encoders = 0

@@ -29,6 +29,7 @@ def savings(plan: Plan, now: Estimate, again: Callable[[Plan], Estimate]) -> lis
         (batch > 1 and not args.enable_vae_slicing, "enable_vae_slicing: true", sliced),
         (not args.enable_vae_tiling, tiling, {"enable_vae_tiling": True} | sliced),
         (args.use_ema, "use_ema: false", {"use_ema": False}),
+        (plan.has_probe, "ratio_probe: 0", {"ratio_probe": 0}),
         (plan.trained_steps > 2 and args.sde_window_size is None, "sde_window_size: 2", {"sde_window_size": 2}),
         (args.beta > 0 and not lora, "beta: 0 (no reference model)", {"beta": 0.0}),
     ]
@@ -37,7 +38,14 @@ def savings(plan: Plan, now: Estimate, again: Callable[[Plan], Estimate]) -> lis
     if found.get(tiling, 0) <= found.get("enable_vae_slicing: true", 0):
         found.pop(tiling, None)
     if not lora:  # what trained weights need besides themselves, and half of their own bytes
-        of_training = ("gradients", "buckets of DDP", "moving average", "reference model", "optimizer")
+        of_training = (
+            "gradients",
+            "buckets of DDP",
+            "moving average",
+            "weights of the",
+            "reference model",
+            "optimizer",
+        )
         weights = next(size for name, size in now.resident.items() if name.endswith("weights"))
         found["use_peft: true (an adapter in place of all weights)"] = weights // 2 + sum(
             size for name, size in now.resident.items() if name.startswith(of_training)

@@ -66,15 +66,21 @@ class LoopCallback(TrainerCallback):
 
 class RunLogCallback(TrainerCallback):
     """Writes logs to `output_dir/log_history.jsonl`, one a line, and the table of `diagnostics_table` to
-    `output_dir/diagnostics.md`. A run that is resumed begins the logs anew with its checkpoint's."""
+    `output_dir/diagnostics.md`. A run that is resumed begins the logs anew with its checkpoint's. `counts` go into the
+    next log of the run's own history and file, and to no tracker, which take numbers only."""
 
     _writes = False
+
+    def __init__(self):
+        self.counts: dict[str, list[int]] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._writes = state.is_world_process_zero
         self._write(args, state, "w", state.log_history)
 
     def on_log(self, args, state, control, **kwargs):
+        state.log_history[-1] |= self.counts
+        self.counts = {}
         self._write(args, state, "a", state.log_history[-1:])
 
     def _write(self, args, state, mode: str, logs: list[dict[str, Any]]) -> None:

@@ -55,7 +55,9 @@ class FlowRLConfig(_BaseConfig):
             Whether to keep an exponential moving average of the trained weights. Evaluation, the saved adapter in
             diffusers' format and what is pushed then use the average.
         ema_decay (`float`, *optional*, defaults to `0.9`):
-            Decay of the average per update, in [0, 1).
+            Decay of the average each time that it is updated, in [0, 1).
+        ema_update_every (`int`, *optional*, defaults to `1`):
+            Updates of the weights for each of the average; Flow-GRPO's released runs have 8.
 
         enable_vae_slicing (`bool`, *optional*, defaults to `False`):
             Whether the VAE decodes one image at a time.
@@ -76,7 +78,8 @@ class FlowRLConfig(_BaseConfig):
             Images sampled before they are trained on, over all processes. `None`: `per_device_train_batch_size *
             num_processes * steps_per_generation`.
         steps_per_generation (`int`, *optional*):
-            Micro-batches that one sampling phase provides. `None`: `gradient_accumulation_steps`, and so one update.
+            Micro-batches that one sampling phase provides. `None`: `2 * gradient_accumulation_steps`, and so two
+            updates: in the first one every importance ratio is 1, and nothing can be clipped.
         num_iterations (`int`, *optional*, defaults to `1`):
             Times that each sampled batch is trained on (μ in the GRPO paper).
         shuffle_dataset (`bool`, *optional*, defaults to `True`):
@@ -109,7 +112,9 @@ class FlowRLConfig(_BaseConfig):
             and with `disable_dropout=False`. Switch it off if a reward function and sampling together need more memory
             than the accelerator has, or a function insists on the main thread.
         scale_rewards (`str` or `bool`, *optional*, defaults to `"batch"`):
-            `"batch"` (Flow-GRPO, SLAS), `"group"` (GRPO, GRPO-Guard) or `"none"`: which standard deviation divides.
+            Which standard deviation divides: `"batch"`, that of the batch's rewards (Flow-GRPO, and TRL's `"batch"`),
+            `"batch_centered"`, of these less their group's mean (with which SLAS's power amplifies large advantages
+            rather than shrink all), `"group"` (GRPO, GRPO-Guard) or `"none"`.
             Always the group's with `dense_rewards`, at each step (VGPO, Eq. 14), and for each reward with
             `multi_objective_aggregation="normalize_then_sum"`, then the batch's for their sum, as in TRL.
         multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
@@ -149,6 +154,7 @@ class FlowRLConfig(_BaseConfig):
     disable_dropout: bool = True
     use_ema: bool = False
     ema_decay: float = 0.9
+    ema_update_every: int = 1
     enable_vae_slicing: bool = False
     enable_vae_tiling: bool = False
     precompute_prompt_embeds: bool = False
@@ -171,7 +177,7 @@ class FlowRLConfig(_BaseConfig):
     reward_weights: list[float] | None = None
     reward_timeout: float | None = None
     overlap_rewards: bool = True
-    scale_rewards: Literal["group", "batch", "none"] = "batch"
+    scale_rewards: Literal["group", "batch", "batch_centered", "none"] = "batch"
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     advantage_clip: float = 5.0
     # HfArgumentParser has one type for each option: of a union with None it takes the second, and so reads "auto"
@@ -194,7 +200,7 @@ class FlowRLConfig(_BaseConfig):
         self._check_types()
         self._check_advantage_power()
         counts = ("num_inference_steps", "eval_num_inference_steps", "height", "width", "max_sequence_length")
-        for name in (*counts, "num_iterations", "num_generations_eval", "num_images_to_log"):
+        for name in (*counts, "num_iterations", "ema_update_every", "num_generations_eval", "num_images_to_log"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
         self._check("num_generations", self.num_generations >= 2, "at least 2: advantages compare a prompt's images")
         self._check("guidance_scale", self.guidance_scale >= 0, "0 or more")
@@ -249,14 +255,19 @@ class FlowRLConfig(_BaseConfig):
                     raise TypeError(f"{name} is {value!r} of type {type(value).__name__}, but must be a {noun}.")
                 self._check(name, math.isfinite(value), "finite")
 
+    def _read_number(self, name: str) -> None:
+        """Makes a number of a field that may be `"auto"`, too: command lines give text."""
+        if getattr(self, name) != "auto":
+            try:
+                setattr(self, name, float(getattr(self, name)))
+            except (TypeError, ValueError):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be a number or 'auto'.") from None
+
     def _check_advantage_power(self) -> None:
+        self._read_number("advantage_power")
         if self.advantage_power == "auto":
             self._check("target_kl", self.target_kl is None or self.target_kl > 0, "above 0, or None")
             return
-        try:
-            self.advantage_power = float(self.advantage_power)  # text from a command line
-        except (TypeError, ValueError):
-            raise ValueError(f"advantage_power is {self.advantage_power!r}, but must be a number or 'auto'.") from None
         ok = math.isfinite(self.advantage_power) and self.advantage_power >= 0
         self._check("advantage_power", ok, "finite and 0 or more, or 'auto'")
         if self.target_kl is not None:
@@ -276,7 +287,7 @@ class FlowRLConfig(_BaseConfig):
             )
         if self.generation_batch_size is None:
             if self.steps_per_generation is None:
-                self.steps_per_generation = self.gradient_accumulation_steps
+                self.steps_per_generation = 2 * self.gradient_accumulation_steps
             self._check("steps_per_generation", self.steps_per_generation >= 1, "at least 1")
             self.generation_batch_size = global_batch * self.steps_per_generation
         if self.generation_batch_size < 1 or self.generation_batch_size % global_batch != 0:

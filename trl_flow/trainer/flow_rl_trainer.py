@@ -157,7 +157,8 @@ class FlowRLTrainer(GroupTrainer):
         self.metrics = Metrics(self.accelerator)
         self.sample_log = SampleLog(args, self.scorer.names)
         self.publisher = Publisher(args, self.backbone, self.model_id, self.scorer.names)
-        self.add_callback(RunLogCallback())
+        self._run_log = RunLogCallback()
+        self.add_callback(self._run_log)
         self.add_callback(LoopCallback(self._before_training, self._after_update))
         self._saved: tuple[int, str] | None = None  # the step at which the run was last saved, or resumed, and where
         self._train_step_time = 0.0
@@ -216,7 +217,7 @@ class FlowRLTrainer(GroupTrainer):
                     norm = self.policy.gradient_norm(output.policy_loss.mean())
                     self.metrics.append({f"grad_norm/step_{unit}": norm})
                 self.policy.backward(loss)
-            self.metrics.add(unit, output.stats)
+            self.metrics.add(unit, output)
             total += loss.detach()
         self.run_state.advance()
         self._train_step_time += time.perf_counter() - start
@@ -227,7 +228,10 @@ class FlowRLTrainer(GroupTrainer):
 
     def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> MicroBatch:
         if self.run_state.needs_samples:
+            needed = self.algorithm.needs_sampling_weights(self.policy)
+            self.run_state.sampling_weights = self.policy.copy_weights() if needed else []
             self.run_state.micro_batches = self._generate_and_score(generation_batch)
+        self.policy.sampling_weights = self.run_state.sampling_weights
         self.policy.updates_since_sampling = self.run_state.update
         return self.run_state.micro_batch
 
@@ -314,6 +318,7 @@ class FlowRLTrainer(GroupTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
+            self._run_log.counts = self.metrics.counts()
             logs |= self.metrics.flush(self.algorithm)
             self.sample_log.flush(self.state, self.callback_handler)
         super().log(logs, start_time)

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import TrainerState
 from transformers.trainer_callback import CallbackHandler
 
-from trl_flow.algorithms import Algorithm, StepSums
+from trl_flow.algorithms import Algorithm, LossOutput, StepSums
 from trl_flow.evaluation.grids import image_grid
 from trl_flow.rewards.scorer import RewardLogs
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
@@ -29,6 +29,7 @@ class Metrics:
         self._dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
         self._values: dict[str, list[float]] = defaultdict(list)
         self._sums: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
+        self._counts: dict[str, torch.Tensor] = {}
 
     def append(self, values: Mapping[str, float]) -> None:
         """Values that are equal on all processes, or of which the main process's count; a log has their means."""
@@ -38,15 +39,28 @@ class Metrics:
     def clear(self) -> None:
         self._values.clear()
         self._sums.clear()
+        self._counts.clear()
 
     @torch.no_grad()
-    def add(self, unit: int, stats: Mapping[str, torch.Tensor]) -> None:
-        """Samples' statistics `(B,)` of one unit, summed up on the device, without waiting for it."""
-        for name, values in stats.items():
+    def add(self, unit: int, output: LossOutput) -> None:
+        """The samples' statistics `(B,)` and counts `(B, K)` of one unit, summed up on the device, without waiting for
+        it."""
+        for name, values in output.stats.items():
             values = values.to(self._dtype)
-            sums = torch.stack([torch.ones_like(values), values, values.square()]).sum(dim=1)
-            before = self._sums[unit].get(name)
-            self._sums[unit][name] = sums if before is None else before + sums
+            everything = {unit: values.new_ones(len(values))}
+            for counted, mask in (everything if output.counted is None else output.counted).items():
+                if values.ndim == 2:
+                    key = f"{name}_step_{counted}"
+                    self._counts[key] = mask.to(self._dtype) @ values + self._counts.get(key, 0)
+                    continue
+                sums = torch.stack([torch.ones_like(values), values, values.square()]) @ mask.to(self._dtype)
+                before = self._sums[counted].get(name)
+                self._sums[counted][name] = sums if before is None else before + sums
+
+    def counts(self) -> dict[str, list[int]]:
+        """What was counted since the last log, of all processes, by names with units. [`flush`] forgets it."""
+        totals = {key: self.accelerator.reduce(counts, "sum").tolist() for key, counts in self._counts.items()}
+        return {key: list(map(round, counts)) for key, counts in totals.items() if any(counts)}
 
     def flush(self, algorithm: Algorithm) -> dict[str, float | None]:
         """All metrics since the last log, of all processes, by their names; `None` for a mean over nothing."""

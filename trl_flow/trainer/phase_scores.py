@@ -149,7 +149,7 @@ class ScoringPhase:
             return scores.rewards
 
         rewards_per_func = gather_rewards(self.parent.accelerator, collect)
-        instant = None if self.plan.project_from is None else self._instant(rewards_per_func)
+        instant = self._instant(rewards_per_func) if self.plan.project else None
         self._measure(rewards_per_func)
         return PhaseScores(rewards_per_func, self.parent.scorer.names, self.plan, instant)
 
@@ -157,9 +157,9 @@ class ScoringPhase:
         return combine_rewards(rewards_per_func, self.parent.reward_weights.to(rewards_per_func.device))
 
     def _instant(self, terminal: torch.Tensor) -> torch.Tensor:
-        """Rewards of the images predicted after each step (VGPO Eq. 10), of all processes' samples: `(N, T', K)`.
+        """Rewards of the images predicted after each step (VGPO Eq. 10), of all processes' samples: `(N, T, K)`.
         Functions that cannot judge an unfinished image count with their reward of the finished one."""
-        parent, steps, number = self.parent, [], self.parent.args.num_inference_steps - self.plan.project_from
+        parent, steps, number = self.parent, [], self.parent.args.num_inference_steps
         # One step's images are decoded, scored and dropped before the next: no more are held than the finished ones
         for t in range(number):
             by_func = terminal
@@ -173,9 +173,8 @@ class ScoringPhase:
             rewards = self._combine(by_func)
             present = rewards[~rewards.isnan()]
             if len(present) > 1:
-                step = self.plan.project_from + t
-                self.metrics[f"instant_reward/mean_step_{step}"] = present.mean().item()
-                self.metrics[f"instant_reward/std_step_{step}"] = present.std().item()
+                self.metrics[f"instant_reward/mean_step_{t}"] = present.mean().item()
+                self.metrics[f"instant_reward/std_step_{t}"] = present.std().item()
         return torch.stack(steps, dim=1)
 
     def _score_predicted(self, latents: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,8 @@ from diffusers.training_utils import EMAModel, cast_training_params
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_flow import sharing
@@ -105,7 +107,9 @@ class Policy:
         keep_reference: bool,
     ):
         self.backbone, self.args, self.accelerator, self.conditions = backbone, args, accelerator, conditions
-        self.updates_since_sampling = 0  # optimizer steps since the samples at hand were drawn; set by the loop
+        # Both set by the loop: optimizer steps since the samples at hand were drawn, and the trained weights then
+        self.updates_since_sampling = 0
+        self.sampling_weights: list[torch.Tensor] = []
         self._wrapped = wrapped
         self.is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         copied = keep_reference and not self.is_adapter
@@ -122,6 +126,7 @@ class Policy:
                 module.to(accelerator.device)
         self._reference = copy.deepcopy(self.module).requires_grad_(False).eval() if copied else None
         self.ema = EMAModel(self.trained_parameters, decay=args.ema_decay) if args.use_ema else None
+        self._num_updates = 0
         self._forced: torch.nn.Module | None = None
 
     # ---- The module ----
@@ -190,14 +195,18 @@ class Policy:
             self.module.train(was_training)
 
     @contextlib.contextmanager
-    def at(self, name: str) -> Iterator[None]:
+    def at(self, name: str, scale: float = 1.0) -> Iterator[None]:
         """Another set of the weights in place of the trained ones: `"reference"`, the model as it was before training,
-        for forwards without gradients, or `"average"`, the moving average, without `use_ema` the trained weights."""
+        or `"probe"`, the weights `scale` times as far from those of sampling as they are, both for forwards without
+        gradients; or `"average"`, the moving average, without `use_ema` the trained weights."""
         if name == "reference":
             with self.sampling(), self._without_adapter():
                 yield
+        elif name == "probe":
+            with self.sampling(), self._amplified(scale):
+                yield
         elif name != "average":
-            raise ValueError(f"There are no weights called {name!r}, only 'reference' and 'average'.")
+            raise ValueError(f"There are no weights called {name!r}, only 'reference', 'probe' and 'average'.")
         elif self.ema is None:
             yield
         else:
@@ -217,6 +226,51 @@ class Policy:
                 yield
         finally:
             self._forced = None
+
+    @contextlib.contextmanager
+    def _amplified(self, scale: float) -> Iterator[None]:
+        own = self._local_weights()
+        before = [weights.clone() for weights in own]
+        for weights, sampled in zip(own, self.sampling_weights, strict=True):
+            weights.copy_(sampled.float().lerp(weights.float(), scale))
+        try:
+            yield
+        finally:
+            for weights, kept in zip(own, before, strict=True):
+                weights.copy_(kept)
+            self._forget_copies()
+
+    @torch.no_grad()
+    def _local_weights(self) -> list[torch.Tensor]:
+        """The trained weights, of sharded ones this process's part; what is written into them counts."""
+        self._forget_copies()  # FSDP's gathered weights would stand in their place
+        return [p.to_local() if isinstance(p, DTensor) else p.data for p in self.trained_parameters]
+
+    def _forget_copies(self) -> None:
+        """Of weights that were written to: autocast's in half precision, and those that FSDP has gathered."""
+        torch.clear_autocast_cache()
+        for module in self._wrapped().modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def copy_weights(self) -> list[torch.Tensor]:
+        """Copies of the trained weights, for `at("probe")`. Raises `ValueError` where no process has them whole."""
+        if self._is_split:
+            raise ValueError(
+                "The ratio's probe moves all trained weights, which DeepSpeed's ZeRO-3 splits over processes. Set "
+                "ratio_probe=0, or use ZeRO-2 or FSDP2."
+            )
+        return [weights.clone() for weights in self._local_weights()]
+
+    @property
+    def _is_split(self) -> bool:
+        plugin = self.accelerator.state.deepspeed_plugin
+        return plugin is not None and plugin.zero_stage == 3
+
+    @property
+    def can_probe(self) -> bool:
+        """Whether `at("probe")` costs little: for an adapter, whose weights are few, that is not split."""
+        return self.is_adapter and not self._is_split
 
     # ---- Updates ----
 
@@ -248,7 +302,8 @@ class Policy:
         return torch.stack([g.square().sum() for g in gradients if g is not None]).sum().sqrt().item()
 
     def after_update(self) -> None:
-        if self.ema is not None:
+        self._num_updates += 1
+        if self.ema is not None and self._num_updates % self.args.ema_update_every == 0:
             self.ema.step(self.trained_parameters)
 
     # ---- Saving ----
@@ -292,10 +347,11 @@ class Policy:
         if self.ema is None:
             return {}
         average = {f"average.{i}": parameter for i, parameter in enumerate(self.ema.shadow_params)}
-        return {"ema_step": self.ema.optimization_step, **average}
+        return {"ema_step": self.ema.optimization_step, "num_updates": self._num_updates, **average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what [`state_dict`] gave; of `{}` the average begins at the weights as they are."""
+        self._num_updates = state.get("num_updates", 0)
         if self.ema is None:
             return
         self.ema = EMAModel(self.trained_parameters, decay=self.args.ema_decay)

@@ -37,6 +37,7 @@ class RunState:
     def _start(self) -> None:
         self.generation = 0  # sampling phases that have been trained on to their end
         self.micro_batches: list[MicroBatch] | None = None  # of the phase at hand, once it is sampled
+        self.sampling_weights: list[torch.Tensor] = []  # the trained ones when it was sampled, if the algorithm asks
         self._position = 0  # micro-batches of the phase that have been trained on
         self._last_update = (0, 0)
 
@@ -92,6 +93,8 @@ class RunState:
             (folder / STATE_NAME).write_text(json.dumps({**state, "parts": parts}))
         if self._position:
             save_micro_batches(self.micro_batches, folder, self.args.process_index)
+            weights = {str(i): own.contiguous() for i, own in enumerate(self.sampling_weights)}
+            save_file(weights, folder / f"sampling_weights-{self.args.process_index}.safetensors")
 
     def load(self, folder: Path, device: torch.device) -> None:
         """Goes on from what [`save`] wrote, once [`check`] has passed."""
@@ -100,8 +103,12 @@ class RunState:
         state = _read(folder)
         self.generation = state["generation"]
         self._position = state["update"] * self.args.gradient_accumulation_steps
-        in_the_middle = self._position > 0
-        self.micro_batches = load_micro_batches(folder, self.args.process_index, device) if in_the_middle else None
+        self.micro_batches, self.sampling_weights = None, []
+        if self._position > 0:
+            rank = self.args.process_index
+            self.micro_batches = load_micro_batches(folder, rank, device)
+            weights = load_file(folder / f"sampling_weights-{rank}.safetensors")
+            self.sampling_weights = [weights[str(i)].to(device) for i in range(len(weights))]
         self.after_update()
 
     def load_part(self, name: str, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """[`Sampler`]: rows of the data set and a plan in, sampled parts out, reproducible sample by sample."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class Sampler:
         size, num_steps = self.args.per_device_train_batch_size, self.args.num_inference_steps
         offset = self.args.process_index * len(rows)
         total = len(rows) // size * num_steps
-        first_step, starts = self._starts(generation, rows, plan)
+        first_step, starts, predicted = self._starts(generation, rows, plan)
         for first in range(0, len(rows), size):
             done, key = first // size * num_steps, (self.args.seed, generation, RandomStream.TRANSITIONS)
             part, start = rows[first : first + size], starts[first : first + size]
@@ -53,6 +54,9 @@ class Sampler:
                     "the first phase, noise_level or the precision is at fault. Later, training has diverged: lower "
                     "learning_rate and resume from an earlier checkpoint."
                 )
+            if predicted is not None:
+                both = torch.cat([predicted[first : first + size], sampled.pred_original_samples], dim=1)
+                sampled = dataclasses.replace(sampled, pred_original_samples=both)
             self.show_stage("decoding")
             yield SampledPart(first, sampled, decode(self.policy.backbone, sampled.final))
 
@@ -66,17 +70,19 @@ class Sampler:
             predict = functools.partial(self.policy.predict, condition=condition)
             return rollout(predict, self.dynamics, latents, plan, **kwargs)
 
-    def _starts(self, generation: int, rows: list[dict[str, Any]], plan: StepPlan) -> tuple[int, torch.Tensor]:
-        """Where the local samples of a generation batch begin: a step, and the latents there, `(N, ...)`. With
-        `share_initial_noise` the images of a group are one and the same up to the first stochastic step: the ODE
-        steps before it are taken once for each group."""
+    def _starts(
+        self, generation: int, rows: list[dict[str, Any]], plan: StepPlan
+    ) -> tuple[int, torch.Tensor, torch.Tensor | None]:
+        """Where the local samples of a generation batch begin: a step, the latents there, `(N, ...)`, and with
+        `plan.project` the clean latents predicted before, if any. With `share_initial_noise` the images of a group are
+        one and the same up to the first stochastic step: the ODE steps before it are taken once for each group."""
         number, size, first_step = len(rows), self.args.num_generations, min(plan.stochastic, default=0)
         indices = range(self.args.process_index * number, (self.args.process_index + 1) * number)
         if not self.args.share_initial_noise:
-            return 0, self._initial_noise(generation, indices)
+            return 0, self._initial_noise(generation, indices), None
         groups = [index // size for index in indices]
         distinct = sorted(set(groups))
-        latents = self._initial_noise(generation, distinct)
+        latents, predicted = self._initial_noise(generation, distinct), None
         if first_step > 0:
             # A process may have the end of one group and the beginning of another, and so one group more than others:
             # all take as many forwards, so that sharded ones stay in step
@@ -85,17 +91,22 @@ class Sampler:
             firsts = [rows[groups.index(group)] for group in distinct]
             firsts += firsts[-1:] * (most - len(firsts))
             padded = latents[[min(i, len(distinct) - 1) for i in range(most)]]
-            latents = self._ode_prefix(firsts, padded, first_step)
-        return first_step, latents[[distinct.index(group) for group in groups]]
+            latents, predicted = self._ode_prefix(firsts, padded, first_step, StepPlan(project=plan.project))
+        places = [distinct.index(group) for group in groups]
+        return first_step, latents[places], None if predicted is None else predicted[places]
 
-    def _ode_prefix(self, rows: list[dict[str, Any]], noise: torch.Tensor, num_steps: int) -> torch.Tensor:
-        """The latents of `rows` after `num_steps` ODE steps from `noise`, both `(M, ...)`."""
+    def _ode_prefix(
+        self, rows: list[dict[str, Any]], noise: torch.Tensor, num_steps: int, plan: StepPlan
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The latents of `rows` after `num_steps` ODE steps from `noise`, both `(M, ...)`, and with `plan.project` the
+        clean latents predicted after each step but the last, `(M, num_steps - 1, ...)`."""
         size, parts, stage = self.args.per_device_train_batch_size, [], "sampling the groups' common steps"
         options = {"last_step": num_steps, "on_step": lambda step: self.show_stage(f"{stage} {step + 1}/{num_steps}")}
         for first in range(0, len(rows), size):
             part, start = rows[first : first + size], noise[first : first + size]
-            parts.append(self._rollout(part, start, StepPlan(), **options).final)
-        return torch.cat(parts)
+            parts.append(self._rollout(part, start, plan, **options))
+        predicted = torch.cat([part.pred_original_samples for part in parts]) if plan.project else None
+        return torch.cat([part.final for part in parts]), predicted
 
     def _initial_noise(self, generation: int, indices: Iterable[int]) -> torch.Tensor:
         """`x_1` of samples by their global indices, or with `share_initial_noise` of groups by theirs."""
