@@ -300,6 +300,9 @@ def test_a_run_stops_when_the_gold_score_falls(recipes, prompts):
     assert main(["train", "--config", recipes(one=options)]) == 0
     logged = [json.loads(line) for line in Path("out", "log_history.jsonl").read_text().splitlines()]
     assert max(entry["step"] for entry in logged) == 2
+    assert (
+        main(["train", "--config", str(Path("deeper", "one.yaml")), "--eval_strategy", "no", "--max_steps", "1"]) == 0
+    )
     assert json.loads(Path("out", "best_gold", "scores.json").read_text())["step"] == 1
 
 
