@@ -1,4 +1,4 @@
-"""The examples, the recipes and every Python block of the README and the documentation run as they are printed.
+"""The examples and every Python block of the README and the documentation run as they are printed.
 
 Only what makes them long is changed: the size of the model, the number of images, steps and prompts.
 """
@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from diffusers import StableDiffusion3Pipeline
 from tiny_models import tiny_clip_tokenizer
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor
@@ -18,17 +17,12 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 import trl_flow.backbones
 import trl_flow.trainer
-from trl_flow import cli
-from trl_flow.commands.options import training_parser
-from trl_flow.prompts import PROMPT_SETS
 from trl_flow.rewards.base import ModelReward
-from trl_flow.rewards.named import NAMED_REWARDS
 from trl_flow.trainer import FlowGRPOTrainer
 
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
 PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -177,106 +171,6 @@ def test_sd35_flow_grpo_trains_twice_on_48_groups_of_24(monkeypatch, tmp_path):
     config = trl_flow.FlowGRPOConfig(**example.SETTINGS, output_dir=str(tmp_path), bf16=False, use_cpu=True)
     assert config.generation_batch_size == 48 * 24
     assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 48 * 24 / 2
-
-
-# Those for one GPU differ from their models in batches and memory settings alone
-@pytest.mark.parametrize(
-    "recipe",
-    [pytest.param(path, marks=pytest.mark.slow if path.stem.endswith("gb") else (), id=path.stem) for path in RECIPES],
-)
-def test_recipes_train(recipe, reduced, capsys, monkeypatch):
-    prompts = reduced / "prompts.jsonl"
-    prompts.write_text('{"prompt": "a red circle"}\n{"prompt": "two blue squares"}\n')
-    (reduced / "my_rewards.py").write_text(
-        "def __getattr__(name):\n    return lambda prompts, **kwargs: [float(i + 1) for i in range(len(prompts))]\n"
-    )
-    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    # The models of the recipes' rewards are too large to load here: a score of the user's own in place of each
-    own = [f"my_rewards.score_{i}" for i in range(len(settings.get("reward_funcs", ["one"])))]
-    given = [] if settings["model_name_or_path"] == "bundled" else ["--reward_funcs", *own]
-    if settings.get("load_in_4bit"):
-        given += ["--load_in_4bit", "false"]  # which needs a GPU
-    argv = ["train", "--config", str(recipe), "--dataset_name", str(prompts), "--output_dir", "out", *given]
-    argv += ["--num_inference_steps", "6"] if settings["num_inference_steps"] > 16 else []
-    assert cli.main([*argv, "--use_cpu", "true", "--bf16", "false", "--report_to", "none"]) == 0
-    name = "pytorch_lora_weights" if settings["use_peft"] else "diffusion_pytorch_model"
-    assert (reduced / "out" / f"{name}.safetensors").is_file()
-
-
-def recipe_config(recipe: Path):
-    """The configuration that a recipe gives on one process, and its text."""
-    text = recipe.read_text(encoding="utf-8")
-    settings = yaml.safe_load(text)
-    argv = ["--config", str(recipe), "--use_cpu", "true", "--bf16", "false"]
-    _, config, *_ = training_parser(argv, settings).parse_args_and_config(argv)
-    return config, text
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
-def test_recipes_have_whole_groups_and_updates(recipe):
-    config, text = recipe_config(recipe)
-    assert config.generation_batch_size % config.num_generations == 0
-    assert config.steps_per_generation % config.gradient_accumulation_steps == 0
-    # Rewards are logged by updates that sampled
-    assert config.logging_steps % (config.steps_per_generation // config.gradient_accumulation_steps) == 0
-    # The command for several processes that the recipe prints gives the same batches
-    command = re.search(
-        r"--num_processes (\d+) --steps_per_generation (\d+) --gradient_accumulation_steps (\d+)", text
-    )
-    if command:
-        processes, steps, accumulation = map(int, command.groups())
-        assert processes * steps == config.steps_per_generation
-        assert processes * accumulation == config.gradient_accumulation_steps
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
-def test_recipes_name_rewards_and_prompts_of_the_package(recipe):
-    settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    rewards = settings.get("reward_funcs", [])
-    assert set(rewards) <= NAMED_REWARDS.keys()
-    assert len(settings.get("reward_weights", rewards)) == len(rewards)
-    assert settings.get("dataset_name") in {None, *PROMPT_SETS}
-
-
-@pytest.mark.parametrize("name", ["flux_dance", "flux_slas", "sd14_dance", "sd14_slas"])
-def test_dancegrpos_300_sampling_phases(name):
-    """The released `max_train_steps` counts sampling phases, `max_steps` updates: three for FLUX.1, two for SD 1.4."""
-    config, _ = recipe_config(ROOT / "examples" / "recipes" / f"{name}.yaml")
-    updates = config.steps_per_generation // config.gradient_accumulation_steps
-    assert updates == (3 if name.startswith("flux") else 2)
-    assert config.max_steps == 300 * updates
-
-
-@pytest.mark.parametrize(
-    "recipe", [recipe for recipe in RECIPES if recipe.stem.endswith("gb")], ids=lambda recipe: recipe.stem
-)
-def test_recipes_for_one_gpu_train_on_the_same_groups_and_images(recipe):
-    base, _ = recipe_config(recipe.with_stem(recipe.stem.rsplit("_", 1)[0]))
-    config, _ = recipe_config(recipe)
-    # What may differ: how the images are cut into micro-batches, and what saves memory
-    allowed = {"per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps", "output_dir"}
-    allowed |= {"gradient_checkpointing", "activation_checkpointing", "enable_vae_slicing", "precompute_prompt_embeds"}
-    allowed |= {"logging_dir", "run_name"}
-    differing = {name for name, value in base.to_dict().items() if config.to_dict()[name] != value}
-    assert differing <= allowed
-    assert config.generation_batch_size == base.generation_batch_size
-    for one in (config, base):
-        one.images = one.per_device_train_batch_size * one.gradient_accumulation_steps
-    assert config.images == base.images
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
-def test_recipes_say_where_every_number_comes_from(recipe):
-    """A line with a number has a comment, but for the batch's, which has one above, and the bundled model's."""
-    if recipe.stem in ("shapes_guard", "sd35_guard"):
-        return
-    bare = ("num_generations", "per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps")
-    for line in recipe.read_text(encoding="utf-8").splitlines():
-        name, _, value = line.partition(":")
-        if not name.startswith("#") and re.match(r"\s*\[?[-\d.]", value) and name not in bare:
-            assert "# " in value, line
 
 
 def test_five_lines_of_the_public_surface(reduced, tiny_sd3_path):

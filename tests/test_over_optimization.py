@@ -110,7 +110,7 @@ def test_every_arm_can_be_configured():
     for name, arm in experiments.ARMS.items():
         config = arm.full_config
         training.FlowGRPOConfig(
-            **config, output_dir="unused", num_generations=2, per_device_train_batch_size=2, use_cpu=True, bf16=False
+            **config, output_dir="unused", num_generations=2, per_device_train_batch_size=2, use_cpu=True
         )
         assert arm.proxy in training.PROXIES, name
     for section in experiments.SECTIONS.values():

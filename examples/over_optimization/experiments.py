@@ -193,6 +193,14 @@ _COMBINED_ARMS = {
     "combined/guard+slas+vgpo": Arm("colors", VGPO | ABLATION["guard"] | _SLAS_SHAPE),
 }
 
+# Clipping that acts on rounding: the same in float32, in bfloat16, and in bfloat16 with the ratio's probe
+_PRECISION: dict[str, Any] = ABLATION["guard"] | {"train_last_step": False}
+_PRECISION_ARMS = {
+    "precision/float32": Arm("colors", _PRECISION),
+    "precision/bfloat16": Arm("colors", _PRECISION | {"bf16": True, "ratio_probe": 0}),
+    "precision/bfloat16-probe": Arm("colors", _PRECISION | {"bf16": True}),
+}
+
 # Other proxies: is what the colors show a matter of that one?
 _PROXY_ARMS = {
     f"{proxy}/{name}": Arm(proxy, dict(ABLATION[name]))
@@ -210,6 +218,7 @@ ARMS: dict[str, Arm] = (
     | _VGPO_ARMS
     | _COMBINED_ARMS
     | _PROXY_ARMS
+    | _PRECISION_ARMS
 )
 
 SECTIONS: dict[str, Section] = {
@@ -222,6 +231,12 @@ SECTIONS: dict[str, Section] = {
         arms=tuple(_GUARD_ARMS) + tuple(_KL_ARMS),
         seeds=3,
         slow=("guard/guard-reweight", *_KL_ARMS),
+    ),
+    "precision": Section(
+        title="GRPO-Guard in bfloat16, without and with the ratio's probe",
+        claim="None of a paper: without the probe the clipping acts on rounding, with it as in float32.",
+        arms=tuple(_PRECISION_ARMS),
+        seeds=2,
     ),
     "range": Section(
         title="GRPO-Guard with its published clip range",

@@ -108,7 +108,7 @@ def train(folder: Path, settings: dict[str, Any], shared: Path) -> list[dict[str
         # Never optimized: the gold scores
         eval_reward_funcs=[ShapesReward(score) for score in ("strict", "fidelity", "soft")],
         args=FlowGRPOConfig(
-            **settings["config"],
+            **{"bf16": False} | settings["config"],
             output_dir=str(folder),
             seed=settings["seed"],
             num_generations=scale["num_generations"],
@@ -119,7 +119,6 @@ def train(folder: Path, settings: dict[str, Any], shared: Path) -> list[dict[str
             eval_on_start=True,
             logging_steps=1,
             gradient_checkpointing=False,
-            bf16=False,
             use_cpu=True,
             save_strategy="no",
             report_to="none",

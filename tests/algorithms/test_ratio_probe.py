@@ -131,7 +131,7 @@ class FakePolicy:
 
 
 def observed(probe: RatioProbe, floor: float) -> dict[str, float]:
-    probe.observe(torch.tensor([floor, -floor]))
+    probe.rounding(torch.tensor([floor, -floor]), torch.zeros(2), FakePolicy())
     return probe.after_update(FakePolicy())
 
 
@@ -156,6 +156,20 @@ def test_an_update_that_moved_nothing_tells_nothing():
     assert probe.is_wanted(FakePolicy())
     observed(probe, 1e-6)
     assert not probe.is_wanted(FakePolicy())  # measured once, without half precision
+
+
+def test_the_floor_of_rounding_of_a_known_size_is_found_without_the_models_curvature():
+    # ratios of forwards with a rounding of 1e-4 each, and a term that grows with the square of the distance
+    generator = torch.Generator().manual_seed(0)
+    probe = RatioProbe(0, half_precision=True, clip_range=1e-5)
+    old, half, whole = 1e-4 * torch.randn(3, 100_000, generator=generator)
+    ratio, curvature = 1e-3, 1e-4
+    k = probe.scale(FakePolicy())
+    assert k == 0.5
+    plain, probed = ratio + curvature + whole - old, (k * ratio + k**2 * curvature + half - old) / k
+    probe.rounding(plain, probed, FakePolicy())
+    probe.after_update(FakePolicy())
+    assert probe.floor == pytest.approx(2**0.5 * 1e-4, rel=0.05)
 
 
 def trained(tmp_path, **fields):

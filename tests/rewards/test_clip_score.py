@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from tiny_reward_models import clip_model, clip_tokenizer, cropped_pixels, picture, save_clip, with_features
 
 from trl_flow.rewards import CLIPScoreReward
+from trl_flow.rewards.named import named_reward
 
 
 @pytest.mark.parametrize("text, expected", [([2.0, 0.0], 60.0), ([0.0, 1.0], 80.0), ([-2.0, 0.0], 0.0)])
@@ -36,3 +37,10 @@ def test_processor_is_the_models_own_unless_told_otherwise():
     other = CLIPScoreReward("some/clip", "other/clip", revision="abc")
     assert (other.processor, other.processor_revision) == ("other/clip", None)
     assert CLIPScoreReward().model == "openai/clip-vit-large-patch14"
+
+
+def test_a_word_chooses_the_model_that_dancegrpo_and_slas_train_on():
+    """Its score can stand beside that of OpenAI's model in one run."""
+    other, openai = named_reward("clipscore_dfn5b"), named_reward("clipscore")
+    assert other.model == other.processor == "apple/DFN5B-CLIP-ViT-H-14-378"
+    assert (other.__name__, openai.__name__) == ("clipscore_dfn5b", "clipscore")

@@ -120,10 +120,19 @@ ALL = {
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
-@pytest.mark.parametrize("score", ["correct", "strict", "partial"])
+@pytest.mark.parametrize("score", ["correct", "strict", "partial", "nonnegative"])
 def test_right_and_wrong_pictures_are_told_apart(score, batch_size):
-    expected = [dict(zip(("correct", "strict", "partial"), values, strict=True))[score] for _, _, *values in CASES]
+    scores = [dict(zip(("correct", "strict", "partial"), values, strict=True)) for _, _, *values in CASES]
+    expected = [(one | {"nonnegative": max(one["partial"], 0)})[score] for one in scores]
     assert reward(score, batch_size=batch_size)(**ALL) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("score, expected", [("partial", -1.0), ("nonnegative", 0.0)])
+def test_too_many_objects_are_worth_less_than_nothing_or_nothing(score, expected):
+    image = draw(*(("bus", "red", x, 50) for x in (15, 45, 80)))
+    assert reward(score)(["three"], [image], **{name: [ROWS["single"].get(name)] for name in ("tag", "include")}) == [
+        expected
+    ]
 
 
 def test_every_task_is_scored_right_and_wrong():

@@ -157,8 +157,7 @@ class ClippedPolicyGradient(Algorithm):
         if probe_mean is not None:
             probed = probed_mean(mean, probe_mean, old_mean, scale=scale)
             exact = log_ratios_of(probed)
-            stats["rounding"] = (log_ratios - exact).detach()
-            self.probe.observe(stats["rounding"])
+            stats["rounding"] = self.probe.rounding(log_ratios, exact, policy)
             if self.probe.is_active(policy):
                 log_ratios, moved = exact, probed.detach()
         of_step = {"dt": dynamics.dt(step), "beta": dynamics.beta(step), "gain": dynamics.gain(step)}

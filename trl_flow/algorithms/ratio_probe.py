@@ -20,7 +20,8 @@ class RatioProbe:
 
     The difference between a log-ratio with the probe and without it is the rounding of the latter, and its root mean
     square the noise floor. With `"auto"` the probe is run in half precision where an adapter is trained, with the
-    power of 2 that divides the floor to a quarter of the clip range. Elsewhere it is run once, to measure the floor.
+    power of 2 that divides the floor to a quarter of the clip range. Elsewhere it is run once, half an update away, to
+    measure the floor: on a longer way it would be the model's curvature.
 
     Args:
         given (`float` or `"auto"`): `k`; 0 for no probe.
@@ -30,6 +31,7 @@ class RatioProbe:
 
     TOLERANCE = 0.25  # the share of the clip range that rounding may have
     FIRST_SCALE, MIN_SCALE, MAX_SCALE = 32.0, 8.0, 128.0
+    MEASURING_SCALE = 0.5
 
     def __init__(self, given: float | Literal["auto"], *, half_precision: bool, clip_range: float):
         self._given, self._half_precision, self._clip_range = given, half_precision, clip_range
@@ -44,15 +46,20 @@ class RatioProbe:
         return self.is_active(policy) or (self.floor is None and policy.can_probe)
 
     def scale(self, policy: "Policy") -> float:
-        """`k`. The floor alone is measured with a short way, on which the model is more nearly linear."""
+        """`k`."""
         if not self.is_active(policy):
-            return self.MIN_SCALE
+            return self.MEASURING_SCALE
         return self._scale if self._given == "auto" else self._given
 
-    def observe(self, rounding: torch.Tensor) -> None:
-        """Takes the difference `(B,)` between log-ratios without the probe and with it."""
+    def rounding(self, plain: torch.Tensor, probed: torch.Tensor, policy: "Policy") -> torch.Tensor:
+        """That of log-ratios `(B,)` without the probe, by those with it, `(B,)`; what the floor is measured of."""
+        rounding = (plain - probed).detach()
+        if not self.is_active(policy):
+            # With e the rounding of a forward: e(1) - e(0) - 2 (e(1/2) - e(0)), of a variance of 6 rather than 2
+            rounding = rounding / 3**0.5
         self._squares = self._squares + rounding.square().sum()  # on the device, without waiting for it
         self._count += len(rounding)
+        return rounding
 
     def after_update(self, policy: "Policy") -> dict[str, float]:
         """Where something was observed, measures the floor, and chooses `k` or warns. To be called on all processes;

@@ -4,7 +4,7 @@ import argparse
 import json
 from collections.abc import Callable
 
-from trl_flow.commands.recipe import option, read_accelerate_config, read_recipe, unknown_option
+from trl_flow.commands.recipe import option, read_accelerate_config, read_recipe
 
 
 DESCRIPTION = """\
@@ -24,10 +24,8 @@ def prepare(argv: list[str]) -> Callable[[], None]:
     if not argv:
         raise ValueError("nothing to estimate. Give a recipe, --config recipe.yaml, or a model, --model.")
     argv, recipe = read_recipe(argv)
-    from trl_flow.commands.options import resolve_model, training_parser  # isort: skip
-    from trl import get_peft_config
-
     from trl_flow import memory
+    from trl_flow.commands.options import parse_training, peft_config, resolve_model, training_parser
 
     sharding, processes = _sharding(option(argv, recipe, "accelerate_config"))
     processes = str(option(argv, recipe, "num_processes") or processes)
@@ -39,13 +37,11 @@ def prepare(argv: list[str]) -> Callable[[], None]:
     parser.add_argument("--model", dest="model_name_or_path", default=argparse.SUPPRESS, help="hub id or folder")
     parser.add_argument("--json", action="store_true", help="print the numbers, in bytes, as one line of JSON")
     parser.add_argument("--num_processes", help="devices; default: the accelerate config's, or 1")
-    _, args, model_args, _, own, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
-    if unknown:
-        raise ValueError(unknown_option(unknown[0], [*parser._option_string_actions, "--config"]))
+    script_args, args, model_args, _, own, _ = parse_training(parser, argv, recipe)
     model = resolve_model(model_args.model_name_or_path, args, model_args)
     loading = args.model_init_kwargs
     folder = memory.fetch_configs(model, revision=loading.get("revision"), token=loading.get("token"))
-    plan = memory.Plan(args, get_peft_config(model_args), sharding)
+    plan = memory.Plan(args, peft_config(script_args, model_args), sharding)
     result = memory.estimate(folder, plan)
     fits = result.total <= min(memory.CARDS) * memory.GIB
     found = [] if fits else memory.savings(plan, result, lambda other: memory.estimate(folder, other))

@@ -1,27 +1,35 @@
 """The options of a training, as its recipe and its command line give them."""
 
 import argparse
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import transformers
 
-from trl_flow.commands.recipe import did_you_mean, option
+from trl_flow.commands.recipe import Recipe, did_you_mean, option, unknown_option
 
 
 # Importing pipelines that are not used hints at packages that are not needed
 _verbosity = transformers.utils.logging.get_verbosity()
 transformers.utils.logging.set_verbosity_error()
 
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser  # noqa: E402
+from peft import LoraConfig  # noqa: E402
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_peft_config  # noqa: E402
 
 from trl_flow.prompts import PROMPT_SETS  # noqa: E402
 from trl_flow.rewards.named import NAMED_REWARDS  # noqa: E402
 from trl_flow.shapes import IMAGE_SIZE, pipeline_path  # noqa: E402
 from trl_flow.shapes.bundled import T5_TOKENS  # noqa: E402
-from trl_flow.trainer import FlowGRPOConfig, GuardConfig, SLASConfig, VGPOConfig  # noqa: E402
+from trl_flow.trainer import (  # noqa: E402
+    FlowGRPOConfig,
+    GuardConfig,
+    OverOptimizationCallback,
+    SLASConfig,
+    VGPOConfig,
+)
 
 
 transformers.utils.logging.set_verbosity(_verbosity)
@@ -52,6 +60,16 @@ class FlowScriptArguments(ScriptArguments):
     eval_reward_funcs: list[str] | None = _field(
         "Functions that only score evaluations (gold scores), named as `reward_funcs` are."
     )
+    over_optimization_patience: int | None = _field(
+        "Watch for over-optimization: warn, once in so many evaluations in a row the reward is above and the gold "
+        "average below those of the best evaluation so far, and keep the model that is best by gold in "
+        "output_dir/best_gold. Needs `eval_reward_funcs` and `eval_strategy`."
+    )
+    over_optimization_stop: bool = _field("Stop training then.", False)
+    over_optimization_num_standard_errors: float = _field(
+        "How far below the gold average must be, in standard errors of the difference.", 2.0
+    )
+    init_lora_weights: str | None = _field("How a LoRA begins, PEFT's option: `gaussian`, as Flow-GRPO; PEFT's own.")
     accelerate_config: str | None = _field(
         "Start one process for each GPU: single_gpu, multi_gpu, fsdp2, zero2, zero3 or the path of an accelerate "
         "config. Options of `accelerate launch`, such as --num_processes, go with it."
@@ -59,7 +77,7 @@ class FlowScriptArguments(ScriptArguments):
 
 
 def training_parser(
-    argv: Sequence[str], recipe: dict[str, Any], *, num_processes: int | None = None, **kwargs: Any
+    argv: Sequence[str], recipe: Mapping[str, Any], *, num_processes: int | None = None, **kwargs: Any
 ) -> TrlParser:
     """The parser of all options of a training, with `kwargs` of its own. Defaults depend on the method and the model
     that `argv` and `recipe` name. With `num_processes` it is for a plan: of so many, each on a GPU with bfloat16."""
@@ -77,6 +95,52 @@ def training_parser(
     if (option(argv, {}, "model") or option(argv, recipe, "model_name_or_path")) in BUNDLED_MODELS:
         parser.set_defaults(height=IMAGE_SIZE, width=IMAGE_SIZE, max_sequence_length=T5_TOKENS)
     return parser
+
+
+def parse_training(parser: TrlParser, argv: Sequence[str], recipe: Recipe, *, strict: bool = True) -> tuple[Any, ...]:
+    """
+    What `parser` makes of `argv` and a recipe that has been read, as `parse_args_and_config` would of the file, and
+    what it does not know; with `strict` a `ValueError` says so, before values are looked at.
+    """
+    argv, options = list(argv), dict(recipe)
+    if "--config" in argv:
+        place = argv.index("--config")
+        del argv[place : place + 2]
+    environment = options.pop("env", None) or {}
+    if not isinstance(environment, dict):
+        raise ValueError(f"env is {environment!r}, but must be a mapping of environment variables to their values.")
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    unknown = parser.set_defaults_with_config(**options)
+    known = parser._option_string_actions
+    if strict and unknown:
+        raise ValueError(unknown_option(unknown[0], known, recipe))
+    # Exits here on -h and on values that do not fit
+    *parsed, left = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if strict and left:
+        raise ValueError(unknown_option(left[0], known))
+    return *parsed, unknown + left
+
+
+def peft_config(script_args: FlowScriptArguments, model_args: ModelConfig) -> LoraConfig | None:
+    """The LoRA that is asked for, if one is."""
+    config = get_peft_config(model_args)
+    if config is not None and script_args.init_lora_weights is not None:
+        config.init_lora_weights = script_args.init_lora_weights
+    return config
+
+
+def over_optimization_callbacks(script_args: FlowScriptArguments) -> list[OverOptimizationCallback]:
+    """The callback that is asked for, if it is."""
+    prefix = "over_optimization_"
+    given = {name.removeprefix(prefix): value for name, value in vars(script_args).items() if name.startswith(prefix)}
+    if given["patience"] is not None:
+        return [OverOptimizationCallback(**given)]
+    if given["stop"]:
+        raise ValueError(
+            "over_optimization_stop is True, but over_optimization_patience is not set: nothing watches. Say after "
+            "how many evaluations in a row to stop, such as over_optimization_patience: 2."
+        )
+    return []
 
 
 class _Planned:

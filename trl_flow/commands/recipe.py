@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,57 @@ from typing import Any
 ACCELERATE_CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
 
 
-def read_recipe(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+class Recipe(dict[str, Any]):
+    """The options of a recipe, those of the recipes that it extends among them, and in which file each stands."""
+
+    def __init__(self):
+        super().__init__()
+        self.files: dict[str, Path] = {}
+
+
+def read_recipe(argv: list[str]) -> tuple[list[str], Recipe]:
     """The arguments, with `--config=PATH` as two of them, and the options in the recipe (none without `--config`)."""
     argv = [part for token in argv for part in (token.split("=", 1) if token.startswith("--config=") else [token])]
     if "--config" not in argv:
-        return argv, {}
+        return argv, Recipe()
     path = argv[argv.index("--config") + 1 :][:1]
     if not path:
         raise ValueError("--config needs the path of a YAML file.")
-    return argv, _read_mapping(Path(path[0]), "recipe", "options, such as `learning_rate: 1e-4`")
+    return argv, load_recipe(Path(path[0]))
+
+
+def load_recipe(path: Path, extended_by: tuple[Path, ...] = ()) -> Recipe:
+    """
+    The options of a recipe. One with `extends: base.yaml`, a path from its own folder, has all options of that recipe
+    (which may extend another) but for those that it names itself; naming one as `null` takes it away.
+
+    Raises:
+        ValueError: if a file is missing or no mapping, or a recipe extends itself; it names the file.
+    """
+    chain = (*extended_by, path)
+    if any(path.resolve() == other.resolve() for other in extended_by):
+        raise ValueError(f"the recipe {str(path)!r} extends itself: {' -> '.join(map(str, chain))}.")
+    own = _read_mapping(path, "recipe", "options, such as `learning_rate: 1e-4`")
+    recipe = Recipe()
+    if "extends" in own:
+        recipe = load_recipe(_base(path, own.pop("extends")), chain)
+    for name, value in own.items():
+        if value is None and name in recipe:
+            del recipe[name], recipe.files[name]
+        else:
+            recipe[name], recipe.files[name] = value, path
+    return recipe
+
+
+def _base(path: Path, name: Any) -> Path:
+    """The file that a recipe at `path` extends by `name`."""
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"the recipe {str(path)!r} extends {name!r}, but must name one file: `extends: base.yaml`.")
+    base = path.parent / Path(name).expanduser()
+    if not base.is_file():
+        near = did_you_mean(base.name, [file.name for file in base.parent.glob("*.y*ml") if file.name != path.name])
+        raise ValueError(f"the recipe {str(path)!r} extends {name!r}, but there is no file {str(base)!r}.{near}")
+    return base
 
 
 def read_accelerate_config(name: str) -> tuple[Path, dict[str, Any]]:
@@ -43,10 +85,12 @@ def _read_mapping(path: Path, kind: str, of: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         received = "nothing" if content is None else f"a {type(content).__name__}"
         raise ValueError(f"{name} must be a YAML mapping of {of}, but holds {received}.")
+    if wrong := [key for key in content if not isinstance(key, str)]:
+        raise ValueError(f"{name} has the option {wrong[0]!r}, which YAML does not read as text. Put it in quotes.")
     return content
 
 
-def option(argv: Sequence[str], recipe: dict[str, Any], name: str) -> Any:
+def option(argv: Sequence[str], recipe: Mapping[str, Any], name: str) -> Any:
     """The value of an option on which depends what else there is to parse; None where it is not given."""
     for index, token in enumerate(argv):
         option_name, equals, value = token.partition("=")
@@ -61,7 +105,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {near[0]}?" if near else ""
 
 
-def unknown_option(token: str, known: Iterable[str]) -> str:
-    """What to say about an option that does not exist."""
+def unknown_option(token: str, known: Iterable[str], recipe: Recipe | None = None) -> str:
+    """What to say about an option that does not exist, on the command line or in `recipe`."""
     name = token.split("=")[0]
-    return f"there is no option {name}.{did_you_mean(name, known) or ' --help lists all options.'}"
+    file = recipe.files.get(name.removeprefix("--")) if recipe else None
+    where = f", which {str(file)!r} has" if file else ""
+    near = did_you_mean(name, [*known, "--config", *(["--extends"] if file else [])])
+    return f"there is no option {name}{where}.{near or ' --help lists all options.'}"

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from trl_flow.commands.recipe import read_accelerate_config, read_recipe, unknown_option
+from trl_flow.commands.recipe import option, read_accelerate_config, read_recipe, unknown_option
 
 
 if TYPE_CHECKING:
@@ -21,8 +21,9 @@ Train a text-to-image pipeline by online reinforcement learning.
   trl-flow train --config recipe.yaml --learning_rate 1e-4 --output_dir other-run
   trl-flow train --config recipe.yaml --accelerate_config multi_gpu --num_processes 4
 
-A recipe, the YAML file that --config names, is a mapping of the options below. Options on the command line come before
-those of the recipe. On CPUs several processes are started by
+A recipe, the YAML file that --config names, is a mapping of the options below. With `extends: base.yaml`, a path from
+its folder, it takes over the options of another but for those that it names (null takes one away). Options on the
+command line come before those of the recipe. On CPUs several processes are started by
 torchrun --nproc_per_node 2 -m trl_flow train --config recipe.yaml --use_cpu true
 """
 
@@ -36,14 +37,16 @@ def prepare(argv: list[str]) -> Callable[[], None]:
     if not argv:
         raise ValueError("nothing to train. Give a recipe, --config recipe.yaml, or options; --help lists them.")
     argv, recipe = read_recipe(argv)
-    from trl_flow.commands.options import training_parser
+    from trl_flow.commands.options import parse_training, training_parser
 
     usage = "trl-flow train --config recipe.yaml [--option value ...]"
     parser = training_parser(argv, recipe, prog="trl-flow train", usage=usage, description=DESCRIPTION)
-    # Exits here on -h and on values that do not fit
-    script_args, *others, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
-    if script_args.accelerate_config is None and unknown:
-        raise ValueError(unknown_option(unknown[0], [*parser._option_string_actions, "--config"]))
+    if option(argv, {}, "eval_strategy") == "no":  # a command line cannot take options of a recipe away
+        for name in ("eval_reward_funcs", "over_optimization_patience", "over_optimization_stop"):
+            recipe.pop(name, None)
+    # Of options that are unknown here the launcher may know
+    strict = option(argv, recipe, "accelerate_config") is None
+    script_args, *others, unknown = parse_training(parser, argv, recipe, strict=strict)
     if script_args.accelerate_config is None or os.environ.get(_LAUNCHED):
         return _prepare_run(script_args, *others)
     return _prepare_launch(script_args.accelerate_config, unknown, argv, parser)
@@ -85,10 +88,8 @@ def _prepare_launch(name: str, options: list[str], argv: list[str], parser: "Trl
 def _prepare_run(
     script_args: "FlowScriptArguments", args: Any, model_args: Any, mixture_args: "DatasetMixtureConfig"
 ) -> Callable[[], None]:
-    from trl import get_peft_config
-
     from trl_flow import FlowGRPOTrainer
-    from trl_flow.commands.options import BUNDLED_MODELS, resolve_model
+    from trl_flow.commands.options import BUNDLED_MODELS, over_optimization_callbacks, peft_config, resolve_model
     from trl_flow.rewards.named import named_rewards
     from trl_flow.trainer.run_state import is_complete, last_complete_checkpoint
 
@@ -108,7 +109,8 @@ def _prepare_run(
             "complete one in output_dir."
         )
     data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "eval_reward_funcs": gold}
-    trainer = FlowGRPOTrainer(model, rewards, args=args, **data, peft_config=get_peft_config(model_args))
+    lora, callbacks = peft_config(script_args, model_args), over_optimization_callbacks(script_args)
+    trainer = FlowGRPOTrainer(model, rewards, args=args, **data, callbacks=callbacks, peft_config=lora)
     return lambda: _run(trainer, resume, script_args.dataset_name)
 
 

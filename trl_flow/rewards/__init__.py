@@ -7,17 +7,18 @@ from importlib import import_module
 from typing import Any
 
 
+_GENEVAL_SCORES = ("nonnegative", "strict", "correct")
 _AXES = ("alignment", "coherence", "style")
 
 # Everything public: its module and, for a reward that commands and recipes can name, its names there, each with the
 # positional arguments that it stands for
 PUBLIC: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     "AestheticReward": ("aesthetic", {"aesthetic": ()}),
-    "CLIPScoreReward": ("clip", {"clipscore": ()}),
+    "CLIPScoreReward": ("clip", {"clipscore": (), "clipscore_dfn5b": ("apple/DFN5B-CLIP-ViT-H-14-378",)}),
     "ChatModel": ("chat", {}),
     "CheckpointError": ("base", {}),
     "DeQAReward": ("judge", {"deqa": ()}),
-    "GenEvalReward": ("geneval", {"geneval": (), "geneval_strict": ("strict",), "geneval_correct": ("correct",)}),
+    "GenEvalReward": ("geneval", {"geneval": (), **{f"geneval_{score}": (score,) for score in _GENEVAL_SCORES}}),
     "HPSv2Reward": ("hps", {"hpsv2": (), "hpsv2.1": ("v2.1",)}),
     "ImageReward": ("image_reward", {"imagereward": ()}),
     "JPEGCompressibilityReward": ("jpeg", {"jpeg_compressibility": ()}),

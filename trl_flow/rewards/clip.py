@@ -17,6 +17,8 @@ Preprocess = Callable[[Images], torch.Tensor]
 # transformers finds the end of a text by its highest token for models whose configuration says 2, as older ones do
 _OLD_EOS = 2
 
+DFN5B = "apple/DFN5B-CLIP-ViT-H-14-378"
+
 
 @dataclass(frozen=True)
 class CLIPScorer:
@@ -77,7 +79,8 @@ class CLIPScoreReward(CLIPReward):
     torchmetrics computes it: `max(100 cos(E(prompt), E(image)), 0)`.
 
     The paper itself (equation 1) has a factor of 2.5, puts "A photo depicts" before each text and uses CLIP ViT-B/32;
-    others leave the cosine as it is.
+    others leave the cosine as it is. DanceGRPO and SLAS train on that of Apple's DFN5B ViT-H/14 at 378 pixels, which
+    recipes name `clipscore_dfn5b`; its weights are for research only.
 
     Args:
         model (`str`, defaults to `"openai/clip-vit-large-patch14"`): Hub id or folder of a `CLIPModel`.
@@ -90,6 +93,11 @@ class CLIPScoreReward(CLIPReward):
     __name__ = "clipscore"
 
     model: str = "openai/clip-vit-large-patch14"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.model == DFN5B:
+            self.__name__ = "clipscore_dfn5b"  # beside OpenAI's in one run's metrics
 
     def _score(self, loaded: CLIPScorer, prompts: list[str], images: Images, columns: Columns) -> torch.Tensor:
         return 100 * loaded.cosines(prompts, images).clamp(min=0)

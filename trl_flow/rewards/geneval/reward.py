@@ -20,7 +20,7 @@ from trl_flow.rewards.geneval.rules import (
 )
 
 
-Score = Literal["partial", "strict", "correct"]
+Score = Literal["partial", "nonnegative", "strict", "correct"]
 Clauses = list[list[dict] | None]
 Detector = Callable[[Images], Sequence[Sequence[Detection]]]
 ColorClassifier = Callable[[Images, list[str]], Sequence[str]]
@@ -39,8 +39,9 @@ class GenEvalReward(HubReward):
 
     Args:
         score (`str`, defaults to `"partial"`): `"partial"` and `"strict"` are Flow-GRPO's training reward and its
-            all-or-nothing version, which want exactly the named number of objects, `"correct"` is GenEval's own score,
-            which papers report, and wants at least it; see `trl_flow/rewards/geneval/rules.py`.
+            all-or-nothing version, which want exactly the named number of objects, `"nonnegative"` is
+            `max(partial, 0)`, for methods that need rewards of one sign (VGPO, Eq. 12), `"correct"` is GenEval's own
+            score, which papers report, and wants at least that number; see `trl_flow/rewards/geneval/rules.py`.
         detector (`Callable`, *optional*): finds the objects, instead of Mask2Former: from a list of RGB images to a
             list of [`Detection`] for each. With an attribute `classes` a request for another class is refused.
         color_classifier (`Callable`, *optional*): tells colors, instead of CLIP: from a list of images, one object
@@ -112,7 +113,7 @@ class GenEvalReward(HubReward):
         self,
         prompts: list[str], images: Images, tag: list[str | None], include: Clauses, exclude: Clauses | None = None,
     ) -> list[GenEvalResult | None]:  # fmt: skip
-        """All three scores of each image and what was found on it; arguments and errors as for a call."""
+        """All scores of each image and what was found on it; arguments and errors as for a call."""
         exclude = [None] * len(tag) if exclude is None else exclude
         if not len(prompts) == len(tag) == len(include) == len(exclude):
             lists = f"{len(include)} include and {len(exclude)} exclude lists. Give one of each for each image."

@@ -104,6 +104,11 @@ class GenEvalResult:
     partial: float
     found: dict[str, int]
 
+    @property
+    def nonnegative(self) -> float:
+        """`partial`, or 0 where that is negative."""
+        return max(self.partial, 0.0)
+
 
 def parse_request(tag: Any, include: Any, exclude: Any = None) -> Request:
     """

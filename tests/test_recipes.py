@@ -1,0 +1,327 @@
+"""Recipes: those that are shipped, and what one can extend another by."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from full_size_configs import write_configs
+from test_cli import mistake
+from test_examples import load_program
+from tiny_flux import tiny_flux_pipeline
+from tiny_unets import tiny_sd_pipeline
+
+from trl_flow.cli import main
+from trl_flow.commands.options import parse_training, peft_config, training_parser
+from trl_flow.commands.recipe import read_recipe
+from trl_flow.prompts import PROMPT_SETS
+from trl_flow.rewards.named import NAMED_REWARDS
+from trl_flow.shapes import pipeline_path
+
+
+FOLDER = Path(__file__).parents[1] / "examples" / "recipes"
+RECIPES = sorted(FOLDER.glob("*.yaml"))
+ABLATION = {
+    "baseline": {},
+    "temp_reweight": {"timestep_weighting": "temp"},
+    "guard_reweight": {"timestep_weighting": "inverse_dt"},
+    "mean_revised": {"importance_ratio": "mean_revised"},
+    "ratio_norm": {"importance_ratio": "ratio_norm", "epsilon": 2e-6, "learning_rate": 1e-4},
+}
+# One for each model and method; the others differ from these in numbers
+QUICK = ("flux_ocr_guard", "sd14_slas", "sd35_geneval_vgpo", "sd35_ocr_guard_kl", "shapes_guard")
+all_recipes = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+
+
+def parsed(recipe: Path | str, *options: str):
+    """What a recipe gives on one process of this machine: script, training and model arguments."""
+    recipe = recipe if isinstance(recipe, Path) else FOLDER / f"{recipe}.yaml"
+    argv = ["--config", str(recipe), "--use_cpu", "true", "--bf16", "false", "--fp16", "false", *options]
+    argv, options = read_recipe(argv)
+    return parse_training(training_parser(argv, options), argv, options)[:3]
+
+
+def differing(one, other) -> dict:
+    """The fields in which two configurations differ, but for where they write, with the first's values."""
+    one, other = one.to_dict(), other.to_dict()
+    names = one.keys() - {"output_dir", "logging_dir", "run_name"}
+    return {name: one[name] for name in names if one[name] != other[name]}
+
+
+# ---- The shipped ones train ----
+
+
+@pytest.fixture(scope="module")
+def tiny_models(tmp_path_factory, tiny_sd3_path):
+    """A folder with a tiny pipeline for each model that the recipes train."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, pipeline in (("flux", tiny_flux_pipeline()), ("sd14", tiny_sd_pipeline())):
+        pipeline.save_pretrained(folder / name)
+    return {
+        "stabilityai/stable-diffusion-3.5-medium": (tiny_sd3_path, 16),
+        "black-forest-labs/FLUX.1-dev": (str(folder / "flux"), 16),
+        "CompVis/stable-diffusion-v1-4": (str(folder / "sd14"), 32),
+    }
+
+
+@pytest.fixture
+def prompts(tmp_path, monkeypatch):
+    """A working folder with prompts and rewards of one's own: those of the recipes have models too large to load."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_scores", raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a red circle"}\n{"prompt": "two blue squares"}\n')
+    (tmp_path / "own_scores.py").write_text(
+        "def score(prompts, images, **kwargs):\n    return [1.0 + i for i in range(len(images))]\n"
+        "def __getattr__(name):\n    def score(prompts, images, **kwargs):\n        return [1.0 + i for i in "
+        "range(len(images))]\n    score.__name__ = name\n    return score\n"
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(path, marks=() if path.stem in QUICK else pytest.mark.slow, id=path.stem) for path in RECIPES],
+)
+def test_recipes_train_one_phase(recipe, prompts, tiny_models):
+    """With all their settings but those of size: averages, evaluation and gold scores among them."""
+    _, settings = read_recipe(["--config", str(recipe)])
+    given = ["--dataset_name", "prompts.jsonl", "--dataset_test_split", "train", "--output_dir", "out"]
+    for name in ("reward_funcs", "eval_reward_funcs"):
+        given += [f"--{name}", *(f"own_scores.{name}_{i}" for i in range(len(settings[name])))]
+    if settings["model_name_or_path"] != "bundled":
+        path, size = tiny_models[settings["model_name_or_path"]]
+        given += ["--model_name_or_path", path, "--height", str(size), "--width", str(size)]
+        given += ["--max_sequence_length", "16", "--num_inference_steps", "4"]
+    if settings.get("load_in_4bit"):
+        given += ["--load_in_4bit", "false"]  # which needs a GPU
+    updates = settings["steps_per_generation"] // settings.get("gradient_accumulation_steps", 1)
+    given += ["--num_generations", "2", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1"]
+    given += ["--steps_per_generation", str(updates), "--max_steps", str(updates), "--eval_num_inference_steps", "2"]
+    given += ["--eval_steps", str(updates), "--logging_steps", str(updates), "--save_strategy", "no"]
+    given += ["--use_cpu", "true", "--bf16", "false", "--fp16", "false", "--report_to", "none"]
+    assert main(["train", "--config", str(recipe), *given]) == 0
+    name = "pytorch_lora_weights" if settings["use_peft"] else "diffusion_pytorch_model"
+    assert (prompts / "out" / f"{name}.safetensors").is_file()
+    gold = json.loads((prompts / "out" / "best_gold" / "scores.json").read_text())
+    assert gold["step"] == updates and len(gold["gold"]) == len(settings["eval_reward_funcs"])
+
+
+MEMORY = [("sd35_pickscore_guard", "sd35-medium"), ("flux_geneval_guard", "flux-dev"), ("sd14_slas", "sd14")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base, model", MEMORY, ids=lambda value: value)
+@pytest.mark.parametrize("gigabytes", [24, 80])
+def test_recipes_for_one_gpu_fit(tmp_path, capsys, base, model, gigabytes):
+    """Their published sizes, on the meta device."""
+    folder = write_configs(model, tmp_path / "model")
+    recipe = FOLDER / f"{base}_{gigabytes}gb.yaml"
+    assert main(["memory", "--config", str(recipe), "--model", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["total"] < gigabytes * 1e9
+
+
+# ---- They say what the papers say ----
+
+
+@all_recipes
+def test_recipes_have_whole_groups_and_updates(recipe):
+    _, config, _ = parsed(recipe)
+    updates = config.updates_per_generation
+    assert config.generation_batch_size % config.num_generations == 0
+    assert updates == (3 if recipe.stem.startswith("flux") else 2)
+    # Rewards are logged by updates that sampled; an evaluation is followed by a checkpoint or comes between
+    assert config.logging_steps % updates == config.eval_steps % updates == config.max_steps % updates == 0
+    assert config.save_steps % config.eval_steps == 0 or config.save_strategy == "no"
+    # The command for several processes that the recipe prints gives the same batches
+    pattern = r"--num_processes (\d+) --steps_per_generation (\d+) --gradient_accumulation_steps (\d+)"
+    if command := re.search(pattern, recipe.read_text(encoding="utf-8")):
+        processes, steps, accumulation = map(int, command.groups())
+        assert processes * steps == config.steps_per_generation
+        assert processes * accumulation == config.gradient_accumulation_steps
+
+
+@all_recipes
+def test_recipes_name_rewards_and_prompts_of_the_package(recipe):
+    script, config, model = parsed(recipe)
+    for names in (script.reward_funcs, script.eval_reward_funcs):
+        assert names and set(names) <= NAMED_REWARDS.keys()
+    assert len(config.reward_weights or script.reward_funcs) == len(script.reward_funcs)
+    assert not set(script.reward_funcs) & set(script.eval_reward_funcs)
+    assert script.dataset_name in {None, *PROMPT_SETS}
+    assert config.eval_strategy == "steps" and script.over_optimization_patience == 2
+    assert Path(config.output_dir).name == recipe.stem.replace("_", "-")
+    if model.use_peft and script.dataset_name is not None:
+        assert peft_config(script, model).init_lora_weights == "gaussian"
+
+
+@all_recipes
+def test_recipes_say_where_every_number_comes_from(recipe):
+    """A line with a number has a comment, but for the batch's, which has one above, and the bundled model's."""
+    if recipe.stem == "shapes_guard":
+        return
+    bare = ("num_generations", "per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps")
+    for line in recipe.read_text(encoding="utf-8").splitlines():
+        name, _, value = line.partition(":")
+        if not name.startswith("#") and re.match(r"\s*\[?[-\d.]", value) and name not in bare:
+            assert "# " in value, line
+
+
+@pytest.mark.parametrize("name", ["flux_dance", "flux_slas", "sd14_dance", "sd14_slas"])
+def test_dancegrpos_300_sampling_phases(name):
+    """The released `max_train_steps` counts sampling phases, `max_steps` updates: three for FLUX.1, two for SD 1.4."""
+    config = parsed(name)[1]
+    assert config.max_steps == 300 * config.updates_per_generation
+
+
+@pytest.mark.parametrize("recipe", [path for path in RECIPES if path.stem.endswith("gb")], ids=lambda path: path.stem)
+def test_recipes_for_one_gpu_train_on_the_same_groups_and_images(recipe):
+    base, config = parsed(recipe.stem.rsplit("_", 1)[0])[1], parsed(recipe)[1]
+    # What may differ: how the images are cut into micro-batches, and what saves memory
+    allowed = {"per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps"}
+    allowed |= {"gradient_checkpointing", "activation_checkpointing", "enable_vae_slicing", "precompute_prompt_embeds"}
+    assert differing(config, base).keys() <= allowed
+    assert config.generation_batch_size == base.generation_batch_size
+    assert config.updates_per_generation == base.updates_per_generation
+
+
+@pytest.mark.parametrize("name", ABLATION)
+def test_the_ablation_differs_from_the_baseline_in_the_papers_two_choices(name):
+    recipe = FOLDER / f"sd35_ocr_ablation_{name}.yaml"
+    assert len(yaml.safe_load(recipe.read_text()).keys() - {"extends"}) <= 2
+    assert differing(parsed(recipe)[1], parsed("sd35_ocr_flow_grpo")[1]) == ABLATION[name]
+
+
+@pytest.mark.parametrize("task, beta", [("geneval", 0.04), ("ocr", 0.04), ("pickscore", 0.01)])
+def test_the_papers_comparisons_are_of_equal_settings(task, beta):
+    """GRPO-Guard's and VGPO's Table 1: what a method's recipe does not name is the baseline's."""
+    base = parsed(f"sd35_{task}_flow_grpo")[1]
+    assert (base.beta, base.scale_rewards, base.use_ema, base.ema_update_every) == (0.0, "group", True, 8)
+    assert differing(parsed(f"sd35_{task}_flow_grpo_kl")[1], base) == {"beta": beta}
+    guard = {"importance_ratio": "ratio_norm", "timestep_weighting": "inverse_dt", "learning_rate": 1e-4}
+    guard["epsilon"] = 4e-6 if task == "pickscore" else 2e-6
+    assert differing(parsed(f"sd35_{task}_guard")[1], base) == guard
+    vgpo = differing(parsed(f"sd35_{task}_vgpo")[1], base)
+    assert vgpo.pop("max_steps", 960) > 650 and vgpo.pop("reward_weights", [0.0385]) == [0.0385]
+    assert vgpo == {"dense_rewards": True, "value_scale": 0.05, "share_initial_noise": True}
+
+
+@pytest.mark.parametrize("model", ["sd14", "flux"])
+def test_slas_and_its_baseline_have_the_same_rewards(model):
+    (one, slas, _), (other, dance, _) = parsed(f"{model}_slas"), parsed(f"{model}_dance")
+    assert one.reward_funcs == other.reward_funcs == ["hpsv2.1", "clipscore_dfn5b"]
+    others = differing(slas, dance)
+    if model == "sd14":  # neither has an effect on a U-Net of which all steps are trained
+        del others["sde_type"], others["timestep_fraction_per_sample"]
+    assert others == {"advantage_power": 0.25, "scale_rewards": "batch"}
+
+
+def test_half_precision_is_the_released_one():
+    for recipe in RECIPES:
+        _, settings = read_recipe(["--config", str(recipe)])
+        assert settings.get("fp16", False) == recipe.stem.startswith("sd35"), recipe
+
+
+# ---- One that extends another ----
+
+
+@pytest.fixture
+def recipes(tmp_path, monkeypatch):
+    """Writes recipes, each by name and content, and returns the first one's path from the working folder above it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deeper").mkdir()
+
+    def write(**contents) -> str:
+        for name, content in contents.items():
+            (tmp_path / "deeper" / f"{name}.yaml").write_text(yaml.safe_dump(content))
+        return str(Path("deeper", f"{next(iter(contents))}.yaml"))
+
+    return write
+
+
+def test_a_recipe_extends_others(recipes):
+    path = recipes(
+        one={"extends": "two.yaml", "epsilon": 1e-3, "reward_weights": None, "max_steps": 7},
+        two={"extends": "../three.yaml", "learning_rate": "3e-4", "reward_weights": [1.0, 2.0], "max_steps": 8},
+    )
+    Path("three.yaml").write_text("method: guard\nepsilon: 1.0e-5\nbeta: 0.5\nlora_r: 3\noutput_dir: out\n")
+    script, config, model = parsed(Path(path), "--max_steps", "9")
+    assert (script.method, config.importance_ratio, model.lora_r) == ("guard", "ratio_norm", 3)  # the base's base
+    assert (config.learning_rate, config.epsilon, config.beta) == (3e-4, 1e-3, 0.5)  # the nearest one's
+    assert config.reward_weights is None  # taken away
+    assert config.max_steps == 9  # the command line's
+
+
+@pytest.mark.parametrize("command", ["train", "memory"])
+@pytest.mark.parametrize(
+    "contents, words",
+    [
+        ({"one": {"extends": "bse.yaml"}, "base": {}}, ["one.yaml' extends 'bse.yaml'", "mean base.yaml?"]),
+        ({"one": {"extends": "two.yaml"}, "two": {"extends": "one.yaml"}}, ["one.yaml -> deeper/two.yaml -> deeper/"]),
+        ({"one": {"extends": "one.yaml"}}, ["extends itself"]),
+        ({"one": {"extends": ["two.yaml"]}}, ["extends ['two.yaml'], but must name one file"]),
+        ({"one": {"extends": None}}, ["extends None"]),
+        ({"one": {"extends": "two.yaml"}, "two": ["a"]}, ["'deeper/two.yaml' must be a YAML mapping"]),
+        ({"one": {"extend": "two.yaml"}}, ["no option --extend, which 'deeper/one.yaml' has", "mean --extends?"]),
+        ({"one": {"extends": "two.yaml"}, "two": {"lora_rr": 3}}, ["'deeper/two.yaml' has. Did you mean --lora_r?"]),
+        ({"one": {"extends": "two.yaml", "bta": None}, "two": {"beta": 1}}, ["--bta, which 'deeper/one.yaml' has"]),
+        ({"one": {True: "steps"}}, ["has the option True, which YAML does not read as text"]),
+        ({"one": {"env": ["A=1"]}}, ["env is ['A=1'], but must be a mapping"]),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_extended_is_refused_by_name(recipes, capsys, contents, words, command):
+    error = mistake(capsys, command, "--config", recipes(**contents))
+    assert all(word in error for word in words), error
+
+
+def test_stopping_needs_something_that_watches(recipes, capsys):
+    options = {"model_name_or_path": "bundled", "reward_funcs": ["shapes_soft"], "per_device_train_batch_size": 8}
+    options |= {"over_optimization_stop": True, "output_dir": "out", "use_cpu": True}
+    assert "over_optimization_patience is not set" in mistake(capsys, "train", "--config", recipes(one=options))
+
+
+def test_a_run_stops_when_the_gold_score_falls(recipes, prompts):
+    """The reward rises with every update, the gold score falls: two such evaluations end the run."""
+    Path("own_falling.py").write_text(
+        "calls = {'reward': 0, 'gold': 0}\n"
+        "def reward(prompts, images, **kwargs):\n    calls['reward'] += 1\n"
+        "    return [calls['reward'] + i for i in range(len(images))]\n"
+        "def gold(prompts, images, **kwargs):\n    calls['gold'] += 1\n"
+        "    return [2.0 ** -calls['gold']] * len(images)\n"
+    )
+    options = {"model_name_or_path": "bundled", "reward_funcs": ["own_falling.reward"], "output_dir": "out"}
+    options |= {"eval_reward_funcs": ["own_falling.gold"], "eval_strategy": "steps", "eval_steps": 1, "max_steps": 9}
+    options |= {"per_device_train_batch_size": 4, "num_generations": 2, "steps_per_generation": 1, "use_peft": True}
+    options |= {"num_inference_steps": 2, "eval_num_inference_steps": 2, "dataset_name": "prompts.jsonl"}
+    options |= {"guidance_scale": 1.0, "save_strategy": "no", "use_cpu": True, "report_to": "none"}
+    options |= {"over_optimization_patience": 2, "over_optimization_stop": True, "dataset_test_split": "train"}
+    assert main(["train", "--config", recipes(one=options)]) == 0
+    logged = [json.loads(line) for line in Path("out", "log_history.jsonl").read_text().splitlines()]
+    assert max(entry["step"] for entry in logged) == 2
+    assert (
+        main(["train", "--config", str(Path("deeper", "one.yaml")), "--eval_strategy", "no", "--max_steps", "1"]) == 0
+    )
+    assert json.loads(Path("out", "best_gold", "scores.json").read_text())["step"] == 1
+
+
+def test_the_cost_of_a_run_is_its_operations(capsys):
+    """Ours on the bundled model: 60 phases of 288 images, six steps, four of them trained."""
+    load_program("benchmarks/recipe_cost.py").main(
+        [
+            str(FOLDER / "shapes_guard.yaml"),
+            "--model",
+            str(pipeline_path()),
+            "--tflops",
+            "1e-3",
+            "--eval-prompts",
+            "108",
+        ]
+    )
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    forward, both = result["operations"].values()
+    assert 2 * forward < both < 4 * forward
+    numbers = {"sampling": 60 * 288 * 6 * forward, "training": 60 * 288 * 4 * both}
+    numbers["evaluations"] = 4 * 108 * 10 * forward
+    assert result["gpu_hours"] == pytest.approx({name: number / 3.6e12 for name, number in numbers.items()})
