@@ -299,9 +299,16 @@ def test_a_table_that_there_is_not_is_said():
 )
 def test_models_are_drawn_as_they_were_trained(place, table, pipeline, expected):
     (place / "model_index.json").write_text(json.dumps({"_class_name": pipeline, "_diffusers_version": "0.41.0"}))
+    for part, config in (("vae", {"block_out_channels": [1] * 4}), ("transformer", {"sample_size": 128})):
+        (place / part).mkdir()
+        (place / part / "config.json").write_text(json.dumps(config))
     rewards = [*GUARD_REWARDS, "unifiedreward=stand_ins.red"]
-    options = table_inputs(table, str(place), [], prompts=GUARD_PROMPTS, rewards=rewards)[2]
-    assert options == expected | {"num_images_per_prompt": 1}
+    given = {"prompts": GUARD_PROMPTS, "rewards": rewards}
+    assert table_inputs(table, str(place), [], **given)[2] == expected | {"num_images_per_prompt": 1}
+    # A model of 8 x 8 pixels draws its own
+    (place / "transformer" / "config.json").write_text(json.dumps({"sample_size": 1}))
+    expected = {name: value for name, value in expected.items() if name not in ("height", "width")}
+    assert table_inputs(table, str(place), [], **given)[2] == expected | {"num_images_per_prompt": 1}
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 
 from trl_flow.evaluation.adapters import parse_adapters
 from trl_flow.evaluation.evaluate import REPORT, RESULTS, Comparison
@@ -28,7 +28,7 @@ class PaperTable:
     `sets` are the prompt sets with the rewards that score each. A reward is a proxy or, if in `gold`, a gold reward.
     `columns` are heading, prompt set and reward. The last heading of `average` is the mean of the gold rewards over
     the base model's, on that prompt set. `by_category` tables are title, prompt set, reward and category instead.
-    `sampling` are drawing options by pipeline class, those that the models were trained with in `examples/recipes`.
+    `sampling` are drawing options by pipeline class, those of the recipes in `examples/recipes`.
     """
 
     title: str
@@ -177,7 +177,7 @@ def table_inputs(
             text = str(error).strip() or type(error).__name__
             missing.append(f"{what}: {text.removeprefix(what.split()[-1] + ': ')}")
 
-    config = found("the model", DiffusionPipeline.load_config, model) or {}
+    options = found("the model", _sampling, table, model)
     found("the adapters", parse_adapters, adapters)
     sets = {s: found(f"the prompts {s}", load_prompts, copies.get(s, s), "test") for s in table.sets}
     ready = {r: found(f"the reward {r}", _ready, r, others.get(r)) or (None, None) for r in table.rewards}
@@ -202,7 +202,6 @@ def table_inputs(
         "gold": [func for reward, func in funcs.items() if reward in table.gold],
         "rewards_by_set": {set_name: [names[r] for r in own] for set_name, own in table.sets.items()},
     }
-    options = dict(table.sampling.get(config["_class_name"], {}))
     return chosen, names, options | {"num_images_per_prompt": table.num_images_per_prompt}
 
 
@@ -251,6 +250,20 @@ def _replacements(option: str, given: Sequence[str], known: Sequence[str], separ
             raise ValueError(f"{option} {text}: give {shape}, each once, for {', '.join(known)}.")
         found[match[1]] = match[3] if match[2] == "=" else text
     return found
+
+
+def _sampling(table: PaperTable, model: str) -> dict[str, Any]:
+    """How the table's images are drawn by a model, of which no weights are read."""
+    pipeline = DiffusionPipeline.load_config(model)
+    options = dict(table.sampling.get(pipeline["_class_name"], {}))
+    if options:
+        parts = ("vae", "unet" if "unet" in pipeline else "transformer")
+        vae, trained = (AutoencoderKL.load_config(model, subfolder=part) for part in parts)
+        # FLUX.1's pipelines have 128 of their own
+        own = trained.get("sample_size", 128) * 2 ** (len(vae["block_out_channels"]) - 1)
+        if own < options["height"]:  # a model of smaller images, which draws its own
+            del options["height"], options["width"]
+    return options
 
 
 def _ready(name: str, other: str | None) -> tuple[Any, tuple[str, str] | None]:
