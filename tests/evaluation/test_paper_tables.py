@@ -150,6 +150,8 @@ def test_the_table_of_guard(place, tiny_sd3_path, lora, capsys):
     assert "geneval by task:" in report
     # Which model was trained on what is not known
     assert "[" not in report.split("## geneval")[1]
+    page = (place / "out" / "comparison.html").read_text(encoding="utf-8")
+    assert '"brackets": false' in page and "[In brackets]" not in page
     grids = {path.name for path in (place / "out").glob("grid-*.png")}
     assert grids == {"grid-geneval.png", "grid-pickscore.png", "grid-ocr.png"}
 

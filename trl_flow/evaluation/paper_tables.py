@@ -201,6 +201,8 @@ def table_inputs(
         "proxy": [func for reward, func in funcs.items() if reward not in table.gold],
         "gold": [func for reward, func in funcs.items() if reward in table.gold],
         "rewards_by_set": {set_name: [names[r] for r in own] for set_name, own in table.sets.items()},
+        # Which of the proxies a model was trained on is not known
+        "brackets": False,
     }
     return chosen, names, options | {"num_images_per_prompt": table.num_images_per_prompt}
 

@@ -41,7 +41,11 @@ def markdown(results: Mapping[str, Any]) -> str:
         made = category_table(table) if table["columns"] else ""
         parts += [f"## {markdown_text(table['title'])}", made, table["note"]]
     for name, content in results["sets"].items():
-        parts += [f"## {markdown_text(name)}", means_table(content, brackets=not paper), difference_table(content)]
+        parts += [
+            f"## {markdown_text(name)}",
+            means_table(content, brackets=results.get("brackets", True)),
+            difference_table(content),
+        ]
         for table in content.get("categories", ()):
             if not any(table["columns"] == shown["columns"] and table["rows"] == shown["rows"] for shown in paper):
                 parts += [f"{markdown_text(table['reward'])} by {table['by']}:", category_table(table), table["note"]]
@@ -126,8 +130,7 @@ def title(results: Mapping[str, Any]) -> str:
 
 def legend(results: Mapping[str, Any]) -> str:
     """What the tables' numbers are."""
-    # The rewards of a paper's table are each model's proxy or not, which the command does not know
-    bracketed = results["proxy"] and not results.get("paper_tables")
+    bracketed = results["proxy"] and results.get("brackets", True)
     text = INTERVALS + (" [In brackets]: rewards that were optimized." if bracketed else "")
     return f"{text} {_AVERAGE}" if results["gold"] else text
 
