@@ -157,7 +157,7 @@ class ClippedPolicyGradient(Algorithm):
         if probe_means:
             means = {k: probed_mean(mean, probed, old_mean, scale=k) for k, probed in probe_means.items()}
             probed_ratios = {k: log_ratios_of(probed) for k, probed in means.items()}
-            stats |= self.probe.observe(log_ratios, probed_ratios, policy)
+            stats |= self.probe.observe(log_ratios, probed_ratios)
             used = self.probe.scale(policy)
             if used is not None:
                 log_ratios, moved = probed_ratios[used], means[used].detach()

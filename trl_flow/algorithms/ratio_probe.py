@@ -23,7 +23,7 @@ class RatioProbe:
 
     With `"auto"` it is run in half precision where an adapter is trained, with the `k` whose rounding and curvature
     together are least. In the first update with ratios other than 1 of the phases 1, 2, 4, 8 ... both are measured,
-    probe or not, by three more forwards: half an update away, and at two distances of several updates.
+    probe or not, by two or four more forwards.
 
     Args:
         given (`float` or `"auto"`): `k`; 0 for no probe.
@@ -34,7 +34,8 @@ class RatioProbe:
     # What of the clip range the error may be, without the probe and with it, which has done what can be done
     TOLERANCE, PROBED_TOLERANCE = 0.25, 2.0
     FIRST_SCALE = 32.0
-    NEAR = 0.5
+    # Where rounding and curvature are measured; the latter is of use for choosing `k` alone
+    NEAR, FAR = (0.5, 2.0), (64.0, 128.0)
 
     def __init__(self, given: float | Literal["auto"], *, half_precision: bool, clip_range: float):
         self._given, self._half_precision, self._clip_range = given, half_precision, clip_range
@@ -62,25 +63,18 @@ class RatioProbe:
         own = self.scale(policy)
         scales = [] if own is None else [own]
         if self.measures(policy) and policy.updates_since_sampling == 1:
-            far = self._far(policy)
-            scales += [k for k in (self.NEAR, far / 2, far) if k not in scales]
+            scales += [k for k in self.NEAR + (self.FAR if self.is_active(policy) else ()) if k not in scales]
         return scales
 
-    def _far(self, policy: "Policy") -> float:
-        # Curvature shows best far away, but where there is little rounding it shows nearer, and is that of an update
-        return 128.0 if self.is_active(policy) else 8.0
-
-    def observe(
-        self, plain: torch.Tensor, probed: Mapping[float, torch.Tensor], policy: "Policy"
-    ) -> dict[str, torch.Tensor]:
+    def observe(self, plain: torch.Tensor, probed: Mapping[float, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Takes log-ratios `(B,)` without the probe and with it, by its `k`; returns statistics of the samples."""
-        if self.NEAR not in probed:
+        if not probed.keys() >= set(self.NEAR):
             return {}
-        far = self._far(policy)
-        near, far = (plain - probed[self.NEAR]).detach(), (probed[far] - probed[far / 2]).detach()
+        near = (probed[2.0] - 3 * plain + 2 * probed[0.5]).detach()
+        far = (probed[128.0] - probed[64.0]).detach() if 128.0 in probed else torch.zeros_like(near)
         self._sums = self._sums + torch.stack([near, far]).square().sum(dim=1)
         self._count += len(plain)
-        return {"rounding": near / 3**0.5}  # its variance is of three pairs of forwards
+        return {"rounding": near * (2 / 27.5) ** 0.5}  # of the variance that a log-ratio's rounding has
 
     def after_update(self, policy: "Policy") -> dict[str, float]:
         """Measures what was observed, chooses `k`, and warns. To be called on all processes; returns metrics."""
@@ -92,7 +86,7 @@ class RatioProbe:
         near, far, count = map(sum, zip(*gather_object([own]), strict=True))
         self._sums, self._count = torch.zeros(()), 0
         if math.isfinite(near + far) and near > 0:  # else training has diverged, or nothing has moved
-            scale = self._far(policy)
+            scale = self.FAR[-1]
             self.variance, self._curvature = rounding_and_curvature(near / count, far / count, scale=scale)
             self._scale = best_probe_scale(self.variance, self._curvature)
             stats["ratio/noise_floor"] = math.sqrt(2 * self.variance)
@@ -100,10 +94,11 @@ class RatioProbe:
         return stats
 
     def _warn(self, scale: float | None) -> None:
+        # Of float32 itself there is too little: what is found where an update is large is the model's curvature
+        is_rounded = self._half_precision or torch.get_float32_matmul_precision() != "highest"
         error = probe_error(scale or 1.0, self.variance, self._curvature if scale else 0.0)
-        if self._has_warned or error <= self._clip_range * (
-            self.TOLERANCE if scale is None else self.PROBED_TOLERANCE
-        ):
+        tolerance = self.TOLERANCE if scale is None else self.PROBED_TOLERANCE
+        if self._has_warned or not is_rounded or error <= tolerance * self._clip_range:
             return
         self._has_warned = True
         floor = f"The noise floor of the importance ratio is {math.sqrt(2 * self.variance):.1e}"

@@ -96,10 +96,11 @@ def rounding_and_curvature(near: float, far: float, *, scale: float) -> tuple[fl
     """How much rounding a forward has, and how much curvature the model, from log-ratios at several distances.
 
     With `e(x)` the rounding of the forward at `theta_old + x (theta - theta_old)`, of variance `v`, and a curvature of
-    the model that adds `c x^2` to a log-ratio, that of a probe of scale `k` is `r + k c + (e(k) - e(0)) / k`. So the
-    mean squares of the differences between those of 1 and 1/2, and of `k` and `k / 2`, are
+    the model that adds `c x^2` to a log-ratio, that of a probe of scale `k` is `r(k) = r + k c + (e(k) - e(0)) / k`.
+    Of three near ones a combination has rounding alone, and the difference of two far ones shows the curvature:
 
-        near = 6 v + c^2 / 4,  far = 6 v / k^2 + (k c / 2)^2
+        near = mean((r(2) - 3 r(1) + 2 r(1/2))^2) = 27.5 v
+        far = mean((r(k) - r(k / 2))^2) = 6 v / k^2 + (k c / 2)^2
 
     What of `far` may be the rounding's, half as much again as is expected of it, is not taken for curvature.
 
@@ -110,8 +111,8 @@ def rounding_and_curvature(near: float, far: float, *, scale: float) -> tuple[fl
     Returns:
         `(v, c^2)`, both at least 0. The noise floor of a log-ratio without a probe is `sqrt(2 v)`.
     """
-    curvature = max(far - 1.5 * near / scale**2, 0.0) * 4 / scale**2
-    return max(near - curvature / 4, 0.0) / 6, curvature
+    variance = near / 27.5
+    return variance, max(far - 9 * variance / scale**2, 0.0) * 4 / scale**2
 
 
 def probe_error(scale: float, variance: float, curvature: float) -> float:
