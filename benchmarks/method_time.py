@@ -115,15 +115,18 @@ def main() -> None:
     diffusers_logging.set_verbosity_error()
 
     with tempfile.TemporaryDirectory() as folder:
-        turns = {}
+        turns, threads = {}, []
         for name, fields in METHODS.items():
             trainer = make_trainer(fields, Path(folder, name), options)
             turns[name] = TakeTurns(trainer.accelerator.device)
             trainer.add_callback(turns[name])
-            threading.Thread(target=trainer.train, daemon=True).start()
+            threads.append(threading.Thread(target=trainer.train, daemon=True))
+            threads[-1].start()
         for _ in range(WARM_UP + options.repeats):
             for turn in turns.values():
                 turn.step()
+        for thread in threads:
+            thread.join()  # they write into the folder
 
     result = {"plain_s": round(statistics.median(wall for wall, _ in turns["plain"].times[WARM_UP:]), 4)}
     for clock, label in enumerate(("ratio", "cpu_ratio")):

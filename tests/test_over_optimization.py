@@ -209,3 +209,21 @@ def test_the_learned_proxy_is_repeatable_and_blind_to_relations(tmp_path):
     # The shapes change places, by whole strides of the net: nothing changes but at the image's rim
     moved = picture(("red", "circle", 23, 16, 8), ("blue", "square", 9, 16, 8))
     assert proxy(prompts[:1], [moved], objects=[pair])[0] == pytest.approx(scores[0], abs=0.02)
+
+
+@pytest.mark.slow
+def test_in_bfloat16_the_probe_takes_float32s_clip_decisions_and_without_it_they_are_a_coins():
+    import precision
+
+    rows = precision.run("guard", guidance=1.0, seed=0, updates=2)
+    shares = {
+        name: np.mean([row["same_decision"] for row in rows if row["precision"] == name])
+        for name in ("bfloat16", "bfloat16, k = 32", "float32, k = 32")
+    }
+    assert shares["bfloat16"] < 0.75  # measured: 0.68
+    assert shares["bfloat16, k = 32"] > 0.85  # measured: 0.98
+    assert shares["float32, k = 32"] > 0.98
+    # Of the ratios outside the range those of the samples that the update was made of lie where their advantage pushes
+    trained = [row for row in rows if row["precision"] == "bfloat16, k = 32" and row["trained"]]
+    outside = [row["outside"] for row in trained]
+    assert np.average([row["right_side"] for row in trained], weights=outside) > 0.9

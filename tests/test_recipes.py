@@ -254,6 +254,40 @@ def test_a_recipe_extends_others(recipes):
     assert config.max_steps == 9  # the command line's
 
 
+def test_null_is_the_default_whether_the_base_names_the_option_or_not(recipes):
+    script, config, _ = parsed(
+        Path(recipes(one={"extends": "two.yaml", "beta": None, "height": None}, two={"output_dir": "out"}))
+    )
+    other = parsed(Path(recipes(two={"output_dir": "out"})))[1]
+    assert config.beta == other.beta is not None and config.height == other.height
+
+
+def test_hyphens_in_names_are_underscores(recipes):
+    path = Path(recipes(one={"extends": "two.yaml", "learning-rate": 1e-3}, two={"learning_rate": 1.0, "out-put": 1}))
+    argv, recipe = read_recipe(["--config", str(path), "--model-name-or-path", "bundled"])
+    assert recipe == {"learning_rate": 1e-3, "out_put": 1}
+    del recipe["out_put"]
+    parser = training_parser(argv, recipe)
+    assert parse_training(parser, [*argv, "--output_dir", "x", "--use_cpu", "true"], recipe)[1].height == 32
+
+
+@pytest.mark.parametrize("no", ["no", False])
+def test_a_recipe_without_evaluation_takes_over_no_gold_scores(recipes, no):
+    base = {"eval_strategy": "steps", "eval_steps": 2, "eval_reward_funcs": ["ocr"], "over_optimization_patience": 2}
+    base |= {"over_optimization_stop": True, "output_dir": "out", "over_optimization_num_standard_errors": 3.0}
+    script, config, _ = parsed(Path(recipes(one={"extends": "two.yaml", "eval_strategy": no}, two=base)))
+    assert config.eval_strategy == "no" and script.eval_reward_funcs is None
+    assert script.over_optimization_patience is None and not script.over_optimization_stop
+
+
+def test_an_option_given_twice_is_refused_by_name(recipes, capsys):
+    path = recipes(one={})
+    for text in ("max_steps: 2\nbeta: 1\nmax_steps: 4\n", "max_steps: 2\nbeta: 1\nmax-steps: 4\n"):
+        Path(path).write_text(text)
+        error = mistake(capsys, "train", "--config", path)
+        assert "one.yaml' has max_steps twice, for the second time in line 3." in error
+
+
 @pytest.mark.parametrize("command", ["train", "memory"])
 @pytest.mark.parametrize(
     "contents, words",
@@ -301,7 +335,7 @@ def test_a_run_stops_when_the_gold_score_falls(recipes, prompts):
     logged = [json.loads(line) for line in Path("out", "log_history.jsonl").read_text().splitlines()]
     assert max(entry["step"] for entry in logged) == 2
     assert (
-        main(["train", "--config", str(Path("deeper", "one.yaml")), "--eval_strategy", "no", "--max_steps", "1"]) == 0
+        main(["train", "--config", str(Path("deeper", "one.yaml")), "--eval-strategy", "no", "--max_steps", "1"]) == 0
     )
     assert json.loads(Path("out", "best_gold", "scores.json").read_text())["step"] == 1
 

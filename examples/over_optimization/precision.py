@@ -241,8 +241,9 @@ def table(rows: list[dict[str, Any]]) -> str:
                 weights = [row["outside"] if key == "right_side" else 1.0 for row in chosen]
                 total = sum(weight * row[key] for weight, row in zip(weights, chosen, strict=True))
                 means.append(total / sum(weights) if sum(weights) else math.nan)
-            error = statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else float("nan")
-            cells.append(f"{statistics.fmean(means):.2f} ± {error:.2f}")
+            means = [mean for mean in means if not math.isnan(mean)]
+            error = f" ± {statistics.stdev(means) / len(means) ** 0.5:.2f}" if len(means) > 1 else ""
+            cells.append(f"{statistics.fmean(means):.2f}{error}" if means else "none outside")
         lines.append(f"| {method} | {guidance:g} | {precision} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -252,14 +253,18 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
     names = ["float16", "bfloat16", *(f"bfloat16, k = {k}" for k in SCALES["bfloat16"])]
     settings = sorted({(row["method"], row["guidance"]) for row in rows})
     fig, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for number, (method, guidance) in enumerate(settings):
+    for method, guidance in settings:
         chosen = [row for row in rows if (row["method"], row["guidance"], row["trained"]) == (method, guidance, False)]
         for axis, value in (
             (axes[0], lambda row: row["error"] / row["clip_range"]),
             (axes[1], lambda row: row["same_decision"]),
         ):
             means = [statistics.fmean(value(row) for row in chosen if row["precision"] == name) for name in names]
-            style = {"linestyle": "-" if guidance == 1 else "--", "color": f"C{number // 2}", "marker": "o"}
+            style = {
+                "linestyle": "-" if guidance == 1 else "--",
+                "color": f"C{list(METHODS).index(method)}",
+                "marker": "o",
+            }
             axis.plot(range(len(names)), means, label=f"{method}, guidance {guidance:g}", **style)
     axes[0].axhline(1, color="gray", linewidth=0.8)
     axes[0].set(yscale="log", ylabel="error of the log-ratio / clip range", title="Rounding")

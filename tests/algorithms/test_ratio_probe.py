@@ -7,7 +7,7 @@ from tiny_training import tiny_lora, tiny_stages, tiny_trainer, train, warnings_
 
 from trl_flow import FlowGRPOConfig, GuardConfig
 from trl_flow.algorithms.ratio_probe import RatioProbe
-from trl_flow.functional import log_ratio, probed_mean
+from trl_flow.functional import best_probe_scale, log_ratio, probe_error, probed_mean, rounding_and_curvature
 from trl_flow.trainer.metrics import Metrics
 
 
@@ -126,54 +126,125 @@ def test_in_bfloat16_the_probe_brings_float32s_ratios_back(tmp_path):
 # ---- When it is run, with which k ----
 
 
-class FakePolicy:
-    can_probe = True
+def log_ratios(variance: float, curvature: float, *scales: float) -> dict[float, torch.Tensor]:
+    """Of 2,000 samples by the probe's scale, 1 being none: rounding of a forward, and a quadratic model's."""
+    generator = torch.Generator().manual_seed(0)
+    start = variance**0.5 * torch.randn(2000, generator=generator, dtype=torch.float64)
+    found = {}
+    for k in (1.0, *scales):
+        there = variance**0.5 * torch.randn(2000, generator=generator, dtype=torch.float64)
+        found[k] = (k * 1e-3 + k**2 * curvature + there - start) / k
+    return found
 
 
-def observed(probe: RatioProbe, floor: float) -> dict[str, float]:
-    probe.rounding(torch.tensor([floor, -floor]), torch.zeros(2), FakePolicy())
-    return probe.after_update(FakePolicy())
+@pytest.mark.parametrize(("variance", "curvature"), [(1e-8, 0.0), (1e-8, 1e-5), (1e-8, 1e-4), (1e-14, 3e-5)])
+def test_rounding_and_curvature_are_told_apart(variance, curvature):
+    of = log_ratios(variance, curvature, 0.5, 2.0, 64.0, 128.0)
+    near, far = of[2.0] - 3 * of[1.0] + 2 * of[0.5], of[128.0] - of[64.0]
+    found, found_curvature = rounding_and_curvature(
+        near.square().mean().item(), far.square().mean().item(), scale=128.0
+    )
+    assert found == pytest.approx(variance, rel=0.2)
+    # what is below the rounding at that distance is not seen
+    assert found_curvature**0.5 == pytest.approx(curvature, rel=0.1, abs=0.01 * variance**0.5)
+    if curvature == 0:
+        assert found_curvature == 0
 
 
 @pytest.mark.parametrize(
-    ("floor", "scale"),
-    [(2.2e-4, 64.0), (1.2e-3, 128.0), (1e-5, 8.0), (5e-5, 16.0)],  # floor / k at most 4e-6, k from 8 to 128
+    ("variance", "curvature", "scale"),
+    [
+        (2e-8, 0.0, 128.0),  # nothing but rounding: as far as it goes
+        (2e-8, 1e-8**2, 128.0),
+        (2e-8, 2e-5**2, 4.0),  # the root of 2e-4 / 2e-5 = 3.2
+        (2e-14, 2e-5**2, 1.0),  # float32: no probe is best
+    ],
 )
-def test_the_scale_follows_the_noise_floor(floor, scale):
+def test_the_best_scale_balances_rounding_and_curvature(variance, curvature, scale):
+    best = best_probe_scale(variance, curvature)
+    assert best == scale
+    assert probe_error(best, variance, curvature) <= min(probe_error(2.0**n, variance, curvature) for n in range(8))
+    assert probe_error(1, variance, curvature) == pytest.approx((2 * variance) ** 0.5)
+
+
+class FakePolicy:
+    can_probe = can_measure = True
+    updates_since_sampling = 1
+
+    def __init__(self, generation: int = 0):
+        self.generation = generation
+
+
+def observed(probe: RatioProbe, policy, rounding: float, curvature: float) -> dict[str, float]:
+    """An update whose log-ratios have this rounding, a standard deviation, and this curvature."""
+    of = log_ratios(rounding**2 / 2, curvature, *probe.scales(policy))
+    probe.observe(of.pop(1.0), of)
+    return probe.after_update(policy)
+
+
+def test_the_scale_follows_what_is_measured():
+    probe, policy = RatioProbe("auto", half_precision=True, clip_range=1.6e-5), FakePolicy()
+    assert probe.scales(policy) == [32, 0.5, 2, 64, 128]
+    stats = observed(probe, policy, 1.2e-3, 1e-8)
+    assert stats == {"ratio/probe_scale": 32, "ratio/noise_floor": pytest.approx(1.2e-3, rel=0.1)}
+    assert probe.scale(policy) == 128
+    # as far away, whatever the number of updates
+    policy.updates_since_sampling = 4
+    assert probe.scales(policy) == [32]
+    policy.updates_since_sampling = 200
+    assert probe.scales(policy) == []
+    # where it is measured again, more curvature brings it down
+    assert probe.scales(FakePolicy(generation=2)) == [128]
+    observed(probe, FakePolicy(generation=3), 1.2e-3, 1e-4)
+    assert probe.scale(FakePolicy()) == 4
+
+
+def test_where_no_scale_is_better_than_none_it_is_measured_again_all_the_same():
     probe = RatioProbe("auto", half_precision=True, clip_range=1.6e-5)
-    assert probe.scale(FakePolicy()) == 32
-    assert observed(probe, floor) == {"ratio/probe_scale": 32}
-    assert probe.floor == pytest.approx(floor)
-    assert probe.scale(FakePolicy()) == scale
+    observed(probe, FakePolicy(), 1e-9, 1e-3)
+    assert probe.scale(FakePolicy()) is None
+    assert probe.scales(FakePolicy(generation=1)) == [0.5, 2, 64, 128]
+    observed(probe, FakePolicy(generation=1), 1e-3, 0.0)
+    assert probe.scale(FakePolicy()) == 128
+
+
+def test_rounding_is_measured_in_the_phases_1_2_4_8():
+    probe = RatioProbe(0, half_precision=True, clip_range=1.6e-5)
+    assert [n + 1 for n in range(20) if probe.scales(FakePolicy(n))] == [1, 2, 4, 8, 16]
+    assert probe.scales(FakePolicy()) == [0.5, 2]
+
+
+def test_its_state_goes_on_but_in_another_precision():
+    probe = RatioProbe("auto", half_precision=True, clip_range=1.6e-5)
+    observed(probe, FakePolicy(), 1.2e-3, 1e-8)
     resumed = RatioProbe("auto", half_precision=True, clip_range=1.6e-5)
     resumed.load_state_dict(probe.state_dict())
-    assert resumed.scale(FakePolicy()) == scale
+    assert resumed.state_dict() == probe.state_dict()
+    other = RatioProbe(0, half_precision=True, clip_range=1.6e-5)
+    other.load_state_dict(probe.state_dict())
+    assert other.variance is None
 
 
-def test_an_update_that_moved_nothing_tells_nothing():
-    probe = RatioProbe("auto", half_precision=False, clip_range=1e-4)
-    assert observed(probe, 0.0) == {}
-    assert probe.is_wanted(FakePolicy())
-    observed(probe, 1e-6)
-    assert not probe.is_wanted(FakePolicy())  # measured once, without half precision
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_what_cannot_be_measured_changes_nothing(value):
+    probe = RatioProbe("auto", half_precision=True, clip_range=1.6e-5)
+    probed = {k: torch.full((2,), value / k) for k in probe.scales(FakePolicy())}
+    probe.observe(torch.zeros(2), probed)
+    assert probe.after_update(FakePolicy()) == {"ratio/probe_scale": 32}
+    assert probe.scale(FakePolicy()) == 32
 
 
-def test_the_floor_of_rounding_of_a_known_size_is_found_without_the_models_curvature():
-    # ratios of forwards with a rounding of 1e-4 each, and a term that grows with the square of the distance
-    generator = torch.Generator().manual_seed(0)
-    probe = RatioProbe(0, half_precision=True, clip_range=1e-5)
-    old, half, whole = 1e-4 * torch.randn(3, 100_000, generator=generator)
-    ratio, curvature = 1e-3, 1e-4
-    k = probe.scale(FakePolicy())
-    assert k == 0.5
-    plain, probed = ratio + curvature + whole - old, (k * ratio + k**2 * curvature + half - old) / k
-    probe.rounding(plain, probed, FakePolicy())
-    probe.after_update(FakePolicy())
-    assert probe.floor == pytest.approx(2**0.5 * 1e-4, rel=0.05)
+def test_a_probe_that_is_too_short_is_warned_of():
+    with warnings_of("trl_flow") as warnings:
+        probe = RatioProbe(2.0, half_precision=True, clip_range=1.6e-5)
+        observed(probe, FakePolicy(), 1e-3, 0.0)
+    (warning,) = warnings
+    assert "with ratio_probe=2 the error is still" in warning
 
 
 def trained(tmp_path, **fields):
-    fields = {"num_iterations": 2, "max_steps": 4, "learning_rate": 1e-3, "cls": GuardConfig} | fields
+    # Guard's own learning rate
+    fields = {"num_iterations": 2, "max_steps": 4, "learning_rate": 1e-4, "cls": GuardConfig} | fields
     trainer = tiny_trainer(tmp_path, **fields)
     with warnings_of("trl_flow") as warnings:
         trainer.train()
@@ -188,7 +259,6 @@ def test_without_a_probe_bfloat16_is_warned_of_with_floor_and_range(tmp_path):
     assert warning.index("ratio_probe='auto'") < warning.index("fp16=True") < warning.index("float32")
     assert {f"ratio/noise_floor_step_{step}" for step in range(3)} < logs[1].keys()
     assert "ratio/noise_floor" not in logs[0]  # every ratio is 1
-    assert "ratio/noise_floor" not in logs[3]  # measured once
 
 
 @pytest.mark.parametrize("fields", [{"bf16": True}, {"bf16": True, "ratio_probe": 16}, {}], ids=str)
@@ -196,11 +266,12 @@ def test_with_a_probe_or_in_float32_there_is_no_warning(fields, tmp_path):
     logs, warnings = trained(tmp_path, **fields)
     assert warnings == []
     assert logs[1]["ratio/noise_floor"] > 0
-    assert ("ratio/probe_scale" in logs[3]) == ("bf16" in fields)
+    assert ("ratio/probe_scale" in logs[1]) == ("bf16" in fields)
 
 
 def test_guard_clips_from_its_defaults_on_and_never_at_the_last_step(tmp_path):
-    logs, warnings = trained(tmp_path, num_iterations=1, steps_per_generation=2, per_device_train_batch_size=4)
+    own = {"num_iterations": 1, "steps_per_generation": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
+    logs, warnings = trained(tmp_path, **own)
     assert warnings == []
     assert logs[0]["ratio/std"] == pytest.approx(0, abs=1e-7)
     assert logs[1]["ratio/std"] > 1e-6
@@ -235,8 +306,60 @@ def test_a_run_in_half_precision_resumes_in_the_middle_of_a_phase(tmp_path):
 def test_a_number_is_taken_for_full_fine_tuning_too(tmp_path):
     logs, _ = trained(tmp_path, lora=None, bf16=True, ratio_probe=8)
     assert logs[1]["ratio/probe_scale"] == 8
-    logs, _ = trained(tmp_path, lora=None, bf16=True)
-    assert "ratio/noise_floor" not in logs[1]  # with "auto" no copies of all weights are made
+
+
+def test_in_float32_a_high_learning_rate_is_not_taken_for_rounding(tmp_path):
+    own = {"num_iterations": 1, "steps_per_generation": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
+    for seed in range(3):
+        logs, warnings = trained(tmp_path / str(seed), **own, seed=seed)
+        assert warnings == []
+
+
+def test_full_fine_tuning_is_warned_of_too(tmp_path):
+    logs, warnings = trained(tmp_path, lora=None, bf16=True)
+    assert "ratio/probe_scale" not in logs[1]  # with "auto" only an adapter is probed
+    assert "noise floor" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"sde_window_size": 1}, {"timestep_fraction": 0.4}, {"bf16": True, "sde_window_size": 1}], ids=str
+)
+def test_phases_with_other_steps_are_logged_together(fields, tmp_path):
+    # the rounding is measured in some of them only
+    own = {"num_inference_steps": 6, "num_iterations": 1, "steps_per_generation": 2, "per_device_train_batch_size": 4}
+    logs, _ = trained(tmp_path, **own, **fields, max_steps=10, logging_steps=10)
+    assert len({name for log in logs for name in log if name.startswith("ratio/mean_step_")}) > 1
+
+
+def test_each_samples_own_steps_are_logged_where_there_are_few(tmp_path):
+    fields = {"timestep_fraction": 0.2, "timestep_fraction_per_sample": True, "num_inference_steps": 8}
+    logs, _ = trained(tmp_path, per_device_train_batch_size=4, steps_per_generation=2, num_iterations=1, **fields)
+    assert logs
+
+
+def test_a_run_resumed_in_the_middle_of_a_phase_may_have_a_probe_from_then_on(tmp_path):
+    fields = {"cls": GuardConfig, "bf16": True, "num_iterations": 3, "learning_rate": 1e-3, "save_strategy": "steps"}
+    train(tmp_path, **fields, save_steps=8, max_steps=8, ratio_probe=0)  # in the third phase, which does not measure
+    trainer = tiny_trainer(tmp_path, **fields, save_steps=100, max_steps=10)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 10
+
+
+def test_weights_are_put_back_if_there_is_no_room_for_the_probes(tmp_path, monkeypatch):
+    stages, _ = moved_stages(tmp_path)
+    before = [p.detach().clone() for p in stages.policy.trained_parameters]
+    calls, lerp = [], torch.Tensor.lerp
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("out of memory")
+        return lerp(*args)
+
+    monkeypatch.setattr(torch.Tensor, "lerp", failing)
+    with pytest.raises(RuntimeError, match="out of memory"), stages.policy.at("probe", 8.0):
+        pass
+    assert all(torch.equal(p, now) for p, now in zip(stages.policy.trained_parameters, before, strict=True))
 
 
 # ---- Steps of each sample's own ----

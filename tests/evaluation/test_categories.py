@@ -25,11 +25,10 @@ def test_geneval_by_task():
     # colors: 1, 0, 0 (one image has no score); counting: 1, 1; overall: (1/3 + 1) / 2, a task without prompts left out
     assert table["rows"]["base"] == pytest.approx(nothing | {"Colors": 1 / 3, "Counting": 1.0, "Overall": 2 / 3})
     assert table["rows"]["ours"] == pytest.approx(nothing | {"Colors": 0.75, "Counting": 0.5, "Overall": 0.625})
-    assert {name: number for name, number in table["counts"].items() if number} == {
-        "Counting": 2,
-        "Colors": 3,
-        "Overall": 5,
-    }
+    counts = {model: {name: n for name, n in row.items() if n} for model, row in table["counts"].items()}
+    assert counts["base"] == {"Counting": 2, "Colors": 3, "Overall": 5}
+    assert counts["ours"] == {"Counting": 2, "Colors": 4, "Overall": 6}
+    assert table["note"] == ""
     header, _, first, second = category_table(table).splitlines()
     assert header == "| model | Single Obj. | Two Obj. | Counting | Colors | Position | Color Attr. | Overall |"
     assert first == "| base | - | - | 1.00 | 0.33 | - | - | 0.67 |"
@@ -65,21 +64,31 @@ def test_unigenbench_by_dimension_and_test_point():
     # Attribute: 1, 0, 0 and 0, 0, 1; Style: 1, 1, 1, 1; Layout: 0, 1; Text: 1, the other answer could not be read
     base = {"Style": 100.0, "Attribute": 100 / 3, "Layout": 50.0, "Text": 100.0}
     known = {name: value for name, value in dimensions["rows"]["base"].items() if value is not None}
-    assert known == pytest.approx(base | {"Overall": sum(base.values()) / 4})
-    assert dimensions["counts"]["Attribute"] == 6 and dimensions["counts"]["Text"] == 1
+    # Of our model's Text no answer could be read: it is left out for both
+    assert known == pytest.approx(base | {"Overall": (100.0 + 100 / 3 + 50.0) / 3})
+    assert dimensions["note"] == by_point["note"] == "Overall leaves out what not every model has scores of: Text."
+    counts = dimensions["counts"]
+    assert counts["base"]["Attribute"] == 6 and (counts["base"]["Text"], counts["ours"]["Text"]) == (1, 0)
     ours = {name: value for name, value in dimensions["rows"]["ours"].items() if value is not None}
-    # Of nothing there is no share: Text is left out of the mean
     assert ours == pytest.approx({"Style": 50.0, "Attribute": 100.0, "Layout": 0.0, "Overall": 50.0})
     assert len(by_point["columns"]) == 28
     assert by_point["rows"]["base"]["Attribute - Color"] == pytest.approx(100 * 2 / 4)
     assert by_point["rows"]["base"]["Attribute - Size"] == 0.0
     assert by_point["rows"]["base"]["Overall"] == dimensions["rows"]["base"]["Overall"]
-    assert "| base | 70.83 | 100.00 | - | 33.33 | - |" in category_table(dimensions)
+    assert "| base | 61.11 | 100.00 | - | 33.33 | - |" in category_table(dimensions)
     # 27 columns would be too many: test points in rows, those that the set has
     lines = category_table(by_point).splitlines()
     assert lines[0] == "| test point | base | ours |" and len(lines) == 8
     assert "| Entity Layout - Two-Dimensional Space | 50.00 | 0.00 |" in lines
     assert "| Text Generation | 100.00 | - |" in lines
+
+
+def test_a_model_without_a_readable_answer_is_no_reason_to_drop_the_others():
+    dataset = Dataset.from_dict({"prompt": ["a"], "testpoints": [["Style"]]})
+    scores = {model: {"unigenbench": np.zeros(1)} for model in ("base", "ours")}
+    dimensions, _ = category_tables(dataset, scores, {"base": [[1]], "ours": None}, 1)
+    assert (dimensions["rows"]["base"]["Style"], dimensions["rows"]["ours"]["Style"]) == (100.0, None)
+    assert dimensions["rows"]["base"]["Overall"] is None and dimensions["note"].endswith(": Style.")
 
 
 def test_test_points_in_another_language_come_under_their_own_names():

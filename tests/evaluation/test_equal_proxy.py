@@ -95,6 +95,32 @@ def test_what_cannot_be_compared_is_refused():
         gold_at_proxy(runs, eval_name="far")
 
 
+def of_two_rewards(rows, gold):
+    metrics = ("reward", "rewards/a/mean", "rewards/b/mean", "gold/average")
+    names = {f"eval_gold/{name}": 0.5 for name in gold}
+    return [{"step": s, **{f"eval_{n}": v for n, v in zip(metrics, row, strict=True)}, **names} for s, *row in rows]
+
+
+def test_one_of_several_rewards_can_be_the_proxy():
+    one = of_two_rewards([(0, 0.0, 1.0, 0.0, 1.0), (10, 5.0, 3.0, 2.0, 0.5)], ["x"])
+    # The same reward with other weights
+    other = of_two_rewards([(0, -90.0, 1.0, 0.0, 1.0), (10, -80.0, 2.0, 2.0, 0.75)], ["x"])
+    with pytest.raises(ValueError, match="no proxy above the start .*name a reward that all have: --proxy NAME"):
+        gold_at_proxy({"one": one, "other": other})
+    points = gold_at_proxy({"one": one, "other": other}, proxy="a")
+    expected = [(1.5, 0.875), (1.5, 0.875), (2.0, 0.75), (2.0, 0.75)]
+    assert [(point.level, point.gold) for point in points] == expected
+    with pytest.raises(ValueError, match=r"'one' has no evaluation with both the reward 'c' \(there are a, b\) and"):
+        gold_at_proxy({"one": one, "other": other}, proxy="c")
+
+
+def test_gold_by_other_functions_is_not_compared():
+    rows = [(0, 0.0, 1.0, 0.0, 1.0), (10, 5.0, 3.0, 2.0, 0.5)]
+    runs = {"one": of_two_rewards(rows, ["y", "x"]), "other": of_two_rewards(rows, ["x"])}
+    with pytest.raises(ValueError, match="gold of 'one' is the average of x, y, that of 'other' of x: these cannot"):
+        gold_at_proxy(runs)
+
+
 def written(folder, history):
     folder.mkdir()
     (folder / "log_history.jsonl").write_text("".join(json.dumps(log) + "\n" for log in history))
@@ -107,7 +133,8 @@ def test_from_folders_to_table_and_plot(tmp_path, capsys):
     assert main(command) == 0
     table = (out / "equal_proxy.md").read_text(encoding="utf-8")
     assert table in capsys.readouterr().out
-    assert "| -0.5 | ours | 0 | 1.000 ± 0.000 | +0.000 ± 0.000 |" in table
+    # Where a run begins there is nothing that training has done
+    assert "| -0.5 | ours | 0 (start) | 1.000 ± 0.000 | +0.000 ± 0.000 |" in table
     assert "| 1 | ours | 30 | 0.960 ± 0.039 | +0.160 ± 0.088 |" in table
     with Image.open(out / "equal_proxy.png") as image:
         assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 20
@@ -120,6 +147,7 @@ def test_from_folders_to_table_and_plot(tmp_path, capsys):
         (["{flow}", "{flow}"], "two runs are called 'flow'"),
         (["{flow}", "nowhere"], "cannot be read"),
         (["{flow}", "b={flow}", "--levels", "7"], "reached by no run"),
+        (["{flow}", "b={flow}", "--proxy", "ocr"], "no evaluation with both the reward 'ocr' (there are none)"),
         (["{flow}", "b={flow}", "--level", "7"], "Did you mean --levels?"),
         (["{flow}", "b={flow}", "--levels", "high"], "invalid float value"),
     ],

@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_comparisons import random_lora
 
 from trl_flow.cli import main
-from trl_flow.evaluation.paper_tables import TABLES, paper_tables
+from trl_flow.evaluation.paper_tables import TABLES, paper_tables, table_inputs
 from trl_flow.prompts import PROMPT_SETS, geneval_benchmark
 from trl_flow.rewards.named import NAMED_REWARDS, named_reward
 
@@ -148,6 +148,10 @@ def test_the_table_of_guard(place, tiny_sd3_path, lora, capsys):
     assert head == "| model | GenEval | PickScore | Text Render | HPSv2 | ImR | UniR | Average |"
     assert row.split(" | ")[2] == f"{table['rows']['mine']['PickScore']:.4g}"
     assert "geneval by task:" in report
+    # Which model was trained on what is not known
+    assert "[" not in report.split("## geneval")[1]
+    page = (place / "out" / "comparison.html").read_text(encoding="utf-8")
+    assert '"brackets": false' in page and "[In brackets]" not in page
     grids = {path.name for path in (place / "out").glob("grid-*.png")}
     assert grids == {"grid-geneval.png", "grid-pickscore.png", "grid-ocr.png"}
 
@@ -241,6 +245,7 @@ def test_all_that_is_missing_is_said_at_once(place, capsys, monkeypatch):
         assert [says in line for line in lines if line.startswith(start)] == [True], (start, error)
     assert len(lines) == 9
     assert "--table_rewards NAME@http://host:8000/v1" in error and "--table_prompts SET:PATH" in error
+    assert "--table_rewards NAME=http" in error
     assert not (place / "out").exists()
 
 
@@ -250,6 +255,8 @@ def test_a_judge_that_is_away_or_is_not_known_is_missing(tiny_sd3_path, lora, ca
         arguments = command("guard", tiny_sd3_path, lora, GUARD_PROMPTS, [*GUARD_REWARDS, judge])
         assert "* the reward unifiedreward: The server at http://127" in (error := refused(capsys, *arguments))
         assert "serves 2 models: a, b" in error
+        error = refused(capsys, *arguments[: -len(SAMPLING) - 3], f"{judge}#c", *arguments[-len(SAMPLING) - 2 :])
+        assert "does not serve c, but a, b. Name one of these." in error and "SET:PATH" not in error
     error = refused(capsys, *arguments)
     assert "cannot be reached, in 1 try" in error and error.count("\n* ") == 1
 
@@ -260,7 +267,50 @@ def test_two_judges_have_two_addresses(tiny_sd3_path, lora, capsys, monkeypatch)
     with JudgeServer(lambda request: "Final Score: 3") as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
         error = refused(capsys, *command("vgpo", tiny_sd3_path, lora, prompts, rewards))
-    assert "* the judges deqa and unifiedreward are two models, but OPENAI_BASE_URL is one address" in error
+        assert "* the judges deqa and unifiedreward are two models, but OPENAI_BASE_URL is one address" in error
+        # Also where one is named by its address, and the other by its model too
+        rewards += [f"unifiedreward@{server.base_url}/#judge-7b", f"deqa@{server.base_url}"]
+        error = refused(capsys, *command("vgpo", tiny_sd3_path, lora, prompts, rewards))
+    assert f"deqa and unifiedreward are two models, but {server.base_url} is one address, of judge-7b" in error
+
+
+def test_the_tables_of_slas_are_of_test_points(tiny_sd3_path, lora, capsys):
+    prompts = ["unigenbench:unigenbench", "unigenbench_long:unigenbench_long"]
+    rewards = ["geneval_correct=stand_ins.geneval", "unigenbench=stand_ins.red"]
+    error = refused(capsys, *command("slas", tiny_sd3_path, lora, prompts, rewards))
+    assert "* the reward unigenbench: stand_ins.red gives one score for each image" in error
+    assert "--table_rewards unigenbench@http://host:8000/v1" in error and error.count("\n* ") == 1
+
+
+def test_a_table_that_there_is_not_is_said():
+    sets = {name: {"categories": []} for name in TABLES["slas"].sets}
+    found = paper_tables(
+        {"models": {"base": {}}, "sets": sets}, TABLES["slas"], {"geneval_correct": "g", "unigenbench": "u"}
+    )
+    assert [table["rows"] for table in found] == [{}] * 5
+    assert found[1]["note"] == "There is no such table: the scores by u on unigenbench have no dimension."
+
+
+@pytest.mark.parametrize(
+    "table, pipeline, expected",
+    [
+        ("guard", "StableDiffusion3Pipeline", {"height": 512, "width": 512, "max_sequence_length": 128}),
+        ("guard", "FluxPipeline", {"height": 512, "width": 512, "num_inference_steps": 28, "guidance_scale": 3.5}),
+        ("guard", "QwenImagePipeline", {}),
+    ],
+)
+def test_models_are_drawn_as_they_were_trained(place, table, pipeline, expected):
+    (place / "model_index.json").write_text(json.dumps({"_class_name": pipeline, "_diffusers_version": "0.41.0"}))
+    for part, config in (("vae", {"block_out_channels": [1] * 4}), ("transformer", {"sample_size": 128})):
+        (place / part).mkdir()
+        (place / part / "config.json").write_text(json.dumps(config))
+    rewards = [*GUARD_REWARDS, "unifiedreward=stand_ins.red"]
+    given = {"prompts": GUARD_PROMPTS, "rewards": rewards}
+    assert table_inputs(table, str(place), [], **given)[2] == expected | {"num_images_per_prompt": 1}
+    # A model of 8 x 8 pixels draws its own
+    (place / "transformer" / "config.json").write_text(json.dumps({"sample_size": 1}))
+    expected = {name: value for name, value in expected.items() if name not in ("height", "width")}
+    assert table_inputs(table, str(place), [], **given)[2] == expected | {"num_images_per_prompt": 1}
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,9 @@ SIGNATURES = {
     "max_advantage_power_sub_gaussian": (
         "norm, *, grad_sq_norm, fisher_eigenvalue, learning_rate, max_kl, constant=1.0"
     ),
+    "best_probe_scale": "variance, curvature",
+    "probe_error": "scale, variance, curvature",
+    "rounding_and_curvature": "near, far, *, scale",
     "probed_mean": "mean, probe_mean, old_mean, *, scale",
 }
 

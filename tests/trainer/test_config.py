@@ -161,7 +161,7 @@ def test_batches_by_hand(fields, steps_per_generation, generation_batch_size):
 # ---- What is refused ----
 
 
-@pytest.mark.parametrize("cls", [FlowGRPOConfig, VGPOConfig])
+@pytest.mark.parametrize("cls", [FlowGRPOConfig, GuardConfig, VGPOConfig])
 @pytest.mark.parametrize(
     ("fields", "parts"),
     [
@@ -225,9 +225,12 @@ def test_batches_by_hand(fields, steps_per_generation, generation_batch_size):
         ({"steps_per_generation": 0}, ["steps_per_generation is 0"]),
         ({"num_inference_steps": 1}, ["num_inference_steps is 1", "at least 2 steps"]),
         ({"train_last_step": True, "sde_type": "cps"}, ["train_last_step is True", "adds no noise", "Leave it out"]),
-        ({"ratio_probe": 0.5}, ["ratio_probe is 0.5", "0 for none", "from 1 on"]),
+        ({"ratio_probe": 0.5}, ["ratio_probe is 0.5", "0 for none", "above 1"]),
         ({"ratio_probe": "often"}, ["ratio_probe is 'often'", "a number or 'auto'"]),
         ({"ratio_probe": -2}, ["ratio_probe is -2"]),
+        ({"ratio_probe": True}, ["ratio_probe is True", "a number or 'auto'"]),
+        ({"train_last_step": "yes"}, ["train_last_step is 'yes' of type str", "True or False"]),
+        ({"timestep_weighting": "foo"}, ["timestep_weighting is 'foo'", "inverse_gain"]),
         ({"ema_update_every": 0}, ["ema_update_every is 0", "at least 1"]),
         ({"value_scale": [0.1, 0.2], "dense_rewards": True}, ["value_scale is [0.1, 0.2]", "each of the 10 steps"]),
         ({"value_scale": [-0.1] * 10, "dense_rewards": True}, ["value_scale is [-0.1", "0 or more"]),

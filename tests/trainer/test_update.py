@@ -136,9 +136,10 @@ def test_all_weights_of_a_pipeline_in_half_precision_are_trained_in_float32(tmp_
         ({"per_device_train_batch_size": 4, "steps_per_generation": 2}, 2 * 4 + 3),
         ({"num_iterations": 2}, 4 + 3),
         # the second update's ratios are not 1: in the first such one their rounding is measured
-        ({"num_iterations": 2, "max_steps": 2}, 4 + 3 + 2 * 3),
-        ({"num_iterations": 2, "max_steps": 4}, 2 * (4 + 3 + 3) + 3),
-        ({"num_iterations": 2, "max_steps": 4, "bf16": True}, 2 * (4 + 3 + 2 * 3)),  # and in half precision corrected
+        ({"num_iterations": 2, "max_steps": 2}, 4 + 3 + 3 * 3),
+        ({"num_iterations": 2, "max_steps": 6}, 3 * (4 + 3 + 3) + 2 * 2 * 3),  # in phases 1 and 2, not 3
+        # and in half precision taken away in all
+        ({"num_iterations": 2, "max_steps": 6, "bf16": True, "ratio_probe": 8}, 3 * (4 + 3 + 2 * 3) + 2 * 4 * 3),
     ],
     ids=str,
 )

@@ -101,6 +101,10 @@ class StepSums:
         count, total, squares = self._total(name, unit)
         return max(squares / count - (total / count) ** 2, 0.0) ** 0.5
 
+    def units_of(self, name: str) -> list[int]:
+        """The units that have values of this name."""
+        return [unit for unit in self.units if self._sums[unit].get(name, [0])[0] > 0]
+
     def root_mean_square(self, name: str, unit: int | None = None) -> float:
         count, _, squares = self._total(name, unit)
         return (squares / count) ** 0.5

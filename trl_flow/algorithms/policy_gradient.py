@@ -131,7 +131,7 @@ class ClippedPolicyGradient(Algorithm):
         return range(batch.tensors["chosen"].shape[1]) if "chosen" in batch.tensors else batch.steps
 
     def needs_sampling_weights(self, policy: "Policy") -> bool:
-        return self.args.updates_per_generation > 1 and self.probe.is_wanted(policy)
+        return self.args.updates_per_generation > 1 and (self.probe.is_active(policy) or self.probe.measures(policy))
 
     def loss(self, policy: "Policy", batch: MicroBatch, unit: int, condition: "Condition") -> LossOutput:
         args, dynamics = self.args, self.dynamics
@@ -141,12 +141,12 @@ class ClippedPolicyGradient(Algorithm):
         def transition() -> Transition:
             return dynamics.transition(policy.predict(latents, timestep, condition), latents, step)
 
-        probe_mean = None
-        if policy.updates_since_sampling > 0 and self.probe.is_wanted(policy):
-            # Before the forward whose gradient is taken: no weights change between it and its backward
-            scale = self.probe.scale(policy)
-            with policy.at("probe", scale):
-                probe_mean = transition().mean
+        # Before the forward whose gradient is taken: no weights change between it and its backward
+        probe_means = {}
+        if policy.updates_since_sampling > 0 and policy.sampling_weights:
+            for scale in self.probe.scales(policy):
+                with policy.at("probe", scale):
+                    probe_means[scale] = transition().mean
         mean, std = current = transition()
         ratio_std = std if self._ratio_std is None else torch.full_like(std, self._ratio_std)
 
@@ -154,12 +154,13 @@ class ClippedPolicyGradient(Algorithm):
             return log_ratio(next_latents, mean, old_mean, ratio_std, kind=args.importance_ratio)
 
         log_ratios, stats, moved = log_ratios_of(mean), {}, mean.detach()
-        if probe_mean is not None:
-            probed = probed_mean(mean, probe_mean, old_mean, scale=scale)
-            exact = log_ratios_of(probed)
-            stats["rounding"] = self.probe.rounding(log_ratios, exact, policy)
-            if self.probe.is_active(policy):
-                log_ratios, moved = exact, probed.detach()
+        if probe_means:
+            means = {k: probed_mean(mean, probed, old_mean, scale=k) for k, probed in probe_means.items()}
+            probed_ratios = {k: log_ratios_of(probed) for k, probed in means.items()}
+            stats |= self.probe.observe(log_ratios, probed_ratios)
+            used = self.probe.scale(policy)
+            if used is not None:
+                log_ratios, moved = probed_ratios[used], means[used].detach()
         of_step = {"dt": dynamics.dt(step), "beta": dynamics.beta(step), "gain": dynamics.gain(step)}
         weight = timestep_weight(args.timestep_weighting, std=std, **of_step)
         clip_range = {"epsilon": self.epsilon_low, "epsilon_high": self.epsilon_high}
@@ -221,10 +222,8 @@ class ClippedPolicyGradient(Algorithm):
         metrics = {"ratio/mean": 1 + sums.mean("deviation"), "ratio/std": sums.std("deviation")}
         metrics |= {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
         metrics |= {"kl": sums.mean("kl")} if "kl" in sums.names else {}
-        if "rounding" in sums.names:
-            metrics["ratio/noise_floor"] = sums.root_mean_square("rounding")
-            for step in sums.units:
-                metrics[f"ratio/noise_floor_step_{step}"] = sums.root_mean_square("rounding", step)
+        for step in sums.units_of("rounding"):
+            metrics[f"ratio/noise_floor_step_{step}"] = sums.root_mean_square("rounding", step)
         for step in sums.units:
             metrics[f"ratio/mean_step_{step}"] = 1 + sums.mean("deviation", step)
             metrics[f"ratio/std_step_{step}"] = sums.std("deviation", step)

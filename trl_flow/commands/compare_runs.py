@@ -7,11 +7,12 @@ from pathlib import Path
 
 DESCRIPTION = """\
 Compare training runs at equal proxy: the gold average of each, where its optimized reward first reaches a
-level. Needs evaluations with eval_reward_funcs. Prints a table, and writes it with a plot. Nothing is drawn or
-trained.
+level. Needs evaluations with the same eval_reward_funcs. Prints a table, and writes it with a plot. Nothing is
+drawn or trained.
 
   trl-flow compare-runs flow=runs/flow guard=runs/guard
   trl-flow compare-runs runs/flow runs/guard --levels 0.8 0.9 --output_dir comparison
+  trl-flow compare-runs flow=runs/flow vgpo=runs/vgpo --proxy pickscore
 """
 
 TABLE, PLOT = "equal_proxy.md", "equal_proxy.png"
@@ -24,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("runs", nargs="+", metavar="[NAME=]RUN", help=f"{what}one that the others are compared with")
     levels = "levels of the proxy (the highest that all runs reach, and half of the way there)"
     add("--levels", nargs="+", type=float, metavar="REWARD", help=levels)
-    add("--eval_name", metavar="NAME", help="which of several evaluation sets (the first)")
+    add("--proxy", metavar="NAME", help="which of the rewards is the proxy (their sum with reward_weights)")
+    add("--eval_name", "--eval-name", metavar="NAME", help="which of several evaluation sets (the first)")
     add("--output_dir", "--output-dir", default="trl-flow-runs", metavar="DIR", help="where to write (trl-flow-runs)")
 
 
@@ -34,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     from trl_flow.evaluation.plots import equal_proxy
 
     runs = _named(arguments.runs)
-    options = {"levels": arguments.levels, "eval_name": arguments.eval_name}
+    options = {name: getattr(arguments, name) for name in ("levels", "eval_name", "proxy")}
     table, folder = equal_proxy_table(gold_at_proxy(runs, **options)), Path(arguments.output_dir)
     equal_proxy(runs, folder / PLOT, **options)
     (folder / TABLE).write_text(table, encoding="utf-8")

@@ -36,7 +36,7 @@ def prepare(argv: list[str]) -> Callable[[], None]:
     parser = training_parser(argv, recipe, num_processes=int(processes), **texts)
     parser.add_argument("--model", dest="model_name_or_path", default=argparse.SUPPRESS, help="hub id or folder")
     parser.add_argument("--json", action="store_true", help="print the numbers, in bytes, as one line of JSON")
-    parser.add_argument("--num_processes", help="devices; default: the accelerate config's, or 1")
+    parser.add_argument("--num_processes", "--num-processes", help="devices; default: the accelerate config's, or 1")
     script_args, args, model_args, _, own, _ = parse_training(parser, argv, recipe)
     model = resolve_model(model_args.model_name_or_path, args, model_args)
     loading = args.model_init_kwargs

@@ -110,8 +110,11 @@ def parse_training(parser: TrlParser, argv: Sequence[str], recipe: Recipe, *, st
     if not isinstance(environment, dict):
         raise ValueError(f"env is {environment!r}, but must be a mapping of environment variables to their values.")
     os.environ.update({name: str(value) for name, value in environment.items()})
-    unknown = parser.set_defaults_with_config(**options)
     known = parser._option_string_actions
+    # `null` is the default, but no misspelled name
+    nothing = [name for name, value in options.items() if value is None]
+    unknown = [f"--{name}" for name in nothing if strict and f"--{name}" not in known]
+    unknown += parser.set_defaults_with_config(**{n: value for n, value in options.items() if n not in nothing})
     if strict and unknown:
         raise ValueError(unknown_option(unknown[0], known, recipe))
     # Exits here on -h and on values that do not fit

@@ -17,6 +17,11 @@ class Recipe(dict[str, Any]):
         super().__init__()
         self.files: dict[str, Path] = {}
 
+    def remove_evaluation(self) -> None:
+        """Without evaluations there are no gold scores, and there is nothing to watch."""
+        for name in [name for name in self if name == "eval_reward_funcs" or name.startswith("over_optimization_")]:
+            del self[name], self.files[name]
+
 
 def read_recipe(argv: list[str]) -> tuple[list[str], Recipe]:
     """The arguments, with `--config=PATH` as two of them, and the options in the recipe (none without `--config`)."""
@@ -32,7 +37,8 @@ def read_recipe(argv: list[str]) -> tuple[list[str], Recipe]:
 def load_recipe(path: Path, extended_by: tuple[Path, ...] = ()) -> Recipe:
     """
     The options of a recipe. One with `extends: base.yaml`, a path from its own folder, has all options of that recipe
-    (which may extend another) but for those that it names itself; naming one as `null` takes it away.
+    (which may extend another) but for those that it names itself; naming one as `null` takes it away, and
+    `eval_strategy: no` all that needs evaluations. In names, `-` is `_`.
 
     Raises:
         ValueError: if a file is missing or no mapping, or a recipe extends itself; it names the file.
@@ -41,9 +47,14 @@ def load_recipe(path: Path, extended_by: tuple[Path, ...] = ()) -> Recipe:
     if any(path.resolve() == other.resolve() for other in extended_by):
         raise ValueError(f"the recipe {str(path)!r} extends itself: {' -> '.join(map(str, chain))}.")
     own = _read_mapping(path, "recipe", "options, such as `learning_rate: 1e-4`")
+    own = {name.replace("-", "_"): value for name, value in own.items()}
+    # YAML reads a bare `no` as False
+    own |= {name: "no" for name, value in own.items() if name.endswith("_strategy") and value is False}
     recipe = Recipe()
     if "extends" in own:
         recipe = load_recipe(_base(path, own.pop("extends")), chain)
+    if own.get("eval_strategy") == "no":
+        recipe.remove_evaluation()
     for name, value in own.items():
         if value is None and name in recipe:
             del recipe[name], recipe.files[name]
@@ -76,8 +87,19 @@ def _read_mapping(path: Path, kind: str, of: str) -> dict[str, Any]:
     import yaml
 
     name = f"the {kind} {os.fspath(path)!r}"
+
+    class Loader(yaml.SafeLoader):
+        """YAML's would take the last of several values, and not say so."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+            keys = [str(key.value).replace("-", "_") for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := next((key for key in keys if keys.count(key) > 1), None):
+                line = node.value[len(keys) - 1 - keys[::-1].index(twice)][0].start_mark.line + 1
+                raise ValueError(f"{name} has {twice} twice, for the second time in line {line}. Remove one.")
+            return super().construct_mapping(node, deep)
+
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except OSError as error:
         raise ValueError(f"{name} cannot be read: {error.strerror or error}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -94,7 +116,7 @@ def option(argv: Sequence[str], recipe: Mapping[str, Any], name: str) -> Any:
     """The value of an option on which depends what else there is to parse; None where it is not given."""
     for index, token in enumerate(argv):
         option_name, equals, value = token.partition("=")
-        if option_name == f"--{name}" and (equals or index + 1 < len(argv)):
+        if option_name.replace("-", "_") == f"__{name}" and (equals or index + 1 < len(argv)):
             return value if equals else argv[index + 1]
     return recipe.get(name)
 

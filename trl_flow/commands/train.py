@@ -42,8 +42,7 @@ def prepare(argv: list[str]) -> Callable[[], None]:
     usage = "trl-flow train --config recipe.yaml [--option value ...]"
     parser = training_parser(argv, recipe, prog="trl-flow train", usage=usage, description=DESCRIPTION)
     if option(argv, {}, "eval_strategy") == "no":  # a command line cannot take options of a recipe away
-        for name in ("eval_reward_funcs", "over_optimization_patience", "over_optimization_stop"):
-            recipe.pop(name, None)
+        recipe.remove_evaluation()
     # Of options that are unknown here the launcher may know
     strict = option(argv, recipe, "accelerate_config") is None
     script_args, *others, unknown = parse_training(parser, argv, recipe, strict=strict)

@@ -41,12 +41,14 @@ def category_tables(
 
     * Of a set with GenEval's `tag` one for each reward: the mean over each task's images, and over all six of these.
     * Where UniGenBench's reward has scored (`points`: by model, each image's list of 0 and 1, None where there is
-      none) one by dimension and one by test point, in percent: of all test points of the dimension on all images, the
-      share that is passed; overall, the mean over the dimensions and not over the test points, as in SLAS's tables.
+      none, or None for all) one by dimension and one by test point, in percent: of all test points of the dimension on
+      all images, the share that is passed; overall, the mean over the dimensions and not over the test points, as in
+      SLAS's tables.
 
-    `scores` are by model and reward, `(N,)`. Each table is a dict for JSON: `reward`, `by`, `columns`, `counts`
-    (how many images or test points each column is a mean of, for the base model) and `rows`, for each model a dict by
-    column, None where a category has nothing.
+    Overall is for all models over the same categories, those that every one has scores of. `scores` are by model and
+    reward, `(N,)`. Each table is a dict for JSON: `reward`, `by`, `columns`, `rows` (for each model a dict by column,
+    None where a category has nothing), `counts` (the same: how many images or test points that is a mean of) and
+    `note`, which categories Overall leaves out though some model has them.
     """
     tables = []
     if "tag" in dataset.column_names and set(dataset["tag"]) <= {*TASKS, None}:
@@ -54,23 +56,25 @@ def category_tables(
         for reward in next(iter(scores.values())):
             cells = {model: zip(tags, by_reward[reward].tolist(), strict=True) for model, by_reward in scores.items()}
             found = {model: _means(pairs, _TASKS.values()) for model, pairs in cells.items()}
-            overall = {model: _mean_of_means(means) for model, means in found.items()}
-            tables.append(_table(reward, "task", [*_TASKS.values(), OVERALL], found, overall))
-    if all(points.values()):
+            tables.append(_table(reward, "task", [*_TASKS.values(), OVERALL], found, *_overall(found)))
+    if any(points.values()):
         names = [row for row in dataset["testpoints"] for _ in range(num_images_per_prompt)]
         by_dimension, by_point = {}, {}
         for model, of_images in points.items():
             # An image whose answer could not be read counts for nothing
             pairs = [
-                (n, 100 * v) for r, p in zip(names, of_images, strict=True) if p for n, v in zip(r, p, strict=True)
+                (n, 100 * v)
+                for r, p in zip(names, of_images or [None] * len(names), strict=True)
+                if p
+                for n, v in zip(r, p, strict=True)
             ]
             groups = ((_DIMENSIONS.get(name := dimension_of(n), name), value) for n, value in pairs)
             by_dimension[model] = _means(groups, _DIMENSIONS.values())
             by_point[model] = _means(pairs, UNIGENBENCH_TESTPOINTS)
-        overall = {model: _mean_of_means(means) for model, means in by_dimension.items()}
+        overall = _overall(by_dimension)
         for by, found in (("dimension", by_dimension), ("test point", by_point)):
             columns = dict.fromkeys(itertools.chain.from_iterable(found.values()))
-            tables.append(_table("unigenbench", by, [OVERALL, *columns], found, overall))
+            tables.append(_table("unigenbench", by, [OVERALL, *columns], found, *overall))
     return tables
 
 
@@ -86,18 +90,25 @@ def _means(pairs: Iterable[tuple[str | None, float]], order: Iterable[str]) -> _
     return {name: (float(np.mean(found)) if found else math.nan, len(found)) for name, found in values.items()}
 
 
-def _mean_of_means(means: _Means) -> tuple[float, int]:
-    known = [mean for mean, number in means.values() if number]
-    return float(np.mean(known)) if known else math.nan, sum(number for _, number in means.values())
+def _overall(found: Mapping[str, _Means]) -> tuple[_Means, str]:
+    """Each model's mean over the categories that all models have, with its number, and a note on the others."""
+    some = dict.fromkeys(name for means in found.values() for name, (_, number) in means.items() if number)
+    shared = [name for name in some if all(means.get(name, (0, 0))[1] for means in found.values())]
+    left_out = ", ".join(name for name in some if name not in shared)
+    note = f"Overall leaves out what not every model has scores of: {left_out}." if left_out else ""
+    overall = {}
+    for model, means in found.items():
+        values = [means[name] for name in shared]
+        mean = float(np.mean([value for value, _ in values])) if values else math.nan
+        overall[model] = (mean, sum(number for _, number in values))
+    return overall, note
 
 
 def _table(
-    reward: str, by: str, columns: Sequence[str], found: Mapping[str, _Means], overall: Mapping[str, tuple[float, int]]
+    reward: str, by: str, columns: Sequence[str], found: Mapping[str, _Means], overall: _Means, note: str
 ) -> dict[str, Any]:
     whole = {model: means | {OVERALL: overall[model]} for model, means in found.items()}
-    rows = {
-        model: {name: finite(means.get(name, (math.nan,))[0]) for name in columns} for model, means in whole.items()
-    }
-    base = next(iter(whole.values()))
-    counts = {name: base.get(name, (math.nan, 0))[1] for name in columns}
-    return {"reward": reward, "by": by, "columns": list(columns), "counts": counts, "rows": rows}
+    cells = {model: {name: means.get(name, (math.nan, 0)) for name in columns} for model, means in whole.items()}
+    rows = {model: {name: finite(mean) for name, (mean, _) in row.items()} for model, row in cells.items()}
+    counts = {model: {name: number for name, (_, number) in row.items()} for model, row in cells.items()}
+    return {"reward": reward, "by": by, "columns": list(columns), "counts": counts, "rows": rows, "note": note}

@@ -1,6 +1,7 @@
 """Runs compared where their proxies are equal (VGPO, Figure 4c): who optimizes less also loses less gold."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,13 +19,15 @@ _QUANTILE = float(ndtri((1 + CONFIDENCE) / 2))
 class GoldHistory:
     """
     The evaluations of one run: `updates`, `proxy` (the optimized reward), `gold` (the average, base model = 1) and its
-    `standard_errors` (NaN where none was logged), float64, `(E,)` each.
+    `standard_errors` (NaN where none was logged), float64, `(E,)` each; `functions` are the names of those of which
+    the gold is the average.
     """
 
     updates: np.ndarray
     proxy: np.ndarray
     gold: np.ndarray
     standard_errors: np.ndarray
+    functions: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class GoldAtProxy:
         gold (`float`): the gold average there.
         standard_error (`float`): of `gold`: over the prompts of the evaluation set, not over seeds. Between two
             evaluations it is interpolated, too, which is never too small. NaN if none was logged.
-        highest (`float`): the highest proxy of the run.
+        start (`float`), highest (`float`): the first and the highest proxy of the run.
     """
 
     run: str
@@ -47,6 +50,7 @@ class GoldAtProxy:
     update: float
     gold: float
     standard_error: float
+    start: float
     highest: float
 
     @property
@@ -55,22 +59,28 @@ class GoldAtProxy:
         return _QUANTILE * self.standard_error
 
 
-def gold_history(run: Run, *, eval_name: str | None = None, label: str = "") -> GoldHistory:
+def gold_history(run: Run, *, eval_name: str | None = None, label: str = "", proxy: str | None = None) -> GoldHistory:
     """
     The evaluations in a run's log ([`~trl_flow.evaluation.run_log.read_log_history`]) that have a gold average.
     `eval_name` is which of several evaluation sets, by default the first that was logged; `label` is what errors call
-    the run. `ValueError` if there are none.
+    the run; `proxy` names one of several rewards, by default their weighted sum. `ValueError` if there are none.
     """
     history = read_log_history(run)
     prefix = _gold_prefix(history, eval_name, label)
-    keys = ("step", f"{prefix}_reward", f"{prefix}_gold/average")
+    reward, gold = f"{prefix}_reward" if proxy is None else f"{prefix}_rewards/{proxy}/mean", f"{prefix}_gold/"
+    keys = ("step", reward, f"{gold}average")
     found = [entry for entry in history if all(is_number(entry.get(key)) for key in keys)]
     if not found:
-        raise ValueError(not_logged(label, "no evaluation with both a reward and a gold average"))
+        pattern = re.compile(rf"{re.escape(prefix)}_rewards/(.+)/mean")
+        names = dict.fromkeys(match[1] for entry in history for key in entry if (match := pattern.fullmatch(key)))
+        wanted = "a reward" if proxy is None else f"the reward {proxy!r} (there are {', '.join(names) or 'none'})"
+        raise ValueError(not_logged(label, f"no evaluation with both {wanted} and a gold average"))
     errors = [entry.get(f"{prefix}_gold/average_std_err") for entry in found]
     columns = [[entry[key] for entry in found] for key in keys]
     columns.append([error if is_number(error) else math.nan for error in errors])
-    return GoldHistory(*(np.array(column, dtype=np.float64) for column in columns))
+    names = {key.removeprefix(gold) for entry in found for key in entry if key.startswith(gold)}
+    functions = tuple(sorted(names - {"average", "average_std_err"}))
+    return GoldHistory(*(np.array(column, dtype=np.float64) for column in columns), functions)
 
 
 def value_at_proxy(proxy: Sequence[float] | np.ndarray, values: Sequence[float] | np.ndarray, level: float) -> float:
@@ -88,25 +98,41 @@ def value_at_proxy(proxy: Sequence[float] | np.ndarray, values: Sequence[float] 
 
 
 def gold_at_proxy(
-    runs: Mapping[str, Run], levels: Sequence[float] | None = None, *, eval_name: str | None = None
+    runs: Mapping[str, Run],
+    levels: Sequence[float] | None = None,
+    *,
+    eval_name: str | None = None,
+    proxy: str | None = None,
 ) -> list[GoldAtProxy]:
     """
     The gold average of two runs or more at equal proxy, level by level and in the runs' order.
 
     Args:
         runs (`Mapping[str, Run]`): by label, as for the functions of [`~trl_flow.evaluation.plots`]. They must have
-            been evaluated by the same functions on the same prompts, which logs do not say.
+            been evaluated on the same prompts, which logs do not say, and by the same functions, of which they say
+            the names.
         levels (`Sequence[float]`, *optional*): of the proxy. By default the highest that all runs reach, and half of
             the way there.
         eval_name (`str`, *optional*): which of several evaluation sets; by default the first that was logged.
+        proxy (`str`, *optional*): which of several rewards is the proxy; by default the sum with `reward_weights`,
+            which is only the same thing in runs of the same rewards and weights.
 
     Raises:
-        ValueError: with fewer than two runs; if a run has no gold scores, or no run reaches a level; without `levels`,
-            if some run has never risen above where another one starts.
+        ValueError: with fewer than two runs; if a run has no gold scores, or those of other functions than the first;
+            if no run reaches a level; without `levels`, if some run has never risen above where another one starts.
     """
     if len(runs) < 2:
         raise ValueError(f"There are {len(runs)} runs, but a comparison at equal proxy needs two or more.")
-    histories = {label: gold_history(run, eval_name=eval_name, label=label) for label, run in runs.items()}
+    options = {"eval_name": eval_name, "proxy": proxy}
+    histories = {label: gold_history(run, label=label, **options) for label, run in runs.items()}
+    first, expected = next((label, history.functions) for label, history in histories.items())
+    for label, history in histories.items():
+        if history.functions != expected:
+            names, others = (", ".join(functions) or "(not named)" for functions in (expected, history.functions))
+            raise ValueError(
+                f"The gold of {first!r} is the average of {names}, that of {label!r} of {others}: these cannot be "
+                "compared. Evaluate both with the same eval_reward_funcs."
+            )
     highest = {label: float(history.proxy.max()) for label, history in histories.items()}
     told = ", ".join(f"{label} {value:.4g}" for label, value in highest.items())
     if levels is None or len(levels) == 0:
@@ -114,7 +140,8 @@ def gold_at_proxy(
         if top <= start:
             raise ValueError(
                 f"There is no proxy above the start ({start:.4g}) that all runs reach; their highest are {told}. Give "
-                "levels, or leave runs out."
+                "levels, leave runs out, or, if their rewards or weights differ, name a reward that all have: --proxy "
+                "NAME."
             )
         levels = [(start + top) / 2, top]
     points, levels = [], [float(level) for level in levels]
@@ -124,7 +151,7 @@ def gold_at_proxy(
         for label, history in histories.items():
             columns = (history.updates, history.gold, history.standard_errors)
             values = [value_at_proxy(history.proxy, column, level) for column in columns]
-            points.append(GoldAtProxy(label, level, *values, highest[label]))
+            points.append(GoldAtProxy(label, level, *values, history.proxy[0], highest[label]))
     return points
 
 
@@ -142,7 +169,9 @@ def equal_proxy_table(points: Sequence[GoldAtProxy]) -> str:
             other = base[point.level]
             half = math.hypot(point.half_width, other.half_width)
             known = point.run != first and not math.isnan(other.gold)
-            cells = [f"{point.update:.4g}", _with_interval(f"{point.gold:.3f}", point.half_width)]
+            # The interval would seem to be one of a trained model
+            start = " (start)" if point.level <= point.start else ""
+            cells = [f"{point.update:.4g}{start}", _with_interval(f"{point.gold:.3f}", point.half_width)]
             cells.append(_with_interval(f"{point.gold - other.gold:+.3f}", half) if known else "–")
         lines.append(f"| {point.level:.4g} | {_cell(point.run)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

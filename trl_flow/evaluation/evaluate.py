@@ -76,6 +76,7 @@ def evaluate_models(
     proxy: Callable | Sequence[Callable] = (),
     gold: Callable | Sequence[Callable] = (),
     rewards_by_set: Mapping[str, Collection[str]] | None = None,
+    brackets: bool = True,
     options: DrawingOptions | None = None,
     backbone: Backbone | None = None,
     grid_prompts: int = 16,
@@ -100,6 +101,7 @@ def evaluate_models(
             sets and rewards may be added to it.
         proxy, gold: rewards that were optimized, and others. May both be empty.
         rewards_by_set: names of the rewards that score each set; by default all score all.
+        brackets: whether the tables bracket what is in `proxy`: not if each adapter was trained on another part of it.
         backbone: for a loaded pipeline of a family that has none here; it decides height, width and
             `max_sequence_length`.
         grid_prompts: rows of the image grids, spread evenly over the prompts.
@@ -148,7 +150,7 @@ def evaluate_models(
             torch.cuda.empty_cache()
         scores, points = run.score(scorer, drawn, rescore)
         kinds = {"proxy": scorer.names[: len(proxy)], "gold": scorer.names[len(proxy) :]}
-        return run.write(scores, points, kinds, grid_prompts, page_megabytes)
+        return run.write(scores, points, kinds, brackets, grid_prompts, page_megabytes)
 
 
 def _described_models(
@@ -270,6 +272,7 @@ class _Run:
         scores: ModelScores,
         points: TestPoints,
         kinds: dict[str, list[str]],
+        brackets: bool,
         grid_prompts: int,
         page_megabytes: float,
     ) -> Comparison:
@@ -286,6 +289,7 @@ class _Run:
             "model": self.models[BASE]["path"],
             "models": self.models,
             **kinds,
+            "brackets": brackets,
             "settings": asdict(self.options),
             "sets": sets,
             "votes": None,

@@ -143,11 +143,13 @@ def _evaluation(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str
         options |= {"height": IMAGE_SIZE, "width": IMAGE_SIZE, "max_sequence_length": T5_TOKENS}
     chosen, names = {}, {}
     if arguments.table:
-        from trl_flow.evaluation.paper_tables import TABLES, table_inputs
+        from trl_flow.evaluation.paper_tables import table_inputs
 
         copies = {"prompts": arguments.table_prompts, "rewards": arguments.table_rewards}
-        chosen, names = table_inputs(arguments.table, model, arguments.adapters, **copies, limit=arguments.limit)
-        options["num_images_per_prompt"] = TABLES[arguments.table].num_images_per_prompt
+        wanted = (arguments.table, model, arguments.adapters)
+        chosen, names, sampling = table_inputs(*wanted, **copies, limit=arguments.limit)
+        # The bundled model draws small images only
+        options = sampling | options if arguments.model in BUNDLED else options | sampling
     given = {field.name: getattr(arguments, field.name) for field in fields(DrawingOptions)}
     options |= {name: value for name, value in given.items() if value is not None}
     sets = {}

@@ -67,6 +67,7 @@ def write_page(
         }
         sets.append(content)
     data = {"title": title(results), "legend": legend(results), "note": note, "models": models, "sets": sets}
+    data |= {"brackets": results.get("brackets", True)}
     data |= {"rewards": results["proxy"] + results["gold"], "results": [results["sets"][name] for name in shown]}
     template = (files("trl_flow.evaluation") / "web" / "comparison.html").read_text(encoding="utf-8")
     content = with_policy(template, "img-src data:").replace("__DATA__", script_json(data))

@@ -3,10 +3,10 @@
 import asyncio
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 
 from trl_flow.evaluation.adapters import parse_adapters
 from trl_flow.evaluation.evaluate import REPORT, RESULTS, Comparison
@@ -17,6 +17,7 @@ from trl_flow.rewards.base import ModelReward
 from trl_flow.rewards.checks import reward_names
 from trl_flow.rewards.judge import Question
 from trl_flow.rewards.named import named_reward
+from trl_flow.rewards.unigenbench import UniGenBenchReward
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class PaperTable:
     `sets` are the prompt sets with the rewards that score each. A reward is a proxy or, if in `gold`, a gold reward.
     `columns` are heading, prompt set and reward. The last heading of `average` is the mean of the gold rewards over
     the base model's, on that prompt set. `by_category` tables are title, prompt set, reward and category instead.
+    `sampling` are drawing options by pipeline class, those of the recipes in `examples/recipes`.
     """
 
     title: str
@@ -36,6 +38,7 @@ class PaperTable:
     average: str | None = None
     by_category: tuple[tuple[str, str, str, str], ...] = ()
     num_images_per_prompt: int = 1
+    sampling: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     note: str = ""
 
     @property
@@ -44,6 +47,11 @@ class PaperTable:
         return sorted(dict.fromkeys(r for names in self.sets.values() for r in names), key=self.gold.__contains__)
 
 
+_FLUX = {"num_inference_steps": 28, "guidance_scale": 3.5}
+_FLOW_GRPO = {
+    "StableDiffusion3Pipeline": {"height": 512, "width": 512, "max_sequence_length": 128},
+    "FluxPipeline": {"height": 512, "width": 512, **_FLUX},
+}
 TABLES = {
     "guard": PaperTable(
         "GRPO-Guard, Table 1",
@@ -62,6 +70,7 @@ TABLES = {
             ("UniR", "pickscore", "unifiedreward"),
         ),
         average="pickscore",
+        sampling=_FLOW_GRPO,
         note="Average: HPSv2, ImageReward and UnifiedReward, all on PickScore's prompts, each divided by the base "
         "model's mean.",
     ),
@@ -84,6 +93,7 @@ TABLES = {
             ("PickScore on DrawBench", "drawbench", "pickscore"),
             ("UniRwd on DrawBench", "drawbench", "unifiedreward"),
         ),
+        sampling=_FLOW_GRPO,
         note="GenEval, OCR and PickScore without further words are on their own prompts.",
     ),
     "slas": PaperTable(
@@ -103,7 +113,11 @@ TABLES = {
         ),
         # As both benchmarks do
         num_images_per_prompt=4,
-        note="Overall is the mean of the categories.",
+        sampling={
+            "FluxPipeline": {"height": 720, "width": 720, **_FLUX},
+            "StableDiffusionPipeline": {"height": 512, "width": 512, "num_inference_steps": 50, "guidance_scale": 5.0},
+        },
+        note="Overall is the mean of GenEval's six tasks, and of UniGenBench++'s ten dimensions in its Table 3 too.",
     ),
 }
 # What is served for each judge
@@ -112,11 +126,13 @@ _JUDGES = {
     "unifiedreward": "CodeGoat24/UnifiedReward-qwen-7b",
     "unigenbench": "CodeGoat24/UniGenBench-EvalModel-qwen-72b-v1",
 }
-_HINT = (
-    "A judge's address is given by --table_rewards NAME@http://host:8000/v1 (with #MODEL behind it where several are "
-    "served), a reward on another machine by NAME=http://host:8000#NAME, a copy of a prompt set by --table_prompts "
-    "SET:PATH."
-)
+# By what is missing
+_HINTS = {
+    "judge": "A judge's address is given by --table_rewards NAME@http://host:8000/v1, with #MODEL behind it where "
+    "several are served.",
+    "reward": "A reward on another machine is given by --table_rewards NAME=http://host:8000#NAME.",
+    "prompts": "A copy of a prompt set is given by --table_prompts SET:PATH.",
+}
 
 
 class MissingError(ValueError):
@@ -131,9 +147,9 @@ def table_inputs(
     prompts: Sequence[str] = (),
     rewards: Sequence[str] = (),
     limit: int | None = None,
-) -> tuple[dict[str, Any], dict[str, str]]:
+) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
     """
-    What `evaluate_models` is given for a table, and what each of the table's rewards is called there.
+    What `evaluate_models` is given for a table, what each of its rewards is called there, and its drawing options.
 
     Nothing is drawn. Prompts are fetched, and each reward's model is loaded and freed again or its server asked.
 
@@ -161,24 +177,34 @@ def table_inputs(
             text = str(error).strip() or type(error).__name__
             missing.append(f"{what}: {text.removeprefix(what.split()[-1] + ': ')}")
 
-    found("the model", DiffusionPipeline.load_config, model)
+    options = found("the model", _sampling, table, model)
     found("the adapters", parse_adapters, adapters)
     sets = {s: found(f"the prompts {s}", load_prompts, copies.get(s, s), "test") for s in table.sets}
-    funcs = {r: found(f"the reward {r}", _ready, r, others.get(r)) for r in table.rewards}
-    asked = [reward for reward in table.rewards if reward in _JUDGES and reward not in others and funcs[reward]]
-    if len(asked) > 1:
-        missing.append(f"the judges {' and '.join(asked)} are two models, but OPENAI_BASE_URL is one address")
+    ready = {r: found(f"the reward {r}", _ready, r, others.get(r)) or (None, None) for r in table.rewards}
+    asked: dict[Any, list[str]] = {}
+    for reward, (_, server) in ready.items():
+        asked.setdefault(server, []).append(reward)
+    for server, judges in asked.items():
+        if server is not None and len(judges) > 1:
+            url, served = ("OPENAI_BASE_URL" if set(judges).isdisjoint(others) else server[0]), server[1]
+            missing.append(f"the judges {' and '.join(judges)} are two models, but {url} is one address, of {served}")
     if missing:
         lines = "\n".join(f"* {text}" for text in missing)
-        raise MissingError(f"{table.title} cannot be made yet. Nothing was drawn. Missing are:\n{lines}\n{_HINT}")
+        # "the prompts ocr: ...", "the judges deqa and ..."
+        kinds = {"judge" if set(_JUDGES) & set(re.split("[ :]", text)[2:3]) else text.split()[1] for text in missing}
+        hint = " ".join(hint for kind, hint in _HINTS.items() if kind in kinds)
+        raise MissingError(f"{table.title} cannot be made yet. Nothing was drawn. Missing are:\n{lines}\n{hint}")
+    funcs = {reward: func for reward, (func, _) in ready.items()}
     names = dict(zip(funcs, reward_names(funcs.values()), strict=True))
     chosen = {
         "prompts": {n: d.select(evenly(len(d), limit)) if limit else d for n, d in sets.items()},
         "proxy": [func for reward, func in funcs.items() if reward not in table.gold],
         "gold": [func for reward, func in funcs.items() if reward in table.gold],
         "rewards_by_set": {set_name: [names[r] for r in own] for set_name, own in table.sets.items()},
+        # Which of the proxies a model was trained on is not known
+        "brackets": False,
     }
-    return chosen, names
+    return chosen, names, options | {"num_images_per_prompt": table.num_images_per_prompt}
 
 
 def with_table(comparison: Comparison, name: str, rewards: Mapping[str, str]) -> Comparison:
@@ -206,9 +232,13 @@ def paper_tables(results: Mapping[str, Any], table: PaperTable, rewards: Mapping
         columns = list(next(iter(rows.values())))
         tables.append({"title": table.title, "columns": columns, "rows": rows, "note": table.note, "format": ".4g"})
     for title, set_name, reward, by in table.by_category:
-        for found in sets[set_name]["categories"]:
-            if (found["reward"], found["by"]) == (rewards[reward], by):
-                tables.append({**found, "title": title, "note": table.note})
+        all_found = sets[set_name]["categories"]
+        found = next((t for t in all_found if (t["reward"], t["by"]) == (rewards[reward], by)), None)
+        note = f"There is no such table: the scores by {rewards[reward]} on {set_name} have no {by}."
+        empty = {"reward": rewards[reward], "by": by, "columns": [], "counts": {}, "rows": {}}
+        if found is not None:
+            note = " ".join(filter(None, (table.note, found["note"])))
+        tables.append({**(found or empty), "title": title, "note": note})
     return tables
 
 
@@ -224,16 +254,37 @@ def _replacements(option: str, given: Sequence[str], known: Sequence[str], separ
     return found
 
 
-def _ready(name: str, other: str | None) -> Any:
-    """The reward, known to work as far as can be known without an image."""
+def _sampling(table: PaperTable, model: str) -> dict[str, Any]:
+    """How the table's images are drawn by a model, of which no weights are read."""
+    pipeline = DiffusionPipeline.load_config(model)
+    options = dict(table.sampling.get(pipeline["_class_name"], {}))
+    if options:
+        parts = ("vae", "unet" if "unet" in pipeline else "transformer")
+        vae, trained = (AutoencoderKL.load_config(model, subfolder=part) for part in parts)
+        # FLUX.1's pipelines have 128 of their own
+        own = trained.get("sample_size", 128) * 2 ** (len(vae["block_out_channels"]) - 1)
+        if own < options["height"]:  # a model of smaller images, which draws its own
+            del options["height"], options["width"]
+    return options
+
+
+def _ready(name: str, other: str | None) -> tuple[Any, tuple[str, str] | None]:
+    """The reward, known to work as far as can be known without an image, and the address and model that a judge
+    asks."""
     try:
         func = named_reward(other or name)
     except ValueError as error:
-        served = f" Its model: vllm serve {_JUDGES[name]}" if name in _JUDGES else ""
+        served = f" Its model: vllm serve {_JUDGES[name]}" if name in _JUDGES and other is None else ""
         raise ValueError(f"{error}{served}") from error
+    if name == "unigenbench" and not isinstance(func, UniGenBenchReward):
+        raise ValueError(
+            f"{other} gives one score for each image, but the tables are made of one for each test point, which only "
+            f"the judge itself gives: --table_rewards {name}@http://host:8000/v1, vllm serve {_JUDGES[name]}"
+        )
+    server = None
     if isinstance(func, Question):
-        asyncio.run(func.chat.check())
+        server = (func.chat.base_url.rstrip("/"), asyncio.run(func.chat.check()))
     if isinstance(func, ModelReward):
         func.load()
         func.close()
-    return func
+    return func, server

@@ -199,14 +199,15 @@ def equal_proxy(
     *,
     levels: Sequence[float] | None = None,
     eval_name: str | None = None,
+    proxy: str | None = None,
 ) -> Figure:
     """
     Gold against proxy, and each run's gold at equal proxy (VGPO, Figure 4c), with bars of its 95% interval: the points
     of [`~trl_flow.evaluation.equal_proxy.gold_at_proxy`], which has the same arguments. A dotted line is a level.
     """
-    points, found = gold_at_proxy(runs, levels, eval_name=eval_name), {}
-    for label, run in runs.items():
-        found[label] = gold_history(run, eval_name=eval_name, label=label)
+    options = {"eval_name": eval_name, "proxy": proxy}
+    points = gold_at_proxy(runs, levels, **options)
+    found = {label: gold_history(run, label=label, **options) for label, run in runs.items()}
     # Side by side, or the bars of several would hide each other
     width = 0.012 * np.ptp(np.concatenate([history.proxy for history in found.values()]))
     figure = new_figure(7.2, 4.4)
@@ -221,7 +222,8 @@ def equal_proxy(
     for level in dict.fromkeys(point.level for point in points):
         axes.axvline(level, color="black", linewidth=0.8, linestyle=":")
     axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
-    _label(axes, "gold at equal proxy", "evaluation reward (proxy)", "gold average, base model = 1")
+    name = proxy or "evaluation reward"
+    _label(axes, "gold at equal proxy", f"{name} (proxy)", "gold average, base model = 1")
     axes.xaxis.set_major_locator(MaxNLocator(6))
     return saved_figure(figure, path)
 

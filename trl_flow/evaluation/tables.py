@@ -38,12 +38,17 @@ def markdown(results: Mapping[str, Any]) -> str:
     parts = [f"# {title(results)}", _settings_line(results)]
     paper = results.get("paper_tables", ())
     for table in paper:
-        parts += [f"## {markdown_text(table['title'])}", category_table(table), table["note"]]
+        made = category_table(table) if table["columns"] else ""
+        parts += [f"## {markdown_text(table['title'])}", made, table["note"]]
     for name, content in results["sets"].items():
-        parts += [f"## {markdown_text(name)}", means_table(content), difference_table(content)]
+        parts += [
+            f"## {markdown_text(name)}",
+            means_table(content, brackets=results.get("brackets", True)),
+            difference_table(content),
+        ]
         for table in content.get("categories", ()):
             if not any(table["columns"] == shown["columns"] and table["rows"] == shown["rows"] for shown in paper):
-                parts += [f"{markdown_text(table['reward'])} by {table['by']}:", category_table(table)]
+                parts += [f"{markdown_text(table['reward'])} by {table['by']}:", category_table(table), table["note"]]
         if content["gold_note"]:
             parts.append(markdown_text(content["gold_note"]))
     parts.append(legend(results))
@@ -52,11 +57,12 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def means_table(content: Mapping[str, Any]) -> str:
+def means_table(content: Mapping[str, Any], *, brackets: bool = True) -> str:
     """A prompt set's means in the form of GRPO-Guard's Table 1: models in rows; the optimized rewards (proxy) in
     brackets, the gold rewards, and the average of the latter over the base model's."""
+    form = "[{}]" if brackets else "{}"
     proxy, gold = content["proxy"], content["gold_rewards"]
-    header = ["model", *(f"[{markdown_text(r)}]" for r in proxy), *(f"{markdown_text(r)}" for r in gold)]
+    header = ["model", *(form.format(markdown_text(r)) for r in proxy), *(f"{markdown_text(r)}" for r in gold)]
     header += ["Average (base = 1)"] if gold else []
     rows = []
     for number, (model, means) in enumerate(content["means"].items()):
@@ -64,7 +70,7 @@ def means_table(content: Mapping[str, Any]) -> str:
         for reward in (*proxy, *gold):
             cell = _with_half(means[reward]["mean"], means[reward]["low"])
             # In the paper's table the base model's are not bracketed: it was not trained on them
-            cells.append(f"[{cell}]" if reward in proxy and number > 0 and cell != "-" else cell)
+            cells.append(form.format(cell) if reward in proxy and number > 0 and cell != "-" else cell)
         if gold:
             average = content["gold"][model] if content["gold"] else None
             cells.append(_with_half(average["average"], average["low"] if number else None) if average else "-")
@@ -124,7 +130,8 @@ def title(results: Mapping[str, Any]) -> str:
 
 def legend(results: Mapping[str, Any]) -> str:
     """What the tables' numbers are."""
-    text = INTERVALS + (" [In brackets]: rewards that were optimized." if results["proxy"] else "")
+    bracketed = results["proxy"] and results.get("brackets", True)
+    text = INTERVALS + (" [In brackets]: rewards that were optimized." if bracketed else "")
     return f"{text} {_AVERAGE}" if results["gold"] else text
 
 

@@ -15,7 +15,14 @@ from trl_flow.functional.grpo import (
     ratio_statistics,
     transition_kl,
 )
-from trl_flow.functional.guard import log_ratio, probed_mean, timestep_weight
+from trl_flow.functional.guard import (
+    best_probe_scale,
+    log_ratio,
+    probe_error,
+    probed_mean,
+    rounding_and_curvature,
+    timestep_weight,
+)
 from trl_flow.functional.rewards import combine_rewards, fill_missing, frac_zero_std, normalize_then_sum
 from trl_flow.functional.slas import (
     adapt_power,
@@ -41,6 +48,7 @@ from trl_flow.functional.vgpo import cumulative_values, dual_advantages, value_s
 __all__ = [
     "Transition",
     "adapt_power",
+    "best_probe_scale",
     "clipped_loss",
     "combine_rewards",
     "cps_transition",
@@ -61,10 +69,12 @@ __all__ = [
     "max_advantage_power_sub_gaussian",
     "normalize_then_sum",
     "ode_transition",
+    "probe_error",
     "probed_mean",
     "project_to_data",
     "ratio_histogram",
     "ratio_statistics",
+    "rounding_and_curvature",
     "super_linear",
     "timestep_weight",
     "transition_kl",

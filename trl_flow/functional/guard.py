@@ -4,6 +4,7 @@ The two choices, `kind` of `log_ratio` and `kind` of `timestep_weight`, span the
 `"ratio_norm"` with `"inverse_dt"`.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -89,6 +90,48 @@ def probed_mean(mean: Tensor, probe_mean: Tensor, old_mean: Tensor, *, scale: fl
     check_shapes("(B, ...)", mean=mean, probe_mean=probe_mean, old_mean=old_mean)
     current, probed, previous = promote(mean, probe_mean, old_mean)
     return previous + (probed - previous) / scale + (current - current.detach())
+
+
+def rounding_and_curvature(near: float, far: float, *, scale: float) -> tuple[float, float]:
+    """How much rounding a forward has, and how much curvature the model, from log-ratios at several distances.
+
+    With `e(x)` the rounding of the forward at `theta_old + x (theta - theta_old)`, of variance `v`, and a curvature of
+    the model that adds `c x^2` to a log-ratio, that of a probe of scale `k` is `r(k) = r + k c + (e(k) - e(0)) / k`.
+    Of three near ones a combination has rounding alone, and the difference of two far ones shows the curvature:
+
+        near = mean((r(2) - 3 r(1) + 2 r(1/2))^2) = 27.5 v
+        far = mean((r(k) - r(k / 2))^2) = 6 v / k^2 + (k c / 2)^2
+
+    What of `far` may be the rounding's, half as much again as is expected of it, is not taken for curvature.
+
+    Args:
+        near, far: these mean squares, at least 0.
+        scale: `k`, above 1.
+
+    Returns:
+        `(v, c^2)`, both at least 0. The noise floor of a log-ratio without a probe is `sqrt(2 v)`.
+    """
+    variance = near / 27.5
+    return variance, max(far - 9 * variance / scale**2, 0.0) * 4 / scale**2
+
+
+def probe_error(scale: float, variance: float, curvature: float) -> float:
+    """Root mean square of the error of a log-ratio with the probe, `sqrt(2 v / k^2 + (k - 1)^2 c^2)`.
+
+    Args:
+        scale: `k`, at least 1, which is no probe.
+        variance, curvature: `v` and `c^2`, from `rounding_and_curvature`.
+    """
+    return math.sqrt(2 * variance / scale**2 + (scale - 1) ** 2 * curvature)
+
+
+def best_probe_scale(variance: float, curvature: float) -> float:
+    """The power of 2 from 1 to 128 with the least `probe_error`.
+
+    Args:
+        variance, curvature: `v` and `c^2`, from `rounding_and_curvature`.
+    """
+    return min((2.0**n for n in range(8)), key=lambda scale: probe_error(scale, variance, curvature))
 
 
 def timestep_weight(

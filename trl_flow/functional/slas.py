@@ -173,10 +173,11 @@ def max_advantage_power_sub_gaussian(
     more slowly than `log C`, as the paper says.
 
     Args:
-        norm: `K`, above 0, of the linear advantages; that of a Gaussian is `sqrt(8 / 3)` times its standard deviation.
+        norm: `K`, from 1e-100 to 1e100, of the linear advantages; that of a Gaussian is `sqrt(8 / 3)` times its
+            standard deviation.
         grad_sq_norm, fisher_eigenvalue, learning_rate, max_kl: as for `max_advantage_power`.
-        constant: `c`, above 0. The paper leaves it open; 1 is enough for every `p` from 2 on, because `E |A|^p` is at
-            most `2 K^p Gamma(p / 2 + 1)`.
+        constant: `c`, from 1e-50 to 1e50. The paper leaves it open; 1 is enough for every `p` from 2 on, because
+            `E |A|^p` is at most `2 K^p Gamma(p / 2 + 1)`.
 
     Returns:
         A number at least 0. 0 if no power is safe, or none above 0 is; `inf` for an update of length 0.
@@ -184,8 +185,8 @@ def max_advantage_power_sub_gaussian(
     Raises:
         ValueError: a number is out of its domain.
     """
-    check_number("norm", norm, math.ulp(0.0))
-    check_number("constant", constant, math.ulp(0.0))
+    check_number("norm", norm, 1e-100, 1e100)
+    check_number("constant", constant, 1e-50, 1e50)
     log_limit = _log_limit(grad_sq_norm, fisher_eigenvalue, learning_rate, max_kl)
     if log_limit == math.inf:
         return math.inf

@@ -71,8 +71,8 @@ class Plan:
     @property
     def has_probe(self) -> bool:
         """Whether the amplified probe of the importance ratio is run, with two more sets of the trained weights."""
-        on = self.peft_config is not None and self.half if self.args.ratio_probe == "auto" else self.args.ratio_probe
-        return bool(on) and self.args.updates_per_generation > 1
+        on = self.half if self.args.ratio_probe == "auto" else self.args.ratio_probe
+        return bool(on) and self.peft_config is not None and self.args.updates_per_generation > 1
 
 
 @dataclass(frozen=True)

@@ -106,16 +106,18 @@ class ChatModel:
             )
         return completion.choices[0]
 
-    async def check(self) -> None:
-        """Raises a `JudgeError` if the server is not there, or it is not known which of its models is meant. Asks
-        once, and for nothing that costs."""
+    async def check(self) -> str:
+        """The model that will be asked. A `JudgeError` if the server is not there or does not list the model, or it is
+        not known which of several is meant. Asks once, and for nothing that costs."""
         probe = copy.copy(self)
         probe.max_retries, probe._connections = 0, {}
         async with probe._connected() as connection:
             if self.model is None:
-                await probe._only_model(connection.client)
-            else:
-                await probe._request(connection.client.models.list())
+                return await probe._only_model(connection.client)
+            names = await probe._served(connection.client)
+        if self.model not in names:
+            raise self._error(f"does not serve {self.model}, but {', '.join(names) or 'no model'}. Name one of these.")
+        return self.model
 
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[_Connection]:
@@ -143,12 +145,15 @@ class ChatModel:
                 await connection.client.close()
 
     async def _only_model(self, client: Any) -> str:
-        listed = await self._request(client.models.list())
-        names = [model.id for model in getattr(listed, "data", None) or []]
+        names = await self._served(client)
         if len(names) != 1:
             served = ", ".join(names) or "none"
             raise self._error(f"serves {len(names)} models: {served}. Name the judge's: model=...")
         return names[0]
+
+    async def _served(self, client: Any) -> list[str]:
+        listed = await self._request(client.models.list())
+        return [model.id for model in getattr(listed, "data", None) or []]
 
     async def _request(self, request: Any) -> Any:
         import openai

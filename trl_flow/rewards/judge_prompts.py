@@ -31,6 +31,8 @@ UNIGENBENCH = _PROMPTS["unigenbench"]
 # Its 27 test points, by name and in the order of SLAS's Table 3, and what each is about
 UNIGENBENCH_TESTPOINTS: dict[str, str] = dict(line.split(": ", 1) for line in _LINES["unigenbench_testpoints"])
 
+_PASSED = {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0}
+
 DEQA_QUESTION = "How would you rate the quality of this image?"
 DEQA_ANSWER_PREFIX = "The quality of the image is"
 DEQA_LEVELS = {"excellent": 5, "good": 4, "fair": 3, "poor": 2, "bad": 1}
@@ -63,9 +65,11 @@ def passed_testpoints(answer: str, number: int) -> list[int] | None:
     The 0 or 1 of each of `number` test points in the last `<score>` list of an answer. None where there is no such
     list, or it has another length or another entry: it could not be told which test points were answered.
     """
-    lists = re.findall(r"<score>\s*\[(.*?)\]\s*</score>", answer, re.DOTALL)
-    scores = [entry.strip(" \t\r\n'\"") for entry in lists[-1].split(",")] if lists else []
-    return [int(entry) for entry in scores] if len(scores) == number and set(scores) <= {"0", "1"} else None
+    # Chat models like to write in bold, as code, and with Chinese punctuation
+    plain = re.sub(r"[*`\\]", "", answer).replace("，", ",").lower()
+    lists = re.findall(r"<score>\s*\[([^<]*?),?\s*\]\s*</score>", plain)
+    scores = [_PASSED.get(entry.strip(" \t\r\n'\"")) for entry in lists[-1].split(",")] if lists else []
+    return scores if len(scores) == number and None not in scores else None
 
 
 def _number_after(label: str, answer: str) -> float | None:

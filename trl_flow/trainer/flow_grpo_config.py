@@ -67,8 +67,8 @@ class FlowGRPOConfig(FlowRLConfig):
             Divides the rounding in the importance ratio by this number, for one more forward of the trained steps in
             each update but the first of a sampling phase: clipping acts on the ratio, and in half precision two
             forwards differ by more than a clip range of 2e-6. `"auto"`: an adapter in half precision is trained with a
-            number that follows the noise floor, `ratio/noise_floor`; 0: never. With full fine-tuning a number keeps
-            two more copies of the weights.
+            number that is chosen by what is measured; 0: never. With full fine-tuning a number keeps two more copies
+            of the weights in the host's memory.
         beta (`float`, *optional*, defaults to `0.0`):
             KL coefficient towards the initial model. With `0.0` no reference forward is run. The KL of flow models is
             Flow-GRPO's, in units of the diffusion coefficient; that of U-Nets is the KL of the two Gaussians.
@@ -106,8 +106,8 @@ class FlowGRPOConfig(FlowRLConfig):
 
     def __post_init__(self):
         self._read_number("ratio_probe")
-        ok = self.ratio_probe == "auto" or self.ratio_probe == 0 or 1 <= self.ratio_probe < math.inf
-        self._check("ratio_probe", ok, "'auto', 0 for none, or a number from 1 on")
+        ok = self.ratio_probe == "auto" or self.ratio_probe == 0 or 1 < self.ratio_probe < math.inf
+        self._check("ratio_probe", ok, "'auto', 0 for none, or a number above 1")
         if self.importance_ratio == "ratio_norm" and self.ratio_probe == 0 and self.bf16 is None and not self.fp16:
             self.fp16 = is_torch_bf16_gpu_available()  # it has 8 times less rounding
         if isinstance(self.sde_window_range, tuple):  # YAML gives a list

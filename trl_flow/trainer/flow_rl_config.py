@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from types import UnionType
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -243,7 +243,7 @@ class FlowRLConfig(_BaseConfig):
         hints = get_type_hints(type(self))  # HfArgumentParser changes the types of the fields
         for name in set(type(self).__dataclass_fields__) - set(_BaseConfig.__dataclass_fields__):
             hint, value = hints[name], getattr(self, name)
-            options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+            options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
             if value is None and type(None) in options:
                 continue
             choices = [choice for option in options if get_origin(option) is Literal for choice in get_args(option)]
@@ -254,11 +254,15 @@ class FlowRLConfig(_BaseConfig):
                 if isinstance(value, bool) or not isinstance(value, kind):
                     raise TypeError(f"{name} is {value!r} of type {type(value).__name__}, but must be a {noun}.")
                 self._check(name, math.isfinite(value), "finite")
+            elif bool in options and not isinstance(value, bool):
+                raise TypeError(f"{name} is {value!r} of type {type(value).__name__}, but must be True or False.")
 
     def _read_number(self, name: str) -> None:
         """Makes a number of a field that may be `"auto"`, too: command lines give text."""
         if getattr(self, name) != "auto":
             try:
+                if isinstance(getattr(self, name), bool):
+                    raise TypeError
                 setattr(self, name, float(getattr(self, name)))
             except (TypeError, ValueError):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but must be a number or 'auto'.") from None

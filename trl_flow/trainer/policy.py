@@ -107,8 +107,8 @@ class Policy:
         keep_reference: bool,
     ):
         self.backbone, self.args, self.accelerator, self.conditions = backbone, args, accelerator, conditions
-        # Both set by the loop: optimizer steps since the samples at hand were drawn, and the trained weights then
-        self.updates_since_sampling = 0
+        # All set by the loop: the number of the sampling phase, optimizer steps since, and the trained weights then
+        self.generation = self.updates_since_sampling = 0
         self.sampling_weights: list[torch.Tensor] = []
         self._wrapped = wrapped
         self.is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -230,10 +230,10 @@ class Policy:
     @contextlib.contextmanager
     def _amplified(self, scale: float) -> Iterator[None]:
         own = self._local_weights()
-        before = [weights.clone() for weights in own]
-        for weights, sampled in zip(own, self.sampling_weights, strict=True):
-            weights.copy_(sampled.float().lerp(weights.float(), scale))
+        before = self.copy_weights()
         try:
+            for weights, sampled in zip(own, self.sampling_weights, strict=True):
+                weights.copy_(sampled.to(weights.device, torch.float32).lerp(weights.float(), scale))
             yield
         finally:
             for weights, kept in zip(own, before, strict=True):
@@ -260,7 +260,9 @@ class Policy:
                 "The ratio's probe moves all trained weights, which DeepSpeed's ZeRO-3 splits over processes. Set "
                 "ratio_probe=0, or use ZeRO-2 or FSDP2."
             )
-        return [weights.clone() for weights in self._local_weights()]
+        weights = self._local_weights()
+        # Those of an adapter are few; two more copies of a whole model are for the host's memory
+        return [w.clone() if self.is_adapter else w.to("cpu", copy=True) for w in weights]
 
     @property
     def _is_split(self) -> bool:
@@ -270,7 +272,12 @@ class Policy:
     @property
     def can_probe(self) -> bool:
         """Whether `at("probe")` costs little: for an adapter, whose weights are few, that is not split."""
-        return self.is_adapter and not self._is_split
+        return self.is_adapter and self.can_measure
+
+    @property
+    def can_measure(self) -> bool:
+        """Whether `at("probe")` can be asked for."""
+        return not self._is_split
 
     # ---- Updates ----
 
