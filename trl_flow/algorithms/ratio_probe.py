@@ -9,6 +9,7 @@ from accelerate.utils import gather_object
 from transformers.utils import logging
 
 from trl_flow.functional import best_probe_scale, probe_error, rounding_and_curvature
+from trl_flow.functional.guard import NEAR_VARIANCE
 
 
 if TYPE_CHECKING:
@@ -50,6 +51,11 @@ class RatioProbe:
         number = policy.generation + 1
         return policy.can_measure and number & (number - 1) == 0
 
+    @property
+    def _scale(self) -> float:
+        """`k` of the first update after sampling, with `"auto"`."""
+        return self.FIRST_SCALE if self.variance is None else best_probe_scale(self.variance, self._curvature)
+
     def scale(self, policy: "Policy") -> float | None:
         """`k` of this update; `None` if its ratios are those of the ordinary forward."""
         if not self.is_active(policy):
@@ -70,11 +76,12 @@ class RatioProbe:
         """Takes log-ratios `(B,)` without the probe and with it, by its `k`; returns statistics of the samples."""
         if not probed.keys() >= set(self.NEAR):
             return {}
-        near = (probed[2.0] - 3 * plain + 2 * probed[0.5]).detach()
-        far = (probed[128.0] - probed[64.0]).detach() if 128.0 in probed else torch.zeros_like(near)
+        (half, double), (farther, farthest) = self.NEAR, self.FAR
+        near = (probed[double] - 3 * plain + 2 * probed[half]).detach()
+        far = (probed[farthest] - probed[farther]).detach() if farthest in probed else torch.zeros_like(near)
         self._sums = self._sums + torch.stack([near, far]).square().sum(dim=1)
         self._count += len(plain)
-        return {"rounding": near * (2 / 27.5) ** 0.5}  # of the variance that a log-ratio's rounding has
+        return {"rounding": near * (2 / NEAR_VARIANCE) ** 0.5}  # of the variance that a log-ratio's rounding has
 
     def after_update(self, policy: "Policy") -> dict[str, float]:
         """Measures what was observed, chooses `k`, and warns. To be called on all processes; returns metrics."""
@@ -88,7 +95,6 @@ class RatioProbe:
         if math.isfinite(near + far) and near > 0:  # else training has diverged, or nothing has moved
             scale = self.FAR[-1]
             self.variance, self._curvature = rounding_and_curvature(near / count, far / count, scale=scale)
-            self._scale = best_probe_scale(self.variance, self._curvature)
             stats["ratio/noise_floor"] = math.sqrt(2 * self.variance)
             self._warn(self.scale(policy))
         return stats
@@ -114,13 +120,12 @@ class RatioProbe:
         return [self._given, self._half_precision]
 
     def state_dict(self) -> dict[str, Any]:
-        own = {"scale": self._scale, "variance": self.variance, "curvature": self._curvature}
-        return own | {"has_warned": self._has_warned, "settings": self._settings()}
+        own = {"variance": self.variance, "curvature": self._curvature, "has_warned": self._has_warned}
+        return own | {"settings": self._settings()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state.get("settings") != self._settings():  # in another precision there is another rounding
             state = {}
-        self._scale: float = state.get("scale", self.FIRST_SCALE)
         self.variance: float | None = state.get("variance")
         self._curvature: float = state.get("curvature", 0.0)
         self._has_warned: bool = state.get("has_warned", False)

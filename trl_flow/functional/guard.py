@@ -92,6 +92,10 @@ def probed_mean(mean: Tensor, probe_mean: Tensor, old_mean: Tensor, *, scale: fl
     return previous + (probed - previous) / scale + (current - current.detach())
 
 
+# Of r(2) - 3 r(1) + 2 r(1/2), in units of the variance of one forward's rounding: (1/2)^2 + 3^2 + 4^2 + (3/2)^2
+NEAR_VARIANCE = 27.5
+
+
 def rounding_and_curvature(near: float, far: float, *, scale: float) -> tuple[float, float]:
     """How much rounding a forward has, and how much curvature the model, from log-ratios at several distances.
 
@@ -111,7 +115,7 @@ def rounding_and_curvature(near: float, far: float, *, scale: float) -> tuple[fl
     Returns:
         `(v, c^2)`, both at least 0. The noise floor of a log-ratio without a probe is `sqrt(2 v)`.
     """
-    variance = near / 27.5
+    variance = near / NEAR_VARIANCE
     return variance, max(far - 9 * variance / scale**2, 0.0) * 4 / scale**2
 
 

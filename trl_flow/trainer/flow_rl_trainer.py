@@ -227,12 +227,12 @@ class FlowRLTrainer(GroupTrainer):
         return total
 
     def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> MicroBatch:
+        self.policy.generation = self.run_state.generation
         if self.run_state.needs_samples:
-            self.policy.generation = self.run_state.generation
             needed = self.algorithm.needs_sampling_weights(self.policy)
             self.run_state.sampling_weights = self.policy.copy_weights() if needed else []
             self.run_state.micro_batches = self._generate_and_score(generation_batch)
-        self.policy.generation, self.policy.updates_since_sampling = self.run_state.generation, self.run_state.update
+        self.policy.updates_since_sampling = self.run_state.update
         self.policy.sampling_weights = self.run_state.sampling_weights
         return self.run_state.micro_batch
 

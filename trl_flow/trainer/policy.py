@@ -230,7 +230,7 @@ class Policy:
     @contextlib.contextmanager
     def _amplified(self, scale: float) -> Iterator[None]:
         own = self._local_weights()
-        before = self.copy_weights()
+        before = self._copies_of(own)
         try:
             for weights, sampled in zip(own, self.sampling_weights, strict=True):
                 weights.copy_(sampled.to(weights.device, torch.float32).lerp(weights.float(), scale))
@@ -260,9 +260,13 @@ class Policy:
                 "The ratio's probe moves all trained weights, which DeepSpeed's ZeRO-3 splits over processes. Set "
                 "ratio_probe=0, or use ZeRO-2 or FSDP2."
             )
-        weights = self._local_weights()
-        # Those of an adapter are few; two more copies of a whole model are for the host's memory
-        return [w.clone() if self.is_adapter else w.to("cpu", copy=True) for w in weights]
+        return self._copies_of(self._local_weights())
+
+    def _copies_of(self, weights: list[torch.Tensor]) -> list[torch.Tensor]:
+        # An adapter's are few; two more copies of a whole model are for the host's memory. To ask for each weight
+        # would unwrap the model each time, which takes longer than the copies
+        is_adapter = self.is_adapter
+        return [w.clone() if is_adapter else w.to("cpu", copy=True) for w in weights]
 
     @property
     def _is_split(self) -> bool:
