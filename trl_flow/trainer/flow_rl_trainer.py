@@ -156,7 +156,7 @@ class FlowRLTrainer(GroupTrainer):
         self.run_state = RunState(args, stateful)
         self.metrics = Metrics(self.accelerator)
         self.sample_log = SampleLog(args, self.scorer.names)
-        self.publisher = Publisher(args, self.backbone, self.model_id, self.scorer.names)
+        self.publisher = Publisher(args, self.backbone, self.model_id, self.scorer.names, list(datasets.values()))
         self._run_log = RunLogCallback()
         self.add_callback(self._run_log)
         self.add_callback(LoopCallback(self._before_training, self._after_update))
@@ -384,11 +384,12 @@ class FlowRLTrainer(GroupTrainer):
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """Writes `README.md` for diffusers users: loading, the rewards' curve, the latest images, settings and papers.
-        `model_name` is its title, `dataset_name` the Hub id of the prompts."""
+        """Writes `README.md` for diffusers users: loading, scores, the rewards' curve, the latest images, settings and
+        papers. `model_name` is its title, `dataset_name` the Hub id or name of the prompts, `None`: what they were
+        loaded from."""
         if self.is_world_process_zero():
             names = {"model_name": model_name, "dataset_name": dataset_name, "tags": tags}
-            self.publisher.write_card(self.policy.module, self.state.log_history, self.hub_model_id, **names)
+            self.publisher.write_card(self.policy.module, self.state, self.hub_model_id, **names)
 
     def push_to_hub(
         self,
