@@ -22,10 +22,10 @@ def train(phases: int, **constants: int) -> list[float]:
 
 def test_the_loop_runs():
     history = train(1, STEPS=2, PROMPTS=1, GROUP=2)
-    assert len(history) == 1 and 0 <= history[0] <= 1
+    assert len(history) == 1 and -1 <= history[0] <= 1
 
 
 @pytest.mark.slow
 def test_the_loop_learns():
-    history = train(24)
-    assert np.mean(history[-6:]) > np.mean(history[:6]) + 0.03
+    history = train(12)
+    assert np.mean(history[-3:]) > np.mean(history[:3]) + 0.03

@@ -162,13 +162,9 @@ def create_model_card(
 
 
 def _loading_code(
-    backbone: Backbone,
-    base_model: str | os.PathLike | None,
-    source: str,
-    is_lora: bool,
-    settings: Mapping,
+    backbone: Backbone, base_model: str | os.PathLike | None, source: str, is_lora: bool, settings: Mapping,
     prompt: str,
-) -> str:
+) -> str:  # fmt: skip
     """Lines that load the trained model into a stock pipeline and draw `prompt` as it was drawn in training."""
     component, (_, base) = backbone.component, _origin(base_model)
     pipeline = type(backbone.pipeline)
