@@ -90,6 +90,20 @@ def test_a_data_set_is_named_without_the_folders_before_it(tmp_path):
     assert name_of(prompts()) is None
 
 
+def test_the_scores_are_those_of_the_best_weights_where_these_are_loaded(tmp_path):
+    def falling(prompts, images, trainer_state, **kwargs):
+        return [value / 100 - trainer_state.global_step for value in brightness(prompts, images)]
+
+    every = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = tiny_trainer(
+        tmp_path, reward_funcs=falling, eval_dataset=prompts(2), load_best_model_at_end=True, max_steps=3, **every
+    )
+    trainer.train()
+    trainer.create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    assert "trained (update 1)" in text and "| updates | 3 |" in text
+
+
 def test_without_evaluations_the_card_has_the_rewards_of_training(tmp_path):
     trainer = tiny_trainer(tmp_path, reward_funcs=brightness)
     trainer.train()

@@ -182,7 +182,7 @@ class FlowRLTrainer(GroupTrainer):
         self.run_state.parts |= OverOptimizationCallback.by_name(callbacks)
         self.run_state.reset()
         self.metrics.clear()
-        self._saved, self._train_step_time = None, 0.0
+        self._saved, self._train_step_time, self.publisher.best_step = None, 0.0, None
         if checkpoint is not None:
             self.run_state.check(Path(checkpoint))
             self._saved = step_of(checkpoint), checkpoint
@@ -372,6 +372,7 @@ class FlowRLTrainer(GroupTrainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
         # The average is what was found best, and what will be saved
         self.run_state.load_part("policy", Path(self.state.best_model_checkpoint))
+        self.publisher.best_step = self.state.best_global_step
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:

@@ -36,6 +36,7 @@ class Publisher:
         """`datasets` are that of training and those of evaluation."""
         self.args, self.backbone, self.model_id, self.reward_names = args, backbone, model_id, reward_names
         self.dataset_name, self.prompt = name_of(datasets[0]), datasets[min(1, len(datasets) - 1)][0]["prompt"]
+        self.best_step: int | None = None  # of the weights, once those found best are loaded
         # One upload at a time: two commits to one branch at once would be in each other's way
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trl_flow-upload")
         self._uploads: list[Future[CommitInfo]] = []
@@ -62,7 +63,9 @@ class Publisher:
             settings |= {"lora_r": lora.r, "lora_alpha": lora.lora_alpha}
         about = {"backbone": self.backbone, "base_model": self.model_id, "repo_id": hub_model_id}
         about |= {"model_name": model_name, "dataset_name": dataset_name or self.dataset_name, "prompt": self.prompt}
-        run = {"settings": settings, "is_lora": is_lora, "reward_names": self.reward_names, "log_history": log_history}
+        step = state.global_step if self.best_step is None else self.best_step
+        logs = [log for log in log_history if log.get("step", 0) <= step]  # of the weights that are there
+        run = {"settings": settings, "is_lora": is_lora, "reward_names": self.reward_names, "log_history": logs}
         run |= {"curves": curves, "samples": [(path, None) for path in chosen_samples(folder)]}
         sharing.create_model_card(folder, **about, **run, tags=[tags] if isinstance(tags, str) else list(tags or []))
 
