@@ -3,9 +3,12 @@
 Only what makes them long is changed: the size of the model, the number of images, steps and prompts.
 """
 
+import ast
+import importlib
 import importlib.util
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -96,6 +99,35 @@ def test_the_readme_shows_code_that_trains(reduced):
     names = {"__name__": "readme"}
     exec(blocks[0], names)
     assert names["trainer"].state.global_step == 1
+
+
+def test_blocks_that_are_not_run_import_what_exists():
+    """Those that need a network, a server or a large model are marked `py`."""
+    blocks = re.findall(
+        r"^```py\n(.*?)^```", "\n".join(page.read_text(encoding="utf-8") for page in PAGES), re.M | re.S
+    )
+    nodes = [node for block in blocks for node in ast.walk(ast.parse(block)) if isinstance(node, ast.ImportFrom)]
+    names = {(node.module, alias.name) for node in nodes for alias in node.names if node.module.startswith("trl_flow")}
+    assert names
+    missing = [f"{module}.{name}" for module, name in names if not hasattr(importlib.import_module(module), name)]
+    assert missing == []
+
+
+def test_commands_have_the_options_that_pages_give_them(capsys):
+    from trl_flow.cli import main
+
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES).replace("\\\n", " ")
+    lines = re.findall(r"^(?:pip install .* && )?trl-flow (.*)", text, flags=re.MULTILINE)
+    used = {(words[0], word) for line in lines if (words := shlex.split(line, comments=True)) for word in words[1:]}
+    known = {}
+    for command in sorted({command for command, _ in used}):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        known[command] = set(re.findall(r"--[\w-]+", capsys.readouterr().out)) | {"--num_processes"}
+    assert len(known) >= 6
+    unknown = [f"{command} {word}" for command, word in used if word[:2] == "--" and word not in known[command]]
+    assert unknown == []
 
 
 def test_links_lead_somewhere():

@@ -1,6 +1,7 @@
 """The laboratory (examples/over_optimization) in a minimal form: what it runs, skips, repeats and reports."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -227,3 +228,21 @@ def test_in_bfloat16_the_probe_takes_float32s_clip_decisions_and_without_it_they
     trained = [row for row in rows if row["precision"] == "bfloat16, k = 32" and row["trained"]]
     outside = [row["outside"] for row in trained]
     assert np.average([row["right_side"] for row in trained], weights=outside) > 0.9
+
+
+@pytest.mark.slow
+def test_the_pages_example_stops_when_its_reward_is_hacked(monkeypatch, tmp_path):
+    """docs/evaluation.md, as it is printed, does what the page says."""
+    page = (LABORATORY.parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", page, flags=re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(code.replace("FlowGRPOConfig(\n", "FlowGRPOConfig(use_cpu=True, disable_tqdm=True,\n"), scope)
+    trainer = scope["trainer"]
+    assert 12 <= trainer.state.global_step < trainer.args.max_steps
+    base, *_, before, last = (log for log in trainer.state.log_history if "eval_reward" in log)
+    assert last["eval_reward"] > 1.2 * base["eval_reward"]
+    for log in (before, last):
+        assert 1 - log["eval_gold/average"] > 2 * log["eval_gold/average_std_err"]
+    assert last["eval_gold/shapes_fidelity"] < base["eval_gold/shapes_fidelity"] - 0.05
+    assert (tmp_path / "shapes-colorful" / "best_gold" / "pytorch_lora_weights.safetensors").is_file()

@@ -478,7 +478,11 @@ def test_images_outside_the_folder_are_refused(run_folder, tmp_path):
         ({"sde_type": "flow", "timestep_weighting": "none", "advantage_power": 0.0}, ["flow-grpo"]),
         ({"importance_ratio": "ratio_norm", "timestep_weighting": "inverse_dt"}, ["flow-grpo", "grpo-guard"]),
         ({"sde_type": "dance", "advantage_power": 0.5}, ["flow-grpo", "dance-grpo", "slas"]),
-        ({"sde_type": "cps", "sde_window_size": 2}, ["flow-grpo", "flow-cps", "mix-grpo"]),
+        ({"sde_type": "cps", "sde_window_size": 2}, ["flow-grpo", "flow-cps"]),  # Flow-GRPO-Fast's is a random window
+        (
+            {"sde_type": "flow", "sde_window_size": 2, "sde_window_schedule": "progressive"},
+            ["flow-grpo", "mix-grpo"],
+        ),
         ({"timestep_weighting": "temp", "dense_rewards": True}, ["flow-grpo", "tempflow-grpo", "vgpo"]),
     ],
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import pickle
 import re
 
 import pytest
@@ -261,6 +262,31 @@ def test_a_copy_with_one_change_is_the_config_with_it(cls, tmp_path):
     config = tiny_config(tmp_path, cls=cls, **fields)
     copy = dataclasses.replace(config, learning_rate=0.5)
     assert copy.to_dict() == {**config.to_dict(), "learning_rate": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("fields", "change"),
+    [
+        ({"cls": GuardConfig}, {"sde_type": "dance"}),
+        ({"cls": GuardConfig, "timestep_weighting": "temp"}, {"sde_type": "dance"}),
+        ({"generation_batch_size": 16}, {"per_device_train_batch_size": 4}),
+        ({"steps_per_generation": None}, {"per_device_train_batch_size": 4}),
+        ({"steps_per_generation": None}, {"gradient_accumulation_steps": 4}),
+        ({"steps_per_generation": None}, {"generation_batch_size": 48}),
+        ({"sde_window_size": 2}, {"num_inference_steps": 3}),
+        ({"sde_window_size": 2}, {"sde_window_size": None}),
+        ({"sde_window_size": 2, "sde_window_schedule": "progressive"}, {"sde_window_schedule": "random"}),
+    ],
+)
+def test_a_copy_derives_what_was_not_given(fields, change, tmp_path):
+    """The copy of a copy is what the constructor makes of the fields that were given, with the change."""
+    config = tiny_config(tmp_path, **fields)
+    for _ in range(2):
+        pickled = pickle.loads(pickle.dumps(dataclasses.replace(config)))  # as processes are handed it
+        assert pickled.to_dict() == config.to_dict()
+        copy = dataclasses.replace(pickled, **change)
+        assert copy.to_dict() == tiny_config(tmp_path, **fields | change).to_dict()
+        config = dataclasses.replace(config)
 
 
 # ---- SLAS's power ----

@@ -233,7 +233,7 @@ def test_the_cards_code_edits_an_image_as_training_did(tmp_path):
     pipeline = trainer.pipeline
     expected = pipeline(
         image=load_image(str(tmp_path / "image.png")),
-        prompt="a prompt",
+        prompt=trainer.publisher.prompt,
         height=16,
         width=16,
         max_area=256,

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load, save_file
 from tiny_painter import tiny_painter_backbone
-from tiny_training import tiny_config
+from tiny_training import prompts, tiny_config
+from transformers import TrainerState
 
 from trl_flow.sharing import PushError
 from trl_flow.trainer.publisher import Publisher
@@ -17,7 +18,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def publisher(folder, **fields) -> Publisher:
-    return Publisher(tiny_config(folder, **fields), tiny_painter_backbone(), None, ["brightness"])
+    return Publisher(tiny_config(folder, **fields), tiny_painter_backbone(), None, ["brightness"], [prompts()])
 
 
 def checkpoint(folder, step: int) -> str:
@@ -87,9 +88,13 @@ def test_the_card_shows_the_curve_the_latest_grid_and_the_rewards(tmp_path):
         path.write_bytes(b"")
         os.utime(path, (1000 - age, 1000 - age))
     logs = [{"step": step, "reward": step / 10, "rewards/brightness/mean": step / 10} for step in (1, 2)]
-    own.write_card(own.backbone.model, logs, None, model_name="The painter", tags="painting")
+    state = TrainerState(log_history=logs, global_step=24, max_steps=40)
+    own.write_card(own.backbone.model, state, None, model_name="The painter", tags="painting")
     card = (tmp_path / "run" / "README.md").read_text()
     assert "# The painter" in card and "- painting" in card and "`brightness`" in card
     assert "A fine-tuned painter" in card and "| noise\\_level | 0.6 |" in card
     assert "(rewards.png)" in card and (tmp_path / "run" / "rewards.png").is_file()
+    # A run that was stopped, and what it has reached
+    assert "| updates | 24 of 40 |" in card and "max\\_steps" not in card and "epochs" not in card
+    assert "0.1 in the first log, 0.2 in the last" in card and 'prompt="a cat"' in card
     assert "(images/step-2.png)" in card and "step-1.png" not in card and "step-3.png" not in card

@@ -46,6 +46,8 @@ def load_prompts(
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ValueError(f"limit is {limit!r}, but must be a whole number of at least 1.")
     dataset = _load(name_or_path, split, prompt_column, config=config, revision=revision)
+    name, _, _ = os.fspath(name_or_path).partition(":")  # of a copy the set's name
+    dataset.info.dataset_name = name if name in PROMPT_SETS else os.fspath(name_or_path)  # for the model card
     if unique:
         first = {prompt: row for row, prompt in reversed(list(enumerate(dataset["prompt"][:])))}
         dataset = dataset.select(sorted(first.values()))

@@ -135,4 +135,6 @@ def load_prompts(split: str) -> "Dataset":
     random.Random(0).shuffle(rows)
     text = Value("string")
     objects = List({"count": Value("int64"), "color": text, "shape": text})
-    return Dataset.from_list(rows, features=Features({"prompt": text, "objects": objects, "relation": text}))
+    dataset = Dataset.from_list(rows, features=Features({"prompt": text, "objects": objects, "relation": text}))
+    dataset.info.dataset_name = "trl_flow.shapes"
+    return dataset

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -13,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from trl_flow.backbones import Backbone
 from trl_flow.backbones.base import SAMPLING_SETTINGS
 from trl_flow.evaluation.outputs import versions
+from trl_flow.sharing.card_facts import evaluation_scores, license_of, training_rewards
 from trl_flow.sharing.weights import hub_model_id
 
 
@@ -20,12 +22,14 @@ from trl_flow.sharing.weights import hub_model_id
 _SETTINGS = (
     "num_generations",
     *SAMPLING_SETTINGS,
-    *("sde_type", "noise_level", "sde_window_size", "sde_window_range", "timestep_fraction", "share_initial_noise"),
-    *("importance_ratio", "timestep_weighting", "epsilon", "epsilon_high", "beta", "scale_rewards"),
+    *("sde_type", "noise_level", "train_last_step", "sde_window_size", "sde_window_range", "sde_window_schedule"),
+    *("sde_window_interval", "sde_window_stride", "timestep_fraction", "timestep_fraction_per_sample"),
+    *("share_initial_noise", "importance_ratio", "timestep_weighting", "ratio_probe"),
+    *("epsilon", "epsilon_high", "scale_epsilon", "beta", "scale_rewards"),
     *("multi_objective_aggregation", "advantage_power", "target_kl", "advantage_clip", "dense_rewards"),
     *("value_discount", "value_scale", "reward_weights", "num_iterations", "generation_batch_size"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "optim"),
-    *("weight_decay", "max_grad_norm", "max_steps", "num_train_epochs", "bf16", "fp16", "seed"),
+    *("weight_decay", "max_grad_norm", "use_ema", "bf16", "fp16", "seed"),
 )
 
 _BUNDLED = Path(__file__).parents[1] / "shapes" / "pipeline"  # the pipeline that this package ships
@@ -64,7 +68,7 @@ def papers_behind(settings: Mapping[str, object]) -> list[Paper]:
         "flow-grpo": not {"sde_type", "importance_ratio", "timestep_weighting"}.isdisjoint(settings),
         "dance-grpo": settings.get("sde_type") == "dance",
         "flow-cps": settings.get("sde_type") == "cps",
-        "mix-grpo": bool(settings.get("sde_window_size")),
+        "mix-grpo": bool(settings.get("sde_window_size")) and settings.get("sde_window_schedule") == "progressive",
         "tempflow-grpo": weighting == "temp",
         "grpo-guard": not guards.isdisjoint((ratio, weighting)),
         "slas": bool(settings.get("advantage_power")),
@@ -74,19 +78,22 @@ def papers_behind(settings: Mapping[str, object]) -> list[Paper]:
 
 
 def training_settings(args: object) -> dict[str, object]:
-    """The values of a config that belong into a model card, by field name; fields that it lacks are left out."""
-    return {name: getattr(args, name) for name in _SETTINGS if hasattr(args, name)}
+    """The values of a config that belong into a model card, by field name; fields that it lacks, or that are unset,
+    are left out."""
+    return {name: getattr(args, name) for name in _SETTINGS if getattr(args, name, None) is not None}
 
 
 def create_model_card(
     folder: str | os.PathLike, *, backbone: Backbone, base_model: str | os.PathLike | None,
     settings: Mapping[str, object], is_lora: bool, repo_id: str | None = None, model_name: str | None = None,
-    reward_names: Sequence[str] = (), dataset_name: str | None = None, tags: Sequence[str] = (),
-    curves: str | os.PathLike | None = None, samples: Sequence[tuple[str | os.PathLike, str | None]] = (),
+    reward_names: Sequence[str] = (), dataset_name: str | None = None, prompt: str = "a prompt",
+    log_history: Sequence[Mapping[str, Any]] = (), tags: Sequence[str] = (), curves: str | os.PathLike | None = None,
+    samples: Sequence[tuple[str | os.PathLike, str | None]] = (),
 ) -> Path:  # fmt: skip
     """
-    Writes `README.md` to `folder`: front matter for the Hub, how to load the model, rewards' curves and sample images,
-    the training settings, versions and citations. Nothing is asked of the Hub. Images that do not exist are left out.
+    Writes `README.md` to `folder`: front matter for the Hub, how to load the model, its scores beside the base
+    model's, rewards' curves and sample images, the training settings, versions and citations. The Hub is asked for the
+    base model's license only, which is left out where it cannot be had. Images that do not exist are left out.
 
     Args:
         folder (`str` or `os.PathLike`): the run's output folder.
@@ -98,7 +105,9 @@ def create_model_card(
         repo_id (`str`, *optional*): where the model is going to be on the Hub; without, code loads the local folder.
         model_name (`str`, *optional*): title; by default the repository's or the folder's name.
         reward_names, tags (`Sequence[str]`): the rewards that were optimized; further tags.
-        dataset_name (`str`, *optional*): Hub id of the data set of prompts.
+        dataset_name (`str`, *optional*): Hub id or name of the data set of prompts.
+        prompt (`str`): of the image that the code draws.
+        log_history (`Sequence[Mapping[str, Any]]`): the run's logs, of which the scores are taken.
         curves (`str` or `os.PathLike`, *optional*): plot of the rewards' curves, inside `folder`.
         samples (`Sequence[tuple[str | os.PathLike, str | None]]`): images inside `folder`, each with its prompt, or
             `None` for a grid of several. Those with a prompt also become the Hub's gallery.
@@ -122,16 +131,21 @@ def create_model_card(
         datasets=[dataset_name] if hub_model_id(dataset_name) else None,
         tags=list(dict.fromkeys([*own_tags, *(paper.tag for paper in papers), *tags])),
         widget=gallery or None,
+        **license_of(base_model),
     )
     what = "LoRA adapter for" if is_lora else f"fine-tuned {backbone.component} for"
     rewards = f" on {_list([_code(reward) for reward in reward_names])}" if reward_names else ""
+    if dataset_name:
+        rewards += f" and the prompts of {_dataset(dataset_name)}"
     methods = [f"[{paper.name}](https://arxiv.org/abs/{paper.arxiv})" for paper in papers]
-    code = _loading_code(backbone, base_model, repo_id or f"path/to/{folder.resolve().name}", is_lora, settings)
+    source = repo_id or f"path/to/{folder.resolve().name}"
+    code = _loading_code(backbone, base_model, source, is_lora, settings, prompt)
     parts = [
         *(f"# {_text(name)}", "<Gallery />" if gallery else ""),
         f"A {what} {_origin(base_model)[0]}, trained by online reinforcement learning{rewards} with `trl_flow`"
         + (f", after {_list(methods)}." if methods else "."),
         *("## How to load", f"```python\n{code}\n```"),
+        *_scores(log_history),
     ]
     if curves is not None and (folder / curves).is_file():
         parts += ["## Rewards", f"![Rewards while training]({_link(folder, curves)})"]
@@ -148,9 +162,10 @@ def create_model_card(
 
 
 def _loading_code(
-    backbone: Backbone, base_model: str | os.PathLike | None, source: str, is_lora: bool, settings: Mapping
-) -> str:
-    """Lines that load the trained model into a stock pipeline and draw an image as it was drawn in training."""
+    backbone: Backbone, base_model: str | os.PathLike | None, source: str, is_lora: bool, settings: Mapping,
+    prompt: str,
+) -> str:  # fmt: skip
+    """Lines that load the trained model into a stock pipeline and draw `prompt` as it was drawn in training."""
     component, (_, base) = backbone.component, _origin(base_model)
     pipeline = type(backbone.pipeline)
     # FSDP2 gives a sharded module a class of its own, derived from FSDPModule and the module's
@@ -170,11 +185,36 @@ def _loading_code(
     for line in (backbone.scheduler_code or "").splitlines():
         (imports if line.startswith(("import ", "from ")) else code).append(line)
     # By keyword: the first argument of pipelines that edit is the image
-    call = ['prompt="a prompt"', *(f"{name}={value!r}" for name, value in backbone.call_arguments(settings).items())]
+    call = [
+        f"prompt={_quoted(_one_line(prompt))}",
+        *(f"{name}={value!r}" for name, value in backbone.call_arguments(settings).items()),
+    ]
     if backbone.takes_image:
         imports.append("from diffusers.utils import load_image")
         call.insert(0, 'image=load_image("path/to/image.png")')
     return "\n".join([*imports, "", *code, f"image = pipeline({', '.join(call)}).images[0]"])
+
+
+def _scores(log_history: Sequence[Mapping[str, Any]]) -> list[str]:
+    tables = evaluation_scores(log_history)
+    if tables:
+        what = (
+            "Means over the images of the evaluation prompts, from the same seeds for both models. Gold scores are "
+            "not optimized; their average is relative to the base model, ± half of its 95% interval over the prompts."
+        )
+        parts = ["## Scores", what]
+        for name, (head, *rows) in tables.items():
+            lines = [head, ["---"] * len(head), *([_text(cell) for cell in row] for row in rows)]
+            parts += [f"### {_text(name)}"] if name else []
+            parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+        return parts
+    if (rewards := training_rewards(log_history)) is None:
+        return []
+    return ["## Scores", "Mean reward while training: {:.4g} in the first log, {:.4g} in the last.".format(*rewards)]
+
+
+def _dataset(name: str) -> str:
+    return f"[{name}](https://huggingface.co/datasets/{name})" if hub_model_id(name) else _code(name)
 
 
 def _import(cls: type) -> str:

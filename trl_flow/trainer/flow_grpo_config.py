@@ -8,7 +8,7 @@ from typing import Literal
 
 from transformers.utils import is_torch_bf16_gpu_available
 
-from trl_flow.trainer.flow_rl_config import FlowRLConfig, described
+from trl_flow.trainer.flow_rl_config import FlowRLConfig, derived, described
 
 
 TimestepWeighting = Literal["none", "temp", "inverse_dt", "beta_over_dt", "inverse_beta_dt", "inverse_gain"]
@@ -179,13 +179,16 @@ class FlowGRPOConfig(FlowRLConfig):
             why = "the last step is not trained: none is left. Use at least 2 steps."
             raise ValueError(f"num_inference_steps is {self.num_inference_steps}, and {why}")
         for name, default in (("sde_window_interval", 25), ("sde_window_stride", 1)):
-            value = getattr(self, name)
+            value = self._given(name)
             if self.sde_window_schedule == "progressive":
-                setattr(self, name, default if value is None else value)
+                setattr(self, name, derived(default) if value is None else value)
                 self._check(name, getattr(self, name) >= 1, "at least 1")
-            elif value is not None:
+            elif value is None:
+                setattr(self, name, None)
+            else:
                 why = f"sde_window_schedule is {self.sde_window_schedule!r}: only a progressive window moves on"
                 raise ValueError(f"{name} is {value}, but {why}. Set 'progressive', or leave {name} out.")
+        self.sde_window_range = self._given("sde_window_range")
         if self.sde_window_size is None:
             if self.sde_window_range is not None or self.sde_window_schedule == "progressive":
                 raise ValueError(
@@ -194,7 +197,7 @@ class FlowGRPOConfig(FlowRLConfig):
                 )
             return
         if self.sde_window_range is None:
-            self.sde_window_range = [0, self.num_stochastic_steps]
+            self.sde_window_range = derived([0, self.num_stochastic_steps])
         steps = self.sde_window_range
         pair = isinstance(steps, list) and len(steps) == 2 and all(isinstance(step, int) for step in steps)
         self._check("sde_window_range", pair, "two whole numbers: [first, end]")
@@ -230,9 +233,9 @@ class GuardConfig(FlowGRPOConfig):
     learning_rate: float = 1e-4
 
     def __post_init__(self):
-        if self.timestep_weighting is None:
+        if self._given("timestep_weighting") is None:
             weightings = {"dance": "beta_over_dt", "cps": "inverse_gain"}
-            self.timestep_weighting = weightings.get(self.sde_type, "inverse_dt")
+            self.timestep_weighting = derived(weightings.get(self.sde_type, "inverse_dt"))
         super().__post_init__()
 
 

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from types import UnionType
-from typing import Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -30,6 +30,24 @@ def described(cls: type) -> type:
         if each.name in found and "help" not in each.metadata:
             each.metadata = {**each.metadata, "help": found[each.name]}
     return cls
+
+
+class Derived:
+    """Marks a field's value that follows from other fields: a copy with `dataclasses.replace` derives it anew."""
+
+
+class _DerivedInt(Derived, int): ...
+
+
+class _DerivedStr(Derived, str): ...
+
+
+class _DerivedList(Derived, list): ...
+
+
+def derived(value: int | str | list) -> Any:
+    """`value`, marked as [`Derived`] and otherwise the same."""
+    return {int: _DerivedInt, str: _DerivedStr, list: _DerivedList}[type(value)](value)
 
 
 @described
@@ -234,6 +252,11 @@ class FlowRLConfig(_BaseConfig):
             content["model_init_kwargs"] = content["model_init_kwargs"] | {"token": "<TOKEN>"}
         return json.dumps(content, indent=2, default=str)
 
+    def _given(self, name: str) -> Any:
+        """The value of a field, `None` for one that was not given but derived in the config that this is a copy of."""
+        value = getattr(self, name)
+        return None if isinstance(value, Derived) else value
+
     def _check(self, name: str, ok: bool, wanted: str) -> None:
         if not ok:
             raise ValueError(f"{name} is {getattr(self, name)!r}, but must be {wanted}.")
@@ -282,21 +305,21 @@ class FlowRLConfig(_BaseConfig):
         # The arithmetic of TRL's GRPOConfig, with what to change in the messages
         size, global_batch = self.per_device_train_batch_size, self.per_device_train_batch_size * self.world_size
         sizes = f"per_device_train_batch_size ({size}) x processes ({self.world_size}) = {global_batch}"
-        both = self.generation_batch_size is not None and self.steps_per_generation is not None
-        # A copy of a config (`dataclasses.replace`) has both, resolved, and they agree
-        if both and self.generation_batch_size != global_batch * self.steps_per_generation:
+        generation_batch, steps = self._given("generation_batch_size"), self._given("steps_per_generation")
+        if generation_batch is not None and steps is not None and generation_batch != global_batch * steps:
             raise ValueError(
-                f"generation_batch_size ({self.generation_batch_size}) and steps_per_generation "
-                f"({self.steps_per_generation}) cannot both be set: {sizes}. Remove one."
+                f"generation_batch_size ({generation_batch}) and steps_per_generation ({steps}) cannot both be set: "
+                f"{sizes}. Remove one."
             )
-        if self.generation_batch_size is None:
-            if self.steps_per_generation is None:
-                self.steps_per_generation = 2 * self.gradient_accumulation_steps
-            self._check("steps_per_generation", self.steps_per_generation >= 1, "at least 1")
-            self.generation_batch_size = global_batch * self.steps_per_generation
+        if generation_batch is None:
+            if steps is None:
+                steps = self.steps_per_generation = derived(2 * self.gradient_accumulation_steps)
+            self._check("steps_per_generation", steps >= 1, "at least 1")
+            self.generation_batch_size = derived(global_batch * steps)
         if self.generation_batch_size < 1 or self.generation_batch_size % global_batch != 0:
             raise ValueError(f"generation_batch_size ({self.generation_batch_size}) must be a multiple of {sizes}.")
-        self.steps_per_generation = self.generation_batch_size // global_batch
+        if steps is None:
+            self.steps_per_generation = derived(self.generation_batch_size // global_batch)
         if self.generation_batch_size % self.num_generations != 0:
             raise ValueError(
                 f"generation_batch_size is {self.generation_batch_size} = {sizes} x steps_per_generation "

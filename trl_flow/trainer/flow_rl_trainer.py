@@ -156,7 +156,7 @@ class FlowRLTrainer(GroupTrainer):
         self.run_state = RunState(args, stateful)
         self.metrics = Metrics(self.accelerator)
         self.sample_log = SampleLog(args, self.scorer.names)
-        self.publisher = Publisher(args, self.backbone, self.model_id, self.scorer.names)
+        self.publisher = Publisher(args, self.backbone, self.model_id, self.scorer.names, list(datasets.values()))
         self._run_log = RunLogCallback()
         self.add_callback(self._run_log)
         self.add_callback(LoopCallback(self._before_training, self._after_update))
@@ -182,7 +182,7 @@ class FlowRLTrainer(GroupTrainer):
         self.run_state.parts |= OverOptimizationCallback.by_name(callbacks)
         self.run_state.reset()
         self.metrics.clear()
-        self._saved, self._train_step_time = None, 0.0
+        self._saved, self._train_step_time, self.publisher.best_step = None, 0.0, None
         if checkpoint is not None:
             self.run_state.check(Path(checkpoint))
             self._saved = step_of(checkpoint), checkpoint
@@ -372,6 +372,7 @@ class FlowRLTrainer(GroupTrainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
         # The average is what was found best, and what will be saved
         self.run_state.load_part("policy", Path(self.state.best_model_checkpoint))
+        self.publisher.best_step = self.state.best_global_step
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
@@ -384,11 +385,12 @@ class FlowRLTrainer(GroupTrainer):
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """Writes `README.md` for diffusers users: loading, the rewards' curve, the latest images, settings and papers.
-        `model_name` is its title, `dataset_name` the Hub id of the prompts."""
+        """Writes `README.md` for diffusers users: loading, scores, the rewards' curve, the latest images, settings and
+        papers. `model_name` is its title, `dataset_name` the Hub id or name of the prompts, `None`: what they were
+        loaded from."""
         if self.is_world_process_zero():
             names = {"model_name": model_name, "dataset_name": dataset_name, "tags": tags}
-            self.publisher.write_card(self.policy.module, self.state.log_history, self.hub_model_id, **names)
+            self.publisher.write_card(self.policy.module, self.state, self.hub_model_id, **names)
 
     def push_to_hub(
         self,
