@@ -79,7 +79,8 @@ class FlowRLConfig(_BaseConfig):
             num_processes * steps_per_generation`.
         steps_per_generation (`int`, *optional*):
             Micro-batches that one sampling phase provides. `None`: `2 * gradient_accumulation_steps`, and so two
-            updates: in the first one every importance ratio is 1, and nothing can be clipped.
+            updates: in the first one every importance ratio is 1, and nothing can be clipped. Of methods that learn
+            on noised images, `gradient_accumulation_steps`, and so one update.
         num_iterations (`int`, *optional*, defaults to `1`):
             Times that each sampled batch is trained on (μ in the GRPO paper).
         shuffle_dataset (`bool`, *optional*, defaults to `True`):
@@ -141,6 +142,7 @@ class FlowRLConfig(_BaseConfig):
     """
 
     _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs"]
+    _DEFAULT_UPDATES = 2  # updates that are made with the samples of one phase
 
     # Defaults of TrainingArguments that do not fit
     learning_rate: float = 3e-4
@@ -291,7 +293,7 @@ class FlowRLConfig(_BaseConfig):
             )
         if self.generation_batch_size is None:
             if self.steps_per_generation is None:
-                self.steps_per_generation = 2 * self.gradient_accumulation_steps
+                self.steps_per_generation = self._DEFAULT_UPDATES * self.gradient_accumulation_steps
             self._check("steps_per_generation", self.steps_per_generation >= 1, "at least 1")
             self.generation_batch_size = global_batch * self.steps_per_generation
         if self.generation_batch_size < 1 or self.generation_batch_size % global_batch != 0:
