@@ -51,6 +51,10 @@ class ForwardProcess(Algorithm):
     def needs_reference(self) -> bool:
         return self.args.beta > 0
 
+    @property
+    def needs_old(self) -> bool:
+        return self.args.keeps_old
+
     def plan(self, generation: int) -> StepPlan:
         return StepPlan()
 
@@ -136,7 +140,6 @@ class NegativeAwareFinetuning(ForwardProcess):
     from bad ones."""
 
     args: "DiffusionNFTConfig"
-    needs_old = True
     sampled_by = "old"
 
     def policy_loss(self, prediction, others, noised, batch):
@@ -153,10 +156,6 @@ class AdvantageWeightedMatching(ForwardProcess):
     """AWM (arXiv:2509.25050): GRPO's clipped objective, with the loss of pre-training for the log-likelihood."""
 
     args: "AWMConfig"
-
-    @property
-    def needs_old(self) -> bool:
-        return self.args.beta_old > 0
 
     @property
     def _beta_old(self) -> float:

@@ -52,7 +52,7 @@ class Noising:
             self.last_place = schedule.num_steps - min(1.0, LOWEST_LEVEL / schedule.sigmas[-2].item())
 
     def __call__(self, clean: Tensor, noise: Tensor, places: Tensor) -> NoisedLatents:
-        """`clean` and `noise` are `(B, ...)`, float32, `places` `(B,)`; whole numbers are the schedule's own levels."""
+        """`clean` and `noise` are `(B, ...)`, float32, `places` `(B,)`: whole numbers are steps of the schedule."""
         places = places.clamp(max=self.last_place)
         if isinstance(self.schedule, DDIMSchedule):
             return self._of_unet(clean, noise, places)

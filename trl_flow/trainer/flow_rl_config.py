@@ -229,6 +229,15 @@ class FlowRLConfig(_BaseConfig):
         """Updates that are made with the samples of one phase; below 1 if an update takes several phases."""
         return Fraction(self.num_iterations * self.steps_per_generation, self.gradient_accumulation_steps)
 
+    @property
+    def num_kept_latents(self) -> int:
+        """Latents that are kept of each image of a sampling phase, for the memory estimate."""
+        return 1
+
+    def kept_weights(self, *, half_precision: bool, is_adapter: bool) -> dict[str, int]:
+        """Sets of the trained weights that are kept on the device besides these, for the memory estimate."""
+        return {}
+
     def shown(self) -> str:
         """As JSON, without the token that loading the model may need: checkpoints may be published."""
         content = self.to_dict()

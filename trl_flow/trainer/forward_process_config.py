@@ -65,10 +65,15 @@ class ForwardProcessConfig(FlowRLConfig):
     old_decay_rate: float = 0.001
     old_decay_start: int = 0
 
+    @classmethod
+    def why_not(cls, name: str) -> str | None:
+        """Why a setting of `FlowGRPOConfig` is none of this config, if it is one."""
+        return None if name in cls.__dataclass_fields__ else _WHY.get(name)
+
     def __new__(cls, *args: Any, **kwargs: Any):
         for name in kwargs:
-            if name in _WHY and name not in cls.__dataclass_fields__:
-                raise TypeError(f"{cls.__name__} has no {name}: {_WHY[name]}. Leave it out, or use FlowGRPOConfig.")
+            if why := cls.why_not(name):
+                raise TypeError(f"{cls.__name__} has no {name}: {why}. Leave it out, or use FlowGRPOConfig.")
         return super().__new__(cls)
 
     def __post_init__(self):
@@ -83,6 +88,15 @@ class ForwardProcessConfig(FlowRLConfig):
             self._check(name, getattr(self, name) >= 0, "0 or more")
         self._check("old_decay", 0 <= self.old_decay <= 1, "in [0, 1]")
         self._check_timesteps()
+
+    @property
+    def keeps_old(self) -> bool:
+        """Whether there is an old policy."""
+        return True
+
+    def kept_weights(self, *, half_precision: bool, is_adapter: bool) -> dict[str, int]:
+        # Of an adapter the trained weights are put aside, too, while others are in their place
+        return {"weights of the old policy": 2 if is_adapter else 1} if self.keeps_old else {}
 
     def _check_timesteps(self) -> None:
         steps = self.num_inference_steps
@@ -153,6 +167,14 @@ class AWMConfig(ForwardProcessConfig):
     huber_power: float = 0.25
     epsilon: float = 1.0
     epsilon_high: float | None = None
+
+    @property
+    def keeps_old(self) -> bool:
+        return self.beta_old > 0
+
+    def kept_weights(self, *, half_precision: bool, is_adapter: bool) -> dict[str, int]:
+        kept = super().kept_weights(half_precision=half_precision, is_adapter=is_adapter)
+        return kept | ({"weights of sampling": 1} if is_adapter and self.updates_per_generation > 1 else {})
 
     def __post_init__(self):
         super().__post_init__()
