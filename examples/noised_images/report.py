@@ -1,6 +1,9 @@
 """The table and the figure of `compare.py`'s results.
 
-python examples/noised_images/report.py noised_images.jsonl --figure docs/results/noised_images.png
+Use: `python examples/noised_images/report.py noised_images.jsonl --timing timing.jsonl --figure noised_images.png`.
+
+Time is that of an update, taken from `--timing` (`compare.py --quick` on a quiet machine), times the number of updates,
+so that what else the machine did in the hours of `compare.py` does not count.
 """
 
 import argparse
@@ -15,27 +18,32 @@ from typing import Any
 Rows = list[dict[str, Any]]
 
 
-def smoothed(rows: Rows, name: str = "reward") -> list[tuple[float, float, int]]:
-    """Processor time, mean of the last two evaluations, and updates, of each evaluation."""
+def smoothed(rows: Rows, name: str = "reward") -> list[tuple[int, float]]:
+    """Updates, and the mean of the last two evaluations, of each evaluation."""
     means = [rows[0][name], *((a[name] + b[name]) / 2 for a, b in zip(rows, rows[1:], strict=False))]
-    return [(row["seconds"], mean, row["update"]) for row, mean in zip(rows, means, strict=True)]
+    return [(row["update"], mean) for row, mean in zip(rows, means, strict=True)]
 
 
-def time_to(rows: Rows, target: float) -> tuple[float, float]:
-    """Processor time and updates at which the smoothed score first was at `target`, between two evaluations by a
-    straight line; infinity where it never was."""
+def updates_to(rows: Rows, target: float) -> float:
+    """Updates at which the smoothed score first was at `target`, between two evaluations by a straight line; infinity
+    where it never was."""
     points = smoothed(rows)
-    for (t0, s0, u0), (t1, s1, u1) in zip(points, points[1:], strict=False):
+    for (u0, s0), (u1, s1) in zip(points, points[1:], strict=False):
         if s1 >= target:
-            share = (target - s0) / (s1 - s0) if s1 > s0 else 0.0
-            return t0 + share * (t1 - t0), u0 + share * (u1 - u0)
-    return math.inf, math.inf
+            return u0 + ((target - s0) / (s1 - s0) if s1 > s0 else 0.0) * (u1 - u0)
+    return math.inf
+
+
+def seconds_an_update(rows: Rows) -> float:
+    """The least between two evaluations: what the arm takes where nothing is in its way."""
+    pairs = zip(rows, rows[1:], strict=False)
+    return min((b["seconds"] - a["seconds"]) / (b["update"] - a["update"]) for a, b in pairs)
 
 
 def at_proxy(rows: Rows, level: float) -> float:
     """The gold average where the smoothed proxy first was at `level`; NaN where it never was."""
-    gold = [score for _, score, _ in smoothed(rows, "gold/average")]
-    proxy = [score for _, score, _ in smoothed(rows)]
+    gold = [score for _, score in smoothed(rows, "gold/average")]
+    proxy = [score for _, score in smoothed(rows)]
     for i in range(1, len(proxy)):
         if proxy[i] >= level:
             share = (level - proxy[i - 1]) / (proxy[i] - proxy[i - 1]) if proxy[i] > proxy[i - 1] else 0.0
@@ -67,18 +75,19 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("--target", type=float, default=1.06)
     parser.add_argument("--levels", type=float, nargs="+", default=[0.62, 0.64, 0.66], help="Of the learned scorer.")
+    parser.add_argument("--timing", type=Path, help="Default: the results.")
     parser.add_argument("--figure", type=Path)
     given = parser.parse_args()
     scores, learned = read(given.results, "score"), read(given.results, "learned")
     best = {arm: max(rates, key=lambda rate: len(rates[rate])) for arm, rates in scores.items()}
-    print(
-        f"| method | learning rate | seconds to {given.target} | updates | seconds a phase |\n| --- | --- | --- | --- | --- |"
-    )
+    timing = read(given.timing or given.results, "score")
+    cost = {arm: min(seconds_an_update(rows) for each in timing[arm].values() for rows in each) for arm in best}
+    heads = ["method", "learning rate", "updates", "seconds an update", f"seconds to {given.target:g}"]
+    print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
     for arm, rate in best.items():
-        reached = [time_to(rows, given.target) for rows in scores[arm][rate]]
-        phases = [rows[-1]["seconds"] / rows[-1]["update"] for rows in scores[arm][rate]]
-        cells = [summary([t for t, _ in reached]), summary([u for _, u in reached])]
-        print(f"| {arm} | {rate:g} | {cells[0]} | {cells[1]} | {statistics.mean(phases):.1f} an update |")
+        reached = [updates_to(rows, given.target) for rows in scores[arm][rate]]
+        seconds = summary([number * cost[arm] for number in reached])
+        print(f"| {arm} | {rate:g} | {summary(reached)} | {cost[arm]:.2f} | {seconds} |")
     if learned:
         heads = " | ".join(f"gold at {level}" for level in given.levels)
         print(f"\n| method | {heads} |\n| --- |{' --- |' * len(given.levels)}")
@@ -87,10 +96,10 @@ def main() -> None:
             cells = [summary([at_proxy(rows, level) for rows in runs], 2) for level in given.levels]
             print(f"| {arm} | {' | '.join(cells)} |")
     if given.figure:
-        draw({arm: scores[arm][rate] for arm, rate in best.items()}, given.target, given.figure)
+        draw({arm: scores[arm][rate] for arm, rate in best.items()}, cost, given.target, given.figure)
 
 
-def draw(runs: dict[str, list[Rows]], target: float, path: Path) -> None:
+def draw(runs: dict[str, list[Rows]], cost: dict[str, float], target: float, path: Path) -> None:
     """Score over processor time: each seed thin, their mean thick as far as all have come."""
     import matplotlib
 
@@ -101,7 +110,7 @@ def draw(runs: dict[str, list[Rows]], target: float, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=150)
     colors = ["#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7"]
     for (arm, seeds), color in zip(runs.items(), colors, strict=False):
-        curves = [np.array([(t, s) for t, s, _ in smoothed(rows)]).T for rows in seeds]
+        curves = [np.array([(updates * cost[arm], score) for updates, score in smoothed(rows)]).T for rows in seeds]
         for times, values in curves:
             axes.plot(times, values, color=color, linewidth=0.6, alpha=0.45)
         grid = np.linspace(0, min(times[-1] for times, _ in curves), 100)
