@@ -483,7 +483,12 @@ def test_images_outside_the_folder_are_refused(run_folder, tmp_path):
             {"sde_type": "flow", "sde_window_size": 2, "sde_window_schedule": "progressive"},
             ["flow-grpo", "mix-grpo"],
         ),
-        ({"timestep_weighting": "temp", "dense_rewards": True}, ["flow-grpo", "tempflow-grpo", "vgpo"]),
+        (
+            {"sde_type": "flow", "timestep_weighting": "temp", "dense_rewards": True},
+            ["flow-grpo", "tempflow-grpo", "vgpo"],
+        ),
+        ({"nft_beta": 1.0, "timestep_sampling": "schedule", "advantage_power": 0.5}, ["slas", "diffusion-nft"]),
+        ({"huber_power": 0.25, "timestep_weighting": "t"}, ["awm"]),
     ],
 )
 def test_the_papers_follow_from_the_settings(run_folder, settings, tags):

@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trl_flow.trainer import (
+        AWMConfig,
+        AWMTrainer,
+        DiffusionNFTConfig,
+        DiffusionNFTTrainer,
         FlowGRPOConfig,
         FlowGRPOTrainer,
         FlowRLConfig,
@@ -19,7 +23,17 @@ if TYPE_CHECKING:
         VGPOConfig,
     )
 
-__all__ = ["FlowGRPOConfig", "FlowGRPOTrainer", "FlowRLConfig", "FlowRLTrainer", "GuardConfig"]
+__all__ = [
+    "AWMConfig",
+    "AWMTrainer",
+    "DiffusionNFTConfig",
+    "DiffusionNFTTrainer",
+    "FlowGRPOConfig",
+    "FlowGRPOTrainer",
+    "FlowRLConfig",
+    "FlowRLTrainer",
+    "GuardConfig",
+]
 __all__ += ["OverOptimizationCallback", "SLASConfig", "VGPOConfig"]
 
 

@@ -23,6 +23,7 @@ class RandomStream(IntEnum):
     INITIAL_NOISE = 2
     TRANSITIONS = 3
     EVALUATION = 4
+    NOISED = 5
 
 
 @dataclass(frozen=True)

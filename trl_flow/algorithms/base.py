@@ -27,6 +27,8 @@ class MicroBatch:
         tensors (`dict[str, torch.Tensor]`): what [`Algorithm.keep`] kept, each `(B, ...)`.
         advantages (`torch.Tensor`): what [`Algorithm.advantages`] returned for these samples, float32, `(B, ...)`.
         images (`list[PIL.Image.Image]` or `None`): the images that are edited, RGB, length `B`.
+        samples (`tuple[int, ...]`): their indices among the samples of all processes, length `B`: what random numbers
+            are drawn by, so that neither processes nor micro-batches change them.
     """
 
     prompts: list[str]
@@ -34,6 +36,7 @@ class MicroBatch:
     tensors: dict[str, torch.Tensor]
     advantages: torch.Tensor
     images: list[Image.Image] | None = None
+    samples: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -118,10 +121,14 @@ class Algorithm(ABC):
     Attributes:
         dynamics ([`FlowDynamics`] or [`DDIMDynamics`]): what samples while training; to be set by the constructor.
         needs_reference (`bool`): whether the loss asks for `policy.at("reference")`.
+        needs_old (`bool`): whether it asks for `policy.at("old")`, which it moves by `policy.move_old`.
+        sampled_by (`str`): the weights that sample, as a name for `policy.at`.
     """
 
     dynamics: Dynamics
     needs_reference: bool = False
+    needs_old: bool = False
+    sampled_by: str = "trained"
 
     @abstractmethod
     def plan(self, generation: int) -> StepPlan:

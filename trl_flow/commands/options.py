@@ -24,17 +24,27 @@ from trl_flow.rewards.named import NAMED_REWARDS  # noqa: E402
 from trl_flow.shapes import IMAGE_SIZE, pipeline_path  # noqa: E402
 from trl_flow.shapes.bundled import T5_TOKENS  # noqa: E402
 from trl_flow.trainer import (  # noqa: E402
+    AWMConfig,
+    AWMTrainer,
+    DiffusionNFTConfig,
+    DiffusionNFTTrainer,
     FlowGRPOConfig,
+    FlowGRPOTrainer,
+    FlowRLConfig,
+    FlowRLTrainer,
     GuardConfig,
     OverOptimizationCallback,
     SLASConfig,
     VGPOConfig,
 )
+from trl_flow.trainer.forward_process_config import ForwardProcessConfig  # noqa: E402
 
 
 transformers.utils.logging.set_verbosity(_verbosity)
 
 METHODS = {"flow_grpo": FlowGRPOConfig, "guard": GuardConfig, "slas": SLASConfig, "vgpo": VGPOConfig}
+METHODS |= {"nft": DiffusionNFTConfig, "awm": AWMConfig}
+_TRAINERS = (FlowGRPOTrainer, DiffusionNFTTrainer, AWMTrainer)
 BUNDLED_MODELS = ("bundled", "shapes")
 
 
@@ -116,12 +126,30 @@ def parse_training(parser: TrlParser, argv: Sequence[str], recipe: Recipe, *, st
     unknown = [f"--{name}" for name in nothing if strict and f"--{name}" not in known]
     unknown += parser.set_defaults_with_config(**{n: value for n, value in options.items() if n not in nothing})
     if strict and unknown:
-        raise ValueError(unknown_option(unknown[0], known, recipe))
+        raise ValueError(_other_methods(unknown[0], parser) or unknown_option(unknown[0], known, recipe))
     # Exits here on -h and on values that do not fit
     *parsed, left = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if strict and left:
-        raise ValueError(unknown_option(left[0], known))
+        raise ValueError(_other_methods(left[0], parser) or unknown_option(left[0], known))
     return *parsed, unknown + left
+
+
+def _other_methods(token: str, parser: TrlParser) -> str | None:
+    """What to say about an option that only other methods have."""
+    name = token.split("=")[0].removeprefix("--").replace("-", "_")
+    others = [method for method, config in METHODS.items() if name in config.__dataclass_fields__]
+    if not others:
+        return None
+    config = next(cls for cls in parser.dataclass_types if issubclass(cls, FlowRLConfig))
+    classes = (config, *config.__bases__)  # a plan's config is derived from the method's
+    own = next(method for cls in classes for method, each in METHODS.items() if each is cls)
+    why = config.why_not(name) if issubclass(config, ForwardProcessConfig) else None
+    return f"--{name} belongs to {', '.join(others)}, not to {own}" + (f": {why}." if why else ".")
+
+
+def trainer_of(args: Any) -> type[FlowRLTrainer]:
+    """The trainer that a config is for."""
+    return next(trainer for trainer in _TRAINERS if isinstance(args, trainer.config_class))
 
 
 def peft_config(script_args: FlowScriptArguments, model_args: ModelConfig) -> LoraConfig | None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from trl import DatasetMixtureConfig, TrlParser
 
     from trl_flow.commands.options import FlowScriptArguments
-    from trl_flow.trainer import FlowGRPOTrainer
+    from trl_flow.trainer import FlowRLTrainer
 
 DESCRIPTION = """\
 Train a text-to-image pipeline by online reinforcement learning.
@@ -87,17 +87,16 @@ def _prepare_launch(name: str, options: list[str], argv: list[str], parser: "Trl
 def _prepare_run(
     script_args: "FlowScriptArguments", args: Any, model_args: Any, mixture_args: "DatasetMixtureConfig"
 ) -> Callable[[], None]:
-    from trl_flow import FlowGRPOTrainer
-    from trl_flow.commands.options import BUNDLED_MODELS, over_optimization_callbacks, peft_config, resolve_model
+    from trl_flow.commands import options
     from trl_flow.rewards.named import named_rewards
     from trl_flow.trainer.run_state import is_complete, last_complete_checkpoint
 
     if script_args.ignore_bias_buffers:
         raise ValueError("ignore_bias_buffers is TRL's option for old language models. Remove it.")
-    model = resolve_model(model_args.model_name_or_path, args, model_args)
+    model = options.resolve_model(model_args.model_name_or_path, args, model_args)
     rewards, gold = named_rewards(script_args.reward_funcs), script_args.eval_reward_funcs
     gold = named_rewards(gold, "eval_reward_funcs") if gold else None
-    bundled, evaluate = model_args.model_name_or_path in BUNDLED_MODELS, args.eval_strategy != "no"
+    bundled, evaluate = model_args.model_name_or_path in options.BUNDLED_MODELS, args.eval_strategy != "no"
     train_dataset, eval_dataset = load_datasets(script_args, mixture_args, bundled=bundled, evaluate=evaluate)
     resume = args.resume_from_checkpoint
     if str(resume).lower() in ("true", "last"):
@@ -108,12 +107,12 @@ def _prepare_run(
             "complete one in output_dir."
         )
     data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "eval_reward_funcs": gold}
-    lora, callbacks = peft_config(script_args, model_args), over_optimization_callbacks(script_args)
-    trainer = FlowGRPOTrainer(model, rewards, args=args, **data, callbacks=callbacks, peft_config=lora)
+    lora, callbacks = options.peft_config(script_args, model_args), options.over_optimization_callbacks(script_args)
+    trainer = options.trainer_of(args)(model, rewards, args=args, **data, callbacks=callbacks, peft_config=lora)
     return lambda: _run(trainer, resume, script_args.dataset_name)
 
 
-def _run(trainer: "FlowGRPOTrainer", resume: str | None, dataset_name: str | None) -> None:
+def _run(trainer: "FlowRLTrainer", resume: str | None, dataset_name: str | None) -> None:
     from trl_flow.trainer.run_state import last_complete_checkpoint
 
     folder = trainer.args.output_dir

@@ -7,6 +7,7 @@ both shapes in the message, a Python number out of its domain too. Values of ten
 docstring says so. NaN among rewards says that a reward does not apply to a sample.
 """
 
+from trl_flow.functional.awm import generalized_huber, matching_log_prob
 from trl_flow.functional.grpo import (
     clipped_loss,
     gaussian_kl,
@@ -23,6 +24,7 @@ from trl_flow.functional.guard import (
     rounding_and_curvature,
     timestep_weight,
 )
+from trl_flow.functional.nft import implicit_policies, nft_loss, optimality
 from trl_flow.functional.rewards import combine_rewards, fill_missing, frac_zero_std, normalize_then_sum
 from trl_flow.functional.slas import (
     adapt_power,
@@ -62,13 +64,18 @@ __all__ = [
     "frac_zero_std",
     "gaussian_kl",
     "gaussian_log_prob",
+    "generalized_huber",
     "group_advantages",
+    "implicit_policies",
     "log_ratio",
+    "matching_log_prob",
     "max_advantage_power",
     "max_advantage_power_bounded",
     "max_advantage_power_sub_gaussian",
+    "nft_loss",
     "normalize_then_sum",
     "ode_transition",
+    "optimality",
     "probe_error",
     "probed_mean",
     "project_to_data",

@@ -20,7 +20,7 @@ from peft import PeftConfig, get_peft_model
 from trl_flow.backbones import BACKBONES, Backbone, get_backbone
 from trl_flow.evaluation.outputs import read_json
 from trl_flow.memory.dry_run import GPUKernels, checkpoint, peak_bytes
-from trl_flow.trainer import FlowGRPOConfig
+from trl_flow.trainer import FlowRLConfig
 from trl_flow.trainer.loading import component_dtypes
 
 
@@ -36,14 +36,14 @@ class Plan:
     What decides on a training run's memory.
 
     Attributes:
-        args ([`FlowGRPOConfig`]): the run's settings.
+        args ([`FlowRLConfig`]): the run's settings.
         peft_config ([`~peft.PeftConfig`] or `None`): the adapter; `None` trains all weights.
         sharding (`str`): `"none"`, `"gradients"` (with the optimizer's state: ZeRO-2) or `"weights"` (all: FSDP,
             ZeRO-3), over the processes of `args`.
         dry_runs (`dict`): peaks of activations that were found for this plan and those that were changed from it.
     """
 
-    args: FlowGRPOConfig
+    args: FlowRLConfig
     peft_config: PeftConfig | None
     sharding: str = "none"
     dry_runs: dict = field(default_factory=dict, repr=False, compare=False)
@@ -64,15 +64,10 @@ class Plan:
         return (self.args.model_init_kwargs or {}).get("quantization_config")
 
     @property
-    def trained_steps(self) -> int:
-        steps = self.args.sde_window_size or self.args.num_stochastic_steps
-        return self.args.num_trained_steps(steps)
-
-    @property
-    def has_probe(self) -> bool:
-        """Whether the amplified probe of the importance ratio is run, with two more sets of the trained weights."""
-        on = self.half if self.args.ratio_probe == "auto" else self.args.ratio_probe
-        return bool(on) and self.peft_config is not None and self.args.updates_per_generation > 1
+    def kept_weights(self) -> dict[str, int]:
+        """Sets of the trained weights that are kept on the device besides these."""
+        kind = {"half_precision": self.half is not None, "is_adapter": self.peft_config is not None}
+        return self.args.kept_weights(**kind)
 
 
 @dataclass(frozen=True)
@@ -140,8 +135,8 @@ def estimate(model: str | Path | Backbone, plan: Plan) -> Estimate:
     resident[f"optimizer state ({optimizer})"] = _optimizer_bytes(optimizer, trained) // shards
     if plan.args.use_ema:
         resident["moving average"] = 4 * trained
-    if plan.has_probe:
-        resident["weights of the ratio's probe"] = 8 * trained // weight_shards
+    for name, number in plan.kept_weights.items():
+        resident[name] = number * 4 * trained // weight_shards
     if plan.args.beta > 0 and plan.peft_config is None:
         resident["reference model"] = base
     encoders = 0
@@ -150,9 +145,9 @@ def estimate(model: str | Path | Backbone, plan: Plan) -> Estimate:
             encoders += _bytes(module)
         elif name != backbone.component:
             resident[f"{name} weights"] = _bytes(module)
-    # Latents, next latents and means of each trained step, and the initial noise, of this process's images, float32
+    # With the initial noise, of this process's images, float32
     images = plan.args.generation_batch_size // plan.args.world_size
-    resident["stored samples"] = images * (3 * plan.trained_steps + 1) * math.prod(backbone.latent_shape()) * 4
+    resident["stored samples"] = images * (plan.args.num_kept_latents + 1) * math.prod(backbone.latent_shape()) * 4
 
     phases = {}
     if encoders:

@@ -29,8 +29,8 @@ def savings(plan: Plan, now: Estimate, again: Callable[[Plan], Estimate]) -> lis
         (batch > 1 and not args.enable_vae_slicing, "enable_vae_slicing: true", sliced),
         (not args.enable_vae_tiling, tiling, {"enable_vae_tiling": True} | sliced),
         (args.use_ema, "use_ema: false", {"use_ema": False}),
-        (plan.has_probe, "ratio_probe: 0", {"ratio_probe": 0}),
-        (plan.trained_steps > 2 and args.sde_window_size is None, "sde_window_size: 2", {"sde_window_size": 2}),
+        ("weights of the ratio's probe" in plan.kept_weights, "ratio_probe: 0", {"ratio_probe": 0}),
+        (args.num_kept_latents > 3 * 2 and not args.sde_window_size, "sde_window_size: 2", {"sde_window_size": 2}),
         (args.beta > 0 and not lora, "beta: 0 (no reference model)", {"beta": 0.0}),
     ]
     found = {text: now.total - again(plan.changed(**changes)).total for there, text, changes in choices if there}

@@ -24,6 +24,8 @@ _SETTINGS = (
     *SAMPLING_SETTINGS,
     *("sde_type", "noise_level", "train_last_step", "sde_window_size", "sde_window_range", "sde_window_schedule"),
     *("sde_window_interval", "sde_window_stride", "timestep_fraction", "timestep_fraction_per_sample"),
+    *("timestep_sampling", "timesteps_per_sample", "timestep_range", "nft_beta", "self_normalized", "beta_old"),
+    *("huber_power", "old_decay", "old_decay_rate", "old_decay_start"),
     *("share_initial_noise", "importance_ratio", "timestep_weighting", "ratio_probe"),
     *("epsilon", "epsilon_high", "scale_epsilon", "beta", "scale_rewards"),
     *("multi_objective_aggregation", "advantage_power", "target_kl", "advantage_clip", "dense_rewards"),
@@ -60,12 +62,12 @@ PAPERS = {tag: Paper(tag, **fields) for tag, fields in json.loads(_FILE.read_tex
 
 
 def papers_behind(settings: Mapping[str, object]) -> list[Paper]:
-    """The papers whose methods a run used, by its `FlowGRPOConfig`'s fields, of which missing ones count as off: none
-    for an algorithm with fields of its own."""
+    """The papers whose methods a run used, by its config's fields, of which missing ones count as off: none for an
+    algorithm with fields of its own."""
     ratio, weighting = settings.get("importance_ratio"), settings.get("timestep_weighting")
     guards = {"mean_revised", "ratio_norm", "inverse_dt", "beta_over_dt", "inverse_beta_dt"}
     used = {
-        "flow-grpo": not {"sde_type", "importance_ratio", "timestep_weighting"}.isdisjoint(settings),
+        "flow-grpo": not {"sde_type", "importance_ratio"}.isdisjoint(settings),
         "dance-grpo": settings.get("sde_type") == "dance",
         "flow-cps": settings.get("sde_type") == "cps",
         "mix-grpo": bool(settings.get("sde_window_size")) and settings.get("sde_window_schedule") == "progressive",
@@ -73,6 +75,8 @@ def papers_behind(settings: Mapping[str, object]) -> list[Paper]:
         "grpo-guard": not guards.isdisjoint((ratio, weighting)),
         "slas": bool(settings.get("advantage_power")),
         "vgpo": bool(settings.get("dense_rewards")),
+        "diffusion-nft": "nft_beta" in settings,
+        "awm": "huber_power" in settings,
     }
     return [PAPERS[tag] for tag, is_used in used.items() if is_used]
 

@@ -135,6 +135,16 @@ class FlowGRPOConfig(FlowRLConfig):
         """Steps of so many stochastic ones that each sample is trained on."""
         return max(1, math.floor(self.timestep_fraction * num_stochastic + 1e-9))
 
+    @property
+    def num_kept_latents(self) -> int:
+        """Before and after each trained step, and the mean between."""
+        return 3 * self.num_trained_steps(self.sde_window_size or self.num_stochastic_steps)
+
+    def kept_weights(self, *, half_precision: bool, is_adapter: bool) -> dict[str, int]:
+        on = half_precision if self.ratio_probe == "auto" else self.ratio_probe
+        probes = on and is_adapter and self.updates_per_generation > 1
+        return {"weights of the ratio's probe": 2} if probes else {}
+
     def _check_value_scale(self) -> None:
         """A number, or a list with one for each step; command lines give text."""
         if isinstance(self.value_scale, str):

@@ -97,7 +97,8 @@ class FlowRLConfig(_BaseConfig):
             num_processes * steps_per_generation`.
         steps_per_generation (`int`, *optional*):
             Micro-batches that one sampling phase provides. `None`: `2 * gradient_accumulation_steps`, and so two
-            updates: in the first one every importance ratio is 1, and nothing can be clipped.
+            updates: in the first one every importance ratio is 1, and nothing can be clipped. Of methods that learn
+            on noised images, `gradient_accumulation_steps`, and so one update.
         num_iterations (`int`, *optional*, defaults to `1`):
             Times that each sampled batch is trained on (μ in the GRPO paper).
         shuffle_dataset (`bool`, *optional*, defaults to `True`):
@@ -159,6 +160,7 @@ class FlowRLConfig(_BaseConfig):
     """
 
     _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs"]
+    _DEFAULT_UPDATES = 2  # updates that are made with the samples of one phase
 
     # Defaults of TrainingArguments that do not fit
     learning_rate: float = 3e-4
@@ -245,6 +247,15 @@ class FlowRLConfig(_BaseConfig):
         """Updates that are made with the samples of one phase; below 1 if an update takes several phases."""
         return Fraction(self.num_iterations * self.steps_per_generation, self.gradient_accumulation_steps)
 
+    @property
+    def num_kept_latents(self) -> int:
+        """Latents that are kept of each image of a sampling phase, for the memory estimate."""
+        return 1
+
+    def kept_weights(self, *, half_precision: bool, is_adapter: bool) -> dict[str, int]:
+        """Sets of the trained weights that are kept on the device besides these, for the memory estimate."""
+        return {}
+
     def shown(self) -> str:
         """As JSON, without the token that loading the model may need: checkpoints may be published."""
         content = self.to_dict()
@@ -313,7 +324,7 @@ class FlowRLConfig(_BaseConfig):
             )
         if generation_batch is None:
             if steps is None:
-                steps = self.steps_per_generation = derived(2 * self.gradient_accumulation_steps)
+                steps = self.steps_per_generation = derived(self._DEFAULT_UPDATES * self.gradient_accumulation_steps)
             self._check("steps_per_generation", steps >= 1, "at least 1")
             self.generation_batch_size = derived(global_batch * steps)
         if self.generation_batch_size < 1 or self.generation_batch_size % global_batch != 0:

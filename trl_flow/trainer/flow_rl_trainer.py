@@ -147,8 +147,10 @@ class FlowRLTrainer(GroupTrainer):
 
         self.algorithm = self.create_algorithm()
         options = {"wrapped": lambda: self.model_wrapped, "keep_reference": self.algorithm.needs_reference}
-        self.policy = Policy(self.backbone, args, self.accelerator, conditions=conditions, **options)
-        self.sampler = Sampler(self.policy, self.algorithm.dynamics, args, self._show_stage)
+        options |= {"conditions": conditions, "keep_old": self.algorithm.needs_old}
+        self.policy = Policy(self.backbone, args, self.accelerator, **options)
+        dynamics, sampled_by = self.algorithm.dynamics, self.algorithm.sampled_by
+        self.sampler = Sampler(self.policy, dynamics, args, self._show_stage, sampled_by)
         self.phase_scorer = PhaseScorer(self.scorer, self.reward_weights, self.sampler, args, self.accelerator)
         given = self.policy, self.sampler, self.scorer, self.reward_weights, self.gold_scorer, args
         self.evaluator = Evaluator(*given, save=lambda to: self.save_model(os.fspath(to), _internal_call=True))

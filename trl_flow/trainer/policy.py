@@ -4,7 +4,7 @@ import contextlib
 import copy
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from PIL import Image
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_flow import sharing
@@ -47,6 +47,16 @@ class Condition:
     positive: dict[str, torch.Tensor]
     negative: dict[str, torch.Tensor] | None
     guidance_scale: float
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process has of a tensor that may be sharded; what is written into it counts."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that may be sharded, put together. To be called on all processes."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def prepare_module(backbone: Backbone, args: FlowRLConfig, peft_config: PeftConfig | None) -> torch.nn.Module:
@@ -93,8 +103,9 @@ def prepare_module(backbone: Backbone, args: FlowRLConfig, peft_config: PeftConf
 class Policy:
     """The trained model, its conditions, and the named sets of its weights. `wrapped` gives the module as the trainer
     has wrapped it (DDP, FSDP, DeepSpeed). With `keep_reference`, `at("reference")` can be asked for: an adapter is
-    switched off for it; of a model whose weights are all trained a frozen copy is made. Raises `ValueError` for what
-    cannot be done with sharded weights."""
+    switched off for it; of a model whose weights are all trained a frozen copy is made. With `keep_old`, `at("old")`
+    can: a second set of the adapter's weights, or a frozen copy. Raises `ValueError` for what cannot be done with
+    sharded weights."""
 
     def __init__(
         self,
@@ -105,26 +116,33 @@ class Policy:
         conditions: PromptCache,
         *,
         keep_reference: bool,
+        keep_old: bool = False,
     ):
         self.backbone, self.args, self.accelerator, self.conditions = backbone, args, accelerator, conditions
         # All set by the loop: the number of the sampling phase, optimizer steps since, and the trained weights then
         self.generation = self.updates_since_sampling = 0
         self.sampling_weights: list[torch.Tensor] = []
-        self._wrapped = wrapped
+        self._wrapped, self.keep_old = wrapped, keep_old
         self.is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        copied = keep_reference and not self.is_adapter
+        copied, old_copied = ((wanted and not self.is_adapter) for wanted in (keep_reference, keep_old))
         not_sharded = {"use_ema": args.use_ema, "diagnostics_steps": args.diagnostics_steps}
         not_sharded |= {"a quantized model": is_quantized(backbone.model), "beta > 0 with full fine-tuning": copied}
+        not_sharded |= {"an old policy beside full fine-tuning": old_copied}
         for name, used in not_sharded.items():
             if used and self.is_sharded:
                 instead = "Leave it out, or use processes without sharding (--accelerate_config multi_gpu)."
                 raise ValueError(f"{name} is not supported with FSDP or DeepSpeed, which shard the weights. {instead}")
+        if keep_old and self._is_split:
+            splits = "a second set of all trained weights, which DeepSpeed's ZeRO-3 splits over processes"
+            raise ValueError(f"The old policy is {splits}. Use ZeRO-2 or FSDP2.")
         for name, module in backbone.pipeline.components.items():
             # The prompt cache moves text encoders whose embeddings are on disk
             elsewhere = module is backbone.model or (name.startswith("text_encoder") and args.precompute_prompt_embeds)
             if isinstance(module, torch.nn.Module) and not elsewhere and not is_quantized(module):
                 module.to(accelerator.device)
         self._reference = copy.deepcopy(self.module).requires_grad_(False).eval() if copied else None
+        self._old_module = copy.deepcopy(self.module).requires_grad_(False).eval() if old_copied else None
+        self._old: list[torch.Tensor] = []  # of an adapter; made when first used, as sharding comes later than this
         self.ema = EMAModel(self.trained_parameters, decay=args.ema_decay) if args.use_ema else None
         self._num_updates = 0
         self._forced: torch.nn.Module | None = None
@@ -197,16 +215,24 @@ class Policy:
     @contextlib.contextmanager
     def at(self, name: str, scale: float = 1.0) -> Iterator[None]:
         """Another set of the weights in place of the trained ones: `"reference"`, the model as it was before training,
-        or `"probe"`, the weights `scale` times as far from those of sampling as they are, both for forwards without
-        gradients; or `"average"`, the moving average, without `use_ema` the trained weights."""
-        if name == "reference":
+        `"old"`, a policy that follows the trained one slowly, `"probe"`, the weights `scale` times as far from those
+        of sampling as they are, and `"trained"`, all for forwards without gradients; or `"average"`, the moving
+        average, without `use_ema` the trained weights."""
+        if name == "trained":
+            with self.sampling():
+                yield
+        elif name == "old":
+            with self.sampling(), self._old_in_place():
+                yield
+        elif name == "reference":
             with self.sampling(), self._without_adapter():
                 yield
         elif name == "probe":
             with self.sampling(), self._amplified(scale):
                 yield
         elif name != "average":
-            raise ValueError(f"There are no weights called {name!r}, only 'reference', 'probe' and 'average'.")
+            others = "'trained', 'old', 'reference', 'probe' and 'average'"
+            raise ValueError(f"There are no weights called {name!r}, only {others}.")
         elif self.ema is None:
             yield
         else:
@@ -220,25 +246,70 @@ class Policy:
 
     @contextlib.contextmanager
     def _without_adapter(self) -> Iterator[None]:
+        if self._reference is None:
+            # PEFT switches gradients off and on for the weights that it finds: it must not be gathered ones
+            self._reshard()
+            with self.module.disable_adapter():
+                try:
+                    yield
+                finally:
+                    self._reshard()
+            return
         self._forced = self._reference
         try:
-            with self.module.disable_adapter() if self._forced is None else contextlib.nullcontext():
-                yield
+            yield
         finally:
             self._forced = None
 
     @contextlib.contextmanager
     def _amplified(self, scale: float) -> Iterator[None]:
         own = self._local_weights()
+        pairs = zip(own, self.sampling_weights, strict=True)
+        probe = (sampled.to(weights.device, torch.float32).lerp(weights.float(), scale) for weights, sampled in pairs)
+        with self._replaced(own, probe):
+            yield
+
+    @contextlib.contextmanager
+    def _old_in_place(self) -> Iterator[None]:
+        if self._old_module is not None:
+            self._forced = self._old_module
+            try:
+                yield
+            finally:
+                self._forced = None
+            return
+        with self._replaced(self._local_weights(), map(local_part, self._old_weights())):
+            yield
+
+    @contextlib.contextmanager
+    def _replaced(self, own: list[torch.Tensor], others: Iterable[torch.Tensor]) -> Iterator[None]:
         before = self._copies_of(own)
         try:
-            for weights, sampled in zip(own, self.sampling_weights, strict=True):
-                weights.copy_(sampled.to(weights.device, torch.float32).lerp(weights.float(), scale))
+            for weights, other in zip(own, others, strict=True):
+                weights.copy_(other)
             yield
         finally:
             for weights, kept in zip(own, before, strict=True):
                 weights.copy_(kept)
             self._forget_copies()
+
+    # ---- The old policy ----
+
+    def _old_weights(self) -> list[torch.Tensor]:
+        """Those of `at("old")`, as the parameters are sharded or not; at first the trained ones."""
+        if self._old_module is not None:
+            return list(self._old_module.parameters())
+        if not self._old:
+            self._forget_copies()
+            self._old = [p.detach().to(torch.float32, copy=True) for p in self.trained_parameters]
+        return self._old
+
+    @torch.no_grad()
+    def move_old(self, decay: float) -> None:
+        """Moves the old policy towards the trained one: `old = decay old + (1 - decay) trained`."""
+        old = self._old_weights()
+        for weights, own in zip(map(local_part, old), self._local_weights(), strict=True):
+            weights.lerp_(own.to(weights.dtype), 1 - decay)
 
     @torch.no_grad()
     def _local_weights(self) -> list[torch.Tensor]:
@@ -249,7 +320,10 @@ class Policy:
     def _forget_copies(self) -> None:
         """Of weights that were written to: autocast's in half precision, and those that FSDP has gathered."""
         torch.clear_autocast_cache()
-        for module in self._wrapped().modules():
+        self._reshard()
+
+    def _reshard(self) -> None:
+        for module in self._wrapped().modules() if self.is_sharded else ():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
@@ -354,14 +428,32 @@ class Policy:
     # ---- State ----
 
     def state_dict(self) -> dict[str, Any]:
-        """The moving average; the trained weights themselves are the trainer's to save."""
+        """The moving average and the old policy; the trained weights themselves are the trainer's to save. To be
+        called on all processes."""
+        state = {}
+        if self.keep_old:
+            state = {f"old.{i}": whole(old.detach()) for i, old in enumerate(self._old_weights())}
         if self.ema is None:
-            return {}
+            return state
         average = {f"average.{i}": parameter for i, parameter in enumerate(self.ema.shadow_params)}
-        return {"ema_step": self.ema.optimization_step, "num_updates": self._num_updates, **average}
+        return state | {"ema_step": self.ema.optimization_step, "num_updates": self._num_updates, **average}
+
+    @torch.no_grad()
+    def _load_old(self, state: dict[str, Any]) -> None:
+        if self._old_module is not None and "old.0" not in state:
+            self._old_module.load_state_dict(self.module.state_dict())
+        self._old = []  # as the trained ones, which may not be wrapped yet
+        if "old.0" in state:
+            for i, old in enumerate(self._old_weights()):
+                saved = state[f"old.{i}"].to(old.device)
+                if isinstance(old, DTensor):
+                    saved = distribute_tensor(saved, old.device_mesh, old.placements)
+                local_part(old).copy_(local_part(saved))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes what [`state_dict`] gave; of `{}` the average begins at the weights as they are."""
+        """Takes what [`state_dict`] gave; of `{}` the average and the old policy begin at the weights as they are."""
+        if self.keep_old:
+            self._load_old(state)
         self._num_updates = state.get("num_updates", 0)
         if self.ema is None:
             return

@@ -29,6 +29,7 @@ class RolloutBuffer:
 
     def __init__(self, number: int, args: FlowRLConfig):
         num_updates = max(1, args.steps_per_generation // args.gradient_accumulation_steps)
+        self._first = args.process_index * number
         self._indices = micro_batch_indices(number, args.steps_per_generation, num_updates)
         # Where each sample is kept
         self._rows = torch.empty(number, dtype=torch.long)
@@ -54,6 +55,7 @@ class RolloutBuffer:
                 tensors={name: kept[k * size : (k + 1) * size] for name, kept in self._tensors.items()},
                 advantages=advantages[indices],
                 images=None if images is None else [images[i] for i in indices],
+                samples=tuple(self._first + i for i in indices),
             )
             for k, indices in enumerate(self._indices)
         ]
@@ -69,7 +71,8 @@ def save_micro_batches(batches: list[MicroBatch], folder: Path, rank: int) -> No
         names = None if batch.images is None else [image_fingerprint(image) for image in batch.images]
         for image, name in zip(batch.images or [], names or [], strict=True):
             tensors[f"image.{name}"] = torch.from_numpy(np.array(image))
-        lists.append({"prompts": batch.prompts, "steps": batch.steps, "images": names, "tensors": list(batch.tensors)})
+        own = {"prompts": batch.prompts, "steps": batch.steps, "samples": batch.samples}
+        lists.append({**own, "images": names, "tensors": list(batch.tensors)})
     save_file(tensors, folder / f"rollouts-{rank}.safetensors")
     (folder / f"rollouts-{rank}.json").write_text(json.dumps(lists))
 
@@ -86,6 +89,7 @@ def load_micro_batches(folder: Path, rank: int, device: torch.device) -> list[Mi
             tensors={name: tensors[f"{k}.{name}"].to(device) for name in entry["tensors"]},
             advantages=tensors[f"{k}.advantages"].to(device),
             images=None if entry["images"] is None else [images[f"image.{name}"] for name in entry["images"]],
+            samples=tuple(entry["samples"]),
         )
         for k, entry in enumerate(json.loads((folder / f"rollouts-{rank}.json").read_text()))
     ]

@@ -81,10 +81,10 @@ class RunState:
     def save(self, folder: Path) -> None:
         """Writes the state. To be called on all processes: in the middle of a phase each has samples of its own."""
         folder.mkdir(parents=True, exist_ok=True)
+        contents = {name: part.state_dict() for name, part in self.parts.items()}  # sharded weights are gathered
         if self.args.process_index == 0:
             parts, tensors = {}, {}
-            for name, part in self.parts.items():
-                content = part.state_dict()
+            for name, content in contents.items():
                 found = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
                 tensors |= {f"{name}.{key}": value.contiguous() for key, value in found.items()}
                 parts[name] = {key: value for key, value in content.items() if key not in found}

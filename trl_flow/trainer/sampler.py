@@ -34,6 +34,7 @@ class Sampler:
     dynamics: Dynamics
     args: FlowRLConfig
     show_stage: Callable[[str], None]
+    weights: str = "trained"  # a name for `policy.at`
 
     def sample(self, rows: list[dict[str, Any]], plan: StepPlan, generation: int) -> Iterator[SampledPart]:
         """The local part of a generation batch: `rows` has one for each image of this process. Raises
@@ -66,7 +67,7 @@ class Sampler:
 
     def _rollout(self, rows: list[dict[str, Any]], latents: torch.Tensor, plan: StepPlan, **kwargs) -> Rollout:
         condition = self.policy.condition([row["prompt"] for row in rows], self.images_to_edit(rows))
-        with self.policy.sampling():
+        with self.policy.at(self.weights):
             predict = functools.partial(self.policy.predict, condition=condition)
             return rollout(predict, self.dynamics, latents, plan, **kwargs)
 

@@ -1,0 +1,190 @@
+"""DiffusionNFT and AWM: learning on noised images, without likelihoods or trajectories of sampling."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trl_flow.algorithms.advantages import AdvantageEstimator
+from trl_flow.algorithms.base import Algorithm, LossOutput, MicroBatch, PhaseScores, StepSums
+from trl_flow.algorithms.noising import NoisedLatents, Noising, draw_places
+from trl_flow.backbones import Backbone
+from trl_flow.dynamics import make_dynamics
+from trl_flow.functional import (
+    clipped_loss,
+    generalized_huber,
+    matching_log_prob,
+    nft_loss,
+    optimality,
+    ratio_statistics,
+)
+from trl_flow.rollout import RandomStream, Rollout, StepPlan, draw_noise, sample_generator
+
+
+if TYPE_CHECKING:
+    from trl_flow.trainer.forward_process_config import AWMConfig, DiffusionNFTConfig, ForwardProcessConfig
+    from trl_flow.trainer.policy import Condition, Policy
+
+
+def mean_square(difference: torch.Tensor) -> torch.Tensor:
+    """`(B, ...)` to `(B,)`."""
+    return difference.flatten(1).square().mean(1)
+
+
+class ForwardProcess(Algorithm):
+    """What DiffusionNFT and AWM share: images are sampled along the ODE, of which the finished latents alone are kept.
+    In the update each is noised to a few levels, the units, and a loss is taken of the prediction there. An old policy
+    follows the trained one slowly. On schedule and latents of a backbone, with weights `(K,)` of the rewards."""
+
+    def __init__(self, args: "ForwardProcessConfig", backbone: Backbone, reward_weights: torch.Tensor):
+        self.args = args
+        schedule = backbone.schedule(args.num_inference_steps)
+        self.dynamics = make_dynamics(schedule, sde_type="flow", noise_level=0.0)
+        self.noising = Noising(schedule, backbone)
+        self.estimator = AdvantageEstimator(args, reward_weights)
+        # The largest advantage, as it is after SLAS's shaping
+        self.largest_advantage = args.advantage_clip ** (1 + args.advantage_power)
+        self._num_updates = 0
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.args.beta > 0
+
+    @property
+    def needs_old(self) -> bool:
+        return self.args.keeps_old
+
+    def plan(self, generation: int) -> StepPlan:
+        return StepPlan()
+
+    def keep(self, rollout: Rollout) -> dict[str, torch.Tensor]:
+        return {"clean": rollout.final}
+
+    def advantages(self, scores: PhaseScores) -> tuple[torch.Tensor, dict[str, float]]:
+        return self.estimator(scores)
+
+    # ---- Noise levels ----
+
+    def units(self, batch: MicroBatch) -> Sequence[int]:
+        return range(self.args.timesteps_per_sample)
+
+    def noised(self, policy: "Policy", batch: MicroBatch, unit: int) -> NoisedLatents:
+        """The samples at their `unit`-th noise level. Levels and noise belong to the sample, its sampling phase and
+        the update, whatever micro-batch or process has it."""
+        args, clean = self.args, batch.tensors["clean"]
+        key = args.seed, policy.generation, RandomStream.NOISED, policy.updates_since_sampling
+        first, end = args.timestep_range
+        end = end if args.timestep_sampling == "schedule" else min(end, self.noising.last_place)
+        drawn = args.timestep_sampling, args.timesteps_per_sample, first, end
+        places = [draw_places(*drawn, sample_generator(*key, sample))[unit] for sample in batch.samples]
+        noise = draw_noise(clean.shape[1:], [sample_generator(*key, s, unit) for s in batch.samples], clean.device)
+        # Apple's GPUs have no float64
+        return self.noising(clean, noise, torch.stack(places).float().to(clean.device))
+
+    # ---- Loss ----
+
+    def loss(self, policy: "Policy", batch: MicroBatch, unit: int, condition: "Condition") -> LossOutput:
+        noised, others = self.noised(policy, batch, unit), {}
+        # Before the forward whose gradient is taken: no weights change between it and its backward
+        for name, scale in self._asked(policy).items():
+            with policy.at(name, scale):
+                others[name] = policy.predict(noised.latents, noised.timestep, condition)
+        prediction = policy.predict(noised.latents, noised.timestep, condition)
+        loss, stats = self.policy_loss(prediction, others, noised, batch)
+        regularization = None
+        for name, beta, key in (("reference", self.args.beta, "kl"), ("old", self._beta_old, "old/kl")):
+            if name in others:
+                kl = mean_square(prediction - others[name])
+                stats[key] = kl.detach()
+                if beta > 0:
+                    regularization = beta * kl if regularization is None else regularization + beta * kl
+        return LossOutput(loss if regularization is None else loss + regularization, stats, regularization)
+
+    @property
+    def _beta_old(self) -> float:
+        """The coefficient of the KL to the old policy."""
+        return 0.0
+
+    def _asked(self, policy: "Policy") -> dict[str, float]:
+        """The weights whose predictions the loss needs besides, each with the scale for `policy.at`."""
+        asked = {"old": 1.0} if self.needs_old else {}
+        return asked | ({"reference": 1.0} if self.needs_reference else {})
+
+    @abstractmethod
+    def policy_loss(
+        self, prediction: torch.Tensor, others: dict[str, torch.Tensor], noised: NoisedLatents, batch: MicroBatch
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss but for regularization, `(B,)`, and statistics. `others` are predictions of other weights."""
+
+    # ---- The old policy ----
+
+    def after_update(self, policy: "Policy") -> dict[str, float]:
+        """At the end of a sampling phase the old policy moves (as in the authors' code: until then it is the one that
+        has sampled)."""
+        self._num_updates += 1
+        args = self.args
+        if not self.needs_old or policy.updates_since_sampling + 1 < args.updates_per_generation:
+            return {}
+        decay = min(max(self._num_updates - args.old_decay_start, 0) * args.old_decay_rate, args.old_decay)
+        policy.move_old(decay)
+        return {"old/decay": decay}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_updates": self._num_updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._num_updates = state.get("num_updates", 0)
+
+
+class NegativeAwareFinetuning(ForwardProcess):
+    """DiffusionNFT (arXiv:2509.16117): the old policy samples, and the trained one is drawn to good images and away
+    from bad ones."""
+
+    args: "DiffusionNFTConfig"
+    sampled_by = "old"
+
+    def policy_loss(self, prediction, others, noised, batch):
+        args, share = self.args, optimality(batch.advantages, clip=self.largest_advantage)
+        loss = nft_loss(
+            prediction, others["old"], noised.scaled, batch.tensors["clean"], noised.scale, share,
+            beta=args.nft_beta, self_normalized=args.self_normalized,
+        )  # fmt: skip
+        # As in the authors' code: so that neither changes how much the KL weighs
+        return loss * args.advantage_clip / args.nft_beta, {}
+
+
+class AdvantageWeightedMatching(ForwardProcess):
+    """AWM (arXiv:2509.25050): GRPO's clipped objective, with the loss of pre-training for the log-likelihood."""
+
+    args: "AWMConfig"
+
+    @property
+    def _beta_old(self) -> float:
+        return self.args.beta_old
+
+    def needs_sampling_weights(self, policy: "Policy") -> bool:
+        return self.args.updates_per_generation > 1
+
+    def _asked(self, policy: "Policy") -> dict[str, float]:
+        asked = super()._asked(policy)
+        # In the first update the policy is the one that has sampled, and so are weights as far from those as 0 times
+        return asked | ({"probe": 0.0} if policy.updates_since_sampling > 0 else {})
+
+    def policy_loss(self, prediction, others, noised, batch):
+        args, log_prob = self.args, self._log_prob(prediction, noised)
+        sampled = self._log_prob(others["probe"], noised) if "probe" in others else log_prob.detach()
+        log_ratio, advantages = log_prob - sampled, batch.advantages / self.largest_advantage
+        clip_range = {"epsilon": args.epsilon, "epsilon_high": args.epsilon_high}
+        stats = ratio_statistics(log_ratio.detach(), advantages, **clip_range)
+        return clipped_loss(log_ratio, advantages, **clip_range), stats
+
+    def _log_prob(self, prediction: torch.Tensor, noised: NoisedLatents) -> torch.Tensor:
+        log_prob = generalized_huber(matching_log_prob(prediction, noised.target), self.args.huber_power)
+        return noised.level * log_prob if self.args.timestep_weighting == "t" else log_prob
+
+    def summarize(self, sums: StepSums) -> dict[str, float]:
+        low, high = sums.mean("low"), sums.mean("high")
+        metrics = {"ratio/mean": 1 + sums.mean("deviation"), "ratio/std": sums.std("deviation")}
+        metrics |= {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
+        return metrics | {name: sums.mean(name) for name in ("kl", "old/kl") if name in sums.names}
