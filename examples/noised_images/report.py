@@ -2,7 +2,7 @@
 
 Use: `python examples/noised_images/report.py noised_images.jsonl --timing timing.jsonl --figure noised_images.png`.
 
-Time is that of an update, taken from `--timing` (`compare.py --quick` on a quiet machine), times the number of updates,
+Time is that of an update, from `--timing` (`compare.py --quick` on a quiet machine), times the number of updates,
 so that what else the machine did in the hours of `compare.py` does not count.
 """
 
