@@ -1,5 +1,7 @@
 """DiffusionNFT and AWM as trainers: their gradients, the old policy, resuming, splits, and what is refused."""
 
+import dataclasses
+
 import pytest
 import torch
 from tiny_models import tiny_sd3_pipeline
@@ -308,6 +310,11 @@ def test_a_config_of_another_method_is_refused(tmp_path):
         DiffusionNFTTrainer(
             tiny_sd3_pipeline(), brightness, tiny_config(tmp_path, cls=GuardConfig), prompts(), peft_config=tiny_lora()
         )
+
+
+def test_a_copy_with_other_steps_trains_on_as_many_of_these(tmp_path):
+    config = dataclasses.replace(DiffusionNFTConfig(str(tmp_path), use_cpu=True), num_inference_steps=6)
+    assert config.timestep_range == [0, 6] and config.timesteps_per_sample == 5
 
 
 def test_the_defaults_are_those_of_the_released_runs(tmp_path):

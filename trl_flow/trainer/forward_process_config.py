@@ -104,7 +104,7 @@ class ForwardProcessConfig(FlowRLConfig):
 
     def _check_timesteps(self) -> None:
         steps = self.num_inference_steps
-        if self.timestep_range is None:
+        if self._given("timestep_range") is None:
             self.timestep_range = derived([0, steps])
         if isinstance(self.timestep_range, tuple):  # YAML gives a list
             self.timestep_range = list(self.timestep_range)
@@ -112,7 +112,7 @@ class ForwardProcessConfig(FlowRLConfig):
         ok = len(pair) == 2 and all(type(step) is int for step in pair) and 0 <= pair[0] < pair[1] <= steps
         self._check("timestep_range", ok, f"[first, end] with 0 <= first < end <= num_inference_steps ({steps})")
         number = pair[1] - pair[0]
-        if self.timesteps_per_sample is None:
+        if self._given("timesteps_per_sample") is None:
             self.timesteps_per_sample = derived(max(1, min(number, steps - 1, self._MOST_TIMESTEPS)))
         most = number if self.timestep_sampling == "schedule" else None
         wanted = "at least 1" + (f" and at most {most}, the steps that there are to draw from" if most else "")
