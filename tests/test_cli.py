@@ -157,6 +157,29 @@ def test_options_come_before_the_recipe_and_the_recipe_before_the_preset(recipe,
     assert (run["epsilon"], run["num_generations"], run["max_steps"]) == (1e-3, 2, 1)
 
 
+@pytest.mark.parametrize("method", ["nft", "awm"])
+def test_methods_with_trainers_of_their_own(recipe, tmp_path, method):
+    own = {"guidance_scale": 1.0, "timesteps_per_sample": 1, "steps_per_generation": None, "learning_rate": 1e-3}
+    assert main(["train", "--config", recipe(method=method, **own)]) == 0
+    settings = json.loads((tmp_path / "run" / "training_args.json").read_text())
+    assert settings["old_decay_rate"] == 0.001 and settings["steps_per_generation"] == 1
+    assert load_file(tmp_path / "run" / "pytorch_lora_weights.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "words"),
+    [
+        ({"method": "nft", "dense_rewards": True}, [], ("--dense_rewards belongs to", "not to nft", "VGPO's values")),
+        ({"method": "awm"}, ["--importance_ratio", "ratio_norm"], ("not to awm", "GRPO-Guard's ratio")),
+        ({"method": "guard"}, ["--nft_beta", "0.1"], ("--nft_beta belongs to nft, not to guard",)),
+        ({"method": "nft"}, ["--nft_bta", "0.1"], ("no option --nft_bta", "Did you mean --nft_beta")),
+    ],
+)
+def test_options_of_other_methods_are_named(recipe, capsys, fields, options, words):
+    error = mistake(capsys, "train", "--config", recipe(**fields), *options)
+    assert all(word in error for word in words), error
+
+
 def test_rewards_of_ones_own_get_the_columns(recipe, tmp_path):
     (tmp_path / "own_rewards_for_cli.py").write_text(
         "def weighted(prompts, images, weight, **kwargs):\n    return [w * len(p) for p, w in zip(prompts, weight)]\n"

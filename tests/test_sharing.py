@@ -479,7 +479,12 @@ def test_images_outside_the_folder_are_refused(run_folder, tmp_path):
         ({"importance_ratio": "ratio_norm", "timestep_weighting": "inverse_dt"}, ["flow-grpo", "grpo-guard"]),
         ({"sde_type": "dance", "advantage_power": 0.5}, ["flow-grpo", "dance-grpo", "slas"]),
         ({"sde_type": "cps", "sde_window_size": 2}, ["flow-grpo", "flow-cps", "mix-grpo"]),
-        ({"timestep_weighting": "temp", "dense_rewards": True}, ["flow-grpo", "tempflow-grpo", "vgpo"]),
+        (
+            {"sde_type": "flow", "timestep_weighting": "temp", "dense_rewards": True},
+            ["flow-grpo", "tempflow-grpo", "vgpo"],
+        ),
+        ({"nft_beta": 1.0, "timestep_sampling": "schedule", "advantage_power": 0.5}, ["slas", "diffusion-nft"]),
+        ({"huber_power": 0.25, "timestep_weighting": "t"}, ["awm"]),
     ],
 )
 def test_the_papers_follow_from_the_settings(run_folder, settings, tags):

@@ -14,7 +14,14 @@ from peft import LoraConfig
 from tiny_models import tiny_sd3_pipeline
 from transformers import set_seed
 
-from trl_flow import FlowGRPOConfig, FlowGRPOTrainer
+from trl_flow import (
+    AWMTrainer,
+    DiffusionNFTTrainer,
+    FlowGRPOConfig,
+    FlowGRPOTrainer,
+    FlowRLConfig,
+    FlowRLTrainer,
+)
 from trl_flow.algorithms import ClippedPolicyGradient, LossOutput, MicroBatch, PhaseScores
 from trl_flow.backbones import Backbone, get_backbone
 from trl_flow.trainer.policy import Policy, prepare_module
@@ -42,7 +49,7 @@ def prompts(number: int = len(PROMPTS), **columns) -> Dataset:
     return Dataset.from_dict({"prompt": rows, **columns})
 
 
-def tiny_config(output_dir, cls: type[FlowGRPOConfig] = FlowGRPOConfig, **fields) -> FlowGRPOConfig:
+def tiny_config(output_dir, cls: type[FlowRLConfig] = FlowGRPOConfig, **fields) -> FlowRLConfig:
     """Two groups of four images, four sampling steps of which three are trained, two updates of a phase each; `fields`
     change whatever a test is about."""
     defaults = {
@@ -86,12 +93,13 @@ def tiny_trainer(
     callbacks=None,
     eval_reward_funcs=None,
     **fields,
-) -> FlowGRPOTrainer:
-    """A trainer on a fresh tiny pipeline; `lora=None` trains all weights."""
-    return FlowGRPOTrainer(
+) -> FlowRLTrainer:
+    """The trainer of the config `cls` on a fresh tiny pipeline; `lora=None` trains all weights."""
+    args, trainers = tiny_config(output_dir, **fields), (FlowGRPOTrainer, DiffusionNFTTrainer, AWMTrainer)
+    return next(trainer for trainer in trainers if isinstance(args, trainer.config_class))(
         model=tiny_sd3_pipeline() if pipeline is None else pipeline,
         reward_funcs=reward_funcs,
-        args=tiny_config(output_dir, **fields),
+        args=args,
         train_dataset=prompts() if train_dataset is None else train_dataset,
         eval_dataset=eval_dataset,
         callbacks=callbacks,

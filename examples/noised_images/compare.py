@@ -92,15 +92,15 @@ class Watch(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         scores = {name.removeprefix("eval_"): value for name, value in metrics.items() if "/" in name or "rew" in name}
         self.rows.append({"update": state.global_step, "seconds": round(self.seconds, 2), **scores})
-        reached = [row["reward"] >= self.target for row in self.rows[-3:]]
-        control.should_training_stop |= self.seconds > self.limit or (len(reached) == 3 and all(reached))
+        reached = sum(row["reward"] for row in self.rows[-2:]) >= 2 * self.target
+        control.should_training_stop |= self.seconds > self.limit or reached
 
 
 def run(
     arm: Arm, rate: float, seed: int, reward: str, seconds: float, every: int, target: float
 ) -> list[dict[str, Any]]:
-    """Trains until so much processor time is used, or three evaluations in a row are at `target`; returns the
-    evaluations, `every` sampling phases one."""
+    """Trains until so much processor time is used, or two evaluations in a row are at `target` in their mean; returns
+    the evaluations, `every` sampling phases one."""
     torch.set_num_threads(1)
     if reward == "learned":
         rewards, weights = [LearnedReward(Path(tempfile.gettempdir(), "trl_flow-scorer.safetensors"))], [1.0]

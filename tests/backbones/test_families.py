@@ -16,6 +16,7 @@ from family_checks import (
     check_training,
     conditions,
     drawn_by_the_pipeline,
+    family_trainer,
     initial_noise,
     ode_latents,
     random_lora,
@@ -24,10 +25,10 @@ from tiny_flux import tiny_flux_pipeline, tiny_klein_pipeline, tiny_kontext_pipe
 from tiny_models import CLIP_TOKENS, tiny_sd3_pipeline
 from tiny_qwen import tiny_qwen_edit_pipeline, tiny_qwen_image_pipeline, tiny_z_image_pipeline
 from tiny_sd35 import tiny_sd35_pipeline
-from tiny_training import PROMPTS
+from tiny_training import PROMPTS, distance, trained_weights
 from tiny_unets import tiny_sd_pipeline, tiny_sdxl_pipeline
 
-from trl_flow import GuardConfig, VGPOConfig
+from trl_flow import AWMConfig, DiffusionNFTConfig, GuardConfig, VGPOConfig
 
 
 def unpacked(backbone, noise):
@@ -134,6 +135,21 @@ def test_sizes_and_lengths_that_are_not_given_are_the_pipelines(name):
 def test_every_part_of_the_configs_trains(name, tmp_path):
     fields = {"importance_ratio": "ratio_norm", "timestep_weighting": "inverse_dt", "advantage_power": 0.5}
     check_training(FAMILIES[name], VGPOConfig, torch.float32, tmp_path, **fields)
+
+
+@each_trained_family
+@pytest.mark.parametrize(
+    ("cls", "sampling"), [(DiffusionNFTConfig, "schedule"), (AWMConfig, "logit_normal")], ids=["nft", "awm"]
+)
+def test_learning_on_noised_images(name, cls, sampling, tmp_path):
+    fields = {"timestep_sampling": sampling, "timesteps_per_sample": 2, "guidance_scale": FAMILIES[name].unguided}
+    trainer = family_trainer(FAMILIES[name], tmp_path, cls=cls, gradient_checkpointing=True, **fields)
+    before = trained_weights(trainer)
+    trainer.train()
+    after = trained_weights(trainer)
+    assert distance(after, before) > 1e-4 and all(value.isfinite().all() for value in after.values())
+    first, second = trainer.state.log_history[:2]
+    assert first["kl"] < 1e-10 < second["kl"]
 
 
 @pytest.mark.parametrize("name", [name for name in TRAINED if name not in ("sd35-large", "sd-v", "qwen-image-edit")])

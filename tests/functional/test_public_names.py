@@ -45,6 +45,11 @@ SIGNATURES = {
     "best_probe_scale": "variance, curvature",
     "probe_error": "scale, variance, curvature",
     "rounding_and_curvature": "near, far, *, scale",
+    "optimality": "advantages, *, clip",
+    "implicit_policies": "prediction, old_prediction, *, beta",
+    "nft_loss": ("prediction, old_prediction, noised, clean, sigma, optimality, *, beta, self_normalized=True"),
+    "matching_log_prob": "prediction, target, *, weight=None",
+    "generalized_huber": "log_prob, power",
     "probed_mean": "mean, probe_mean, old_mean, *, scale",
 }
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from tiny_training import assert_equal, brightness, darkness, prompts, tiny_trainer, trained_weights
 from torch.nn.parallel import DistributedDataParallel
 
-from trl_flow import OverOptimizationCallback
+from trl_flow import AWMConfig, DiffusionNFTConfig, OverOptimizationCallback
 from trl_flow.rewards.checks import RewardError
 
 
@@ -59,6 +59,8 @@ SCENARIOS = {
     "adapted power": {"advantage_power": "auto", "target_kl": 1e-3, "max_steps": 3},
     "a probed ratio": {"importance_ratio": "ratio_norm", "ratio_probe": 8, "num_iterations": 2, "max_steps": 4},
     "steps of each sample's own": {"timestep_fraction": 0.7, "timestep_fraction_per_sample": True},
+    "nft": {"cls": DiffusionNFTConfig, "old_decay_rate": 0.3, "max_steps": 3, "num_generations": 8},
+    "awm": {"cls": AWMConfig, "timestep_sampling": "logit_normal", "num_iterations": 2, "max_steps": 4},
     "all weights": {"lora": None, "learning_rate": 0.01},
     # each prompt's three images are split over the processes
     "gold": {"eval_reward_funcs": [darkness], "num_generations_eval": 3},

@@ -1,5 +1,5 @@
-"""`torchrun --nproc_per_node 2 sharded_run.py FOLDER`, with accelerate's environment for FSDP: four updates of Guard
-with the ratio's probe, resumed in the middle of a phase. Without torchrun: the same in one process."""
+"""`torchrun --nproc_per_node 2 sharded_run.py FOLDER METHOD`, with accelerate's environment for FSDP: four updates of
+a method of `METHODS`, resumed in the middle of a phase. Without torchrun: the same in one process."""
 
 import os
 import sys
@@ -24,12 +24,19 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tiny_training import tiny_trainer
 
-from trl_flow import GuardConfig
+from trl_flow import AWMConfig, DiffusionNFTConfig, GuardConfig
 
 
+METHODS = {
+    "guard": {
+        "cls": GuardConfig,
+        "ratio_probe": 100,
+        "beta": 0.1,
+    },  # far enough away to be noticed where it should not be
+    "nft": {"cls": DiffusionNFTConfig, "old_decay_rate": 0.2},
+    "awm": {"cls": AWMConfig, "old_decay_rate": 0.2},
+}
 FIELDS = {
-    "cls": GuardConfig,
-    "ratio_probe": 100,  # far enough away to be noticed where it should not be
     "num_iterations": 2,
     "max_steps": 4,
     "learning_rate": 1e-3,
@@ -38,18 +45,18 @@ FIELDS = {
 }
 
 
-def run(folder: str) -> list[dict]:
+def run(folder: str, method: str) -> list[dict]:
     """The logs; the adapter is in `folder`."""
-    batch = 8 // int(os.environ.get("WORLD_SIZE", 1))
-    trainer = tiny_trainer(folder, per_device_train_batch_size=batch, **FIELDS)
+    fields = FIELDS | METHODS[method] | {"per_device_train_batch_size": 8 // int(os.environ.get("WORLD_SIZE", 1))}
+    trainer = tiny_trainer(folder, **fields)
     assert trainer.is_fsdp_enabled == (os.environ.get("ACCELERATE_USE_FSDP") == "true")
     trainer.train()
-    trainer = tiny_trainer(os.path.join(folder, "resumed"), per_device_train_batch_size=batch, **FIELDS)
+    trainer = tiny_trainer(os.path.join(folder, "resumed"), **fields)
     trainer.train(resume_from_checkpoint=os.path.join(folder, "checkpoint-3"))
     return trainer.state.log_history
 
 
 if __name__ == "__main__":
-    run(sys.argv[1])
+    run(*sys.argv[1:])
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -1,4 +1,5 @@
-"""Two processes that shard the trained weights (FSDP2) train what one process does, the ratio's probe included."""
+"""Two processes that shard the trained weights (FSDP2) train what one process does: the ratio's probe and the old
+policy, which put other weights in place of the trained ones, included."""
 
 import os
 import subprocess
@@ -21,8 +22,10 @@ NAME = "pytorch_lora_weights.safetensors"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reshard", ["true", "false"])
-def test_sharded_weights_are_probed_as_whole_ones_are(reshard, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "reshard"), [("guard", "true"), ("guard", "false"), ("nft", "true"), ("nft", "false"), ("awm", "true")]
+)
+def test_sharded_weights_are_trained_as_whole_ones_are(method, reshard, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command += [
         "--rdzv-backend",
@@ -31,12 +34,14 @@ def test_sharded_weights_are_probed_as_whole_ones_are(reshard, tmp_path):
         "localhost:0",
         sharded_run.__file__,
         str(tmp_path / "two"),
+        method,
     ]
     environment = os.environ | FSDP2 | {"OMP_NUM_THREADS": "1", "FSDP_RESHARD_AFTER_FORWARD": reshard}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stderr[-5000:]
-    logs = sharded_run.run(str(tmp_path / "one"))
-    assert any("ratio/probe_scale" in log for log in logs)
+    logs = sharded_run.run(str(tmp_path / "one"), method)
+    shown = {"guard": "ratio/probe_scale", "nft": "old/decay", "awm": "old/decay"}[method]
+    assert any(shown in log for log in logs)
     for folder in (".", "resumed"):
         two, one = (load_file(tmp_path / processes / folder / NAME) for processes in ("two", "one"))
         # Adam makes a whole step of a gradient that is 0 but for rounding

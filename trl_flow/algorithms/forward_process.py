@@ -74,7 +74,9 @@ class ForwardProcess(Algorithm):
         the update, whatever micro-batch or process has it."""
         args, clean = self.args, batch.tensors["clean"]
         key = args.seed, policy.generation, RandomStream.NOISED, policy.updates_since_sampling
-        drawn = args.timestep_sampling, args.timesteps_per_sample, *args.timestep_range
+        first, end = args.timestep_range
+        end = end if args.timestep_sampling == "schedule" else min(end, self.noising.last_place)
+        drawn = args.timestep_sampling, args.timesteps_per_sample, first, end
         places = [draw_places(*drawn, sample_generator(*key, sample))[unit] for sample in batch.samples]
         noise = draw_noise(clean.shape[1:], [sample_generator(*key, s, unit) for s in batch.samples], clean.device)
         # Apple's GPUs have no float64

@@ -39,8 +39,8 @@ class NoisedLatents:
 
 
 class Noising:
-    """Noises latents to levels that are places between 0, the first and noisiest of a schedule's `T` steps, and `T`:
-    whatever the density of the places is, the schedule's shift is in the levels."""
+    """Noises latents to levels that are places between 0, the first and noisiest of a schedule's `T` steps, and
+    `last_place`: whatever the density of the places is, the schedule's shift is in the levels."""
 
     def __init__(self, schedule: Schedule | DDIMSchedule, backbone: Backbone):
         self.schedule = schedule
@@ -53,7 +53,6 @@ class Noising:
 
     def __call__(self, clean: Tensor, noise: Tensor, places: Tensor) -> NoisedLatents:
         """`clean` and `noise` are `(B, ...)`, float32, `places` `(B,)`: whole numbers are steps of the schedule."""
-        places = places.clamp(max=self.last_place)
         if isinstance(self.schedule, DDIMSchedule):
             return self._of_unet(clean, noise, places)
         level, timestep = (
@@ -81,7 +80,7 @@ class Noising:
         return torch.lerp(values[before], values[before + 1], places - before)
 
 
-def draw_places(kind: str, number: int, first: int, end: int, generator: torch.Generator) -> Tensor:
+def draw_places(kind: str, number: int, first: int, end: float, generator: torch.Generator) -> Tensor:
     """
     The places of `number` noise levels of one sample, float64, `(number,)`, in random order.
 
@@ -89,11 +88,11 @@ def draw_places(kind: str, number: int, first: int, end: int, generator: torch.G
         kind (`str`): `"schedule"`, the steps `first ... end - 1` of the schedule, each at most once; or between
             `first` and `end` one level from each of `number` equally likely parts of `"uniform"`, uniform over the
             places, or `"logit_normal"`, mostly in the middle (Stable Diffusion 3).
-        number, first, end (`int`): for `"schedule"` there are at least `number` steps.
+        number (`int`), first (`int`), end (`float`): for `"schedule"` there are at least `number` steps.
         generator (`torch.Generator`): on the CPU.
     """
     if kind == "schedule":
-        return first + torch.randperm(end - first, generator=generator)[:number].double()
+        return first + torch.randperm(int(end) - first, generator=generator)[:number].double()
     parts = torch.randperm(number, generator=generator)
     share = (parts + torch.rand(number, generator=generator, dtype=torch.float64)) / number
     if kind == "logit_normal":

@@ -141,9 +141,10 @@ def _other_methods(token: str, parser: TrlParser) -> str | None:
     if not others:
         return None
     config = next(cls for cls in parser.dataclass_types if issubclass(cls, FlowRLConfig))
-    own = next(method for method, each in METHODS.items() if each in (config, *config.__bases__))
+    classes = (config, *config.__bases__)  # a plan's config is derived from the method's
+    own = next(method for cls in classes for method, each in METHODS.items() if each is cls)
     why = config.why_not(name) if issubclass(config, ForwardProcessConfig) else None
-    return f"--{name} is an option of the methods {', '.join(others)}, not of {own}" + (f": {why}." if why else ".")
+    return f"--{name} belongs to {', '.join(others)}, not to {own}" + (f": {why}." if why else ".")
 
 
 def trainer_of(args: Any) -> type[FlowRLTrainer]:

@@ -38,7 +38,7 @@ class ForwardProcessConfig(FlowRLConfig):
             an image; `"uniform"`, anywhere between them, and `"logit_normal"`, mostly in the middle. The schedule's
             shift is in all of them.
         timesteps_per_sample (`int`, *optional*):
-            Noise levels at which each image is trained on; `None`: all steps but one.
+            Noise levels at which each image is trained on; `None`: all steps but one (AWM: 6 at most).
         timestep_range (`list[int]`, *optional*):
             `[first, end]`: the levels are those of the steps `first ... end - 1`, or between `first` and `end`.
             `None`: all.
@@ -55,6 +55,7 @@ class ForwardProcessConfig(FlowRLConfig):
     """
 
     _DEFAULT_UPDATES = 1
+    _MOST_TIMESTEPS = 1000  # by default
 
     guidance_scale: float = 1.0
     timestep_sampling: Literal["schedule", "uniform", "logit_normal"] = "schedule"
@@ -81,6 +82,9 @@ class ForwardProcessConfig(FlowRLConfig):
         if self.advantage_power == "auto":
             what = "which follows the KL between transitions of sampling; here there are none"
             raise ValueError(f"advantage_power is 'auto', {what}. Set a number.")
+        if self.share_initial_noise:
+            what = "but sampling follows the ODE: all images of a group would be one and the same"
+            raise ValueError(f"share_initial_noise is True, {what}. Set it to False.")
         if self.diagnostics_steps:
             what = "but an update's gradients are of noise levels that each image draws, not of steps"
             raise ValueError(f"diagnostics_steps is {self.diagnostics_steps}, {what}. Set it to 0.")
@@ -107,7 +111,7 @@ class ForwardProcessConfig(FlowRLConfig):
         self._check("timestep_range", ok, f"[first, end] with 0 <= first < end <= num_inference_steps ({steps})")
         number = pair[1] - pair[0]
         if self.timesteps_per_sample is None:
-            self.timesteps_per_sample = max(1, min(number, steps - 1))
+            self.timesteps_per_sample = max(1, min(number, steps - 1, self._MOST_TIMESTEPS))
         most = number if self.timestep_sampling == "schedule" else None
         wanted = "at least 1" + (f" and at most {most}, the steps that there are to draw from" if most else "")
         self._check("timesteps_per_sample", 1 <= self.timesteps_per_sample <= (most or 1000), wanted)
@@ -158,8 +162,9 @@ class AWMConfig(ForwardProcessConfig):
             Upper clip range; `None` means `epsilon`.
     """
 
+    _MOST_TIMESTEPS = 6
+
     num_inference_steps: int = 14
-    timesteps_per_sample: int | None = 6
     beta: float = 0.003
     old_decay: float = 0.3
     beta_old: float = 1.0

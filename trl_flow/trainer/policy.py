@@ -246,10 +246,18 @@ class Policy:
 
     @contextlib.contextmanager
     def _without_adapter(self) -> Iterator[None]:
+        if self._reference is None:
+            # PEFT switches gradients off and on for the weights that it finds: it must not be gathered ones
+            self._reshard()
+            with self.module.disable_adapter():
+                try:
+                    yield
+                finally:
+                    self._reshard()
+            return
         self._forced = self._reference
         try:
-            with self.module.disable_adapter() if self._forced is None else contextlib.nullcontext():
-                yield
+            yield
         finally:
             self._forced = None
 
@@ -312,7 +320,10 @@ class Policy:
     def _forget_copies(self) -> None:
         """Of weights that were written to: autocast's in half precision, and those that FSDP has gathered."""
         torch.clear_autocast_cache()
-        for module in self._wrapped().modules():
+        self._reshard()
+
+    def _reshard(self) -> None:
+        for module in self._wrapped().modules() if self.is_sharded else ():
             if isinstance(module, FSDPModule):
                 module.reshard()
 

@@ -1,0 +1,119 @@
+"""The table and the figure of `compare.py`'s results.
+
+python examples/noised_images/report.py noised_images.jsonl --figure docs/results/noised_images.png
+"""
+
+import argparse
+import json
+import math
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+
+Rows = list[dict[str, Any]]
+
+
+def smoothed(rows: Rows, name: str = "reward") -> list[tuple[float, float, int]]:
+    """Processor time, mean of the last two evaluations, and updates, of each evaluation."""
+    means = [rows[0][name], *((a[name] + b[name]) / 2 for a, b in zip(rows, rows[1:], strict=False))]
+    return [(row["seconds"], mean, row["update"]) for row, mean in zip(rows, means, strict=True)]
+
+
+def time_to(rows: Rows, target: float) -> tuple[float, float]:
+    """Processor time and updates at which the smoothed score first was at `target`, between two evaluations by a
+    straight line; infinity where it never was."""
+    points = smoothed(rows)
+    for (t0, s0, u0), (t1, s1, u1) in zip(points, points[1:], strict=False):
+        if s1 >= target:
+            share = (target - s0) / (s1 - s0) if s1 > s0 else 0.0
+            return t0 + share * (t1 - t0), u0 + share * (u1 - u0)
+    return math.inf, math.inf
+
+
+def at_proxy(rows: Rows, level: float) -> float:
+    """The gold average where the smoothed proxy first was at `level`; NaN where it never was."""
+    gold = [score for _, score, _ in smoothed(rows, "gold/average")]
+    proxy = [score for _, score, _ in smoothed(rows)]
+    for i in range(1, len(proxy)):
+        if proxy[i] >= level:
+            share = (level - proxy[i - 1]) / (proxy[i] - proxy[i - 1]) if proxy[i] > proxy[i - 1] else 0.0
+            return gold[i - 1] + share * (gold[i] - gold[i - 1])
+    return math.nan
+
+
+def summary(values: list[float], digits: int = 0) -> str:
+    """Mean and standard error of what is finite, and of how many."""
+    found = [value for value in values if math.isfinite(value)]
+    if not found:
+        return "not reached"
+    error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else math.nan
+    of = "" if len(found) == len(values) else f" ({len(found)} of {len(values)} seeds)"
+    return f"{statistics.mean(found):.{digits}f} ± {error:.{digits}f}{of}"
+
+
+def read(path: Path, reward: str) -> dict[str, dict[float, list[Rows]]]:
+    """Evaluations of each run, by arm and learning rate."""
+    runs: dict[str, dict[float, list[Rows]]] = defaultdict(lambda: defaultdict(list))
+    for result in map(json.loads, path.read_text().splitlines()):
+        if result["reward"] == reward:
+            runs[result["arm"]][result["rate"]].append(result["evaluations"])
+    return runs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--target", type=float, default=1.06)
+    parser.add_argument("--levels", type=float, nargs="+", default=[0.62, 0.64, 0.66], help="Of the learned scorer.")
+    parser.add_argument("--figure", type=Path)
+    given = parser.parse_args()
+    scores, learned = read(given.results, "score"), read(given.results, "learned")
+    best = {arm: max(rates, key=lambda rate: len(rates[rate])) for arm, rates in scores.items()}
+    print(
+        f"| method | learning rate | seconds to {given.target} | updates | seconds a phase |\n| --- | --- | --- | --- | --- |"
+    )
+    for arm, rate in best.items():
+        reached = [time_to(rows, given.target) for rows in scores[arm][rate]]
+        phases = [rows[-1]["seconds"] / rows[-1]["update"] for rows in scores[arm][rate]]
+        cells = [summary([t for t, _ in reached]), summary([u for _, u in reached])]
+        print(f"| {arm} | {rate:g} | {cells[0]} | {cells[1]} | {statistics.mean(phases):.1f} an update |")
+    if learned:
+        heads = " | ".join(f"gold at {level}" for level in given.levels)
+        print(f"\n| method | {heads} |\n| --- |{' --- |' * len(given.levels)}")
+        for arm, rates in learned.items():
+            runs = [rows for each in rates.values() for rows in each]
+            cells = [summary([at_proxy(rows, level) for rows in runs], 2) for level in given.levels]
+            print(f"| {arm} | {' | '.join(cells)} |")
+    if given.figure:
+        draw({arm: scores[arm][rate] for arm, rate in best.items()}, given.target, given.figure)
+
+
+def draw(runs: dict[str, list[Rows]], target: float, path: Path) -> None:
+    """Score over processor time: each seed thin, their mean thick as far as all have come."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=150)
+    colors = ["#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7"]
+    for (arm, seeds), color in zip(runs.items(), colors, strict=False):
+        curves = [np.array([(t, s) for t, s, _ in smoothed(rows)]).T for rows in seeds]
+        for times, values in curves:
+            axes.plot(times, values, color=color, linewidth=0.6, alpha=0.45)
+        grid = np.linspace(0, min(times[-1] for times, _ in curves), 100)
+        axes.plot(grid, np.mean([np.interp(grid, *curve) for curve in curves], axis=0), color=color, lw=2.2, label=arm)
+    axes.axhline(target, color="0.4", linewidth=1, linestyle="--")
+    axes.set(xlabel="processor time of training, seconds", ylabel="held-out score: soft + 0.5 fidelity")
+    axes.legend(frameon=False, loc="lower right")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()
