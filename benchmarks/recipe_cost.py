@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from trl_flow.backbones import get_backbone
 from trl_flow.commands.options import parse_training, peft_config, training_parser
 from trl_flow.commands.recipe import read_recipe
-from trl_flow.memory import Plan, empty_pipeline, fetch_configs
+from trl_flow.memory import empty_pipeline, fetch_configs
+from trl_flow.trainer.forward_process_config import ForwardProcessConfig
 
 
 # 40 % of what an A100 or A800 has in half precision
@@ -68,11 +69,14 @@ def main(argv: list[str] | None = None) -> None:
     forward = operations(backbone, policy, args, backward=False)
     update = operations(backbone, policy, args, backward=True)
 
-    steps, phases = Plan(args, lora).trained_steps, args.max_steps / args.updates_per_generation
-    images = phases * args.generation_batch_size
+    noised = isinstance(args, ForwardProcessConfig)
+    steps = args.timesteps_per_sample if noised else args.num_kept_latents // 3
+    images = args.max_steps / args.updates_per_generation * args.generation_batch_size
     parts = {"sampling": images * args.num_inference_steps * forward, "training": images * steps * update}
     if args.beta > 0:
         parts["reference"] = images * steps * forward
+    if noised and args.keeps_old:
+        parts["old policy"] = images * steps * forward
     if args.eval_strategy == "steps":
         prompts = given.eval_prompts or TEST_PROMPTS.get(script.dataset_name, 0)
         evaluations = 1 + args.max_steps // args.eval_steps  # the base model first

@@ -21,7 +21,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 import trl_flow.backbones
 import trl_flow.trainer
 from trl_flow.rewards.base import ModelReward
-from trl_flow.trainer import FlowGRPOTrainer
+from trl_flow.trainer import AWMTrainer, DiffusionNFTTrainer, FlowGRPOTrainer
 
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +49,7 @@ def without_model(func):
     return score
 
 
-class ReducedTrainer(FlowGRPOTrainer):
+class Reduced:
     """Trains any recipe for one update on four images, with all its other settings; Hub ids become a tiny model."""
 
     tiny_path = None
@@ -71,12 +71,16 @@ class ReducedTrainer(FlowGRPOTrainer):
         """Tested with a server in tests/test_sharing.py."""
 
 
+TRAINERS = [type(cls.__name__, (Reduced, cls), {}) for cls in (FlowGRPOTrainer, DiffusionNFTTrainer, AWMTrainer)]
+
+
 @pytest.fixture
 def reduced(monkeypatch, tmp_path, tiny_sd3_path):
     """An empty working folder, in which trainers are tiny."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ReducedTrainer, "tiny_path", tiny_sd3_path)
-    monkeypatch.setattr(trl_flow.trainer, "FlowGRPOTrainer", ReducedTrainer)
+    monkeypatch.setattr(Reduced, "tiny_path", tiny_sd3_path)
+    for trainer in TRAINERS:
+        monkeypatch.setattr(trl_flow.trainer, trainer.__name__, trainer)
     return tmp_path
 
 

@@ -32,6 +32,7 @@ ABLATION = {
 }
 # One for each model and method; the others differ from these in numbers
 QUICK = ("flux_ocr_guard", "sd14_slas", "sd35_geneval_vgpo", "sd35_ocr_guard_kl", "shapes_guard")
+QUICK += ("sd35_multi_nft", "sd35_ocr_awm")
 all_recipes = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
 
 
@@ -95,6 +96,8 @@ def test_recipes_train_one_phase(recipe, prompts, tiny_models):
         path, size = tiny_models[settings["model_name_or_path"]]
         given += ["--model_name_or_path", path, "--height", str(size), "--width", str(size)]
         given += ["--max_sequence_length", "16", "--num_inference_steps", "4"]
+        if "timestep_range" in settings:
+            given += ["--timestep_range", "1", "4", "--timesteps_per_sample", "2"]
     if settings.get("load_in_4bit"):
         given += ["--load_in_4bit", "false"]  # which needs a GPU
     updates = settings["steps_per_generation"] // settings.get("gradient_accumulation_steps", 1)
@@ -110,6 +113,7 @@ def test_recipes_train_one_phase(recipe, prompts, tiny_models):
 
 
 MEMORY = [("sd35_pickscore_guard", "sd35-medium"), ("flux_geneval_guard", "flux-dev"), ("sd14_slas", "sd14")]
+MEMORY += [("sd35_pickscore_nft", "sd35-medium"), ("sd35_pickscore_awm", "sd35-medium")]
 
 
 @pytest.mark.slow
@@ -131,7 +135,9 @@ def test_recipes_have_whole_groups_and_updates(recipe):
     _, config, _ = parsed(recipe)
     updates = config.updates_per_generation
     assert config.generation_batch_size % config.num_generations == 0
-    assert updates == (3 if recipe.stem.startswith("flux") else 2)
+    noised = "nft" in recipe.stem or "awm" in recipe.stem
+    one_update = noised and recipe.stem != "sd35_ocr_nft"
+    assert updates == (1 if one_update else 3 if recipe.stem.startswith("flux") else 2)
     # Rewards are logged by updates that sampled; an evaluation is followed by a checkpoint or comes between
     assert config.logging_steps % updates == config.eval_steps % updates == config.max_steps % updates == 0
     assert config.save_steps % config.eval_steps == 0 or config.save_strategy == "no"
@@ -160,7 +166,7 @@ def test_recipes_name_rewards_and_prompts_of_the_package(recipe):
 @all_recipes
 def test_recipes_say_where_every_number_comes_from(recipe):
     """A line with a number has a comment, but for the batch's, which has one above, and the bundled model's."""
-    if recipe.stem == "shapes_guard":
+    if recipe.stem.startswith("shapes"):
         return
     bare = ("num_generations", "per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps")
     for line in recipe.read_text(encoding="utf-8").splitlines():
@@ -216,6 +222,36 @@ def test_slas_and_its_baseline_have_the_same_rewards(model):
     if model == "sd14":  # neither has an effect on a U-Net of which all steps are trained
         del others["sde_type"], others["timestep_fraction_per_sample"]
     assert others == {"advantage_power": 0.25, "scale_rewards": "batch"}
+
+
+NFT = {"beta": 1e-4, "nft_beta": 1.0, "old_decay": 0.5, "old_decay_rate": 1e-3, "old_decay_start": 0, "ema_decay": 0.9}
+NFT |= {"num_inference_steps": 10, "timesteps_per_sample": 9, "generation_batch_size": 48 * 24, "advantage_clip": 5.0}
+AWM = {"beta": 0.003, "beta_old": 1.0, "old_decay": 0.3, "old_decay_rate": 1e-3, "ema_decay": 0.99, "epsilon": 1.0}
+AWM |= {"num_inference_steps": 14, "timesteps_per_sample": 6, "timestep_range": [1, 12], "huber_power": 0.25}
+AWM |= {"timestep_weighting": "t", "generation_batch_size": 72 * 24, "advantage_clip": 5.0}
+NOISED = {
+    "geneval_nft": NFT,
+    "ocr_nft": NFT | {"nft_beta": 0.1, "old_decay": 0.999, "old_decay_rate": 0.0075, "old_decay_start": 75},
+    "pickscore_nft": NFT,
+    "multi_nft": NFT | {"nft_beta": 0.1, "num_inference_steps": 25, "timesteps_per_sample": 24},
+    "geneval_awm": AWM,
+    "ocr_awm": AWM,
+    "pickscore_awm": AWM | {"beta": 1e-4, "timestep_range": [0, 12], "generation_batch_size": 24 * 24},
+}
+
+
+@pytest.mark.parametrize("name", NOISED)
+def test_learning_on_noised_images_has_the_released_settings(name):
+    script, config, model = parsed(f"sd35_{name}")
+    settings = config.to_dict()
+    common = {"guidance_scale": 1.0, "scale_rewards": "batch", "learning_rate": 3e-4, "weight_decay": 1e-4}
+    common |= {"max_grad_norm": 1.0, "use_ema": True, "ema_update_every": 1, "height": 512, "num_generations": 24}
+    common |= {"eval_num_inference_steps": 40, "timestep_sampling": "schedule"} | NOISED[name]
+    assert {key: settings[key] for key in common} == common
+    assert (model.lora_r, model.lora_alpha) == (32, 64)
+    if name == "multi_nft":  # 1 each there, of PickScore / 26 and two cosines
+        assert script.reward_funcs == ["pickscore", "hpsv2.1", "clipscore"]
+        assert config.reward_weights == pytest.approx([1 / 26, 1, 0.01], rel=2e-3)
 
 
 def test_half_precision_is_the_released_one():
