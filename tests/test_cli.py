@@ -437,7 +437,7 @@ def test_memory_of_the_bundled_model_without_a_recipe(capsys):
             "'list.yaml' must be a YAML mapping of settings",
         ),
         (["--model", "bundled", "--accelerate_config", "broken.yaml"], "'broken.yaml' is not valid YAML"),
-        (["--config", "number.yaml"], "model_name_or_path is 5, but must be a hub id"),
+        (["--config", "number.yaml"], "'5' is neither a folder nor a hub id"),
         (["--model", "list.yaml"], "'list.yaml' is a file. Give the folder"),
         (["--model", "bundled", "--learning-rat", "1"], "Did you mean --learning-rate?"),
         (["--model", "bundled", "--per_device_train_batch_size", "3"], "not divisible by num_generations"),
