@@ -53,7 +53,12 @@ class FlowScriptArguments(ScriptArguments):
         "file .jsonl, .json, .csv, .tsv, .parquet or .txt, a folder, or the id of a data set on the Hub. The name of "
         "a set comes before a file or folder of that name, which is `./name`."
     )
+    dataset_train_split: str = _field("The prompts to train on, as `train`, `train[:100]` or `train+test`.", "train")
+    dataset_test_split: str = _field("The prompts to evaluate on, as `test` or `train[90%%:]`.", "test")
     prompt_column: str = _field("Column with the prompts, in a file or a data set on the Hub.", "prompt")
+    image_column: str | None = _field(
+        "Column with the images to be edited, or their paths, relative to the file; for models that edit images."
+    )
     reward_funcs: list[str] | None = _field(
         f"Reward functions: {', '.join(f'`{name}`' for name in NAMED_REWARDS)}, or any dotted import path, such as "
         "`my_rewards.brightness`, looked for in the current folder too; a class is called without arguments."

@@ -143,6 +143,7 @@ def load_datasets(
 
     from trl_flow import shapes
     from trl_flow.prompts import UnknownSplitError, load_prompts
+    from trl_flow.prompts.splits import read_split
 
     if script_args.dataset_streaming or mixture_args.streaming:
         raise ValueError("streaming data sets are not supported: groups are built by row numbers. Remove the option.")
@@ -157,14 +158,17 @@ def load_datasets(
             ".json, .csv, .tsv, .parquet (with a column `prompt`) or .txt (one prompt a line)."
         )
 
+    def named(split: str) -> "Dataset":
+        if split not in splits:
+            raise UnknownSplitError("dataset", split, tuple(splits))
+        return splits[split]
+
     def load(split: str, wanted: str, remedy: str) -> "Dataset":
         try:
             if splits is not None:
-                if split not in splits:
-                    raise UnknownSplitError("dataset", split, tuple(splits))
-                return splits[split]
-            options = {"config": script_args.dataset_config, "prompt_column": script_args.prompt_column}
-            return load_prompts(name, split, **options)
+                return read_split(split, named)
+            columns = {"prompt_column": script_args.prompt_column, "image_column": script_args.image_column}
+            return load_prompts(name, split, config=script_args.dataset_config, **columns)
         except UnknownSplitError as error:
             only = ", ".join(error.splits)
             raise ValueError(f"{wanted} has no split {split!r}, only {only}: set {remedy}.") from error

@@ -114,13 +114,14 @@ def check_images(dataset: Dataset, name: str, backbone: Backbone) -> None:
     if "image" not in dataset.column_names:
         raise ValueError(
             f"{name} has no column 'image', but {editor}: each row needs the one that its prompt is about. Its "
-            f"columns are {dataset.column_names}. Add it, or use dataset.rename_column(old, 'image')."
+            f"columns are {dataset.column_names}. Add it, use dataset.rename_column(old, 'image'), or load the file "
+            "with image_column=old."
         )
     feature = dataset.features["image"]
     if not isinstance(feature, datasets.Image) or not feature.decode:
         raise ValueError(
             f"{name} has a column 'image' of {feature}, but {editor}: it must hold PIL images. Of paths or bytes it "
-            "makes them: dataset.cast_column('image', datasets.Image())."
+            "makes them: dataset.cast_column('image', datasets.Image()), or image_column='image' when loading a file."
         )
     if dataset.format["type"] not in (None, "custom", "python"):
         raise ValueError(
