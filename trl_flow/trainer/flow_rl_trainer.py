@@ -26,6 +26,7 @@ from trl_flow.trainer import checks
 from trl_flow.trainer.callbacks import FlowProgressCallback, LoopCallback, RunLogCallback
 from trl_flow.trainer.evaluator import EvaluationResult, Evaluator, group_diversity
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
+from trl_flow.trainer.groups import of_one_reading, warn_of_prompts_left_out
 from trl_flow.trainer.loading import load_pipeline
 from trl_flow.trainer.metrics import Metrics, SampleLog
 from trl_flow.trainer.over_optimization import OverOptimizationCallback
@@ -135,6 +136,7 @@ class FlowRLTrainer(GroupTrainer):
         # Before the model goes to the device: the text encoders may need the room there
         conditions = PromptCache.of(self.backbone, args)
         conditions.encode_ahead(args, list(datasets.values()))
+        self._num_prompts = len(train_dataset)
         train_dataset = checks.repeated(train_dataset, args)
         given = {"eval_dataset": eval_dataset, "callbacks": callbacks, "optimizers": optimizers}
         super().__init__(model=module, args=args, data_collator=identity, train_dataset=train_dataset, **given)
@@ -237,6 +239,7 @@ class FlowRLTrainer(GroupTrainer):
         return self.run_state.micro_batch
 
     def _generate_and_score(self, rows: list[dict[str, Any]]) -> list[MicroBatch]:
+        rows = of_one_reading(rows, self.train_dataset, self.args)
         plan = self.algorithm.plan(self.run_state.generation)
         buffer = RolloutBuffer(len(rows), self.args)
         with self.phase_scorer.phase(rows, plan, self.state) as phase:
@@ -252,6 +255,7 @@ class FlowRLTrainer(GroupTrainer):
         return buffer.finish(rows, plan.kept, advantages[local], self.sampler.images_to_edit(rows))
 
     def _before_training(self) -> None:
+        warn_of_prompts_left_out(self._num_prompts, self.state.max_steps, self.args)
         # All evaluation sets are scored by the base model, which is logged as update 0
         if self.gold_scorer.reward_funcs:
             for name, dataset in checks.chosen_eval_datasets(None, self.eval_dataset).items():
