@@ -14,6 +14,9 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl_flow.trainer.trl_compat import _BaseConfig
 
 
+# Schedules that lower the learning rate when a metric of the evaluations stops improving
+WATCHING_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+
 # An entry of a docstring's list of parameters: its head, which may name several, and its text
 _ENTRY = re.compile(r"^ {4}(\w+ \(.*\)):\n((?: {8}.*\n?)+)", re.MULTILINE)
 
@@ -193,9 +196,13 @@ class FlowRLConfig(_BaseConfig):
             self.bf16 = not self.fp16 and is_torch_bf16_gpu_available()
         if getattr(self, "activation_checkpointing", self) is None:
             self.activation_checkpointing = self.gradient_checkpointing  # TRL sets the old name
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
+        watches = self.lr_scheduler_type in WATCHING_SCHEDULES
+        if (self.load_best_model_at_end or watches) and self.metric_for_best_model is None:
             self.metric_for_best_model = "reward"  # transformers would look for a loss
         super().__post_init__()
+        if watches:  # by default they expect a loss
+            best = {"mode": "max" if self.greater_is_better else "min"}
+            self.lr_scheduler_kwargs = best | (self.lr_scheduler_kwargs or {})
         self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
         self._check_types()
         self._check_advantage_power()
