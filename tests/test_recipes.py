@@ -272,7 +272,7 @@ def test_hyphens_in_names_are_underscores(recipes):
     assert parse_training(parser, [*argv, "--output_dir", "x", "--use_cpu", "true"], recipe)[1].height == 32
 
 
-@pytest.mark.parametrize("no", ["no", False])
+@pytest.mark.parametrize("no", ["no", False, None])
 def test_a_recipe_without_evaluation_takes_over_no_gold_scores(recipes, no):
     base = {"eval_strategy": "steps", "eval_steps": 2, "eval_reward_funcs": ["ocr"], "over_optimization_patience": 2}
     base |= {"over_optimization_stop": True, "output_dir": "out", "over_optimization_num_standard_errors": 3.0}
@@ -435,6 +435,8 @@ def test_null_on_the_command_line_takes_an_option_away(tmp_path, monkeypatch, ca
     script, config, _ = written(text, *options, "--negative-prompt", "null")
     assert config.reward_weights is None and script.eval_reward_funcs is None and config.negative_prompt is None
     assert config.beta == 0 and config.advantage_power == 0 and script.method == "flow_grpo"
+    argv, recipe = read_recipe(["--config", "recipe.yaml"])
+    assert recipe["negative_prompt"] == "bad"
     error = mistake(capsys, "train", "--config", "recipe.yaml", "--reward_weight", "null")
     assert "there is no option --reward_weight" in error and "--reward_weights?" in error
 

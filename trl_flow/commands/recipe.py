@@ -56,7 +56,7 @@ def load_recipe(path: Path, extended_by: tuple[Path, ...] = ()) -> Recipe:
     recipe = Recipe()
     if "extends" in own:
         recipe = load_recipe(_base(path, own.pop("extends")), chain)
-    if guessed(own.get("eval_strategy")) in ("no", False):
+    if guessed(own.get("eval_strategy", "")) in ("no", False, None):
         recipe.remove_evaluation()
     for name, value in own.items():
         if value is None and name in recipe:

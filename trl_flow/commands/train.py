@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from trl_flow.commands.recipe import option, read_accelerate_config, read_recipe, unknown_option
+from trl_flow.commands.recipe import option, read_accelerate_config, read_recipe, unknown_option, without_nulls
 
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def prepare(argv: list[str]) -> Callable[[], None]:
 
     usage = "trl-flow train --config recipe.yaml [--option value ...]"
     parser = training_parser(argv, recipe, prog="trl-flow train", usage=usage, description=DESCRIPTION)
-    if option(argv, {}, "eval_strategy") == "no":  # a command line cannot take options of a recipe away
+    if option(argv, {}, "eval_strategy") == "no" or "eval_strategy" in without_nulls(argv)[1]:
         recipe.remove_evaluation()
     # Of options that are unknown here the launcher may know
     strict = option(argv, recipe, "accelerate_config") is None

@@ -1,5 +1,6 @@
 """[`FlowRLConfig`]: what every algorithm needs. Those of the algorithms are beside it."""
 
+import contextlib
 import inspect
 import json
 import math
@@ -196,6 +197,7 @@ class FlowRLConfig(_BaseConfig):
             self.bf16 = not self.fp16 and is_torch_bf16_gpu_available()
         if getattr(self, "activation_checkpointing", self) is None:
             self.activation_checkpointing = self.gradient_checkpointing  # TRL sets the old name
+        self._read_yaml()
         watches = self.lr_scheduler_type in WATCHING_SCHEDULES
         if (self.load_best_model_at_end or watches) and self.metric_for_best_model is None:
             self.metric_for_best_model = "reward"  # transformers would look for a loss
@@ -228,6 +230,15 @@ class FlowRLConfig(_BaseConfig):
             instead = "Set it to False and lower per_device_train_batch_size."
             raise ValueError(f"auto_find_batch_size is set, but smaller batches would break groups apart. {instead}")
         self._resolve_batches()
+
+    def _read_yaml(self) -> None:
+        """What TRL's parser makes of YAML files: False of a bare `no`, text of 1e-1 in a list."""
+        for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+            if getattr(self, name) is False:
+                setattr(self, name, "no")
+        if isinstance(self.reward_weights, list):
+            with contextlib.suppress(ValueError):
+                self.reward_weights = [float(w) if isinstance(w, str) else w for w in self.reward_weights]
 
     @property
     def updates_per_generation(self) -> Fraction:
