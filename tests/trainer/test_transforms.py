@@ -169,7 +169,7 @@ def test_a_later_row_that_is_no_prompt_is_named(tmp_path):
         # Two prompts a phase
         (
             3,
-            {"shuffle_dataset": False, "max_steps": 9},
+            {"shuffle_dataset": False, "max_steps": 2},
             "1 of the 3 prompts are never drawn: a sampling",
         ),
         (4, {"shuffle_dataset": False, "max_steps": 2}, None),
@@ -177,9 +177,9 @@ def test_a_later_row_that_is_no_prompt_is_named(tmp_path):
         (
             4,
             {"shuffle_dataset": True, "max_steps": 1},
-            "2 of the 4 prompts are never drawn: 1 updates",
+            "2 of the 4 prompts are never drawn: the run ends after update 1",
         ),
-        (4, {"shuffle_dataset": False, "max_steps": 1}, "Raise max_steps for all"),
+        (4, {"shuffle_dataset": False, "max_steps": 1}, "Raise max_steps"),
         (1, {"shuffle_dataset": False, "max_steps": 1}, None),  # repeated, with a warning of its own
         (4, {"max_steps": 3, "steps_per_generation": 1, "num_iterations": 2}, None),
     ],

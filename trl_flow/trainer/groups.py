@@ -45,7 +45,8 @@ def warn_of_prompts_left_out(num_prompts: int, max_steps: int, args: FlowRLConfi
         return
     message = f"{num_prompts - drawn} of the {num_prompts} prompts are never drawn: "
     if phases * each <= whole:
-        message += f"{max_steps} updates have {phases} sampling phases of {each} prompts. Raise max_steps for all."
+        ends = f"the run ends after update {max_steps}, and each of its {phases} sampling phases takes {each}"
+        message += f"{ends}. Raise max_steps, or num_train_epochs, to draw all."
     else:
         message += (
             f"a sampling phase takes {each} (generation_batch_size / num_generations), and without shuffling the rest "
