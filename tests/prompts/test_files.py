@@ -162,6 +162,8 @@ def test_objects_by_name(tmp_path):
     """As MJHQ-30K and ImgEdit have them."""
     path = written(tmp_path, "p.json", '{"1a": {"prompt": "a cat", "n": 1}, "2b": {"prompt": "a dog", "n": 2}}')
     assert read_prompts(path)[:] == {"prompt": ["a cat", "a dog"], "n": [1, 2]}
+    path = written(tmp_path, "r.json", '{"prompts": ["a cat", "a dog"]}')
+    assert read_prompts(path)["prompt"][:] == ["a cat", "a dog"]
     path = written(tmp_path, "q.json", '{"prompt": "a cat", "n": 1}')
     assert read_prompts(path)[:] == {"prompt": ["a cat"], "n": [1]}
 

@@ -108,12 +108,13 @@ def _json(text: str, prompt_column: str) -> list[Row]:
         if error.msg == "Extra data":  # a second value: one a line
             return _json_lines(text, prompt_column)
         raise ValueError(f"line {error.lineno} is not valid JSON ({error.msg}, column {error.colno})") from error
+    values = content
     if isinstance(content, dict):
-        # By a name for each, as MJHQ-30K and ImgEdit have them
-        by_name = len(content) > 0 and all(isinstance(value, dict) for value in content.values())
-        values = list(content.values()) if by_name else [content]
-    else:
-        values = content
+        inner = list(content.values())
+        # By a name for each, as MJHQ-30K and ImgEdit have them, or all under one
+        by_name = len(inner) > 0 and all(isinstance(value, dict) for value in inner)
+        under_one = len(inner) == 1 and isinstance(inner[0], list)
+        values = inner if by_name else inner[0] if under_one else [content]
     if not isinstance(values, list):
         raise ValueError(f"it holds {_described(values)}, but must hold a list of objects or of prompts")
     return [_row(value, f"row {index}", prompt_column) for index, value in enumerate(values)]
@@ -238,7 +239,7 @@ def _check_prompts(prompts: Sequence[Any], places: Sequence[str], prompt_column:
 
 
 OF_A_CONVERSATION = (
-    "Prompts of language models are conversations; take what the user says: "
+    "Prompts of language models are conversations; load them with datasets, and take what the user says: "
     "dataset.map(lambda row: {'prompt': row['prompt'][-1]['content']})"
 )
 
