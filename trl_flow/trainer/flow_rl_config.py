@@ -45,8 +45,8 @@ class FlowRLConfig(_BaseConfig):
     All of [`~transformers.TrainingArguments`] can be set. Other defaults: `learning_rate` 3e-4, `lr_scheduler_type`
     `"constant"`, `weight_decay` 1e-4, `max_grad_norm` 1.0 (Flow-GRPO's published settings for LoRA), `bf16` `True` on
     GPUs that have it and `False` elsewhere, and `remove_unused_columns` (other columns reach the rewards),
-    `ddp_find_unused_parameters` and `dataloader_pin_memory` are off. `metric_for_best_model` is `"reward"`, also for the
-    schedules that watch evaluations (`"reduce_lr_on_plateau"`, `"greedy"`), for which rising is better.
+    `ddp_find_unused_parameters` and `dataloader_pin_memory` are off. `metric_for_best_model` is `"reward"`, also for
+    the schedules that watch evaluations (`"reduce_lr_on_plateau"`, `"greedy"`), for which rising is better.
 
     Parameters:
         model_init_kwargs (`dict[str, Any]`, *optional*):
