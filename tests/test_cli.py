@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_training import PROMPTS
 
@@ -225,6 +226,23 @@ def datasets_of(*argv: str, **kwargs):
 
     script_args, *_, mixture_args = training_parser(argv, {}).parse_args_and_config(list(argv))
     return load_datasets(script_args, mixture_args, **{"bundled": False, "evaluate": False} | kwargs)
+
+
+def test_parts_of_splits_and_columns_of_images(tmp_path):
+    """Of a file, of the bundled prompts and of a mixture."""
+    Image.new("RGB", (2, 2), (0, 255, 0)).save(tmp_path / "a.png")
+    lines = [json.dumps({"instruction": f"edit {i}", "source_image": "a.png"}) for i in range(10)]
+    (tmp_path / "edits.jsonl").write_text("\n".join(lines))
+    splits = ["--dataset_train_split", "train[2:]", "--dataset_test_split", "train[:20%]"]
+    columns = ["--prompt_column", "instruction", "--image_column", "source_image"]
+    path = str(tmp_path / "edits.jsonl")
+    train, evaluation = datasets_of("--dataset_name", path, *splits, *columns, evaluate=True)
+    assert train["prompt"][:] == [f"edit {i}" for i in range(2, 10)] and len(evaluation) == 2
+    assert evaluation[1]["image"].getpixel((0, 0)) == (0, 255, 0)
+    train, evaluation = datasets_of(*splits, bundled=True, evaluate=True)
+    assert len(train) == 214 and len(evaluation) == 43
+    with pytest.raises(ValueError, match=r"no split 'dev\[:1\]', only train: set dataset_train_split"):
+        datasets_of("--dataset_name", path, *columns, "--dataset_train_split", "dev[:1]")
 
 
 def test_a_mixture_of_data_sets(recipe, tmp_path):
@@ -460,7 +478,7 @@ def test_memory_of_the_bundled_model_without_a_recipe(capsys):
             "'list.yaml' must be a YAML mapping of settings",
         ),
         (["--model", "bundled", "--accelerate_config", "broken.yaml"], "'broken.yaml' is not valid YAML"),
-        (["--config", "number.yaml"], "model_name_or_path is 5, but must be a hub id"),
+        (["--config", "number.yaml"], "'5' is neither a folder nor a hub id"),
         (["--model", "list.yaml"], "'list.yaml' is a file. Give the folder"),
         (["--model", "bundled", "--learning-rat", "1"], "Did you mean --learning-rate?"),
         (["--model", "bundled", "--per_device_train_batch_size", "3"], "not divisible by num_generations"),

@@ -1,6 +1,7 @@
 """Recipes: those that are shipped, and what one can extend another by."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -307,7 +308,7 @@ def test_hyphens_in_names_are_underscores(recipes):
     assert parse_training(parser, [*argv, "--output_dir", "x", "--use_cpu", "true"], recipe)[1].height == 32
 
 
-@pytest.mark.parametrize("no", ["no", False])
+@pytest.mark.parametrize("no", ["no", False, None])
 def test_a_recipe_without_evaluation_takes_over_no_gold_scores(recipes, no):
     base = {"eval_strategy": "steps", "eval_steps": 2, "eval_reward_funcs": ["ocr"], "over_optimization_patience": 2}
     base |= {"over_optimization_stop": True, "output_dir": "out", "over_optimization_num_standard_errors": 3.0}
@@ -337,13 +338,143 @@ def test_an_option_given_twice_is_refused_by_name(recipes, capsys):
         ({"one": {"extend": "two.yaml"}}, ["no option --extend, which 'deeper/one.yaml' has", "mean --extends?"]),
         ({"one": {"extends": "two.yaml"}, "two": {"lora_rr": 3}}, ["'deeper/two.yaml' has. Did you mean --lora_r?"]),
         ({"one": {"extends": "two.yaml", "bta": None}, "two": {"beta": 1}}, ["--bta, which 'deeper/one.yaml' has"]),
-        ({"one": {True: "steps"}}, ["has the option True, which YAML does not read as text"]),
+        ({"one": {None: "steps"}}, ["has the option None, which YAML does not read as text"]),
+        ({"one": {"on": "steps"}}, ["there is no option --on, which 'deeper/one.yaml' has"]),
         ({"one": {"env": ["A=1"]}}, ["env is ['A=1'], but must be a mapping"]),
     ],
 )  # fmt: skip
 def test_what_cannot_be_extended_is_refused_by_name(recipes, capsys, contents, words, command):
     error = mistake(capsys, command, "--config", recipes(**contents))
     assert all(word in error for word in words), error
+
+
+def written(text: str, *options: str):
+    """What a recipe of these lines gives: script, training and model arguments."""
+    Path("recipe.yaml").write_text(f"output_dir: out\n{text}")
+    return parsed(Path("recipe.yaml"), *options)
+
+
+@pytest.mark.parametrize(
+    "line, value",
+    [
+        *((f"{name}_strategy: no", "no") for name in ("save", "eval", "logging")),
+        ("save_strategy: Off", "no"),
+        ("eval_strategy: false", "no"),
+        ("use_ema: yes", True),
+        ("overlap_rewards: off", False),
+        ("bf16: 'no'", False),
+        ("report_to: none", []),
+        ("scale_rewards: no", "none"),
+        ("timestep_weighting: none", "none"),
+        ("learning_rate: 1e-4", 1e-4),
+        ("learning_rate: 2E-5", 2e-5),
+        ("reward_weights: [1e-1, 1, .5, 2e0]", [0.1, 1, 0.5, 2.0]),
+        ("reward_weights: 1e-1", [0.1]),
+        ("reward_weights: None", None),
+        ("num_inference_steps: 3\nvalue_scale: [1e-1, 0, 0.2]\ndense_rewards: on", [0.1, 0, 0.2]),
+        ("advantage_power: 1e-1", 0.1),
+        ("ratio_probe: auto", "auto"),
+        ("max_steps: 1e3", 1000),
+        ("max_steps: 1_000", 1000),
+        ("seed: 010", 10),  # YAML 1.1: eight
+        ("seed: 0x10", 16),
+        ("run_name: 2024-01-01", "2024-01-01"),
+        ("run_name: 1:30", "1:30"),
+        ("run_name: 007", "007"),
+        ("run_name: 1e5", "1e5"),
+        ("run_name: no", "no"),
+        ("hub_revision: 1234567", "1234567"),
+        ("negative_prompt: off", "off"),
+        ("negative_prompt: ~", None),
+        ("negative_prompt: None", None),
+        ("negative_prompt: 'null'", "null"),
+        ("negative_prompt: ''", ""),
+        ("lr_scheduler_kwargs: {factor: 1e-1, flag: no, time: 1:30}", {"factor": 0.1, "flag": False, "time": "1:30"}),
+        ("model_init_kwargs: {revision: 12345e7, local: yes}", {"revision": "12345e7", "local": True}),
+        ("model_init_kwargs: {max_memory: {0: 10GB}, variant: null}", {"max_memory": {0: "10GB"}, "variant": None}),
+        ("model_init_kwargs:\n  <<: {variant: fp16}", {"variant": "fp16"}),
+    ],
+)  # fmt: skip
+def test_a_value_means_what_stands_there(line, value, tmp_path, monkeypatch):
+    """Of YAML 1.1 neither the words for truth values, exponents without a point, octal and sexagesimal numbers, nor
+    dates: the type of the option decides."""
+    monkeypatch.chdir(tmp_path)
+    name = line.split("\n")[-2 if "value_scale" in line or "<<" in line else -1].split(":")[0]
+    found = getattr(written(line)[1], name)
+    assert found == value and isinstance(found, type(value))
+
+
+def test_script_and_model_options_mean_what_stands_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("A_FLAG", raising=False)
+    monkeypatch.delenv("A_NUMBER", raising=False)
+    text = "reward_funcs: [no, 'on', 1.0]\nenv: {A_FLAG: on, A_NUMBER: 010}\nuse_peft: yes\nlora_alpha: 1e1\n"
+    text += "lora_target_modules: all-linear\nmodel_revision: 0123456\nmodel_name_or_path: 5\n"
+    text += "over_optimization_patience: null\ndatasets:\n- {path: a, split: 'train[:5]', name: 12e1, columns: [no]}\n"
+    Path("recipe.yaml").write_text(f"output_dir: out\n{text}")
+    argv, recipe = read_recipe(["--config", "recipe.yaml", "--use_cpu", "true"])
+    script, _, model, mixture, _ = parse_training(training_parser(argv, recipe), argv, recipe)
+    assert script.reward_funcs == ["no", "on", "1.0"] and script.over_optimization_patience is None
+    assert (os.environ["A_FLAG"], os.environ["A_NUMBER"]) == ("on", "010")
+    assert model.use_peft is True and model.lora_alpha == 10 and model.lora_target_modules == "all-linear"
+    assert (model.model_revision, model.model_name_or_path) == ("0123456", "5")
+    (source,) = mixture.datasets
+    assert (source.name, source.split, source.columns) == ("12e1", "train[:5]", ["no"])
+
+
+def test_what_a_base_says_means_what_stands_there(recipes):
+    path = recipes(one={"extends": "two.yaml"}, two={})
+    Path("deeper", "two.yaml").write_text("output_dir: out\nsave_strategy: no\nreward_weights: [1e-1, 1]\n")
+    config = parsed(Path(path))[1]
+    assert config.save_strategy == "no" and config.reward_weights == [0.1, 1]
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("max_steps: 1:30", "argument --max_steps/--max-steps: invalid int value: '1:30'"),
+        ("max_steps: 1.5", "argument --max_steps/--max-steps: invalid int value: '1.5'"),
+        ("learning_rate: 2024-01-01", "invalid float value: '2024-01-01'"),
+        ("use_ema: maybe", "Truthy value expected: got maybe"),
+        ("save_strategy: None", "None is not a valid SaveStrategy"),
+        ("reward_weights: [one]", "reward_weights is ['one'], but must be a list of finite numbers"),
+        ("model_init_kwargs: {a: 1, a: 2}", "recipe.yaml' has a twice"),
+    ],
+)
+def test_what_fits_no_option_is_refused_as_it_stands_there(tmp_path, monkeypatch, capsys, line, words):
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(f"output_dir: out\n{line}\n")
+    assert words in mistake(capsys, "train", "--config", "recipe.yaml")
+
+
+@pytest.mark.parametrize("encoding, end", [("utf-8-sig", "\r\n"), ("utf-16", "\n")])
+def test_recipes_of_other_editors(tmp_path, monkeypatch, encoding, end):
+    monkeypatch.chdir(tmp_path)
+    text = f"output_dir: out{end}negative_prompt: Größe{end}max_steps: 7{end}"
+    Path("recipe.yaml").write_bytes(text.encode(encoding))
+    config = parsed(Path("recipe.yaml"))[1]
+    assert (config.negative_prompt, config.max_steps, config.output_dir) == ("Größe", 7, "out")
+
+
+def test_a_recipe_that_is_no_utf_8(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_bytes("negative_prompt: Größe\n".encode("latin-1"))
+    error = mistake(capsys, "train", "--config", "recipe.yaml")
+    assert "recipe.yaml' is not UTF-8 text" in error and "Save it as UTF-8" in error
+
+
+def test_null_on_the_command_line_takes_an_option_away(tmp_path, monkeypatch, capsys):
+    """A list, an optional value, or what has a default; in both spellings, and not a misspelled one."""
+    monkeypatch.chdir(tmp_path)
+    text = "reward_weights: [1, 2]\neval_reward_funcs: [ocr]\nbeta: 0.5\nmethod: slas\nnegative_prompt: bad\n"
+    options = ["--reward_weights", "null", "--eval-reward-funcs=null", "--beta", "null", "--method", "null"]
+    script, config, _ = written(text, *options, "--negative-prompt", "null")
+    assert config.reward_weights is None and script.eval_reward_funcs is None and config.negative_prompt is None
+    assert config.beta == 0 and config.advantage_power == 0 and script.method == "flow_grpo"
+    argv, recipe = read_recipe(["--config", "recipe.yaml"])
+    assert recipe["negative_prompt"] == "bad"
+    error = mistake(capsys, "train", "--config", "recipe.yaml", "--reward_weight", "null")
+    assert "there is no option --reward_weight" in error and "--reward_weights?" in error
 
 
 def test_stopping_needs_something_that_watches(recipes, capsys):

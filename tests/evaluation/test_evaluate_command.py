@@ -8,9 +8,11 @@ import time
 import urllib.request
 
 import pytest
+from PIL import Image
 from tiny_comparisons import painted_folder, random_lora
 
-from trl_flow.cli import main
+from trl_flow.cli import _parser, main
+from trl_flow.evaluation.evaluate_command import _evaluation
 from trl_flow.evaluation.vote_plan import QUESTIONS, Ballots
 from trl_flow.shapes import load_prompts, pipeline_path
 
@@ -68,6 +70,16 @@ def test_from_command_line_to_report(tiny_sd3_path, lora, prompts, tmp_path, cap
     assert len(list(out.rglob("images/*/*/*.png"))) == 2 * 2 * 2
     # Other settings are another folder's
     assert "seed was 3 and is 4" in refused(capsys, *arguments[1:], "--seed", "4")
+
+
+def test_columns_of_the_prompt_files(tmp_path):
+    """An editing set is read as training reads it."""
+    Image.new("RGB", (2, 2), (0, 255, 0)).save(tmp_path / "a.png")
+    (tmp_path / "edits.jsonl").write_text('{"instruction": "make it red", "source": "a.png"}\n')
+    argv = ["evaluate", "--model", "m", "--prompts", str(tmp_path / "edits.jsonl")]
+    argv += ["--prompt_column", "instruction", "--image_column", "source"]
+    (row,) = _evaluation(_parser().parse_args(argv))[0]["prompts"]["edits"]
+    assert row["prompt"] == "make it red" and row["image"].getpixel((0, 0)) == (0, 255, 0)
 
 
 def test_the_bundled_model_and_prompts_have_their_own_defaults(tmp_path, capsys):

@@ -1,10 +1,13 @@
 import csv
 import json
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from datasets import Image as ImageFeature
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from trl_flow.prompts import read_prompts
 
@@ -155,6 +158,82 @@ def test_the_kind_can_be_told(tmp_path):
     assert "files end with" in refused(path)
 
 
+def test_objects_by_name(tmp_path):
+    """As MJHQ-30K and ImgEdit have them."""
+    path = written(tmp_path, "p.json", '{"1a": {"prompt": "a cat", "n": 1}, "2b": {"prompt": "a dog", "n": 2}}')
+    assert read_prompts(path)[:] == {"prompt": ["a cat", "a dog"], "n": [1, 2]}
+    path = written(tmp_path, "r.json", '{"prompts": ["a cat", "a dog"]}')
+    assert read_prompts(path)["prompt"][:] == ["a cat", "a dog"]
+    path = written(tmp_path, "q.json", '{"prompt": "a cat", "n": 1}')
+    assert read_prompts(path)[:] == {"prompt": ["a cat"], "n": [1]}
+
+
+def test_quotation_marks_of_tables_separated_by_tabs(tmp_path):
+    """As PartiPrompts has them: part of the text. Those that a writer of CSV has added are not."""
+    rows = ['A wall with the words "Fly an airplane".', '"Hello" on a sign', '"half']
+    content = "Prompt\tNote\n" + "".join(f"{row}\tx\n" for row in rows)
+    assert read_prompts(written(tmp_path, "p.tsv", content), prompt_column="Prompt")["prompt"][:] == rows
+    content = 'prompt\tn\n"a ""b""\tc"\t1\n'
+    assert read_prompts(written(tmp_path, "q.tsv", content))[:] == {"prompt": ['a "b"\tc'], "n": [1]}
+
+
+# ---- Images to be edited ----
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Two images in a folder `in` beside the file that names them."""
+    (tmp_path / "in").mkdir()
+    for name, color in (("a", (255, 0, 0)), ("b", (0, 0, 255))):
+        Image.new("RGB", (4, 2), color).save(tmp_path / "in" / f"{name}.png")
+    return tmp_path
+
+
+EDITS = [{"source_image": f"in/{n}.png", "instruction": f"make {n} green", "target_image": f"{n}.png"} for n in "ab"]
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.json", "p.csv", "p.parquet"])
+def test_paths_of_images_are_relative_to_the_file(pictures, name, monkeypatch):
+    """An editing set as DanceGRPO ships it, read from elsewhere."""
+    if name == "p.parquet":
+        Dataset.from_list(EDITS).to_parquet(pictures / name)
+    elif name == "p.csv":
+        lines = [",".join(EDITS[0]), *(",".join(row.values()) for row in EDITS)]
+        (pictures / name).write_text("\n".join(lines))
+    else:
+        text = json.dumps(EDITS) if name == "p.json" else "\n".join(map(json.dumps, EDITS))
+        (pictures / name).write_text(text)
+    monkeypatch.chdir(pictures.parent)
+    path = Path(pictures.name, name)
+    dataset = read_prompts(path, prompt_column="instruction", image_column="source_image")
+    assert sorted(dataset.column_names) == ["image", "prompt", "target_image"]
+    assert dataset["prompt"][:] == ["make a green", "make b green"]
+    assert [row["image"].getpixel((0, 0)) for row in dataset] == [(255, 0, 0), (0, 0, 255)]
+    assert dataset["target_image"][:] == ["a.png", "b.png"]
+
+
+def test_images_in_a_table_and_absolute_paths(pictures):
+    dataset = Dataset.from_dict({"prompt": ["x"], "picture": [str(pictures / "in" / "b.png")]})
+    dataset.to_json(pictures / "p.jsonl")
+    dataset.cast_column("picture", ImageFeature()).to_parquet(pictures / "p.parquet")
+    for name in ("p.jsonl", "p.parquet"):
+        (row,) = read_prompts(pictures / name, image_column="picture")
+        assert row["image"].getpixel((0, 0)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize(
+    "content, column, words",
+    [
+        ('{"prompt": "a", "img": "x"}', "picture", "no column 'picture', which image_column names; its columns are"),
+        ('{"prompt": "a", "img": "x", "image": "y"}', "img", "there is a column 'image' too"),
+        ('{"prompt": "a", "img": 5}', "img", "its column 'img' holds Value('int64'), but must hold paths"),
+        ('{"prompt": "a", "img": ["x"]}', "img", "its column 'img' holds List"),
+    ],
+)
+def test_columns_that_hold_no_images(tmp_path, content, column, words):
+    assert words in refused(written(tmp_path, "p.jsonl", content), image_column=column)
+
+
 # ---- What is refused ----
 
 
@@ -185,6 +264,8 @@ def test_the_kind_can_be_told(tmp_path):
         ("p.csv", 'prompt,n\na,1\n" ",2\n', "line 3: prompt is ' '"),
         ("p.csv", "n,prompt\n1\n", "line 2: prompt is ''"),
         ("p.jsonl", '{"prompt": ["a"]}', "line 1: prompt is a list, but must be text"),
+        ("p.jsonl", '{"prompt": [{"role": "user", "content": "a cat"}]}', "but must be text. Prompts of lang"),
+        ("p.json", json.dumps({f"key{i}": 1 for i in range(99)}), "'key29', '...']. Give the name"),
         ("p.jsonl", '{"prompt": null}', "line 1: prompt is null, but must be text"),
         ("p.jsonl", '{"prompt": 5}', "line 1: prompt is 5, but must be text"),
         ("p.jsonl", '{"prompt": "\\ud800"}', "line 1: prompt is no valid Unicode"),

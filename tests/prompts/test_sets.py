@@ -230,9 +230,10 @@ def test_drawbench_from_the_hub_and_from_its_file(dataset_hub, tmp_path):
     assert load_prompts("drawbench", "test")[:] == rows
     (tmp_path / "d.csv").write_text(content)
     assert load_drawbench(path=tmp_path / "d.csv")[:] == rows
-    (tmp_path / "e.csv").write_text("Prompts\na\n")
-    with pytest.raises(ValueError, match="no column 'Category', only"):
-        load_drawbench(path=tmp_path / "e.csv")
+    (tmp_path / "dataset" / "drawbench").mkdir(parents=True)
+    (tmp_path / "dataset" / "drawbench" / "test.txt").write_text('A purple spoon.\nA sign, with "Hi".\n')
+    for path in (tmp_path, tmp_path / "dataset" / "drawbench" / "test.txt"):  # as DiffusionNFT ships it
+        assert load_drawbench(path=path)[:] == rows | {"category": [None, None]}
 
 
 # ---- UniGenBench++ ----

@@ -2,6 +2,8 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict
+from datasets import Image as ImageFeature
+from PIL import Image
 
 from trl_flow.prompts import UnknownSplitError, load_prompts
 
@@ -46,6 +48,70 @@ def test_data_sets_on_the_hub(dataset_hub):
         load_prompts("tester/prompts", "dev")
     with pytest.raises(ValueError, match="'tester/prompts' cannot be used: it has no column 'prompt'; its columns"):
         load_prompts("tester/prompts")
+
+
+@pytest.mark.parametrize(
+    "split, expected",
+    [
+        ("train[:2]", ["p0", "p1"]),
+        ("train[-1:]", ["p9"]),
+        ("train[10%:30%]", ["p1", "p2"]),
+        ("train[8:]+test", ["p8", "p9", "q0", "q1"]),
+        ("test + train[:1]", ["q0", "q1", "p0"]),
+        ("train[:1]+train[-1:]", ["p0", "p9"]),
+        ("test[:100]", ["q0", "q1"]),
+    ],
+)
+def test_parts_of_splits(here, dataset_hub, split, expected):
+    """As `datasets` writes them: of files, folders, data sets on the Hub and prompt sets."""
+    train, test = ("".join(f"{letter}{i}\n" for i in range(number)) for letter, number in (("p", 10), ("q", 2)))
+    (here / "folder").mkdir()
+    (here / "folder" / "train.txt").write_text(train)
+    (here / "folder" / "test.txt").write_text(test)
+    dataset_hub.repos["tester/prompts"] = {
+        "train.csv": b"prompt\n" + train.encode(),
+        "test.csv": b"prompt\n" + test.encode(),
+    }
+    for source in ("folder", "tester/prompts", "pickscore:folder"):
+        assert load_prompts(source, split)["prompt"][:] == expected
+    if "test" not in split:
+        assert load_prompts("folder/train.txt", split)["prompt"][:] == expected
+    assert len(load_prompts("folder", split, limit=1)) == 1
+
+
+@pytest.mark.parametrize(
+    "split, words",
+    [
+        ("train[:x]", "'train\\[:x\\]' is not understood .*Write it as datasets does"),
+        ("train[5:2]", "holds nothing: train has 2 rows"),
+        ("train[9:]", "holds nothing"),
+        ("dev[:1]", "has no split 'dev', only train"),
+        ("train+dev", "has no split 'dev', only train"),
+        ("train[:1%](pct1_dropremainder)", "cannot be taken: .*less than 100"),
+    ],
+)
+def test_parts_that_there_are_not(here, split, words):
+    (here / "p.txt").write_text("a\nb\n")
+    with pytest.raises(ValueError, match=words):
+        load_prompts("p.txt", split)
+
+
+def test_images_of_a_folder_and_of_the_hub(here, dataset_hub):
+    Image.new("RGB", (2, 2), (0, 255, 0)).save(here / "a.png")
+    (here / "data").mkdir()
+    (here / "data" / "train.jsonl").write_text('{"instruction": "x", "src": "../a.png"}\n')
+    names = {"prompt_column": "instruction", "image_column": "src"}
+    assert load_prompts("data", **names)[0]["image"].getpixel((0, 0)) == (0, 255, 0)
+    with pytest.raises(ValueError, match="the data set 'ocr' has no image_column"):
+        load_prompts("ocr", image_column="src")
+    parquet = here / "remote.parquet"
+    rows = Dataset.from_dict({"instruction": ["x"], "src": [str(here / "a.png")]}).cast_column("src", ImageFeature())
+    rows.to_parquet(parquet)
+    dataset_hub.repos["tester/prompts"] = {"data/train-0.parquet": parquet.read_bytes()}
+    assert load_prompts("tester/prompts", **names)[0]["image"].getpixel((0, 0)) == (0, 255, 0)
+    dataset_hub.repos["CodeGoat24/UniGenBench"] = {"train.csv": b"instruction,src\nx,a.png\n"}
+    with pytest.raises(ValueError, match="its column 'src' holds text, and there is no file that it is of"):
+        load_prompts("CodeGoat24/UniGenBench", **names)
 
 
 def test_what_is_nowhere(here):

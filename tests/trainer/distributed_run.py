@@ -33,6 +33,11 @@ def redness(prompts, images, **kwargs):
     return [None if prompt == "two dogs" else 10 * mean for mean, prompt in zip(means, prompts, strict=True)]
 
 
+def read_by(batch):
+    """A transform that says which process has read a row, as one with a generator of its own would differ."""
+    return {"prompt": [f"{prompt} {RANK}" for prompt in batch["prompt"]]}
+
+
 # Plain gradient descent: Adam makes a whole step of a gradient that is 0 but for rounding
 SGD = {"optim": "sgd", "learning_rate": 10.0, "weight_decay": 0.0}
 SCENARIOS = {
@@ -64,6 +69,7 @@ SCENARIOS = {
     "all weights": {"lora": None, "learning_rate": 0.01},
     # each prompt's three images are split over the processes
     "gold": {"eval_reward_funcs": [darkness], "num_generations_eval": 3},
+    "a transform, groups of 8": {"train_dataset": prompts().with_transform(read_by), "num_generations": 8},
 }
 
 

@@ -385,12 +385,12 @@ def test_a_yaml_file(cls, tmp_path):
         "report_to": "none",
         "sde_window_size": 2,
         "sde_window_range": [1, 4],
-        "reward_weights": [1.0, 0.5],
+        "reward_weights": [1.0, "5e-1"],
         "epsilon": 1e-3,
         "scale_rewards": "none",
     }
     # which YAML takes for a string
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content) + "beta: 2e-3\n")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content) + "beta: 2e-3\nsave_strategy: no\n")
     parser = TrlParser((cls,))
     (args,) = parser.parse_args_and_config(["--config", str(tmp_path / "recipe.yaml"), "--epsilon", "0.01"])
     assert args.sde_window_range == [1, 4]
@@ -398,6 +398,7 @@ def test_a_yaml_file(cls, tmp_path):
     assert args.epsilon == 0.01  # the command line's word is the last
     assert args.scale_rewards == "none"
     assert args.beta == 0.002
+    assert args.save_strategy == "no"
 
 
 def test_a_misspelt_option_on_a_command_line_is_refused():

@@ -242,3 +242,20 @@ def test_the_cards_code_edits_an_image_as_training_did(tmp_path):
         max_sequence_length=16,
     ).images[0]
     assert abs(np.asarray(scope["image"]).astype(int) - np.asarray(expected)).max() <= 1
+
+
+def test_a_transform_may_open_the_images(tmp_path):
+    """Each is opened once for its group; something else than an image is refused."""
+    opened = []
+
+    def transform(batch):
+        opened.append(batch["seed"])
+        return {"prompt": batch["prompt"], "image": [picture(seed) for seed in batch["seed"]]}
+
+    dataset = prompts(4, seed=[0, 1, 2, 3])
+    trainer = editing_trainer(tmp_path / "out", train_dataset=dataset.with_transform(transform), max_steps=1)
+    trainer.train()
+    assert all(len(seeds) == len(set(seeds)) for seeds in opened)
+    paths = dataset.with_transform(lambda batch: {"prompt": batch["prompt"], "image": ["a.png"] * len(batch["seed"])})
+    with pytest.raises(ValueError, match="its transform makes str of the first row's"):
+        editing_trainer(tmp_path / "refused", train_dataset=paths)

@@ -4,12 +4,13 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 import transformers
 
-from trl_flow.commands.recipe import Recipe, did_you_mean, option, unknown_option
+from trl_flow.commands.recipe import Recipe, did_you_mean, option, unknown_option, without_nulls
+from trl_flow.commands.yaml_values import meant
 
 
 # Importing pipelines that are not used hints at packages that are not needed
@@ -62,7 +63,12 @@ class FlowScriptArguments(ScriptArguments):
         "file .jsonl, .json, .csv, .tsv, .parquet or .txt, a folder, or the id of a data set on the Hub. The name of "
         "a set comes before a file or folder of that name, which is `./name`."
     )
+    dataset_train_split: str = _field("The prompts to train on, as `train`, `train[:100]` or `train+test`.", "train")
+    dataset_test_split: str = _field("The prompts to evaluate on, as `test` or `train[90%%:]`.", "test")
     prompt_column: str = _field("Column with the prompts, in a file or a data set on the Hub.", "prompt")
+    image_column: str | None = _field(
+        "Column with the images to be edited, or their paths, relative to the file; for models that edit images."
+    )
     reward_funcs: list[str] | None = _field(
         f"Reward functions: {', '.join(f'`{name}`' for name in NAMED_REWARDS)}, or any dotted import path, such as "
         "`my_rewards.brightness`, looked for in the current folder too; a class is called without arguments."
@@ -112,14 +118,18 @@ def parse_training(parser: TrlParser, argv: Sequence[str], recipe: Recipe, *, st
     What `parser` makes of `argv` and a recipe that has been read, as `parse_args_and_config` would of the file, and
     what it does not know; with `strict` a `ValueError` says so, before values are looked at.
     """
-    argv, options = list(argv), dict(recipe)
+    (argv, nulls), options = without_nulls(argv), dict(recipe)
     if "--config" in argv:
         place = argv.index("--config")
         del argv[place : place + 2]
     environment = options.pop("env", None) or {}
     if not isinstance(environment, dict):
         raise ValueError(f"env is {environment!r}, but must be a mapping of environment variables to their values.")
-    os.environ.update({name: str(value) for name, value in environment.items()})
+    written = recipe.written.get("env") or environment
+    os.environ.update({str(name): "" if value is None else str(value) for name, value in written.items()})
+    hints = {name: hint for cls in parser.dataclass_types for name, hint in get_type_hints(cls).items()}
+    options |= {n: meant(recipe.written.get(n, options[n]), hints[n]) for n in options if n in hints}
+    options |= dict.fromkeys(nulls)
     known = parser._option_string_actions
     # `null` is the default, but no misspelled name
     nothing = [name for name, value in options.items() if value is None]

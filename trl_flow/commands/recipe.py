@@ -6,16 +6,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trl_flow.commands.yaml_values import Loader, guessed
+
 
 ACCELERATE_CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
+NULL = "null"
 
 
 class Recipe(dict[str, Any]):
-    """The options of a recipe, those of the recipes that it extends among them, and in which file each stands."""
+    """The options of a recipe, those of the recipes that it extends among them, in which file each stands, and as it
+    is written there: what it means depends on the option's type."""
 
     def __init__(self):
         super().__init__()
         self.files: dict[str, Path] = {}
+        self.written: dict[str, Any] = {}
 
     def remove_evaluation(self) -> None:
         """Without evaluations there are no gold scores, and there is nothing to watch."""
@@ -48,18 +53,16 @@ def load_recipe(path: Path, extended_by: tuple[Path, ...] = ()) -> Recipe:
         raise ValueError(f"the recipe {str(path)!r} extends itself: {' -> '.join(map(str, chain))}.")
     own = _read_mapping(path, "recipe", "options, such as `learning_rate: 1e-4`")
     own = {name.replace("-", "_"): value for name, value in own.items()}
-    # YAML reads a bare `no` as False
-    own |= {name: "no" for name, value in own.items() if name.endswith("_strategy") and value is False}
     recipe = Recipe()
     if "extends" in own:
         recipe = load_recipe(_base(path, own.pop("extends")), chain)
-    if own.get("eval_strategy") == "no":
+    if guessed(own.get("eval_strategy", "")) in ("no", False, None):
         recipe.remove_evaluation()
     for name, value in own.items():
         if value is None and name in recipe:
             del recipe[name], recipe.files[name]
         else:
-            recipe[name], recipe.files[name] = value, path
+            recipe[name], recipe.written[name], recipe.files[name] = guessed(value), value, path
     return recipe
 
 
@@ -80,36 +83,28 @@ def read_accelerate_config(name: str) -> tuple[Path, dict[str, Any]]:
     if not path.is_file():
         names = sorted(path.stem for path in ACCELERATE_CONFIGS.glob("*.yaml"))
         raise ValueError(f"accelerate_config is {name!r}, which is neither a file nor one of {', '.join(names)}.")
-    return path, _read_mapping(path, "accelerate config", "settings, such as `num_processes: 2`")
+    return path, guessed(_read_mapping(path, "accelerate config", "settings, such as `num_processes: 2`"))
 
 
 def _read_mapping(path: Path, kind: str, of: str) -> dict[str, Any]:
+    """The mapping in a YAML file, with plain values as they stand there."""
     import yaml
 
     name = f"the {kind} {os.fspath(path)!r}"
-
-    class Loader(yaml.SafeLoader):
-        """YAML's would take the last of several values, and not say so."""
-
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-            keys = [str(key.value).replace("-", "_") for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            if twice := next((key for key in keys if keys.count(key) > 1), None):
-                line = node.value[len(keys) - 1 - keys[::-1].index(twice)][0].start_mark.line + 1
-                raise ValueError(f"{name} has {twice} twice, for the second time in line {line}. Remove one.")
-            return super().construct_mapping(node, deep)
-
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
+        content = yaml.load(path.read_bytes(), type("_Loader", (Loader,), {"file": name}))
     except OSError as error:
         raise ValueError(f"{name} cannot be read: {error.strerror or error}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.reader.ReaderError, UnicodeDecodeError) as error:
+        raise ValueError(f"{name} is not UTF-8 text: {error}. Save it as UTF-8.") from error
+    except yaml.YAMLError as error:
         raise ValueError(f"{name} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        received = "nothing" if content is None else f"a {type(content).__name__}"
+        received = "nothing" if content is None else f"a {type(guessed(content)).__name__}"
         raise ValueError(f"{name} must be a YAML mapping of {of}, but holds {received}.")
     if wrong := [key for key in content if not isinstance(key, str)]:
         raise ValueError(f"{name} has the option {wrong[0]!r}, which YAML does not read as text. Put it in quotes.")
-    return content
+    return {str(key): value for key, value in content.items()}
 
 
 def option(argv: Sequence[str], recipe: Mapping[str, Any], name: str) -> Any:
@@ -117,8 +112,22 @@ def option(argv: Sequence[str], recipe: Mapping[str, Any], name: str) -> Any:
     for index, token in enumerate(argv):
         option_name, equals, value = token.partition("=")
         if option_name.replace("-", "_") == f"__{name}" and (equals or index + 1 < len(argv)):
-            return value if equals else argv[index + 1]
+            value = value if equals else argv[index + 1]
+            return None if value == NULL else value
     return recipe.get(name)
+
+
+def without_nulls(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments without `--name null`, and the names: null on the command line is what it is in a recipe."""
+    left, names = [], []
+    for token in argv:
+        if token == NULL and left and left[-1].startswith("--") and "=" not in left[-1]:
+            names.append(left.pop())
+        elif token.startswith("--") and token.endswith(f"={NULL}"):
+            names.append(token.partition("=")[0])
+        else:
+            left.append(token)
+    return left, [name.removeprefix("--").replace("-", "_") for name in names]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

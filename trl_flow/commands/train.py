@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from trl_flow.commands.recipe import option, read_accelerate_config, read_recipe, unknown_option
+from trl_flow.commands.recipe import option, read_accelerate_config, read_recipe, unknown_option, without_nulls
 
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ Train a text-to-image pipeline by online reinforcement learning.
 
 A recipe, the YAML file that --config names, is a mapping of the options below. With `extends: base.yaml`, a path from
 its folder, it takes over the options of another but for those that it names (null takes one away). Options on the
-command line come before those of the recipe. On CPUs several processes are started by
+command line come before those of the recipe; `--reward_weights null` takes one away. On CPUs several processes are
+started by
 torchrun --nproc_per_node 2 -m trl_flow train --config recipe.yaml --use_cpu true
 """
 
@@ -41,7 +42,7 @@ def prepare(argv: list[str]) -> Callable[[], None]:
 
     usage = "trl-flow train --config recipe.yaml [--option value ...]"
     parser = training_parser(argv, recipe, prog="trl-flow train", usage=usage, description=DESCRIPTION)
-    if option(argv, {}, "eval_strategy") == "no":  # a command line cannot take options of a recipe away
+    if option(argv, {}, "eval_strategy") == "no" or "eval_strategy" in without_nulls(argv)[1]:
         recipe.remove_evaluation()
     # Of options that are unknown here the launcher may know
     strict = option(argv, recipe, "accelerate_config") is None
@@ -141,6 +142,7 @@ def load_datasets(
 
     from trl_flow import shapes
     from trl_flow.prompts import UnknownSplitError, load_prompts
+    from trl_flow.prompts.splits import read_split
 
     if script_args.dataset_streaming or mixture_args.streaming:
         raise ValueError("streaming data sets are not supported: groups are built by row numbers. Remove the option.")
@@ -155,14 +157,17 @@ def load_datasets(
             ".json, .csv, .tsv, .parquet (with a column `prompt`) or .txt (one prompt a line)."
         )
 
+    def named(split: str) -> "Dataset":
+        if split not in splits:
+            raise UnknownSplitError("dataset", split, tuple(splits))
+        return splits[split]
+
     def load(split: str, wanted: str, remedy: str) -> "Dataset":
         try:
             if splits is not None:
-                if split not in splits:
-                    raise UnknownSplitError("dataset", split, tuple(splits))
-                return splits[split]
-            options = {"config": script_args.dataset_config, "prompt_column": script_args.prompt_column}
-            return load_prompts(name, split, **options)
+                return read_split(split, named)
+            columns = {"prompt_column": script_args.prompt_column, "image_column": script_args.image_column}
+            return load_prompts(name, split, config=script_args.dataset_config, **columns)
         except UnknownSplitError as error:
             only = ", ".join(error.splits)
             raise ValueError(f"{wanted} has no split {split!r}, only {only}: set {remedy}.") from error

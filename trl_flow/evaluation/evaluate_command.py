@@ -157,7 +157,7 @@ def _evaluation(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str
         name = name or (Path(source).stem if os.path.exists(source) else source)
         if name in sets:
             raise ValueError(f"two prompt sets are called {name!r}. Name them: --prompts a={source} ...")
-        dataset = _prompts(source)
+        dataset = _prompts(source, prompt_column=arguments.prompt_column, image_column=arguments.image_column)
         sets[name] = dataset.take(min(arguments.limit or len(dataset), len(dataset)))
     evaluation = {
         "model": model,
@@ -171,7 +171,7 @@ def _evaluation(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str
     return evaluation | chosen, names
 
 
-def _prompts(source: str) -> "Dataset":
+def _prompts(source: str, **columns: str | None) -> "Dataset":
     if source in BUNDLED:
         from trl_flow.shapes import load_prompts as bundled_prompts
 
@@ -179,11 +179,11 @@ def _prompts(source: str) -> "Dataset":
     from trl_flow.prompts import UnknownSplitError, load_prompts
 
     try:
-        return load_prompts(source, "test")
+        return load_prompts(source, "test", **columns)
     except UnknownSplitError as error:
         if len(error.splits) > 1:
             raise
-        return load_prompts(source, error.splits[0])  # a file is all of one split
+        return load_prompts(source, error.splits[0], **columns)  # a file is all of one split
 
 
 def _check_vote(arguments: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 
 from trl_flow.backbones import Backbone, get_backbone
 from trl_flow.evaluation.image_folder import PromptList
+from trl_flow.prompts.rows import columns_of_rows, has_transform
 
 
 _SIZES = ("height", "width", "max_sequence_length")
@@ -63,10 +64,12 @@ def prompt_sets(prompts: Dataset | Mapping[str, Dataset]) -> dict[str, Dataset]:
     for name, dataset in sets.items():
         if not isinstance(dataset, Dataset):
             raise ValueError(f"the prompt set {name!r} is a {type(dataset).__name__}, but must be a datasets.Dataset.")
-        if "prompt" not in dataset.column_names:
-            raise ValueError(f"the prompt set {name!r} has no column `prompt`, only {dataset.column_names}.")
         if len(dataset) == 0:
             raise ValueError(f"the prompt set {name!r} is empty.")
+        if "prompt" not in (columns := columns_of_rows(dataset)):
+            raise ValueError(f"the prompt set {name!r} has no column `prompt`, only {columns}.")
+        if has_transform(dataset):  # read once: all models are given the same
+            sets[name] = dataset = Dataset.from_list(list(dataset))
         for row, prompt in enumerate(dataset["prompt"]):
             if not isinstance(prompt, str):
                 raise ValueError(f"row {row} of the prompt set {name!r} has {prompt!r} as its prompt.")

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trl_flow.prompts.images import with_image_column
+
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -21,14 +23,17 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 Row = tuple[str, dict[str, Any]]  # where in the file it stands, in words, and what it holds
 
 
-def read_prompts(path: str | os.PathLike, *, prompt_column: str = "prompt", suffix: str | None = None) -> "Dataset":
+def read_prompts(
+    path: str | os.PathLike, *, prompt_column: str = "prompt", image_column: str | None = None,
+    suffix: str | None = None,
+) -> "Dataset":  # fmt: skip
     """
     Reads a file of prompts.
 
     | suffix | content |
     | --- | --- |
     | `.jsonl` | one object a line |
-    | `.json` | a list of objects or of prompts; one object a line will do too |
+    | `.json` | a list of objects or of prompts, or an object of objects; one object a line will do too |
     | `.csv`, `.tsv` | a header and rows, separated by commas or tabs; columns of nothing but numbers become numbers |
     | `.txt` | one prompt a line |
     | `.parquet` | a table |
@@ -40,6 +45,8 @@ def read_prompts(path: str | os.PathLike, *, prompt_column: str = "prompt", suff
     Args:
         path (`str` or `PathLike`): the file.
         prompt_column (`str`, defaults to `"prompt"`): the column with the prompts, called `prompt` in the result.
+        image_column (`str`, *optional*): the column with the images to be edited, or their paths, relative to the
+            file's folder: in the result they are `datasets.Image`, called `image`.
         suffix (`str`, *optional*): which of these it is, for a file whose name does not tell.
 
     Returns:
@@ -51,7 +58,8 @@ def read_prompts(path: str | os.PathLike, *, prompt_column: str = "prompt", suff
     """
     path = Path(path)
     try:
-        return _read(path, prompt_column, (suffix or path.suffix).lower())
+        dataset = _read(path, prompt_column, (suffix or path.suffix).lower())
+        return with_image_column(dataset, image_column, path.parent.absolute())
     # Arrow raises what is no ValueError for numbers that are too large
     except (ValueError, OSError, OverflowError, TypeError, RecursionError) as error:
         cause = getattr(error, "strerror", None) or str(error)  # without the operating system's number and path
@@ -100,7 +108,13 @@ def _json(text: str, prompt_column: str) -> list[Row]:
         if error.msg == "Extra data":  # a second value: one a line
             return _json_lines(text, prompt_column)
         raise ValueError(f"line {error.lineno} is not valid JSON ({error.msg}, column {error.colno})") from error
-    values = [content] if isinstance(content, dict) else content
+    values = content
+    if isinstance(content, dict):
+        inner = list(content.values())
+        # By a name for each, as MJHQ-30K and ImgEdit have them, or all under one
+        by_name = len(inner) > 0 and all(isinstance(value, dict) for value in inner)
+        under_one = len(inner) == 1 and isinstance(inner[0], list)
+        values = inner if by_name else inner[0] if under_one else [content]
     if not isinstance(values, list):
         raise ValueError(f"it holds {_described(values)}, but must hold a list of objects or of prompts")
     return [_row(value, f"row {index}", prompt_column) for index, value in enumerate(values)]
@@ -113,12 +127,13 @@ def _row(value: Any, where: str, prompt_column: str) -> Row:
 
 
 def _csv(text: str, prompt_column: str, delimiter: str) -> list[Row]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, restval="")
     try:
-        names = list(reader.fieldnames or [])
-        lines = [(f"line {reader.line_num}", row) for row in reader]
-    except csv.Error as error:
-        raise ValueError(f"line {reader.reader.line_num} is not valid CSV ({error})") from error
+        names, lines = _csv_lines(text, delimiter=delimiter)
+    except ValueError:
+        if delimiter == ",":
+            raise
+        # Published tables separated by tabs, such as PartiPrompts, have quotation marks that are part of the text
+        names, lines = _csv_lines(text, delimiter=delimiter, quoting=csv.QUOTE_NONE)
     if len(set(names)) < len(names) or "" in names:
         raise ValueError(f"the first line must name each column, and each name once, but is {names}")
     for where, row in lines:
@@ -129,6 +144,14 @@ def _csv(text: str, prompt_column: str, delimiter: str) -> list[Row]:
         for (_, row), value in zip(lines, _typed([row[name] for _, row in lines]), strict=True):
             row[name] = value
     return lines
+
+
+def _csv_lines(text: str, **how: Any) -> tuple[list[str], list[Row]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, restval="", **how)
+    try:
+        return list(reader.fieldnames or []), [(f"line {reader.line_num}", row) for row in reader]
+    except csv.Error as error:
+        raise ValueError(f"line {reader.reader.line_num} is not valid CSV ({error})") from error
 
 
 def _typed(values: list[str]) -> list[Any]:
@@ -195,7 +218,8 @@ def with_prompt_column(dataset: "Dataset", prompt_column: str) -> "Dataset":
 
 def _check_column(names: Sequence[str], prompt_column: str) -> None:
     if prompt_column not in names:
-        columns = f"its columns are {list(names)}. Give the name of the one that holds the prompts as prompt_column"
+        shown = list(names) if len(names) <= 30 else [*names[:30], "..."]
+        columns = f"its columns are {shown}. Give the name of the one that holds the prompts as prompt_column"
         raise ValueError(f"it has no column {prompt_column!r}; {columns}")
     if prompt_column != "prompt" and "prompt" in names:
         raise ValueError(f"prompt_column is {prompt_column!r}, but there is a column 'prompt' too: rename that one")
@@ -204,13 +228,25 @@ def _check_column(names: Sequence[str], prompt_column: str) -> None:
 def _check_prompts(prompts: Sequence[Any], places: Sequence[str], prompt_column: str) -> None:
     for prompt, where in zip(prompts, places, strict=True):
         if not isinstance(prompt, str):
-            raise ValueError(f"{where}: {prompt_column} is {_described(prompt)}, but must be text")
+            remedy = f". {OF_A_CONVERSATION}" if is_conversation(prompt) else ""
+            raise ValueError(f"{where}: {prompt_column} is {_described(prompt)}, but must be text{remedy}")
         if not prompt.strip():
             raise ValueError(f"{where}: {prompt_column} is {prompt!r}; a prompt must not be empty")
         try:
             prompt.encode()
         except UnicodeEncodeError as error:  # JSON can write one half of a surrogate pair
             raise ValueError(f"{where}: {prompt_column} is no valid Unicode ({error})") from error
+
+
+OF_A_CONVERSATION = (
+    "Prompts of language models are conversations; load them with datasets, and take what the user says: "
+    "dataset.map(lambda row: {'prompt': row['prompt'][-1]['content']})"
+)
+
+
+def is_conversation(prompt: Any) -> bool:
+    """Whether a prompt is a list of messages, as TRL's are."""
+    return isinstance(prompt, list) and len(prompt) > 0 and all(isinstance(m, dict) and "role" in m for m in prompt)
 
 
 def _described(value: Any) -> str:

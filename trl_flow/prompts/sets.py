@@ -136,19 +136,20 @@ def load_drawbench(split: str = "test", *, path: Source = None, revision: str | 
     """
     DrawBench, the 200 prompts of Imagen's paper (https://arxiv.org/abs/2205.11487).
 
-    Split: `"test"`. Columns: `prompt` and `category` (`str`, one of 11 such as `Colors`).
+    Split: `"test"`. Columns: `prompt` and `category` (`str`, one of 11 such as `Colors`; `None` in copies without).
     """
     from datasets import load_dataset
 
     _check_split("drawbench", split)
     if path is not None:
-        dataset = read_prompts(path, prompt_column="Prompts")
+        dataset = read_prompts(_local_file("drawbench", "dataset/drawbench/test.txt", path), prompt_column="Prompts")
     else:  # called `train` there, though nobody trains on it
         repository = PROMPT_SETS["drawbench"].source.removeprefix("huggingface.co/datasets/")
         get = partial(load_dataset, repository, revision=revision, split="train")
         dataset = with_prompt_column(_fetched("drawbench", "its file of prompts", get), "Prompts")
-    _check_column("drawbench", dataset, "Category")
-    return dataset_of({"prompt": dataset["prompt"][:], "category": dataset["Category"][:]})
+    known = "Category" in dataset.column_names  # plain lines, as DiffusionNFT ships them, have none
+    categories = dataset["Category"][:] if known else [None] * len(dataset)
+    return dataset_of({"prompt": dataset["prompt"][:], "category": categories})
 
 
 def load_unigenbench(

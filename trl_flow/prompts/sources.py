@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trl_flow.prompts.files import SUFFIXES, read_prompts, with_prompt_column
+from trl_flow.prompts.images import with_image_column
 from trl_flow.prompts.sets import PROMPT_SETS, UnknownSplitError
+from trl_flow.prompts.splits import read_split
 
 
 if TYPE_CHECKING:
@@ -15,7 +17,8 @@ if TYPE_CHECKING:
 
 def load_prompts(
     name_or_path: str | os.PathLike, split: str = "train", *, config: str | None = None, revision: str | None = None,
-    prompt_column: str = "prompt", unique: bool = False, seed: int | None = None, limit: int | None = None,
+    prompt_column: str = "prompt", image_column: str | None = None, unique: bool = False, seed: int | None = None,
+    limit: int | None = None,
 ) -> "Dataset":  # fmt: skip
     """
     Loads prompts.
@@ -29,9 +32,12 @@ def load_prompts(
             * a folder with a file for each split, such as `train.txt` or `test_metadata.jsonl`, or any folder that
               `datasets.load_dataset` reads;
             * the id of a data set on the Hub.
-        split (`str`, defaults to `"train"`): which part.
+        split (`str`, defaults to `"train"`): which part, in the words of `datasets`: `"test"`, `"train[:100]"`,
+            `"train[10%:20%]"` or `"train+test"`.
         config, revision (`str`, *optional*): a configuration on the Hub; commit, branch or tag to download.
         prompt_column (`str`, defaults to `"prompt"`): the column with the prompts, `prompt` in the result.
+        image_column (`str`, *optional*): the column with the images to be edited, or their paths, which are relative
+            to the file or folder: `datasets.Image` in the result, called `image`.
         unique (`bool`, defaults to `False`): leave out rows whose prompt stands in an earlier row.
         seed (`int`, *optional*): shuffle by this seed; default: the source's order.
         limit (`int`, *optional*): keep as many rows at most, the first after shuffling.
@@ -45,7 +51,8 @@ def load_prompts(
     """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ValueError(f"limit is {limit!r}, but must be a whole number of at least 1.")
-    dataset = _load(name_or_path, split, prompt_column, config=config, revision=revision)
+    options = {"prompt_column": prompt_column, "image_column": image_column, "config": config, "revision": revision}
+    dataset = read_split(split, lambda name: _load(name_or_path, name, **options))
     name, _, _ = os.fspath(name_or_path).partition(":")  # of a copy the set's name
     dataset.info.dataset_name = name if name in PROMPT_SETS else os.fspath(name_or_path)  # for the model card
     if unique:
@@ -56,13 +63,16 @@ def load_prompts(
     return dataset if limit is None else dataset.take(min(limit, len(dataset)))
 
 
-def _load(name_or_path: str | os.PathLike, split: str, prompt_column: str, **options: str | None) -> "Dataset":
+def _load(
+    name_or_path: str | os.PathLike, split: str, *, prompt_column: str, image_column: str | None, **options: str | None
+) -> "Dataset":
     name = os.fspath(name_or_path)
     if not name.strip():
         raise ValueError("the name of the prompts is empty. Give that of a set, a file, a folder or a data set.")
     head, _, copy = name.partition(":")
+    columns = {"prompt_column": prompt_column, "image_column": image_column}
     if isinstance(name_or_path, str) and head in PROMPT_SETS:
-        _refuse(f"the data set {head!r}", config=options["config"], prompt_column=prompt_column)
+        _refuse(f"the data set {head!r}", config=options["config"], **columns)
         if copy:
             _refuse(f"a copy of the data set {head!r}", revision=options["revision"])
         return PROMPT_SETS[head].load(split, path=copy or None, revision=options["revision"])
@@ -71,11 +81,11 @@ def _load(name_or_path: str | os.PathLike, split: str, prompt_column: str, **opt
     is_file = path.suffix.lower() in SUFFIXES or path.is_file()
     if file := path if is_file else _split_file(path, split):
         _refuse(f"the file {os.fspath(file)!r}", **options)
-        dataset = read_prompts(file, prompt_column=prompt_column)
+        dataset = read_prompts(file, **columns)
         if is_file and split != "train":
             raise UnknownSplitError(name, split, ("train",))
         return dataset
-    return _from_datasets(name, split, prompt_column, options)
+    return _from_datasets(name, split, **columns, **options)
 
 
 def _refuse(what: str, **options: str | None) -> None:
@@ -94,11 +104,13 @@ def _split_file(folder: Path, split: str) -> Path | None:
     return found[0] if found else None
 
 
-def _from_datasets(name: str, split: str, prompt_column: str, options: dict[str, str | None]) -> "Dataset":
+def _from_datasets(
+    name: str, split: str, *, prompt_column: str, image_column: str | None, config: str | None, revision: str | None
+) -> "Dataset":
     from datasets import load_dataset
 
     try:
-        splits = load_dataset(name, name=options["config"], revision=options["revision"])
+        splits = load_dataset(name, name=config, revision=revision)
     # Readers raise errors of many kinds, and most of them say what is the matter
     except Exception as error:
         cause = str(error).rstrip(".") or "it holds nothing"
@@ -108,6 +120,7 @@ def _from_datasets(name: str, split: str, prompt_column: str, options: dict[str,
     if split not in splits:
         raise UnknownSplitError(name, split, tuple(splits))
     try:
-        return with_prompt_column(splits[split], prompt_column)
+        folder = Path(name).absolute() if os.path.isdir(name) else None
+        return with_image_column(with_prompt_column(splits[split], prompt_column), image_column, folder)
     except ValueError as error:
         raise ValueError(f"the data set {name!r} cannot be used: {error}.") from error

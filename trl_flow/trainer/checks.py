@@ -17,6 +17,7 @@ from PIL import ExifTags, Image
 from transformers.utils import logging
 
 from trl_flow.backbones import Backbone
+from trl_flow.prompts.rows import check_prompts, columns_of_rows, first_row, has_transform
 from trl_flow.rewards.checks import RESERVED_COLUMNS
 from trl_flow.rewards.scorer import RewardScorer
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
@@ -56,20 +57,22 @@ def check_dataset(dataset: Any, name: str) -> None:
     if isinstance(dataset, dict):
         raise TypeError(f"{name} is a {type(dataset).__name__} of splits {list(dataset)}. Pass one: {name}[split].")
     if not isinstance(dataset, Dataset):
+        kind = "missing" if dataset is None else f"a {type(dataset).__name__}"
+        remedies = {
+            list: " Of a list make one: Dataset.from_list(rows), or Dataset.from_dict({'prompt': prompts}).",
+            str: " Of a file, folder or name make one: trl_flow.prompts.load_prompts(name).",
+        }
         raise TypeError(
-            f"{name} is {'missing' if dataset is None else 'a ' + type(dataset).__name__}, but must be a "
-            "datasets.Dataset with a column 'prompt', such as load_dataset(..., split='train') without streaming."
+            f"{name} is {kind}, but must be a datasets.Dataset with a column 'prompt', such as "
+            f"load_dataset(..., split='train') without streaming.{remedies.get(type(dataset), '')}"
         )
-    columns = dataset.column_names
-    if "prompt" not in columns:
-        raise ValueError(f"{name} has no column 'prompt' in {columns}. Use dataset.rename_column(old, 'prompt').")
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty: there is no prompt to train on or to draw.")
-    for index, prompt in enumerate(dataset["prompt"]):
-        if not isinstance(prompt, str) or not prompt.strip():
-            wanted = "prompts must be non-empty strings. Filter such rows out, or convert them."
-            raise ValueError(f"{name} has prompt {prompt!r} in row {index}, but {wanted}")
-    if reserved := [column for column in columns if column in RESERVED_COLUMNS]:
+    try:
+        check_prompts(dataset)
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from error
+    if reserved := [column for column in columns_of_rows(dataset) if column in RESERVED_COLUMNS]:
         raise ValueError(f"{name} has columns {reserved}, under whose names rewards get other things. Rename them.")
 
 
@@ -111,16 +114,23 @@ def check_images(dataset: Dataset, name: str, backbone: Backbone) -> None:
     if not backbone.takes_image:
         return
     editor = f"{type(backbone).__name__} edits images"
+    if has_transform(dataset):
+        image = first_row(dataset).get("image")
+        if not isinstance(image, Image.Image):
+            made = f"its transform makes {type(image).__name__} of the first row's"
+            raise ValueError(f"{name} must have PIL images in the column 'image', since {editor}, but {made}.")
+        return
     if "image" not in dataset.column_names:
         raise ValueError(
             f"{name} has no column 'image', but {editor}: each row needs the one that its prompt is about. Its "
-            f"columns are {dataset.column_names}. Add it, or use dataset.rename_column(old, 'image')."
+            f"columns are {dataset.column_names}. Add it, use dataset.rename_column(old, 'image'), or load the file "
+            "with image_column=old."
         )
     feature = dataset.features["image"]
     if not isinstance(feature, datasets.Image) or not feature.decode:
         raise ValueError(
             f"{name} has a column 'image' of {feature}, but {editor}: it must hold PIL images. Of paths or bytes it "
-            "makes them: dataset.cast_column('image', datasets.Image())."
+            "makes them: dataset.cast_column('image', datasets.Image()), or image_column='image' when loading a file."
         )
     if dataset.format["type"] not in (None, "custom", "python"):
         raise ValueError(
@@ -153,12 +163,12 @@ def check_rewards(
     """Raises `TypeError` or `ValueError` for reward functions that cannot be called, or unfit weights."""
     if not scorer.reward_funcs:
         raise ValueError("reward_funcs is empty. Pass at least one reward function.")
-    scorer.check([] if args.remove_unused_columns else train_dataset.column_names)
+    scorer.check([] if args.remove_unused_columns else columns_of_rows(train_dataset))
     named = named_eval_datasets(eval_dataset)
     for name, dataset in named.items():
         for each in (scorer, gold_scorer):
             try:
-                each.check(dataset.column_names)
+                each.check(columns_of_rows(dataset))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}: {error}") from error
     if args.load_best_model_at_end and isinstance(eval_dataset, dict) and args.metric_for_best_model == "reward":

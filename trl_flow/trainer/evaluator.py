@@ -1,12 +1,10 @@
 """[`Evaluator`]: draws prompts along the ODE from fixed seeds, and scores them beside the base model."""
 
-import contextlib
 import hashlib
 import json
 import math
 import os
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +20,7 @@ from trl_flow.evaluation.diversity import mean_pairwise_distance, pixel_features
 from trl_flow.evaluation.drawing import draw_batch
 from trl_flow.evaluation.gold import GoldScore, check_base, gold_score
 from trl_flow.functional import combine_rewards
+from trl_flow.prompts.rows import read_rows, unchanged_random_state
 from trl_flow.rewards.scorer import RewardScorer
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.phase_scores import columns_of, gather_rewards, reward_metrics
@@ -100,7 +99,7 @@ class Evaluator:
     def evaluate(self, dataset: Dataset, state: TrainerState, name: str | None = None) -> EvaluationResult:
         """Draws and scores every prompt of `dataset`. Raises `ValueError` if gold scores have no base model."""
         base = self._base(dataset, state)[0] if self.gold_scorer.reward_funcs else None
-        with _unchanged_random_state(), self.policy.evaluating():
+        with unchanged_random_state(), self.policy.evaluating():
             return self._evaluate(dataset, state, name, base)
 
     def evaluate_base(self, dataset: Dataset, state: TrainerState, name: str | None = None) -> EvaluationResult:
@@ -119,7 +118,7 @@ class Evaluator:
                 "Pass the set as eval_dataset when the run starts, resume from a checkpoint of a run that had the "
                 "same sets and functions, or train an adapter (peft_config)."
             )
-        with _unchanged_random_state(), self.policy.evaluating(base=True):
+        with unchanged_random_state(), self.policy.evaluating(base=True):
             result = self._evaluate(dataset, state, None, None)
         return self._base_scores[key], result
 
@@ -133,7 +132,7 @@ class Evaluator:
         # Every process takes the same number of samples, so that sharded forwards stay in step: some twice
         each = math.ceil(total / accelerator.num_processes)
         indices = [min(accelerator.process_index * each + i, total - 1) for i in range(each)]
-        rows = [dataset[index // number] for index in indices]
+        rows = read_rows(dataset, [index // number for index in indices], self.args.seed)
         images = self._draw(rows, indices)
         self.sampler.show_stage("evaluation rewards")
         rewards_per_func = self._scored(self.scorer, rows, images, state)[:total]
@@ -199,12 +198,13 @@ class Evaluator:
 
     def _key(self, dataset: Dataset) -> str:
         """A fingerprint of what an evaluation draws and scores: under the same one, scores are paired by index."""
+        dataset = dataset.with_format(None)  # a transform may give other rows each time
         columns = {name: dataset[name][:] for name in sorted(dataset.column_names) if name != "image"}
         settings = {"columns": columns, "gold": self.gold_scorer.names, "guidance_scale": self.guidance_scale}
         names = ["seed", "num_generations_eval", "eval_num_inference_steps", "negative_prompt"]
         names += ["height", "width", "max_sequence_length"]
         settings |= {name: getattr(self.args, name) for name in names}
-        if self.policy.backbone.takes_image:
+        if self.policy.backbone.takes_image and "image" in dataset.column_names:
             settings["images"] = [image_fingerprint(row["image"]) for row in dataset]
         return hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()[:16]
 
@@ -224,15 +224,3 @@ def group_diversity(accelerator: Accelerator, images: list[Image.Image], group_s
     thumbs = torch.from_numpy(thumbnails(images)).to(accelerator.device)
     thumbs = accelerator.gather(thumbs)[:total].cpu().numpy()
     return mean_pairwise_distance(pixel_features(thumbs), group_size)
-
-
-@contextlib.contextmanager
-def _unchanged_random_state() -> Iterator[None]:
-    """Reward functions may draw random numbers; training after an evaluation must not notice."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=None if torch.cuda.is_available() else []):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)

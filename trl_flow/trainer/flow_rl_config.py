@@ -1,5 +1,6 @@
 """[`FlowRLConfig`]: what every algorithm needs. Those of the algorithms are beside it."""
 
+import contextlib
 import inspect
 import json
 import math
@@ -13,6 +14,9 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from trl_flow.trainer.trl_compat import _BaseConfig
 
+
+# Schedules that lower the learning rate when a metric of the evaluations stops improving
+WATCHING_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 
 # An entry of a docstring's list of parameters: its head, which may name several, and its text
 _ENTRY = re.compile(r"^ {4}(\w+ \(.*\)):\n((?: {8}.*\n?)+)", re.MULTILINE)
@@ -59,7 +63,8 @@ class FlowRLConfig(_BaseConfig):
     All of [`~transformers.TrainingArguments`] can be set. Other defaults: `learning_rate` 3e-4, `lr_scheduler_type`
     `"constant"`, `weight_decay` 1e-4, `max_grad_norm` 1.0 (Flow-GRPO's published settings for LoRA), `bf16` `True` on
     GPUs that have it and `False` elsewhere, and `remove_unused_columns` (other columns reach the rewards),
-    `ddp_find_unused_parameters` and `dataloader_pin_memory` are off.
+    `ddp_find_unused_parameters` and `dataloader_pin_memory` are off. `metric_for_best_model` is `"reward"`, also for
+    the schedules that watch evaluations (`"reduce_lr_on_plateau"`, `"greedy"`), for which rising is better.
 
     Parameters:
         model_init_kwargs (`dict[str, Any]`, *optional*):
@@ -213,9 +218,14 @@ class FlowRLConfig(_BaseConfig):
             self.bf16 = not self.fp16 and is_torch_bf16_gpu_available()
         if getattr(self, "activation_checkpointing", self) is None:
             self.activation_checkpointing = self.gradient_checkpointing  # TRL sets the old name
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
+        self._read_yaml()
+        watches = self.lr_scheduler_type in WATCHING_SCHEDULES
+        if (self.load_best_model_at_end or watches) and self.metric_for_best_model is None:
             self.metric_for_best_model = "reward"  # transformers would look for a loss
         super().__post_init__()
+        if watches:  # by default they expect a loss
+            best = {"mode": "max" if self.greater_is_better else "min"}
+            self.lr_scheduler_kwargs = best | (self.lr_scheduler_kwargs or {})
         self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
         self._check_types()
         self._check_advantage_power()
@@ -241,6 +251,15 @@ class FlowRLConfig(_BaseConfig):
             instead = "Set it to False and lower per_device_train_batch_size."
             raise ValueError(f"auto_find_batch_size is set, but smaller batches would break groups apart. {instead}")
         self._resolve_batches()
+
+    def _read_yaml(self) -> None:
+        """What TRL's parser makes of YAML files: False of a bare `no`, text of 1e-1 in a list."""
+        for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+            if getattr(self, name) is False:
+                setattr(self, name, "no")
+        if isinstance(self.reward_weights, list):
+            with contextlib.suppress(ValueError):
+                self.reward_weights = [float(w) if isinstance(w, str) else w for w in self.reward_weights]
 
     @property
     def updates_per_generation(self) -> Fraction:

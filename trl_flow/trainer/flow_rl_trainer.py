@@ -23,11 +23,14 @@ from trl_flow.backbones import Backbone, get_backbone
 from trl_flow.rewards.checks import RewardError, reward_names
 from trl_flow.rewards.scorer import RewardScorer
 from trl_flow.trainer import checks
+from trl_flow.trainer.best_metric import check_best_metric
 from trl_flow.trainer.callbacks import FlowProgressCallback, LoopCallback, RunLogCallback
 from trl_flow.trainer.evaluator import EvaluationResult, Evaluator, group_diversity
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
+from trl_flow.trainer.groups import of_one_reading, warn_of_prompts_left_out
 from trl_flow.trainer.loading import load_pipeline
 from trl_flow.trainer.metrics import Metrics, SampleLog
+from trl_flow.trainer.optimizer_modes import OptimizerModes
 from trl_flow.trainer.over_optimization import OverOptimizationCallback
 from trl_flow.trainer.phase_scores import PhaseScorer
 from trl_flow.trainer.policy import Policy, prepare_module
@@ -113,6 +116,7 @@ class FlowRLTrainer(GroupTrainer):
         for name, dataset in datasets.items():
             checks.check_dataset(dataset, name)
         checks.check_rewards(self.scorer, self.gold_scorer, train_dataset, eval_dataset, args)
+        check_best_metric(args, self.scorer.names, self.gold_scorer.names, eval_dataset)
         checks.check_over_optimization(callbacks or [], self.gold_scorer.names, eval_dataset, args)
         self.reward_weights = torch.tensor(args.reward_weights or [1.0] * number, dtype=torch.float32)
         checks.check_output_dir(args)
@@ -135,6 +139,7 @@ class FlowRLTrainer(GroupTrainer):
         # Before the model goes to the device: the text encoders may need the room there
         conditions = PromptCache.of(self.backbone, args)
         conditions.encode_ahead(args, list(datasets.values()))
+        self._num_prompts = len(train_dataset)
         train_dataset = checks.repeated(train_dataset, args)
         given = {"eval_dataset": eval_dataset, "callbacks": callbacks, "optimizers": optimizers}
         super().__init__(model=module, args=args, data_collator=identity, train_dataset=train_dataset, **given)
@@ -156,6 +161,7 @@ class FlowRLTrainer(GroupTrainer):
         self.evaluator = Evaluator(*given, save=lambda to: self.save_model(os.fspath(to), _internal_call=True))
         stateful = {"policy": self.policy, "algorithm": self.algorithm, "evaluator": self.evaluator}
         self.run_state = RunState(args, stateful)
+        self.optimizer_modes = OptimizerModes(lambda: self.optimizer)
         self.metrics = Metrics(self.accelerator)
         self.sample_log = SampleLog(args, self.scorer.names)
         self.publisher = Publisher(args, self.backbone, self.model_id, self.scorer.names, list(datasets.values()))
@@ -194,6 +200,7 @@ class FlowRLTrainer(GroupTrainer):
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         except RewardError as error:
             raise RewardError(f"{error} {self._save_after_failure()}") from error
+        self.optimizer_modes.eval()
         if self.args.save_strategy != "no":
             self.save_model(_internal_call=True)
             self.save_state()
@@ -202,8 +209,7 @@ class FlowRLTrainer(GroupTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         start = time.perf_counter()
         model.train()
-        if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()
+        self.optimizer_modes.train()
         batch = self._prepare_inputs(inputs)
         self._show_stage("updating")
         condition = self.policy.condition(batch.prompts, batch.images)
@@ -239,6 +245,7 @@ class FlowRLTrainer(GroupTrainer):
         return self.run_state.micro_batch
 
     def _generate_and_score(self, rows: list[dict[str, Any]]) -> list[MicroBatch]:
+        rows = of_one_reading(rows, self.train_dataset, self.args)
         plan = self.algorithm.plan(self.run_state.generation)
         buffer = RolloutBuffer(len(rows), self.args)
         with self.phase_scorer.phase(rows, plan, self.state) as phase:
@@ -254,6 +261,7 @@ class FlowRLTrainer(GroupTrainer):
         return buffer.finish(rows, plan.kept, advantages[local], self.sampler.images_to_edit(rows))
 
     def _before_training(self) -> None:
+        warn_of_prompts_left_out(self._num_prompts, self.state.max_steps, self.args)
         # All evaluation sets are scored by the base model, which is logged as update 0
         if self.gold_scorer.reward_funcs:
             for name, dataset in checks.chosen_eval_datasets(None, self.eval_dataset).items():
@@ -292,7 +300,8 @@ class FlowRLTrainer(GroupTrainer):
             checks.check_dataset(dataset, "eval_dataset")
             checks.check_images(dataset, "eval_dataset", self.backbone)
             start = time.time()
-            result = self.evaluator.evaluate(dataset, self.state, name)
+            with self.optimizer_modes.evaluating():
+                result = self.evaluator.evaluate(dataset, self.state, name)
             is_named = name is not None and not isinstance(eval_dataset, str)
             own = self._log_evaluation(result, f"{metric_key_prefix}_{name}" if is_named else metric_key_prefix, start)
             self.control.should_evaluate = False  # as CallbackHandler.on_evaluate, which not always passes further
@@ -335,11 +344,16 @@ class FlowRLTrainer(GroupTrainer):
             self.policy.save(output_dir, base_model=self.model_id, state_dict=state_dict)
             Path(output_dir, "training_args.json").write_text(self.args.shown())
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the adapter, or the model, as it is evaluated."""
+        with self.optimizer_modes.evaluating():
+            super().save_model(output_dir, _internal_call=_internal_call)
+
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.push_to_hub and self.args.hub_strategy != "end":
             self.create_model_card()
-        with writing_checkpoint(folder, self.args):
+        with writing_checkpoint(folder, self.args), self.optimizer_modes.evaluating():
             self.run_state.save(folder)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
@@ -371,6 +385,7 @@ class FlowRLTrainer(GroupTrainer):
             self.run_state.load(Path(checkpoint), self.accelerator.device)
 
     def _load_best_model(self) -> None:
+        self.optimizer_modes.eval()  # which would change the weights that are loaded
         self._load_from_checkpoint(self.state.best_model_checkpoint)
         # The average is what was found best, and what will be saved
         self.run_state.load_part("policy", Path(self.state.best_model_checkpoint))

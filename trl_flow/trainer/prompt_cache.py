@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from trl_flow.backbones.base import Backbone
 from trl_flow.evaluation.outputs import whole_file
+from trl_flow.prompts.rows import prompts_of
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.loading import is_quantized
 
@@ -238,7 +239,7 @@ class PromptCache:
         def pairs() -> Iterator[tuple[str, Image.Image | None]]:
             for dataset in datasets:
                 if not self.backbone.takes_image:
-                    yield from ((prompt, None) for prompt in [*negative, *dataset["prompt"]])
+                    yield from ((prompt, None) for prompt in [*negative, *prompts_of(dataset)])
                 else:
                     for row in dataset:
                         image = row["image"].convert("RGB")

@@ -9,6 +9,8 @@ from trl.trainer.base_config import _BaseConfig  # TrainingArguments with the de
 from trl.trainer.base_trainer import _BaseTrainer  # transformers.Trainer with TRL's gradient-accumulation contract
 from trl.trainer.utils import RepeatSampler, disable_dropout_in_model, identity
 
+from trl_flow.prompts.rows import ReadOnce
+
 
 __all__ = ["EpochRepeatSampler", "GroupTrainer", "_BaseConfig", "disable_dropout_in_model", "identity"]
 
@@ -34,7 +36,7 @@ class GroupTrainer(_BaseTrainer):
     def get_train_dataloader(self):
         size = self._train_batch_size * self.args.steps_per_generation
         options = {"sampler_fn": self._get_train_sampler, "is_training": True}
-        return self._get_dataloader(self.train_dataset, "Training", batch_size=size, **options)
+        return self._get_dataloader(ReadOnce(self.train_dataset), "Training", batch_size=size, **options)
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> torch.utils.data.Sampler:
         args, dataset = self.args, self.train_dataset if dataset is None else dataset
