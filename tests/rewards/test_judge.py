@@ -78,10 +78,12 @@ def test_a_request_holds_the_model_the_pixels_and_the_prompt():
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "CMYK", "I;16", "LA"])
 def test_pictures_of_every_mode_arrive_as_their_rgb_pixels(mode):
-    picture = noise().convert("L").convert("I").convert("I;16") if mode == "I;16" else noise().convert(mode)
+    gray = np.asarray(noise().convert("L"))
+    picture = Image.fromarray(gray.astype(np.uint16) * 257) if mode == "I;16" else noise().convert(mode)
     with JudgeServer(lambda request: "Final Score: 1") as server:
         score(judge(server), ["p"], [picture])
-    assert np.array_equal(np.asarray(server.requests[0].image), np.asarray(picture.convert("RGB")))
+    expected = np.stack([gray] * 3, axis=-1) if mode == "I;16" else np.asarray(picture.convert("RGB"))
+    assert np.array_equal(np.asarray(server.requests[0].image), expected)
 
 
 def test_a_tiny_and_a_large_picture_arrive_whole():

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from trl_flow.images import to_rgb
 from trl_flow.prompt_words import quoted_text
 from trl_flow.rewards.base import Columns, Images, ModelReward, RewardInfo, check_whole_number, require
 
@@ -65,7 +66,7 @@ class OCRReward(ModelReward):
         """All text in an image, line by line from top to bottom."""
         with self._lock:
             self.load()
-            return _read(self._loaded, image.convert("RGB"))
+            return _read(self._loaded, to_rgb(image))
 
     def _load(self, device: torch.device) -> Any:
         from rapidocr import RapidOCR

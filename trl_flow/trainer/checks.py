@@ -17,6 +17,7 @@ from PIL import ExifTags, Image
 from transformers.utils import logging
 
 from trl_flow.backbones import Backbone
+from trl_flow.images import check_mode
 from trl_flow.rewards.checks import RESERVED_COLUMNS
 from trl_flow.rewards.scorer import RewardScorer
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
@@ -136,12 +137,13 @@ def check_images(dataset: Dataset, name: str, backbone: Backbone) -> None:
         try:
             # Reads the file's head only
             with Image.open(path if content is None else BytesIO(content)) as image:
-                width, height = image.size
+                mode, (width, height) = image.mode, image.size
                 if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:
                     width, height = height, width  # decoded, it is turned as the camera was
         except OSError as error:
             raise ValueError(f"{name} has an image in row {index} that cannot be read: {error}.") from error
         try:
+            check_mode(mode)
             backbone.check_image_size(height, width)
         except ValueError as error:
             raise ValueError(f"{name} has an image in row {index} that cannot be edited: {error}") from error

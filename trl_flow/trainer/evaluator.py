@@ -22,6 +22,7 @@ from trl_flow.evaluation.diversity import mean_pairwise_distance, pixel_features
 from trl_flow.evaluation.drawing import draw_batch
 from trl_flow.evaluation.gold import GoldScore, check_base, gold_score
 from trl_flow.functional import combine_rewards
+from trl_flow.images import to_rgb
 from trl_flow.rewards.scorer import RewardScorer
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.phase_scores import columns_of, gather_rewards, reward_metrics
@@ -141,7 +142,7 @@ class Evaluator:
         gold_values: dict[str, np.ndarray] = {}
         if self.gold_scorer.reward_funcs:
             by_func = self._scored(self.gold_scorer, rows, images, state)[:total]
-            gold_values = dict(zip(self.gold_scorer.names, by_func.T.double().cpu().numpy(), strict=True))
+            gold_values = dict(zip(self.gold_scorer.names, by_func.T.cpu().double().numpy(), strict=True))
         diversity = group_diversity(accelerator, images, number, total) if number > 1 else None
         scores = BaseScores(rewards.nanmean().item(), gold_values, diversity)
         metrics = reward_metrics(rewards_per_func, rewards, self.scorer.names)
@@ -205,7 +206,7 @@ class Evaluator:
         names += ["height", "width", "max_sequence_length"]
         settings |= {name: getattr(self.args, name) for name in names}
         if self.policy.backbone.takes_image:
-            settings["images"] = [image_fingerprint(row["image"]) for row in dataset]
+            settings["images"] = [image_fingerprint(to_rgb(row["image"])) for row in dataset]
         return hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()[:16]
 
     # ---- State ----
