@@ -22,7 +22,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from starlette.requests import ClientDisconnect
 
 from trl_flow.rewards.base import Images, ModelReward, RewardInfo, check_callable
-from trl_flow.rewards.checks import RewardError, RewardFunc, check_reward_func, is_dense
+from trl_flow.rewards.checks import RewardError, RewardFunc, check_reward_func, is_dense, needs_group
 from trl_flow.rewards.remote import PROTOCOL
 from trl_flow.rewards.scorer import RewardScorer
 from trl_flow.serving.form import Body, ScoreRequest, decode_images, read_score_request, refuse
@@ -267,7 +267,7 @@ def _card(name: str, func: RewardFunc) -> dict[str, Any]:
     return {
         "name": name,
         "dense": is_dense(func),
-        "needs_group": bool(getattr(func, "needs_group", False)),
+        "needs_group": needs_group(func),
         "dtype": str(func.dtype).removeprefix("torch.") if isinstance(func, ModelReward) else None,
         "info": None if info is None else RewardInfo.to_json(info),
     }

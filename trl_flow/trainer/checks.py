@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from trl_flow.backbones import Backbone
 from trl_flow.images import check_mode
-from trl_flow.rewards.checks import RESERVED_COLUMNS
+from trl_flow.rewards.checks import RESERVED_COLUMNS, needs_group
 from trl_flow.rewards.scorer import RewardScorer
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.loading import is_quantized
@@ -174,6 +174,16 @@ def check_rewards(
     if taken := {"average", "average_std_err"} & set(gold_scorer.names):
         what = f"One of eval_reward_funcs is called {taken.pop()!r}, which is the name of the composite's own metric."
         raise ValueError(f"{what} Rename it (its __name__ counts).")
+    size, number = args.per_device_train_batch_size, args.num_generations
+    comparing = [name for name, func in zip(scorer.names, scorer.reward_funcs, strict=True) if needs_group(func)]
+    if comparing and size * args.steps_per_generation % number:
+        steps = math.lcm(number // math.gcd(size, number), args.steps_per_generation, args.gradient_accumulation_steps)
+        raise ValueError(
+            f"The reward function '{comparing[0]}' compares the images of a group, but each of the {args.world_size} "
+            f"processes has {size * args.steps_per_generation} images of a sampling phase, which cuts groups of "
+            f"num_generations={number} apart. Set steps_per_generation={steps} (a phase then has more images), or "
+            f"a per_device_train_batch_size that is a multiple of {number}."
+        )
     if args.reward_weights is not None and len(args.reward_weights) != len(scorer.names):
         raise ValueError(
             f"reward_weights has {len(args.reward_weights)} entries, but there are {len(scorer.names)} reward "

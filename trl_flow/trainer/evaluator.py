@@ -23,6 +23,7 @@ from trl_flow.evaluation.drawing import draw_batch
 from trl_flow.evaluation.gold import GoldScore, check_base, gold_score
 from trl_flow.functional import combine_rewards
 from trl_flow.images import to_rgb
+from trl_flow.rewards.checks import needs_group
 from trl_flow.rewards.scorer import RewardScorer
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.phase_scores import columns_of, gather_rewards, reward_metrics
@@ -131,17 +132,19 @@ class Evaluator:
         accelerator, number = self.policy.accelerator, self.args.num_generations_eval
         self.policy.conditions.encode_ahead(self.args, [dataset])
         total = len(dataset) * number
-        # Every process takes the same number of samples, so that sharded forwards stay in step: some twice
-        each = math.ceil(total / accelerator.num_processes)
+        # Every process draws the same number of images, so that sharded forwards stay in step: some twice. Where a
+        # function compares those of a prompt, a prompt's are not spread over processes
+        whole = number if any(map(needs_group, self.scorer.reward_funcs + self.gold_scorer.reward_funcs)) else 1
+        each = math.ceil(len(dataset) * number / whole / accelerator.num_processes) * whole
         indices = [min(accelerator.process_index * each + i, total - 1) for i in range(each)]
         rows = [dataset[index // number] for index in indices]
         images = self._draw(rows, indices)
         self.sampler.show_stage("evaluation rewards")
-        rewards_per_func = self._scored(self.scorer, rows, images, state)[:total]
+        rewards_per_func = self._scored(self.scorer, rows, images, total, state)
         rewards = combine_rewards(rewards_per_func, self.reward_weights.to(rewards_per_func.device))
         gold_values: dict[str, np.ndarray] = {}
         if self.gold_scorer.reward_funcs:
-            by_func = self._scored(self.gold_scorer, rows, images, state)[:total]
+            by_func = self._scored(self.gold_scorer, rows, images, total, state)
             gold_values = dict(zip(self.gold_scorer.names, by_func.T.cpu().double().numpy(), strict=True))
         diversity = group_diversity(accelerator, images, number, total) if number > 1 else None
         scores = BaseScores(rewards.nanmean().item(), gold_values, diversity)
@@ -189,9 +192,20 @@ class Evaluator:
         with self.policy.sampling():
             return self.policy.sampling_module(*args, **kwargs)
 
-    def _scored(self, scorer: RewardScorer, rows: list[dict], images: list[Image.Image], state) -> torch.Tensor:
-        arguments = [row["prompt"] for row in rows], images, columns_of(rows)
-        return gather_rewards(self.policy.accelerator, lambda: scorer.score(*arguments, trainer_state=state).rewards)
+    def _scored(
+        self, scorer: RewardScorer, rows: list[dict], images: list[Image.Image], total: int, state: TrainerState
+    ) -> torch.Tensor:
+        """The rewards `(total, K)` of all processes' images, each of which is scored once."""
+        own = min(max(total - self.policy.accelerator.process_index * len(rows), 0), len(rows))
+
+        def score() -> torch.Tensor:
+            rewards = torch.full((len(rows), len(scorer.reward_funcs)), math.nan)
+            if own:
+                arguments = [row["prompt"] for row in rows[:own]], images[:own], columns_of(rows[:own])
+                rewards[:own] = scorer.score(*arguments, trainer_state=state).rewards
+            return rewards
+
+        return gather_rewards(self.policy.accelerator, score)[:total]
 
     @property
     def guidance_scale(self) -> float:
