@@ -34,8 +34,8 @@ class OCRReward(ModelReward):
     How well the text that a prompt quotes can be read in its image, in `[0, 1]`: Flow-GRPO's reward for text
     rendering (https://huggingface.co/papers/2505.05470), [`text_score`] of what RapidOCR reads.
 
-    The text is the entry of the column `text` where the data set has one, else the first one between double quotation
-    marks in the prompt ([`quoted_text`]). Where that column holds `None` the reward is `None`.
+    The text is the entry of the column `text` where the data set has one, else the first one in quotation marks in the
+    prompt ([`quoted_text`]). Where that column holds `None` the reward is `None`.
 
     RapidOCR runs PP-OCRv6 (Latin and Chinese letters, digits) on ONNX, on the CPU. Its models come with the package.
     As in Flow-GRPO, which reads with PaddleOCR, images are taken at their own size up to 960 pixels, text must be
