@@ -192,14 +192,10 @@ class ScoringPhase:
         self.metrics |= reward_metrics(rewards_per_func, rewards, parent.scorer.names)
         silent = [name for name in parent.scorer.names if self.metrics[f"rewards/{name}/frac_none"] == 1]
         if silent and self.is_first and parent.accelerator.is_main_process:
-            what = (
-                f"None was returned for all {len(rewards)} images of the first sampling phase by {', '.join(silent)}"
-            )
+            whose = f"all {len(rewards)} images of the first sampling phase by {', '.join(silent)}"
             so = "nothing is trained" if rewards.isnan().all() else "they train nothing"
-            advice = (
-                "Look at the columns and prompts that they ask for; rewards/{name}/frac_none is the share of Nones."
-            )
-            logger.warning(f"{what}: {so} while that stays so. {advice}")
+            advice = "Look at the columns and prompts that they need; rewards/{name}/frac_none is the share of Nones."
+            logger.warning(f"None was returned for {whose}: {so} while that stays so. {advice}")
         # What must differ within a group for it to have advantages: the sum, or any of the rewards that count
         compared = rewards[:, None]
         if parent.args.multi_objective_aggregation == "normalize_then_sum":
