@@ -506,6 +506,8 @@ def test_an_unknown_score_of_unified_reward_is_refused():
         ("**Final Score: [3.5]**", 3.5),
         ("Final Score：4", 4.0),
         ("Final Score (1-5): 4", 4.0),
+        ('{"Final Score": 4}', 4.0),
+        ("Final Score: [1-5]", None),
         ("Final Score: good", None),
         ("Score: 4", None),
         ("after 'Final Score:'", None),
@@ -531,6 +533,8 @@ def test_final_scores_are_read(answer, expected):
         ("Alignment Score (1-5): X\nAlignment Score (1-5): 3", 3.0),
         ("Alignment Score (1-10): 8", None),
         ("Alignment: 4", None),
+        ("__Alignment Score__ [1 - 5]: `4`", 4.0),
+        ("Alignment Score (1-5): 1-5", None),  # the template again
     ],
 )
 def test_axis_scores_are_read(answer, expected):
@@ -543,6 +547,7 @@ def test_axis_scores_are_read(answer, expected):
         ("<think>Image 2 is better in color.</think>\n<answer>Image 1 is better</answer>", "a"),
         ("<think>...</think><answer>\nImage 2 is better\n</answer>", "b"),
         ("Image 1 is better than Image 2.", "a"),
+        ("**Image 2** is\nbetter.", "b"),
         ("After all, image 2 is better.", "b"),
         ("Both images are equally good.", "tie"),
         ("Image 1 is better. Image 2 is better.", None),
