@@ -72,7 +72,7 @@ def passed_testpoints(answer: str, number: int) -> list[int] | None:
 
 
 def _number_after(label: str, answer: str) -> float | None:
-    # With the scale, in brackets, or with Chinese punctuation. The scale in the score's place is the prompt's, repeated
+    # With the scale, in brackets, or with Chinese punctuation. A scale in the score's place repeats the prompt's
     scale = r"1\s*[-–~]\s*5"
     pattern = rf"{label}\s*(?:[(（\[]\s*{scale}\s*[)）\]])?\s*[:：][\s\[【]*(?!{scale})(\d+(?:\.\d+)?)"
     match = re.search(pattern, _plain(answer), re.IGNORECASE)
