@@ -79,6 +79,7 @@ class FlowRLTrainer(GroupTrainer):
     loss_is_scaled_for_ga = True
     _tag_names = ["trl_flow"]
     config_class: type[FlowRLConfig] = FlowRLConfig
+    resume_hint = "train(resume_from_checkpoint={!r})"  # what to do, in messages; a command says it in its own words
 
     def create_algorithm(self) -> Algorithm:
         """What is learned; `args`, `backbone` and `reward_weights` are there when it is called."""
@@ -360,8 +361,8 @@ class FlowRLTrainer(GroupTrainer):
                 return f"The run as it was after update {step} could not be saved: {error}"
             finally:
                 self.args.save_only_model = only_model
-        then = f"With the cause removed, go on with train(resume_from_checkpoint={self._saved[1]!r})."
-        return f"The run is saved as it was after update {step}, the last one, in {self._saved[1]}. {then}"
+        where = f"The run is saved as it was after update {step}, the last one, in {self._saved[1]}."
+        return f"{where} With the cause removed, go on with {self.resume_hint.format(self._saved[1])}."
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
