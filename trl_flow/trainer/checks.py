@@ -4,7 +4,6 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -243,13 +242,6 @@ def probe_output_dir(args: FlowRLConfig, num_parameters: int) -> None:
             f"output_dir {args.output_dir!r} has {free / 2**20:.0f} MiB left, but a checkpoint of {num_parameters:,} "
             f"trained parameters takes {needed / 2**20:.0f}. Make room, choose another folder, or train fewer."
         )
-
-
-def as_list(funcs: Callable | list[Callable] | None) -> list[Callable]:
-    """Of none, one or several functions."""
-    if isinstance(funcs, list | tuple):
-        return list(funcs)
-    return [] if funcs is None else [funcs]
 
 
 def repeated(dataset: Dataset, args: FlowRLConfig) -> Dataset:
