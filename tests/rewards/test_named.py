@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 from tiny_training import brightness, prompts, tiny_trainer
 
-from trl_flow.evaluation import score_images
+from trl_flow.evaluation.scoring import score_images
 from trl_flow.rewards import JPEGCompressibilityReward, ShapesReward
 from trl_flow.rewards.named import as_rewards
 from trl_flow.serving.app import create_app
