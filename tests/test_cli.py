@@ -416,6 +416,32 @@ def test_ctrl_c_tells_where_to_go_on(recipe, tmp_path, capsys, save_steps, words
         assert [entry["step"] for entry in state["log_history"] if "reward" in entry] == [1, 2]
 
 
+FAILING = """
+calls = 0
+
+def failing(prompts, images, **kwargs):
+    global calls
+    calls += 1
+    return [color_of(image) for image in images] if calls == 2 else [float(i) for i in range(len(prompts))]
+
+def color_of(image):
+    raise KeyError("color")
+"""
+
+
+def test_a_reward_that_fails_shows_where_and_how_to_go_on(recipe, tmp_path, capsys):
+    (tmp_path / "failing_for_cli.py").write_text(FAILING)
+    argv = ["train", "--config", recipe(reward_funcs=["failing_for_cli.failing"])]
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    traceback, message = error[error.index("Traceback") :].split("trl-flow train: error: ")
+    assert "in failing\n" in traceback and "in color_of\n" in traceback and "trl_flow" not in traceback
+    assert len(traceback.splitlines()) < 15
+    assert "'failing' raised KeyError: 'color'" in message and "checkpoint-1" in message
+    assert "the same command and --resume_from_checkpoint true." in message and "train(" not in message
+    assert main([*argv, "--resume_from_checkpoint", "true"]) == 0
+
+
 # ---- trl-flow demo ----
 
 

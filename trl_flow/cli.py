@@ -7,14 +7,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 
+from trl_flow.commands import UsageError
 from trl_flow.commands.recipe import unknown_option
 
 
 _TRACEBACK = "TRL_FLOW_DEBUG"
-
-
-class UsageError(Exception):
-    """Something that the user asked for cannot be done; the message says what to change. No traceback is shown."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -32,26 +32,37 @@ def dimension_of(testpoint: str) -> str:
     return testpoint.split("-")[0].strip()
 
 
-# Straight, English, Swedish, German, French and East Asian quotation marks, each with the mark that closes it
+# Straight, English, Swedish, German, French and East Asian quotation marks, each with the mark that closes it. Behind
+# a digit the two that look like inches are inches
 _QUOTED = re.compile(
-    r'"([^"]*)"|“([^“”]*)”|”([^“”]*)”|„([^„“”]*)[“”]|«([^«»]*)»|»([^«»]*)«|「([^「」]*)」|『([^『』]*)』'
+    r'(?<!\d)"([^"]*)"|“([^“”]*)”|(?<!\d)”([^“”]*)”|„([^„“”]*)[“”]|«([^«»]*)»|»([^«»]*)«|「([^「」]*)」|『([^『』]*)』'
+)
+# Single ones stand around words: an apostrophe has a letter (or foot, a digit) before or behind it, or begins a word
+# that is cut short. East Asian letters do not count, since there are no spaces between words
+_LETTER = r"[^\W\u2e80-\U0010ffff]"
+_CUT_SHORT = r"(?:n['’]|(?:\d0s|tis|twas|til|em)\b(?!['’]))"
+_QUOTED_SINGLY = re.compile(
+    rf"(?<!{_LETTER})(?<!['’])(?:''(?!['\s])(.+?)(?<!['\s])''|'(?!['\s]|{_CUT_SHORT})(.+?)(?<!['\s])'"
+    rf"|[‘’](?![’\s]|{_CUT_SHORT})(.+?)(?<!\s)’|‚(.+?)[‘’]|‹(.+?)›|›(.+?)‹)(?!{_LETTER})",
+    flags=re.DOTALL,
 )
 
 
 def quoted_text(prompt: str) -> str:
     """
-    The first text between double quotation marks in `prompt`: straight (`"OPEN"`) or typographic (`“OPEN”`, `”OPEN”`,
-    `„OPEN“`, `«OPEN»`, `»OPEN«`, `「OPEN」`, `『OPEN』`).
+    The first text in quotation marks in `prompt`: in double ones, straight (`"OPEN"`) or typographic (`“OPEN”`,
+    `”OPEN”`, `„OPEN“`, `«OPEN»`, `»OPEN«`, `「OPEN」`, `『OPEN』`), or where there are none in single ones (`'OPEN'`,
+    `‘OPEN’`, `’OPEN’`, `‚OPEN‘`, `‹OPEN›`, `›OPEN‹`). Inches (`27"`) and apostrophes open nothing.
 
     Raises:
         ValueError: if there is none, or nothing but white space in it.
     """
-    match = _QUOTED.search(prompt)
+    match = _QUOTED.search(prompt) or _QUOTED_SINGLY.search(prompt)
     text = next(group for group in match.groups() if group is not None) if match else ""
     if not text.strip():
         raise ValueError(
-            f"The prompt {prompt!r} has no text between double quotation marks, so there is nothing to look for in "
-            'its image. Quote it (a sign that reads "OPEN"), or give the data set a column `text` with the text of '
-            "each prompt, and None for prompts that ask for none."
+            f"The prompt {prompt!r} has no text in quotation marks, so there is nothing to look for in its image. "
+            'Quote it (a sign that reads "OPEN"), or give the data set a column `text` with the text of each prompt, '
+            "and None for prompts that ask for none."
         )
     return text

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
 
+from trl_flow.images import to_rgb
 from trl_flow.rewards import JPEGCompressibilityReward
 from trl_flow.shapes import COLORS, IMAGE_SIZE, SHAPES, PlacedShape, check, load_prompts, render
 
@@ -22,7 +23,7 @@ FULL_SHARE = 0.2
 
 def color_shares(image: Image.Image) -> np.ndarray:
     """Share of the image's pixels in each of the world's six hues, weighted by how saturated they are, `(6,)`."""
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float32).reshape(-1, 3) / 255
+    pixels = np.asarray(to_rgb(image), dtype=np.float32).reshape(-1, 3) / 255
     chroma = pixels.max(axis=1) - pixels.min(axis=1)
     hues = np.asarray(list(COLORS.values()), dtype=np.float32)
     nearest = ((pixels[:, None] - hues[None]) ** 2).sum(axis=2).argmin(axis=1)
@@ -84,7 +85,7 @@ class Scorer(torch.nn.Module):
 
 def picture_tensor(image: Image.Image) -> torch.Tensor:
     """`(3, 32, 32)`, float32 in [0, 1]."""
-    image = image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE))
+    image = to_rgb(image).resize((IMAGE_SIZE, IMAGE_SIZE))
     return torch.from_numpy(np.asarray(image, dtype=np.float32).transpose(2, 0, 1).copy()) / 255
 
 

@@ -16,7 +16,7 @@ from tiny_painter import tiny_painter_backbone
 from tiny_training import tiny_config, tiny_lora, tiny_trainer
 
 from trl_flow.backbones import BACKBONES, get_backbone
-from trl_flow.memory import Estimate, Plan, empty_pipeline, estimate, fetch_configs, savings
+from trl_flow.memory import Estimate, Plan, as_json, as_text, empty_pipeline, estimate, fetch_configs, fits, savings
 from trl_flow.memory.dry_run import peak_bytes
 from trl_flow.memory.estimate import _quantized_bytes
 from trl_flow.rollout import Rollout
@@ -43,7 +43,7 @@ def plan(lora: LoraConfig | None = "default", *, sharding="none", **fields) -> P
 
 
 def bytes_of(module: torch.nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    return sum(tensor.nbytes for tensor in module.parameters())
 
 
 @pytest.fixture(scope="session")
@@ -149,6 +149,8 @@ def test_weights_gradients_and_optimizer_state_are_those_of_a_run(tmp_path, tiny
     whole = bytes_of(trainer.accelerator.unwrap_model(trainer.model))
     assert found.resident["transformer weights"] + found.resident.get("adapter weights", 0) == whole
     assert found.trained_parameters == sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    parts = [part for part in modules.values() if isinstance(part, torch.nn.Module)]
+    assert found.resident["buffers"] == sum(b.nbytes for part in parts for b in part.buffers()) > 0
 
 
 def test_stored_samples_are_those_of_a_run(tmp_path, tiny_sd3_path):
@@ -316,6 +318,44 @@ def test_savings_are_the_differences_of_estimates(tiny_sd3_path):
         tiny_sd3_path, plan(height=16, width=16, per_device_train_batch_size=64, enable_vae_slicing=True)
     )
     assert sliced == direct
+
+
+@pytest.mark.parametrize(
+    ("batch", "groups", "advice", "times"),
+    [(8, 4, 4, "twice"), (9, 3, 3, "3 times"), (7, 7, 1, "7 times"), (6, 2, 3, "twice")],
+)
+def test_the_advised_batch_is_accepted(batch, groups, advice, times):
+    """The images of a phase and of an update stay as they are."""
+    args = {"per_device_train_batch_size": batch, "num_generations": groups, "num_iterations": 3}
+    start, asked = plan(**args), []
+
+    def by_batch(other: Plan) -> Estimate:
+        asked.append(other.args)
+        return Estimate({}, 0, {}, {"sampling": 1000 * other.args.per_device_train_batch_size}, 0)
+
+    text, saved = savings(start, by_batch(start), by_batch)[0]
+    assert text == f"per_device_train_batch_size: {advice} (and {times} the steps_per_generation and accumulation)"
+    assert saved == 1000 * (batch - advice)
+    (other,) = (args for args in asked if args.per_device_train_batch_size == advice)
+    assert other.generation_batch_size == start.args.generation_batch_size
+    assert other.updates_per_generation == start.args.updates_per_generation
+
+
+def test_what_is_refused_is_not_advised():
+    def refuses_windows(other: Plan) -> Estimate:
+        if other.args.sde_window_size is not None:
+            raise ValueError("no window here")
+        return Estimate({}, 0, {}, {"sampling": 1}, 0)
+
+    found = savings(plan(), Estimate({}, 0, {}, {"sampling": 1000}, 0), refuses_windows)
+    assert found and not any("window" in text for text, _ in found)
+
+
+@pytest.mark.parametrize(("share", "verdict"), [(0.89, "fits"), (0.94, "tight, 94% of it"), (1.01, "does not fit")])
+def test_a_card_that_would_be_nearly_full_is_tight(share, verdict):
+    found = Estimate({}, 0, {}, {"updating": int(share * 24 * 2**30)}, 0)
+    assert f"24 GB: {verdict}  40 GB: fits" in as_text(found, plan(), [])
+    assert as_json(found, [])["fits"]["24"] is fits(found, 24) is (verdict == "fits")
 
 
 @pytest.mark.parametrize(("tiled", "advised"), [(100, False), (50, True)])

@@ -148,7 +148,7 @@ def test_ocr_prompts_come_with_their_text(tmp_path):
 
 def test_a_prompt_without_text_is_no_ocr_prompt(tmp_path):
     (tmp_path / "train.txt").write_text(OCR + "A sign without words.\n")
-    with pytest.raises(ValueError, match="row 2.*'A sign without words.' has no text between double quot"):
+    with pytest.raises(ValueError, match="row 2.*'A sign without words.' has no text in quot"):
         load_ocr(path=tmp_path)
 
 

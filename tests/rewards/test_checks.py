@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from trl_flow.rewards import OCRReward
 from trl_flow.rewards.checks import (
     RewardError,
     check_reward_func,
     check_rewards,
     is_async,
+    needs_group,
     reward_name,
     reward_names,
 )
@@ -253,3 +255,60 @@ def test_a_long_value_is_cut_short_in_the_message():
 def test_largest_float32_is_a_finite_reward():
     largest = torch.finfo(torch.float32).max
     assert check_rewards([largest, -largest, 0], "r", PROMPTS) == [largest, -largest, 0]
+
+
+# ---- Columns that collide with the call ----
+
+
+class Scaled:
+    def __call__(self, prompts, images, scale=1, **kwargs):
+        return brightness(prompts, images)
+
+    def method(me, prompts, images, **kwargs):
+        return brightness(prompts, images)
+
+
+class Alone:
+    def __call__(self, /, prompts, images, **kwargs):
+        return brightness(prompts, images)
+
+
+def scaled(scale, prompts, images, **kwargs):
+    return brightness(prompts, images)
+
+
+@pytest.mark.parametrize(
+    ("func", "column"),
+    [
+        (Scaled(), "self"),
+        (Scaled().method, "me"),
+        (functools.partial(Scaled(), scale=2), "self"),
+        (functools.partial(scaled, 2), "scale"),
+        (functools.partial(functools.partial(scaled, 2)), "scale"),
+        (AsyncBrightness(), "self"),
+        (OCRReward.__new__(OCRReward), "self"),
+    ],
+)
+def test_a_column_that_is_filled_already_is_refused(func, column):
+    with pytest.raises(ValueError, match=rf"called with '{column}'.*rename_column\('{column}', 'my_{column}'\)"):
+        check_reward_func(func, ["prompt", column])
+    with pytest.raises(TypeError, match=f"multiple values for argument '{column}'"):
+        func(prompts=[], images=[], **{column: []})
+    check_reward_func(func, ["prompt", "other"])
+
+
+@pytest.mark.parametrize("func", [brightness, Alone(), functools.partial(brightness)])
+def test_a_column_called_self_reaches_what_takes_it(func):
+    check_reward_func(func, ["prompt", "self"])
+
+
+def test_whether_a_function_compares():
+    def compare(prompts, images, **kwargs):
+        return [0.0] * len(images)
+
+    assert needs_group(compare) is False
+    compare.needs_group = True
+    assert needs_group(compare) is needs_group(functools.partial(compare)) is True
+    compare.needs_group = "yes"
+    with pytest.raises(TypeError, match="`needs_group`.* 'compare' is 'yes', but must be False, or"):
+        check_reward_func(compare, ["prompt"])

@@ -78,10 +78,12 @@ def test_a_request_holds_the_model_the_pixels_and_the_prompt():
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "CMYK", "I;16", "LA"])
 def test_pictures_of_every_mode_arrive_as_their_rgb_pixels(mode):
-    picture = noise().convert("L").convert("I").convert("I;16") if mode == "I;16" else noise().convert(mode)
+    gray = np.asarray(noise().convert("L"))
+    picture = Image.fromarray(gray.astype(np.uint16) * 257) if mode == "I;16" else noise().convert(mode)
     with JudgeServer(lambda request: "Final Score: 1") as server:
         score(judge(server), ["p"], [picture])
-    assert np.array_equal(np.asarray(server.requests[0].image), np.asarray(picture.convert("RGB")))
+    expected = np.stack([gray] * 3, axis=-1) if mode == "I;16" else np.asarray(picture.convert("RGB"))
+    assert np.array_equal(np.asarray(server.requests[0].image), expected)
 
 
 def test_a_tiny_and_a_large_picture_arrive_whole():
@@ -504,6 +506,8 @@ def test_an_unknown_score_of_unified_reward_is_refused():
         ("**Final Score: [3.5]**", 3.5),
         ("Final Score：4", 4.0),
         ("Final Score (1-5): 4", 4.0),
+        ('{"Final Score": 4}', 4.0),
+        ("Final Score: [1-5]", None),
         ("Final Score: good", None),
         ("Score: 4", None),
         ("after 'Final Score:'", None),
@@ -529,6 +533,8 @@ def test_final_scores_are_read(answer, expected):
         ("Alignment Score (1-5): X\nAlignment Score (1-5): 3", 3.0),
         ("Alignment Score (1-10): 8", None),
         ("Alignment: 4", None),
+        ("__Alignment Score__ [1 - 5]: `4`", 4.0),
+        ("Alignment Score (1-5): 1-5", None),  # the template again
     ],
 )
 def test_axis_scores_are_read(answer, expected):
@@ -541,6 +547,7 @@ def test_axis_scores_are_read(answer, expected):
         ("<think>Image 2 is better in color.</think>\n<answer>Image 1 is better</answer>", "a"),
         ("<think>...</think><answer>\nImage 2 is better\n</answer>", "b"),
         ("Image 1 is better than Image 2.", "a"),
+        ("**Image 2** is\nbetter.", "b"),
         ("After all, image 2 is better.", "b"),
         ("Both images are equally good.", "tie"),
         ("Image 1 is better. Image 2 is better.", None),

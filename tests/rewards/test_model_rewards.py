@@ -102,6 +102,17 @@ def test_pictures_of_other_modes_are_judged_as_rgb_and_left_as_they_were(name, m
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_what_is_under_alpha_and_16_bits_do_not_count(name, reward_of):
+    gray = picture(0).convert("L")
+    deep = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
+    cut_outs = [Image.new("RGBA", gray.size, (*color, 0)) for color in ((0, 0, 0), (0, 255, 0))]
+    for image in cut_outs:
+        image.paste(picture(1).resize((9, 9)), (3, 3))
+    scores = reward_of(name)(["a cat"] * 4, [gray, deep, *cut_outs])
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4) and scores[2] == pytest.approx(scores[3], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", [(1, 1), (3, 3), (1, 3), (200, 2), (600, 500)])
 def test_pictures_of_any_size_have_a_score(name, size, reward_of):
     # A picture of one color keeps it in every size

@@ -126,15 +126,58 @@ def test_an_empty_target_has_no_score(target):
         ("It's a sign: \"Don't stop\"", "Don't stop"),
         ('says "“nested”"', "“nested”"),
         ('two\nlines "a\nb"', "a\nb"),
+        # inches
+        ('a 27" monitor that says "HELLO"', "HELLO"),
+        ("a 27” monitor beside a 32” one that says “HELLO”", "HELLO"),
+        ('a 5"x7" card and a 6\'2" man: "Route 66"', "Route 66"),
+        ('"Route 66" on a 27" screen', "Route 66"),
+        ("a 27\" monitor that says 'HELLO'", "HELLO"),
+        # single ones, where there are no double ones
+        ("A cat holding a sign that says '12345'", "12345"),
+        ("a child's drawing of a shop called 'Joe's Diner'", "Joe's Diner"),
+        ("the dogs' house, a sign: 'Keep Out!'.", "Keep Out!"),
+        ("it's 'single', not the 'first'", "single"),
+        ("'OPEN' on a door that doesn't open", "OPEN"),
+        ("a sign (‘Don’t walk’) in Sam’s street", "Don’t walk"),
+        ("Ein Schild ‚Guten Tag‘", "Guten Tag"),
+        ("Ein Schild ›Guten Tag‹, une enseigne ‹Chez moi›", "Guten Tag"),
+        ("En skylt ’Öppet’ vid kusten", "Öppet"),
+        ("牌子上写着'你好'的店", "你好"),
+        ("a neon sign, ''LIVE'', in the '90s", "LIVE"),
+        ("a rock 'n' roll poster of the '80s with the word 'LOUD'", "LOUD"),
+        ("a '90s' party", "90s"),
+        ("a 6' tall door that says '24 hours'", "24 hours"),
+        ("it's a \"double\", not a 'single'", "double"),
     ],
 )
 def test_the_first_quoted_text_counts(prompt, expected):
     assert quoted_text(prompt) == expected
 
 
-@pytest.mark.parametrize("prompt", ["a cat", "", 'a 5" nail', "it's 'single'", 'says ""', 'says "  "', "says “”"])
+NO_TEXT = [
+    "a cat",
+    "",
+    'a 5" nail',
+    'a 27" and a 32" screen',
+    'says ""',
+    'says "  "',
+    "says “”",
+    "says ''",
+    "says ' '",
+]
+NO_TEXT += [
+    "it's the dogs' park",
+    "rock 'n' roll",
+    "rock ‘n’ roll",
+    "a '90s car",
+    "a 6' 2'' door",
+    "don’t, the dogs’ park",
+]
+
+
+@pytest.mark.parametrize("prompt", NO_TEXT)
 def test_a_prompt_without_quoted_text_is_refused_by_name(prompt, ocr):
-    with pytest.raises(ValueError, match="no text between double quotation marks.*column `text`") as raised:
+    with pytest.raises(ValueError, match="no text in quotation marks.*column `text`") as raised:
         ocr(prompts=[prompt], images=[written("cat")])
     assert repr(prompt) in str(raised.value)
 

@@ -99,6 +99,22 @@ def test_scores_are_those_of_the_function_itself(serve_rewards, mode):
     assert all(image.mode == mode for image in images)
 
 
+def test_16_bits_and_cut_outs_are_scored_as_what_they_show(serve_rewards):
+    remote, local = RemoteReward(serve_rewards(rewards="jpeg_incompressibility").url), JPEGIncompressibilityReward()
+    gray = np.random.default_rng(0).integers(0, 256, (24, 24), dtype=np.uint8)
+    noise, left = Image.fromarray(gray), Image.new("L", (24, 24))
+    left.paste(255, (0, 0, 12, 24))  # what is opaque
+    cut_outs = [
+        Image.composite(noise.convert("RGB"), Image.new("RGB", (24, 24), color), left) for color in ("red", "blue")
+    ]
+    for image in cut_outs:
+        image.putalpha(left)
+    images = [noise, Image.fromarray(gray.astype(np.uint16) * 257), *cut_outs]
+    scores = ask(remote, [""] * 4, images)
+    assert scores == local([""] * 4, images)
+    assert scores[0] == scores[1] and scores[2] == scores[3] < scores[0]
+
+
 def test_no_digit_and_no_none_is_lost_on_the_way(serve_rewards):
     reward = RemoteReward(serve_rewards(rewards="served_rewards.thirds").url)
     images = [Image.new("RGB", size) for size in [(100, 1), (1, 100), (7, 7)]]

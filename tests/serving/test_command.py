@@ -194,7 +194,7 @@ def test_health_tells_that_models_are_being_loaded(server_parent, tmp_path):
         assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
         assert httpx2.get(f"{server.url}/rewards").json()["rewards"][0]["dtype"] == "float32"
         (tmp_path / "go").touch()
-        line = f"trl-flow serve-rewards: {server.url} is ready with served_rewards.SlowToLoad\n"
+        line = f"trl-flow serve-rewards: {server.url} is ready with SlowToLoad\n"
         wait_until(lambda: line in server.output())
         assert httpx2.get(f"{server.url}/health").json() == {"ready": True}
         assert httpx2.post(f"{server.url}/score", files=form("a")).json()["rewards"] == {"SlowToLoad": [0.5]}

@@ -6,6 +6,7 @@ happened in it beside training `FOLDER/report-{rank}.json`.
 
 import json
 import os
+import re
 import sys
 import threading
 from pathlib import Path
@@ -21,6 +22,7 @@ from tiny_training import assert_equal, brightness, darkness, prompts, tiny_trai
 from torch.nn.parallel import DistributedDataParallel
 
 from trl_flow import AWMConfig, DiffusionNFTConfig, OverOptimizationCallback
+from trl_flow.rewards import WinRateReward
 from trl_flow.rewards.checks import RewardError
 
 
@@ -36,6 +38,11 @@ def redness(prompts, images, **kwargs):
 def read_by(batch):
     """A transform that says which process has read a row, as one with a generator of its own would differ."""
     return {"prompt": [f"{prompt} {RANK}" for prompt in batch["prompt"]]}
+
+
+def brighter(prompt, image_a, image_b):
+    a, b = brightness([prompt] * 2, [image_a, image_b])
+    return "tie" if a == b else "a" if a > b else "b"
 
 
 # Plain gradient descent: Adam makes a whole step of a gradient that is 0 but for rounding
@@ -70,6 +77,7 @@ SCENARIOS = {
     # each prompt's three images are split over the processes
     "gold": {"eval_reward_funcs": [darkness], "num_generations_eval": 3},
     "a transform, groups of 8": {"train_dataset": prompts().with_transform(read_by), "num_generations": 8},
+    "compared": {"reward_funcs": [WinRateReward(brighter)], "num_generations_eval": 3},
 }
 
 
@@ -118,6 +126,23 @@ def error_on_the_last_process(folder: str) -> str:
     except RewardError as error:
         return str(error)
     return "none"
+
+
+def cut_groups(folder: str) -> tuple[str, int]:
+    """A reward that compares, where each process would have half a group: the message, and the images of a process
+    with the number of steps that it names."""
+    fields = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 3,
+        "reward_funcs": WinRateReward(brighter),
+    }
+    try:
+        tiny_trainer(folder, **fields)
+    except ValueError as error:
+        steps = int(re.search(r"steps_per_generation=(\d+)", str(error))[1])
+        args = tiny_trainer(folder, **fields | {"generation_batch_size": steps * 2 * WORLD_SIZE}).args
+        return str(error), args.generation_batch_size // WORLD_SIZE
+    return "none", 0
 
 
 def only_on_the_last_process(folder: str) -> list[dict]:
@@ -270,6 +295,7 @@ def main(folder: str) -> None:
         Path(folder, f"{name}-{RANK}.json").write_text(json.dumps(record))
     report = {
         "error": error_on_the_last_process(os.path.join(folder, "error")),
+        "cut": cut_groups(os.path.join(folder, "cut")),
         "only": only_on_the_last_process(os.path.join(folder, "only")),
         "reductions": reductions(os.path.join(folder, "reductions")),
         "overlapped": overlapped(os.path.join(folder, "overlapped")),

@@ -50,10 +50,9 @@ def test_two_processes_draw_and_score_what_one_does(name, two, one):
     ranks = records(two, name)
     for call, (expected_prompts, expected_rewards, _) in enumerate(expected["drawn"]):
         drawn_prompts, rewards = (sum((rank["drawn"][call][i] for rank in ranks), []) for i in (0, 1))
-        # In an evaluation of an odd number of images the second process draws one of them twice
-        assert drawn_prompts[: len(expected_prompts)] == expected_prompts
-        assert len(drawn_prompts) == len(expected_prompts) + len(expected_prompts) % 2
-        torch.testing.assert_close(rewards[: len(expected_rewards)], expected_rewards, rtol=0, atol=2e-5)
+        # In an evaluation of an odd number of images the second process draws one of them twice, and scores it once
+        assert drawn_prompts == expected_prompts
+        torch.testing.assert_close(rewards, expected_rewards, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", distributed_run.SCENARIOS)
@@ -91,6 +90,13 @@ def test_an_error_in_one_process_ends_both(two):
     first, second = (json.loads((two / f"report-{rank}.json").read_text())["error"] for rank in (0, 1))
     assert "'picky' raised OSError: the scorer is gone" in second
     assert first == f"On another process: {second}"
+
+
+def test_a_reward_that_compares_gets_whole_groups_or_is_refused(two):
+    for rank in (0, 1):
+        message, images = json.loads((two / f"report-{rank}.json").read_text())["cut"]
+        assert "'win_rate' compares the images of a group" in message and "num_generations=4" in message
+        assert images == 12  # of the remedy
 
 
 def test_overlapped_rewards_are_those_of_the_serial_order_in_both_processes(two):

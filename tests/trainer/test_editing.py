@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from diffusers.utils import load_image
 from PIL import ExifTags, Image
 from tiny_flux import tiny_flux_pipeline, tiny_klein_pipeline, tiny_kontext_pipeline, tiny_kontext_sizes
 from tiny_training import assert_equal, brightness, distance, prompts, tiny_trainer, trained_weights
 from transformers import TrainerState
+
+from trl_flow.images import to_rgb
 
 
 SIZE = 32  # of the input images
@@ -57,9 +58,13 @@ def trained(output_dir, resume_from_checkpoint=None, **kwargs) -> dict[str, torc
             ["image in row 3", "72 pixels high and 24 wide", "24 x 8", "must be 16 x 16", "Crop"],
         ),
         (prompts(4, image=[picture(i, size=(3, 40)) for i in range(4)]), ["in row 0", "must have 4 pixels each way"]),
+        (
+            prompts(4, image=[picture(i).convert("L").convert("F") for i in range(4)]),
+            ["image in row 0", "mode 'F'", "16 bits"],
+        ),
         (edits().cast_column("image", datasets.Image(decode=False)), ["PIL images"]),
     ],
-    ids=["none", "paths", "null", "shape", "small", "undecoded"],
+    ids=["none", "paths", "null", "shape", "small", "floats", "undecoded"],
 )
 def test_images_that_cannot_be_edited(dataset, parts, tmp_path):
     for name, sets in (
@@ -168,10 +173,24 @@ def test_the_cache_tells_images_apart_by_their_pixels(tmp_path):
 def test_other_images_give_another_training(tmp_path):
     first = trained(tmp_path / "first")
     assert_equal(trained(tmp_path / "again"), first)
-    # what a gray image or transparency adds is left out: RGB is edited
-    rgba = prompts(4, image=[Image.merge("RGBA", (*picture(i).split(), picture(9, "L"))) for i in range(4)])
-    assert_equal(trained(tmp_path / "rgba", train_dataset=rgba), first)
     assert distance(trained(tmp_path / "other", train_dataset=edits(first=10)), first) > 1e-4
+
+
+def test_an_image_of_any_mode_is_edited_as_what_it_shows(tmp_path):
+    gray = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE), dtype=np.uint8)
+    cut_outs = [Image.new("RGBA", (SIZE, SIZE), (*color, 0)) for color in ((0, 0, 0), (0, 255, 0))]
+    for image in cut_outs:
+        image.paste(picture(1), (8, 8))
+    images = [Image.fromarray(gray), Image.fromarray(gray.astype(np.uint16) * 257), *cut_outs]
+    dataset = prompts(4, image=images)
+    assert [row["image"].mode for row in dataset] == ["L", "I;16", "RGBA", "RGBA"]
+    trainer = editing_trainer(tmp_path, train_dataset=dataset)
+    rows = [{"prompt": "a cat", "image": row["image"]} for row in dataset]
+    one, same, other, as_other = trainer.policy.condition(
+        ["a cat"] * 4, trainer.sampler.images_to_edit(rows)
+    ).positive["image_latents"]  # fmt: skip
+    assert torch.equal(one, same) and torch.equal(other, as_other)
+    assert (one - other).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("stop", [1, 2])
@@ -222,7 +241,8 @@ def test_the_cards_code_edits_an_image_as_training_did(tmp_path):
     assert "pipeline_tag: image-to-image" in card
     code = card.split("```python\n")[1].split("\n```")[0]
     ast.parse(code)
-    picture(3).save(tmp_path / "image.png")
+    cut_out = picture(3, "RGBA")
+    cut_out.save(tmp_path / "image.png")
     for name, path in (("base", base), ("out", tmp_path / "out"), ("image.png", tmp_path / "image.png")):
         code = code.replace(f"path/to/{name}", str(path))
     scope = {}
@@ -232,7 +252,7 @@ def test_the_cards_code_edits_an_image_as_training_did(tmp_path):
     torch.manual_seed(5)
     pipeline = trainer.pipeline
     expected = pipeline(
-        image=load_image(str(tmp_path / "image.png")),
+        image=to_rgb(cut_out),
         prompt=trainer.publisher.prompt,
         height=16,
         width=16,

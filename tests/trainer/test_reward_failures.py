@@ -78,6 +78,8 @@ def test_going_on_equals_a_run_without_the_failure(fields, gone_at, update, tmp_
 def test_with_nothing_trained_there_is_nothing_to_save(tmp_path):
     _, message = failed(tmp_path, 1)
     assert "nothing to save" in message
+    # not the function's fault
+    assert "See to it that what it asks is there." in message and "Fix it" not in message
     assert not list(tmp_path.glob("checkpoint-*"))
 
 

@@ -13,7 +13,16 @@ from datasets import Dataset
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from PIL import Image
 from tiny_models import tiny_sd3_pipeline
-from tiny_training import brightness, distance, prompts, tiny_config, tiny_lora, tiny_trainer, trained_weights
+from tiny_training import (
+    brightness,
+    distance,
+    prompts,
+    tiny_config,
+    tiny_lora,
+    tiny_trainer,
+    trained_weights,
+    warnings_of,
+)
 from transformers import TrainerState
 
 from trl_flow.algorithms import ClippedPolicyGradient
@@ -58,6 +67,7 @@ def test_reward_metrics_by_hand(tmp_path):
     assert logs["rewards/fixed/std"] == pytest.approx(np.std(REWARDS, ddof=1))
     assert logs["rewards/sparse/mean"] == pytest.approx(3.0)
     assert logs["rewards/sparse/std"] == pytest.approx(2**0.5)
+    assert (logs["rewards/fixed/frac_none"], logs["rewards/sparse/frac_none"]) == (0.0, 0.75)
     assert logs["frac_reward_zero_std"] == 0.0
     assert logs["step_time"] > 0
 
@@ -163,9 +173,19 @@ def test_a_group_without_any_reward_is_not_trained_on(dense_rewards, tmp_path):
 
 
 def test_no_reward_at_all_trains_on_nothing(tmp_path):
-    trainer = trained(tmp_path, reward_funcs=lambda prompts, images, **kwargs: [None] * len(images), optim="sgd")
+    def never(prompts, images, **kwargs):
+        return [None] * len(images)
+
+    with warnings_of("trl_flow.trainer.phase_scores") as warnings:
+        trainer = trained(tmp_path, reward_funcs=never, optim="sgd", eval_dataset=prompts(2), max_steps=2)
+    (warning,) = (text for text in warnings if "first sampling phase" in text)
+    assert "for all 8 images of the first sampling phase by never: nothing is trained" in warning
     assert logged(trainer)["grad_norm"] == 0
     assert logged(trainer)["reward"] is None
+    assert logged(trainer)["rewards/never/frac_none"] == trainer.evaluate()["eval_rewards/never/frac_none"] == 1
+    with warnings_of("trl_flow.trainer.phase_scores") as warnings:
+        trained(tmp_path, reward_funcs=[never, fixed, sparse], max_steps=1)
+    assert sum("by never: they train nothing" in text for text in warnings) == 1
 
 
 # ---- What rewards are given ----

@@ -96,7 +96,7 @@ class AdaptivePower:
     def observe(self, kl: torch.Tensor, num_updates: int) -> None:
         """Notes the KL `(B,)` of a micro-batch to the sampling policy, `num_updates` updates after sampling."""
         if num_updates == 1:
-            self._own_sum += kl.detach().double().sum().item()
+            self._own_sum += kl.detach().cpu().double().sum().item()
             self._own_count += len(kl)
 
     def gather(self) -> None:

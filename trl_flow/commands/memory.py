@@ -43,8 +43,8 @@ def prepare(argv: list[str]) -> Callable[[], None]:
     folder = memory.fetch_configs(model, revision=loading.get("revision"), token=loading.get("token"))
     plan = memory.Plan(args, peft_config(script_args, model_args), sharding)
     result = memory.estimate(folder, plan)
-    fits = result.total <= min(memory.CARDS) * memory.GIB
-    found = [] if fits else memory.savings(plan, result, lambda other: memory.estimate(folder, other))
+    enough = memory.fits(result, min(memory.CARDS))
+    found = [] if enough else memory.savings(plan, result, lambda other: memory.estimate(folder, other))
     text = json.dumps(memory.as_json(result, found)) if own.json else memory.as_text(result, plan, found)
     return lambda: print(text)
 

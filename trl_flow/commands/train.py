@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from trl_flow.commands import UsageError
 from trl_flow.commands.recipe import option, read_accelerate_config, read_recipe, unknown_option, without_nulls
 
 
@@ -114,11 +115,20 @@ def _prepare_run(
 
 
 def _run(trainer: "FlowRLTrainer", resume: str | None, dataset_name: str | None) -> None:
+    from trl_flow.rewards import CheckpointError
+    from trl_flow.rewards.checks import RewardError
+    from trl_flow.rewards.scorer import print_failure
     from trl_flow.trainer.run_state import last_complete_checkpoint
 
     folder = trainer.args.output_dir
+    trainer.resume_hint = "the same command and --resume_from_checkpoint true"
     try:
         trainer.train(resume_from_checkpoint=resume)
+    except RewardError as error:
+        print_failure(error)
+        raise UsageError(str(error)) from error
+    except CheckpointError as error:
+        raise UsageError(str(error)) from error
     except KeyboardInterrupt:
         try:
             where = f"The last checkpoint is {last_complete_checkpoint(folder)}. Go on from it with the same command "

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image
 
+from trl_flow.images import to_rgb
+
 
 # Images are compared at this size: layout and colors count, grain does not
 _SIDE = 32
@@ -13,7 +15,7 @@ _SIDE = 32
 def thumbnails(images: Sequence[Image.Image]) -> np.ndarray:
     """Images of any size and mode reduced to 32 x 32 RGB: uint8 of shape `(N, 3072)`."""
     how = {"size": (_SIDE, _SIDE), "resample": Image.Resampling.BOX, "reducing_gap": 2.0}
-    return np.stack([np.ravel(image.convert("RGB").resize(**how)) for image in images])
+    return np.stack([np.ravel(to_rgb(image).resize(**how)) for image in images])
 
 
 def pixel_features(thumbs: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from trl_flow.backbones import Backbone, get_backbone
 from trl_flow.dynamics import make_dynamics
+from trl_flow.images import to_rgb
 from trl_flow.rollout import RandomStream, StepPlan, decode, draw_noise, rollout, sample_generator
 
 
@@ -112,7 +113,7 @@ def draw(
     @functools.lru_cache(maxsize=2 * batch_size + 1)
     @torch.no_grad()
     def encode(prompt: str, row: int | None) -> Condition:
-        return backbone.encode_prompt(prompt, *([] if row is None else [images[row].convert("RGB")]))
+        return backbone.encode_prompt(prompt, *([] if row is None else [to_rgb(images[row])]))
 
     def conditions(texts: Sequence[str], rows: Sequence[int]) -> Condition:
         encoded = [encode(text, None if images is None else row) for text, row in zip(texts, rows, strict=True)]

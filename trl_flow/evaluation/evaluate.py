@@ -32,6 +32,7 @@ from trl_flow.evaluation.scoring import score_images
 from trl_flow.evaluation.steps import draw_steps
 from trl_flow.evaluation.tables import markdown
 from trl_flow.evaluation.vote_results import update_votes
+from trl_flow.rewards.named import as_rewards
 from trl_flow.rewards.scorer import RewardScorer
 from trl_flow.rewards.unigenbench import UniGenBenchReward
 
@@ -73,8 +74,8 @@ def evaluate_models(
     *,
     prompts: Dataset | Mapping[str, Dataset],
     output_dir: str | os.PathLike,
-    proxy: Callable | Sequence[Callable] = (),
-    gold: Callable | Sequence[Callable] = (),
+    proxy: Callable | str | Sequence[Callable | str] = (),
+    gold: Callable | str | Sequence[Callable | str] = (),
     rewards_by_set: Mapping[str, Collection[str]] | None = None,
     brackets: bool = True,
     options: DrawingOptions | None = None,
@@ -99,7 +100,7 @@ def evaluate_models(
         prompts: sets with a column `prompt` and those that the rewards read; to edit images, a column `image`.
         output_dir: a new or empty folder, or an earlier comparison's with the same drawing options. Models, prompt
             sets and rewards may be added to it.
-        proxy, gold: rewards that were optimized, and others. May both be empty.
+        proxy, gold: rewards that were optimized, and others: functions or names, as for the trainer. Each may be none.
         rewards_by_set: names of the rewards that score each set; by default all score all.
         brackets: whether the tables bracket what is in `proxy`: not if each adapter was trained on another part of it.
         backbone: for a loaded pipeline of a family that has none here; it decides height, width and
@@ -121,7 +122,7 @@ def evaluate_models(
         raise ValueError(f"page_megabytes is {page_megabytes!r}, but must be above 0.")
     adapters = parse_adapters(adapters)
     sets = inputs.prompt_sets(prompts)
-    proxy, gold = ([funcs] if callable(funcs) else list(funcs) for funcs in (proxy, gold))
+    proxy, gold = as_rewards(proxy), as_rewards(gold)
     scorer = RewardScorer([*proxy, *gold])
     asked = {name: [r for r in scorer.names if not rewards_by_set or r in rewards_by_set[name]] for name in sets}
     for name, dataset in sets.items():

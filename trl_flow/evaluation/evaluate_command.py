@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import textwrap
-import traceback
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -72,6 +71,7 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     evaluation, names = _evaluation(arguments)
 
     from trl_flow.rewards.checks import RewardError
+    from trl_flow.rewards.scorer import print_failure
 
     kept = f"The images and scores so far are in {folder}. The same command goes on from there."
 
@@ -83,7 +83,7 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
         except KeyboardInterrupt:
             raise KeyboardInterrupt(kept) from None
         except RewardError as error:
-            _show_failure(error)
+            print_failure(error)
             raise ValueError(f"{error}\n{kept}") from error
         if arguments.table:
             from trl_flow.evaluation.paper_tables import with_table
@@ -95,17 +95,6 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
             _vote(arguments, folder)()
 
     return run
-
-
-def _show_failure(error: Exception) -> None:
-    """Where a reward function has failed, without what called it."""
-    from trl_flow.rewards import scorer
-
-    if cause := error.__cause__:
-        step = cause.__traceback__
-        while step is not None and step.tb_frame.f_code.co_filename == scorer.__file__:
-            step = step.tb_next
-        traceback.print_exception(type(cause), cause, step)
 
 
 def _evaluation(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:

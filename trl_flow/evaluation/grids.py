@@ -11,6 +11,8 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from trl_flow.images import to_rgb
+
 
 # Images below this many pixels a side are enlarged: in a 32-pixel cell nobody sees anything, or reads a caption
 _SMALLEST_SIDE = 128
@@ -68,7 +70,7 @@ def _enlarged(images: Sequence[Image.Image], upscale: int | None) -> list[Image.
     if upscale < 1:
         raise ValueError(f"upscale is {upscale}, but must be a whole number of at least 1, or None.")
     # Nearest neighbor shows the pixels that the model drew, and no others
-    return [ImageOps.scale(image.convert("RGB"), upscale, Image.Resampling.NEAREST) for image in images]
+    return [ImageOps.scale(to_rgb(image), upscale, Image.Resampling.NEAREST) for image in images]
 
 
 def _sheet(rows: Sequence[Image.Image], path: str | os.PathLike | None) -> Image.Image:
@@ -187,4 +189,4 @@ def _fitted(image: Image.Image, side: int) -> Image.Image:
     longest = max(image.size)
     if longest <= side:
         return _enlarged([image], side // longest)[0]
-    return ImageOps.contain(image.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
+    return ImageOps.contain(to_rgb(image), (side, side), Image.Resampling.LANCZOS)

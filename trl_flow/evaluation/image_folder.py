@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from trl_flow.evaluation.outputs import read_json, whole_file, write_json
+from trl_flow.images import to_rgb
 
 
 try:
@@ -125,7 +126,7 @@ class ImageFolder:
         path = self.image_path(set_name, model, index)
         try:
             with Image.open(path) as image:
-                return image.convert("RGB")
+                return to_rgb(image)
         except (OSError, SyntaxError) as error:
             hint = "Delete it and evaluate again: it is drawn anew."
             raise ValueError(f"The image {path} is missing or damaged ({error}). {hint}") from error

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 
 from trl_flow.backbones import Backbone, get_backbone
 from trl_flow.evaluation.image_folder import PromptList
+from trl_flow.images import to_rgb
 from trl_flow.prompts.rows import columns_of_rows, has_transform
 
 
@@ -84,6 +85,7 @@ def check_images_to_edit(sets: Mapping[str, Dataset], backbone: Backbone) -> Non
             raise ValueError(f"{kind} edits images, but the prompt set {name!r} has no column image.")
         for row, image in enumerate(dataset["image"]):
             try:
+                image = to_rgb(image)  # turned as it will be
                 backbone.check_image_size(image.height, image.width)
             except ValueError as error:
                 raise ValueError(f"the image in row {row} of the prompt set {name!r}: {error}") from error
@@ -142,7 +144,7 @@ def prompt_list(dataset: Dataset, *, with_images: bool) -> PromptList:
     digest = hashlib.sha256()
     for prompt in dataset["prompt"]:
         digest.update(prompt.encode() + b"\0")
-    for image in dataset["image"] if with_images else ():
+    for image in map(to_rgb, dataset["image"] if with_images else ()):
         digest.update(f"{image.mode}{image.size}".encode() + image.tobytes())
     return PromptList(list(dataset["prompt"]), digest.hexdigest()[:16])
 

@@ -9,13 +9,14 @@ from datasets import Dataset
 from PIL import Image
 
 from trl_flow.evaluation.intervals import finite_values, paired_prompt_means, standard_error
+from trl_flow.rewards.named import as_rewards
 from trl_flow.rewards.scorer import RewardScorer
 
 
 def score_images(
     images: Sequence[Image.Image],
     dataset: Dataset,
-    reward_funcs: Callable | Sequence[Callable],
+    reward_funcs: Callable | str | Sequence[Callable | str],
     *,
     timeout: float | None = None,
     extras: dict[str, list] | None = None,
@@ -37,7 +38,7 @@ def score_images(
         raise ValueError(f"There are {len(images)} images for {len(dataset)} rows. Give equally many for each row.")
     number = len(images) // len(dataset)
     columns = {name: [value for value in dataset[name] for _ in range(number)] for name in dataset.column_names}
-    scorer = RewardScorer([reward_funcs] if callable(reward_funcs) else reward_funcs, timeout=timeout)
+    scorer = RewardScorer(as_rewards(reward_funcs), timeout=timeout)
     scored = scorer.score(columns.pop("prompt"), list(images), columns)
     if extras is not None:
         for name, values in scored.logs.columns.items():

@@ -14,6 +14,7 @@ from trl_flow.evaluation.adapters import BASE, Adapter, loaded_adapter, parse_ad
 from trl_flow.evaluation.drawing import draw_batch
 from trl_flow.evaluation.grids import comparison_grid, evenly
 from trl_flow.evaluation.inputs import DrawingOptions, check_images_to_edit, loaded_backbone, prompt_sets
+from trl_flow.images import to_rgb
 from trl_flow.rollout import decode
 
 
@@ -53,7 +54,7 @@ def predict_steps(
     Returns:
         `list[PIL.Image.Image]`: one for each of the `num_inference_steps` steps, the noisiest first.
     """
-    edited = [] if image is None else [image.convert("RGB")]
+    edited = [] if image is None else [to_rgb(image)]
     negative = None
     if backbone.uses_guidance(guidance_scale):
         negative = backbone.encode_prompt(negative_prompt or "", *edited)

@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from inspect import signature
@@ -49,10 +50,9 @@ class Plan:
     dry_runs: dict = field(default_factory=dict, repr=False, compare=False)
 
     def changed(self, **fields) -> "Plan":
-        """The same with other values of fields of `args`, for what-if questions."""
-        args = copy.copy(self.args)
-        vars(args).update(fields)
-        return replace(self, args=args)
+        """The same with other values of fields of `args`, for what-if questions; `ValueError` if they do not go
+        together."""
+        return replace(self, args=replace(self.args, **fields))
 
     @property
     def half(self) -> torch.dtype | None:
@@ -115,7 +115,7 @@ def estimate(model: str | Path | Backbone, plan: Plan) -> Estimate:
         cast_training_params(base_model, dtype=torch.float32)
         backbone.dtype = torch.float32
     # Before an adapter is added
-    base = _quantized_bytes(base_model, plan.quantization) if plan.quantization else _bytes(base_model)
+    base = _quantized_bytes(base_model, plan.quantization) if plan.quantization else _bytes(base_model.parameters())
     # What is put together or unpacked to be computed with
     whole = 2 * _largest_block(base_model) if plan.sharding == "weights" else 0
     if plan.quantization:
@@ -139,12 +139,17 @@ def estimate(model: str | Path | Backbone, plan: Plan) -> Estimate:
         resident[name] = number * 4 * trained // weight_shards
     if plan.args.beta > 0 and plan.peft_config is None:
         resident["reference model"] = base
-    encoders = 0
+    encoders = buffers = 0
     for name, module in modules.items():
+        weights, own_buffers = _bytes(module.parameters()), _bytes(module.buffers())
         if name.startswith("text_encoder") and plan.args.precompute_prompt_embeds:
-            encoders += _bytes(module)
-        elif name != backbone.component:
-            resident[f"{name} weights"] = _bytes(module)
+            encoders += weights + own_buffers
+            continue
+        buffers += own_buffers
+        if name != backbone.component:
+            resident[f"{name} weights"] = weights
+    if buffers:
+        resident["buffers"] = buffers
     # With the initial noise, of this process's images, float32
     images = plan.args.generation_batch_size // plan.args.world_size
     resident["stored samples"] = images * (plan.args.num_kept_latents + 1) * math.prod(backbone.latent_shape()) * 4
@@ -287,8 +292,8 @@ def _policy(backbone: Backbone, plan: Plan) -> torch.nn.Module:
     return policy.train()
 
 
-def _bytes(module: torch.nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _linear_weights(module: torch.nn.Module) -> list[torch.Tensor]:
@@ -298,7 +303,7 @@ def _linear_weights(module: torch.nn.Module) -> list[torch.Tensor]:
 def _quantized_bytes(module: torch.nn.Module, settings: dict) -> int:
     """Bytes with the weights of all `Linear` layers as bitsandbytes keeps them: 4 bits and a float32 scale for each
     block of 64 (nested: 8 bits, and a float32 for 256 of these), or 8 bits and a float32 for each row."""
-    total = _bytes(module)
+    total = _bytes(module.parameters())
     for weight in _linear_weights(module):
         number, blocks = weight.numel(), math.ceil(weight.numel() / 64)
         if settings.get("load_in_8bit"):
@@ -313,7 +318,8 @@ def _quantized_bytes(module: torch.nn.Module, settings: dict) -> int:
 def _largest_block(module: torch.nn.Module) -> int:
     """Bytes of the largest of the blocks that sharded weights are gathered by."""
     lists = [part for part in module.modules() if isinstance(part, torch.nn.ModuleList)]
-    return max((_bytes(block) for blocks in lists for block in blocks), default=_bytes(module))
+    blocks = [block for blocks in lists for block in blocks] or [module]
+    return max(_bytes(block.parameters()) for block in blocks)
 
 
 def _optimizer_bytes(name: str, trained: int) -> int:

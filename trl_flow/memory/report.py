@@ -1,5 +1,6 @@
 """An estimate as a table, as JSON, and what to change when it does not fit."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -9,6 +10,11 @@ from trl_flow.memory.estimate import Estimate, Plan
 
 CARDS = (24, 40, 80)  # memory of common cards, GiB
 GIB = 2**30
+ROOM = 0.9  # share of a card up to which a run fits: what the estimate does not know has to fit, too
+
+
+def fits(estimate: Estimate, card: int) -> bool:
+    return estimate.total <= ROOM * card * GIB
 
 
 def savings(plan: Plan, now: Estimate, again: Callable[[Plan], Estimate]) -> list[tuple[str, int]]:
@@ -17,7 +23,11 @@ def savings(plan: Plan, now: Estimate, again: Callable[[Plan], Estimate]) -> lis
     args, lora, batch = plan.args, plan.peft_config is not None, plan.args.per_device_train_batch_size
     sliced = {"enable_vae_slicing": True} if batch > 1 else {}
     tiling = "enable_vae_tiling: true" + (", with slicing" if batch > 1 else "")
-    halved = f"per_device_train_batch_size: {batch // 2} (and twice the steps_per_generation and accumulation)"
+    # Into as few parts as are equal: the images of a phase and of an update, and so the groups, stay as they are
+    parts = next((n for n in range(2, batch + 1) if batch % n == 0), 1)
+    times = "twice" if parts == 2 else f"{parts} times"
+    smaller = f"per_device_train_batch_size: {batch // parts} (and {times} the steps_per_generation and accumulation)"
+    more = {name: parts * getattr(args, name) for name in ("steps_per_generation", "gradient_accumulation_steps")}
     in_4bit = {"quantization_config": {"load_in_4bit": True}}
     quantized = {"model_init_kwargs": (args.model_init_kwargs or {}) | in_4bit}
     # Whether there is this choice, how it is written, and what it changes
@@ -25,7 +35,7 @@ def savings(plan: Plan, now: Estimate, again: Callable[[Plan], Estimate]) -> lis
         (not args.gradient_checkpointing, "gradient_checkpointing: true", {"gradient_checkpointing": True}),
         (not args.precompute_prompt_embeds, "precompute_prompt_embeds: true", {"precompute_prompt_embeds": True}),
         (lora and not plan.quantization and plan.sharding == "none", "load_in_4bit: true", quantized),
-        (batch > 1, halved, {"per_device_train_batch_size": batch // 2}),
+        (batch > 1, smaller, {"per_device_train_batch_size": batch // parts, **more}),
         (batch > 1 and not args.enable_vae_slicing, "enable_vae_slicing: true", sliced),
         (not args.enable_vae_tiling, tiling, {"enable_vae_tiling": True} | sliced),
         (args.use_ema, "use_ema: false", {"use_ema": False}),
@@ -33,7 +43,10 @@ def savings(plan: Plan, now: Estimate, again: Callable[[Plan], Estimate]) -> lis
         (args.num_kept_latents > 3 * 2 and not args.sde_window_size, "sde_window_size: 2", {"sde_window_size": 2}),
         (args.beta > 0 and not lora, "beta: 0 (no reference model)", {"beta": 0.0}),
     ]
-    found = {text: now.total - again(plan.changed(**changes)).total for there, text, changes in choices if there}
+    found = {}
+    for text, changes in ((text, changes) for there, text, changes in choices if there):
+        with contextlib.suppress(ValueError):  # what the configuration or the model refuses is no advice
+            found[text] = now.total - again(plan.changed(**changes)).total
     # Images no larger than a tile are not cut: what is saved then is the slicing's
     if found.get(tiling, 0) <= found.get("enable_vae_slicing: true", 0):
         found.pop(tiling, None)
@@ -59,7 +72,7 @@ def as_json(estimate: Estimate, found: list[tuple[str, int]]) -> dict[str, Any]:
     return {
         "total": estimate.total,
         **asdict(estimate),
-        "fits": {str(card): estimate.total <= card * GIB for card in CARDS},
+        "fits": {str(card): fits(estimate, card) for card in CARDS},
         "savings": [{"change": text, "saves": saved} for text, saved in found],
     }
 
@@ -78,6 +91,10 @@ def as_text(estimate: Estimate, plan: Plan, found: list[tuple[str, int]]) -> str
     def row(name: str, size: int) -> str:
         return f"  {name:<38}{size / GIB:>8.2f} GiB  {notes.get(name, '')}".rstrip()
 
+    def verdict(card: int) -> str:
+        share = estimate.total / (card * GIB)
+        return "does not fit" if share > 1 else "fits" if fits(estimate, card) else f"tight, {share:.0%} of it"
+
     changes = [f"  {saved / GIB:>6.2f} GiB  {text}" for text, saved in found]
     lines = [
         *(head, "", "All the time"),
@@ -86,7 +103,7 @@ def as_text(estimate: Estimate, plan: Plan, found: list[tuple[str, int]]) -> str
         *(row(name, size) for name, size in estimate.phases.items()),
         row("allowance", estimate.allowance) + "  driver, fragmentation",
         *(f"  {'-' * 50}", row("total", estimate.total), ""),
-        "  ".join(f"{card} GB: {'fits' if estimate.total <= card * GIB else 'does not fit'}" for card in CARDS),
+        "  ".join(f"{card} GB: {verdict(card)}" for card in CARDS),
         *(["", "To need less, each change by itself:"] if found else []),
         *(*changes, ""),
         "Weights, gradients, optimizer state and samples are counted; the rest comes from running the modules",

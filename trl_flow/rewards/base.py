@@ -17,6 +17,7 @@ from typing import Any, ClassVar, TypeVar, get_args
 import torch
 from PIL import Image
 
+from trl_flow.images import to_rgb
 from trl_flow.rewards.checks import reward_name
 
 
@@ -138,7 +139,7 @@ class ModelReward(ABC):
                 self.load()
             for first in range(0, len(images), self.batch_size):
                 part = slice(first, first + self.batch_size)
-                converted = [image.convert("RGB") for image in images[part]]
+                converted = [to_rgb(image) for image in images[part]]
                 of_part = {name: list(value[part]) for name, value in columns.items()}
                 batch = self._score(self._loaded, list(prompts[part]), converted, of_part)
                 scores += batch.float().tolist() if isinstance(batch, torch.Tensor) else list(batch)
@@ -201,10 +202,10 @@ def check_callable(name: str, value: Any, signature: str) -> None:
 
 
 def png_file(image: Image.Image) -> bytes:
-    """`image` as a PNG file, in a mode that PNG has."""
+    """`image` as a PNG file, in RGB."""
     file = io.BytesIO()
     # Fast instead of small: a file is sent once, mostly over a fast network. Run lengths suit PNG's filtered rows
-    image.save(file, format="PNG", compress_level=1, compress_type=zlib.Z_RLE)
+    to_rgb(image).save(file, format="PNG", compress_level=1, compress_type=zlib.Z_RLE)
     return file.getvalue()
 
 

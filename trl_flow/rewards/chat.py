@@ -178,4 +178,4 @@ class ChatModel:
 
 
 def _png_url(image: Image.Image) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png_file(image.convert('RGB'))).decode()}"
+    return f"data:image/png;base64,{base64.b64encode(png_file(image)).decode()}"

@@ -66,13 +66,23 @@ def is_dense(func: RewardFunc) -> bool:
     Whether `func` can score unfinished images: unless it, or the function inside a `functools.partial`, has an
     attribute `dense = False`. A `TypeError` if that is neither True nor False.
     """
-    dense = getattr(func, "dense", getattr(_unwrap(func), "dense", True))
-    if not isinstance(dense, bool):
-        expected = "must be True, or False if it cannot score unfinished images"
-        raise TypeError(
-            f"The attribute `dense` of the reward function '{reward_name(func)}' is {dense!r}, but {expected}."
-        )
-    return dense
+    return _flag(func, "dense", True, "True, or False if it cannot score unfinished images")
+
+
+def needs_group(func: RewardFunc) -> bool:
+    """
+    Whether `func` compares the images of a group, and so must get whole ones: if it, or the function inside a
+    `functools.partial`, has an attribute `needs_group = True`. A `TypeError` if that is neither True nor False.
+    """
+    return _flag(func, "needs_group", False, "False, or True if it compares the images of a group")
+
+
+def _flag(func: RewardFunc, name: str, default: bool, expected: str) -> bool:
+    value = getattr(func, name, getattr(_unwrap(func), name, default))
+    if not isinstance(value, bool):
+        which = f"The attribute `{name}` of the reward function '{reward_name(func)}'"
+        raise TypeError(f"{which} is {value!r}, but must be {expected}.")
+    return value
 
 
 def check_reward_func(func: RewardFunc, columns: Iterable[str]) -> None:
@@ -82,7 +92,7 @@ def check_reward_func(func: RewardFunc, columns: Iterable[str]) -> None:
 
     Raises:
         TypeError: if `func` is no callable, is a class, does not take the keywords it is called with, or has an
-            attribute `dense` that is not True or False.
+            attribute `dense` or `needs_group` that is not True or False.
         ValueError: if `func` needs a column that is missing, or a column has the name of something that every reward
             function is given.
     """
@@ -95,7 +105,7 @@ def check_reward_func(func: RewardFunc, columns: Iterable[str]) -> None:
             "function `def reward(prompts, images, **kwargs)` that returns one number per image, or an object with "
             "such a `__call__`."
         )
-    is_dense(func)
+    is_dense(func), needs_group(func)
     columns = [column for column in columns if column != "prompt"]
     if taken := [column for column in columns if column in RESERVED_COLUMNS]:
         raise ValueError(
@@ -104,10 +114,15 @@ def check_reward_func(func: RewardFunc, columns: Iterable[str]) -> None:
         )
 
     try:
-        parameters = inspect.signature(func).parameters.values()
+        parameters, filled = inspect.signature(func).parameters.values(), _filled(func)
     except (TypeError, ValueError):
         return
     name, given = reward_name(func), [*RESERVED_COLUMNS, *columns]
+    if taken := [column for column in given if column in filled]:
+        what = f"is called with '{taken[0]}', which is filled already, by the object itself or by a partial"
+        rename = f"Rename the column: dataset.rename_column({taken[0]!r}, 'my_{taken[0]}')."
+        advice = rename if taken[0] in columns else "Give a partial its arguments by keyword."
+        raise ValueError(f"The reward function '{name}' {what}. {advice}")
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     for p in (p for p in named if p.default is p.empty):
         if p.kind is p.POSITIONAL_ONLY:
@@ -124,6 +139,17 @@ def check_reward_func(func: RewardFunc, columns: Iterable[str]) -> None:
     if not takes_any and (refused := [key for key in given if key not in keywords]):
         advice = "End its parameters with **kwargs: def reward(prompts, images, **kwargs)."
         raise TypeError(f"The reward function '{name}' does not accept {refused}, which it is called with. {advice}")
+
+
+def _filled(func: RewardFunc) -> set[str]:
+    """The names of parameters that cannot be passed any more: `self`, and what a partial gives by position."""
+    if inspect.isfunction(func):
+        return set()
+    is_partial = isinstance(func, functools.partial)
+    inner = func.func if is_partial else getattr(func, "__func__", type(func).__call__)
+    parameters = inspect.signature(inner).parameters
+    keywords = {name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD}
+    return keywords - set(inspect.signature(func).parameters) | (_filled(inner) if is_partial else set())
 
 
 def check_rewards(result: Any, name: str, prompts: list[str]) -> list[float]:

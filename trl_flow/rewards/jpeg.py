@@ -7,6 +7,7 @@ import math
 
 from PIL import Image
 
+from trl_flow.images import to_rgb
 from trl_flow.rewards.base import RewardInfo
 
 
@@ -33,7 +34,7 @@ class JPEGIncompressibilityReward:
     def __call__(self, prompts: list[str], images: list[Image.Image], **kwargs) -> list[float]:
         sizes = []
         for image in images:
-            image.convert("RGB").save(file := io.BytesIO(), format="JPEG", quality=self.quality)
+            to_rgb(image).save(file := io.BytesIO(), format="JPEG", quality=self.quality)
             sizes.append(file.tell() / 1000)
         return sizes
 

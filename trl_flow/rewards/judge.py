@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -195,8 +196,8 @@ class DeQAReward(VLMJudgeReward):
 
 
 def _first_level(answer: str) -> float | None:
-    words = answer.replace(DEQA_ANSWER_PREFIX, "").lower().split()
-    return DEQA_LEVELS.get(words[0].strip(".,!*")) if words else None
+    word = re.search(r"[a-z]+", answer.replace(DEQA_ANSWER_PREFIX, "").lower())
+    return DEQA_LEVELS.get(word.group()) if word else None
 
 
 def report_unreadable(name: str, unreadable: list[str], total: int, log_metric: Callable | None) -> None:

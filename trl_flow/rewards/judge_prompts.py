@@ -54,7 +54,7 @@ def preferred_image(answer: str) -> Preference | None:
     images are equally good`, None for none or several of them. Where there is an `<answer>` only that is read.
     """
     tagged = re.search(r"<answer>(.*?)</answer>", answer, re.DOTALL)
-    verdict = (tagged.group(1) if tagged else answer).lower()
+    verdict = " ".join(_plain(tagged.group(1) if tagged else answer).lower().split())
     phrases = {"a": "image 1 is better", "b": "image 2 is better", "tie": "both images are equally good"}
     found = [preference for preference, phrase in phrases.items() if phrase in verdict]
     return found[0] if len(found) == 1 else None
@@ -65,15 +65,20 @@ def passed_testpoints(answer: str, number: int) -> list[int] | None:
     The 0 or 1 of each of `number` test points in the last `<score>` list of an answer. None where there is no such
     list, or it has another length or another entry: it could not be told which test points were answered.
     """
-    # Chat models like to write in bold, as code, and with Chinese punctuation
-    plain = re.sub(r"[*`\\]", "", answer).replace("，", ",").lower()
+    plain = _plain(answer).replace("，", ",").lower()
     lists = re.findall(r"<score>\s*\[([^<]*?),?\s*\]\s*</score>", plain)
     scores = [_PASSED.get(entry.strip(" \t\r\n'\"")) for entry in lists[-1].split(",")] if lists else []
     return scores if len(scores) == number and None not in scores else None
 
 
 def _number_after(label: str, answer: str) -> float | None:
-    # Chat models like to write in bold, with the scale, in brackets, or with Chinese punctuation
-    scale = r"(?:[(（]1\s*[-–]\s*5[)）])?"
-    match = re.search(rf"{label}[\s*]*{scale}[\s*]*[:：][\s*\[]*(\d+(?:\.\d+)?)", answer, re.IGNORECASE)
+    # With the scale, in brackets, or with Chinese punctuation. A scale in the score's place repeats the prompt's
+    scale = r"1\s*[-–~]\s*5"
+    pattern = rf"{label}\s*(?:[(（\[]\s*{scale}\s*[)）\]])?\s*[:：][\s\[【]*(?!{scale})(\d+(?:\.\d+)?)"
+    match = re.search(pattern, _plain(answer), re.IGNORECASE)
     return float(match.group(1)) if match else None
+
+
+def _plain(answer: str) -> str:
+    """Without the marks of bold, italics, code and JSON, which chat models like."""
+    return re.sub(r'[*`\\"]|(?<!\w)_+|_+(?!\w)', "", answer)

@@ -1,10 +1,10 @@
-"""The names by which commands and recipes call the reward functions of this package."""
+"""The names by which reward functions of this package, and others, may be given instead of themselves."""
 
 import difflib
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from trl_flow import rewards
@@ -43,11 +43,17 @@ def named_reward(name: str) -> Any:
 
 def named_rewards(names: Sequence[str] | str | None, option: str = "reward_funcs") -> list[Any]:
     """The reward functions that `names` stand for, each as [`named_reward`]; there must be at least one."""
-    names = [names] if isinstance(names, str) else list(names or [])
     if not names:
         known = ", ".join(NAMED_REWARDS)
         raise ValueError(f"{option} is missing. Name at least one of {known}, or a dotted import path.")
-    return [named_reward(name) for name in names]
+    return as_rewards(names)
+
+
+def as_rewards(funcs: Any) -> list[Any]:
+    """None, one or several reward functions as a list, with those that are given by name as from [`named_reward`]."""
+    is_several = isinstance(funcs, Iterable) and not isinstance(funcs, str) and not callable(funcs)
+    several = list(funcs) if is_several else [] if funcs is None else [funcs]
+    return [named_reward(func) if isinstance(func, str) else func for func in several]
 
 
 def _server(name: str, cls: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from trl_flow.images import to_rgb
 from trl_flow.prompt_words import quoted_text
 from trl_flow.rewards.base import Columns, Images, ModelReward, RewardInfo, check_whole_number, require
 
@@ -33,8 +34,8 @@ class OCRReward(ModelReward):
     How well the text that a prompt quotes can be read in its image, in `[0, 1]`: Flow-GRPO's reward for text
     rendering (https://huggingface.co/papers/2505.05470), [`text_score`] of what RapidOCR reads.
 
-    The text is the entry of the column `text` where the data set has one, else the first one between double quotation
-    marks in the prompt ([`quoted_text`]). Where that column holds `None` the reward is `None`.
+    The text is the entry of the column `text` where the data set has one, else the first one in quotation marks in the
+    prompt ([`quoted_text`]). Where that column holds `None` the reward is `None`.
 
     RapidOCR runs PP-OCRv6 (Latin and Chinese letters, digits) on ONNX, on the CPU. Its models come with the package.
     As in Flow-GRPO, which reads with PaddleOCR, images are taken at their own size up to 960 pixels, text must be
@@ -65,7 +66,7 @@ class OCRReward(ModelReward):
         """All text in an image, line by line from top to bottom."""
         with self._lock:
             self.load()
-            return _read(self._loaded, image.convert("RGB"))
+            return _read(self._loaded, to_rgb(image))
 
     def _load(self, device: torch.device) -> Any:
         from rapidocr import RapidOCR

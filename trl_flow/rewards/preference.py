@@ -75,9 +75,9 @@ class WinRateReward:
     comparisons (66 for 12 images), and twice as many with `both_orders`. Values of a group add up to `N / 2`
     whatever the images are worth, so that the mean tells nothing about progress: watch another score.
 
-    A group is the images next to each other in a call whose prompts and data set columns are equal. A group that is
-    spread over several processes is compared part by part: keep groups together (`per_device_train_batch_size` a
-    multiple of `num_generations`) to have all pairs compared. The only image of its group gets `None`.
+    A group is the images next to each other in a call whose prompts and data set columns are equal. The trainer does
+    not cut groups apart for it: a phase in which processes would share one is refused. The only image of its group
+    gets `None`.
 
     An asynchronous reward function: with an asynchronous comparer all pairs are compared at the same time, with a
     plain one in turn. An answer that cannot be read counts as a tie, as in Pref-GRPO; their share is logged as

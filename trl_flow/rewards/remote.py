@@ -20,8 +20,6 @@ from trl_flow.rewards.checks import RewardError, check_rewards
 PROTOCOL = 1
 TOKEN_VARIABLE = "TRL_FLOW_REWARD_TOKEN"
 
-# Modes that a PNG file keeps as they are. Images of others are sent as RGB
-_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 # Seconds until a machine that does not react counts as away
 _CONNECT_TIMEOUT = 5.0
 _LONGEST_REST = 60.0
@@ -65,10 +63,10 @@ class RemoteReward:
     """
     A reward function that runs on a reward server (`trl-flow serve-rewards`), or the same one on several.
 
-    Images are sent as PNG, so that scores are those of the function itself. Several servers are used in turn. One
-    that fails is left alone for a while, longer each time, and what it was asked is asked again elsewhere: servers may
-    be killed, restarted or replaced during training. Its name in metrics, `dense`, `needs_group` and `info` are those
-    that the servers tell when the object is made. What the function itself would log is not logged.
+    Images are sent as PNG in RGB, so that scores are those of the function itself. Several servers are used in turn.
+    One that fails is left alone for a while, longer each time, and what it was asked is asked again elsewhere: servers
+    may be killed, restarted or replaced during training. Its name in metrics, `dense`, `needs_group` and `info` are
+    those that the servers tell when the object is made. What the function itself would log is not logged.
 
     Args:
         url (`str` or `Sequence[str]`): Address of the server, such as `http://localhost:8000`, or of several. They
@@ -325,8 +323,7 @@ def _form(reward: str, prompts: list[str], images: Images, columns: dict[str, li
             advice = "Columns are sent as JSON. Name those that the reward needs: RemoteReward(..., columns=[...])."
             raise TypeError(f"The column {name!r} cannot be sent to a reward server: {error}. {advice}") from error
     fields = {"rewards": [reward], "prompts": list(prompts), "columns": columns}
-    files = [png_file(image if image.mode in _PNG_MODES else image.convert("RGB")) for image in images]
     return [
         *((name, (None, json.dumps(value), "application/json")) for name, value in fields.items()),
-        *(("images", (f"{i}.png", file, "image/png")) for i, file in enumerate(files)),
+        *(("images", (f"{i}.png", png_file(image), "image/png")) for i, image in enumerate(images)),
     ]

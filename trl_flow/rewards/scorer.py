@@ -4,6 +4,7 @@ import asyncio
 import atexit
 import functools
 import threading
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from trl_flow.rewards.base import Columns, Images, ModelReward
+from trl_flow.rewards.chat import JudgeError
 from trl_flow.rewards.checks import RewardError, RewardFunc, check_reward_func, check_rewards, is_async, reward_names
 
 
@@ -231,6 +233,19 @@ class ScoringSession:
             self._executor.shutdown(wait=kind is None or issubclass(kind, Exception), cancel_futures=True)
 
 
+def print_failure(error: RewardError) -> None:
+    """Prints where in a reward function the error was raised, without what called it. For commands, whose users need
+    not see more."""
+    cause: BaseException | None = error
+    while isinstance(cause, RewardError):
+        cause = cause.__cause__
+    if cause is not None:
+        step = cause.__traceback__
+        while step is not None and step.tb_frame.f_code.co_filename == __file__:
+            step = step.tb_next
+        traceback.print_exception(type(cause), cause, step, chain=False)
+
+
 # ---- Calls ----
 
 
@@ -317,4 +332,6 @@ def _late(names: list[str], timeout: float) -> RewardError:
 def _failed(name: str, error: Exception) -> RewardError:
     raised = f"The reward function '{name}' raised {type(error).__name__}: {error}".rstrip(".")
     advice = "Fix it, or have it return None for samples that it cannot judge."
-    return RewardError(f"{raised}. Its traceback stands above this one. {advice}")
+    if isinstance(error, ConnectionError | TimeoutError | JudgeError):
+        advice = "See to it that what it asks is there."
+    return RewardError(f"{raised}. Its traceback stands above. {advice}")

@@ -22,7 +22,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from starlette.requests import ClientDisconnect
 
 from trl_flow.rewards.base import Images, ModelReward, RewardInfo, check_callable
-from trl_flow.rewards.checks import RewardError, RewardFunc, check_reward_func, is_dense
+from trl_flow.rewards.checks import RewardError, RewardFunc, check_reward_func, is_dense, needs_group
+from trl_flow.rewards.named import as_rewards
 from trl_flow.rewards.remote import PROTOCOL
 from trl_flow.rewards.scorer import RewardScorer
 from trl_flow.serving.form import Body, ScoreRequest, decode_images, read_score_request, refuse
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 def create_app(
-    rewards: Sequence[RewardFunc], *, limits: Limits | None = None, token: str | None = None,
+    rewards: Sequence[RewardFunc | str], *, limits: Limits | None = None, token: str | None = None,
     on_ready: Callable[[], None] | None = None, on_failure: Callable[[BaseException], None] | None = None,
 ) -> FastAPI:  # fmt: skip
     """
@@ -56,7 +57,7 @@ def create_app(
     Reward functions run in one thread, one request after another. Models are loaded when it starts, freed at the end.
 
     Args:
-        rewards (`Sequence[Callable]`): reward functions, called by their names as in metrics.
+        rewards (`Sequence[Callable | str]`): reward functions or names of them, called as in metrics.
         limits ([`Limits`], *optional*): what is accepted.
         token (`str`, *optional*): what clients must send as `Authorization: Bearer ...`. `None` lets everyone in.
         on_ready (`Callable`, *optional*): called, in the scoring thread, once the models are loaded.
@@ -65,7 +66,7 @@ def create_app(
     Raises:
         TypeError, ValueError: if one of `rewards` is not a reward function, or there is none.
     """  # noqa: E501
-    service = _Service(rewards, limits or Limits(), token)
+    service = _Service(as_rewards(rewards), limits or Limits(), token)
 
     # Without the pages that describe an API: they load scripts from elsewhere
     pages = dict.fromkeys(("docs_url", "redoc_url", "openapi_url"))
@@ -267,7 +268,7 @@ def _card(name: str, func: RewardFunc) -> dict[str, Any]:
     return {
         "name": name,
         "dense": is_dense(func),
-        "needs_group": bool(getattr(func, "needs_group", False)),
+        "needs_group": needs_group(func),
         "dtype": str(func.dtype).removeprefix("torch.") if isinstance(func, ModelReward) else None,
         "info": None if info is None else RewardInfo.to_json(info),
     }

@@ -58,6 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         ImportError: if the extra `serve` is not installed, or what a reward function needs.
     """
     from trl_flow.rewards.base import check_whole_number
+    from trl_flow.rewards.checks import reward_names
     from trl_flow.rewards.named import named_rewards
 
     uvicorn = _import_server()
@@ -71,8 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"--host {arguments.host} can be reached from other machines, and there is no token: anyone could use "
             "this server. Set TRL_FLOW_REWARD_TOKEN or give --token-file, and the same to the clients."
         )
-    names = [name.strip() for name in arguments.rewards.split(",") if name.strip()]
-    rewards = named_rewards(names, "--rewards")
+    named = [name.strip() for name in arguments.rewards.split(",") if name.strip()]
+    rewards = named_rewards(named, "--rewards")
     for reward in rewards:
         _configure(reward, arguments.device, arguments.dtype, arguments.batch_size)
 
@@ -82,7 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
     failures: list[BaseException] = []
 
     def on_ready() -> None:
-        print(f"trl-flow serve-rewards: {url} is ready with {', '.join(names)}", flush=True)
+        # By the names that clients ask for
+        print(f"trl-flow serve-rewards: {url} is ready with {', '.join(reward_names(rewards))}", flush=True)
 
     def on_failure(error: BaseException) -> None:
         failures.append(error)

@@ -20,6 +20,7 @@ from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
+from trl_flow.images import to_rgb
 from trl_flow.rewards.checks import RESERVED_COLUMNS
 from trl_flow.serving.limits import Limits
 
@@ -192,7 +193,7 @@ def _are_strings(values: Any) -> bool:
 
 def decode_images(files: list[bytes], max_pixels: int) -> list[Image.Image]:
     """
-    Decodes PNG files, each in its own mode. The size is read from the header first: a few kilobytes can unpack to
+    Decodes PNG files, to RGB. The size is read from the header first: a few kilobytes can unpack to
     gigabytes. Status 413 if one of them is too large, 415 if one is not a PNG file, 400 if one is damaged.
     """
     images = []
@@ -203,7 +204,7 @@ def decode_images(files: list[bytes], max_pixels: int) -> list[Image.Image]:
             limit = f"The limit is {max_pixels} in all, and {_LONGEST_SIDE} on a side."
             too_large = width * height > max_pixels or max(width, height) > _LONGEST_SIDE
             refuse(too_large, 413, f"Image {index} has {width} x {height} pixels. {limit}")
-            image.load()
+            images.append(to_rgb(image))
         except HTTPException:
             raise
         except Image.DecompressionBombError as error:
@@ -212,5 +213,4 @@ def decode_images(files: list[bytes], max_pixels: int) -> list[Image.Image]:
             raise HTTPException(415, f"Image {index} is not a PNG file that can be read.") from error
         except Exception as error:  # there is no list of what a decoder raises on bytes that were made to break it
             raise HTTPException(400, f"Image {index} is not a sound PNG file: {error}") from error
-        images.append(image)
     return images

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from trl_flow.images import to_rgb
 from trl_flow.shapes.world import (
     CENTERS,
     COLOR_CHROMA,
@@ -146,7 +147,7 @@ def detect(image: Image.Image) -> Detection:
 def _as_array(image: Image.Image) -> np.ndarray:
     if not isinstance(image, Image.Image):
         raise TypeError(f"the checker takes a PIL image, received {type(image).__name__}")
-    image = image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
+    image = to_rgb(image).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
     return np.asarray(image, dtype=np.float32) / 255
 
 

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from trl_flow.backbones import Backbone
 from trl_flow.backbones.base import SAMPLING_SETTINGS
 from trl_flow.evaluation.outputs import versions
+from trl_flow.images import TO_RGB_CODE
 from trl_flow.sharing.card_facts import evaluation_scores, license_of, training_rewards
 from trl_flow.sharing.weights import hub_model_id
 
@@ -194,8 +195,8 @@ def _loading_code(
         *(f"{name}={value!r}" for name, value in backbone.call_arguments(settings).items()),
     ]
     if backbone.takes_image:
-        imports.append("from diffusers.utils import load_image")
-        call.insert(0, 'image=load_image("path/to/image.png")')
+        imports += ["from diffusers.utils import load_image", "from PIL import Image", "", "", TO_RGB_CODE]
+        call.insert(0, 'image=load_image("path/to/image.png", convert_method=to_rgb)')
     return "\n".join([*imports, "", *code, f"image = pipeline({', '.join(call)}).images[0]"])
 
 

@@ -4,7 +4,6 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ from PIL import ExifTags, Image
 from transformers.utils import logging
 
 from trl_flow.backbones import Backbone
+from trl_flow.images import check_mode
 from trl_flow.prompts.rows import check_prompts, columns_of_rows, first_row, has_transform
-from trl_flow.rewards.checks import RESERVED_COLUMNS
+from trl_flow.rewards.checks import RESERVED_COLUMNS, needs_group
 from trl_flow.rewards.scorer import RewardScorer
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.loading import is_quantized
@@ -146,12 +146,13 @@ def check_images(dataset: Dataset, name: str, backbone: Backbone) -> None:
         try:
             # Reads the file's head only
             with Image.open(path if content is None else BytesIO(content)) as image:
-                width, height = image.size
+                mode, (width, height) = image.mode, image.size
                 if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:
                     width, height = height, width  # decoded, it is turned as the camera was
         except OSError as error:
             raise ValueError(f"{name} has an image in row {index} that cannot be read: {error}.") from error
         try:
+            check_mode(mode)
             backbone.check_image_size(height, width)
         except ValueError as error:
             raise ValueError(f"{name} has an image in row {index} that cannot be edited: {error}") from error
@@ -182,6 +183,16 @@ def check_rewards(
     if taken := {"average", "average_std_err"} & set(gold_scorer.names):
         what = f"One of eval_reward_funcs is called {taken.pop()!r}, which is the name of the composite's own metric."
         raise ValueError(f"{what} Rename it (its __name__ counts).")
+    size, number = args.per_device_train_batch_size, args.num_generations
+    comparing = [name for name, func in zip(scorer.names, scorer.reward_funcs, strict=True) if needs_group(func)]
+    if comparing and size * args.steps_per_generation % number:
+        steps = math.lcm(number // math.gcd(size, number), args.steps_per_generation, args.gradient_accumulation_steps)
+        raise ValueError(
+            f"The reward function '{comparing[0]}' compares the images of a group, but each of the {args.world_size} "
+            f"processes has {size * args.steps_per_generation} images of a sampling phase, which cuts groups of "
+            f"num_generations={number} apart. Set steps_per_generation={steps} (a phase then has more images), or "
+            f"a per_device_train_batch_size that is a multiple of {number}."
+        )
     if args.reward_weights is not None and len(args.reward_weights) != len(scorer.names):
         raise ValueError(
             f"reward_weights has {len(args.reward_weights)} entries, but there are {len(scorer.names)} reward "
@@ -241,13 +252,6 @@ def probe_output_dir(args: FlowRLConfig, num_parameters: int) -> None:
             f"output_dir {args.output_dir!r} has {free / 2**20:.0f} MiB left, but a checkpoint of {num_parameters:,} "
             f"trained parameters takes {needed / 2**20:.0f}. Make room, choose another folder, or train fewer."
         )
-
-
-def as_list(funcs: Callable | list[Callable] | None) -> list[Callable]:
-    """Of none, one or several functions."""
-    if isinstance(funcs, list | tuple):
-        return list(funcs)
-    return [] if funcs is None else [funcs]
 
 
 def repeated(dataset: Dataset, args: FlowRLConfig) -> Dataset:

@@ -20,7 +20,9 @@ from trl_flow.evaluation.diversity import mean_pairwise_distance, pixel_features
 from trl_flow.evaluation.drawing import draw_batch
 from trl_flow.evaluation.gold import GoldScore, check_base, gold_score
 from trl_flow.functional import combine_rewards
+from trl_flow.images import to_rgb
 from trl_flow.prompts.rows import read_rows, unchanged_random_state
+from trl_flow.rewards.checks import needs_group
 from trl_flow.rewards.scorer import RewardScorer
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.phase_scores import columns_of, gather_rewards, reward_metrics
@@ -129,18 +131,20 @@ class Evaluator:
         accelerator, number = self.policy.accelerator, self.args.num_generations_eval
         self.policy.conditions.encode_ahead(self.args, [dataset])
         total = len(dataset) * number
-        # Every process takes the same number of samples, so that sharded forwards stay in step: some twice
-        each = math.ceil(total / accelerator.num_processes)
+        # Every process draws the same number of images, so that sharded forwards stay in step: some twice. Where a
+        # function compares those of a prompt, a prompt's are not spread over processes
+        whole = number if any(map(needs_group, self.scorer.reward_funcs + self.gold_scorer.reward_funcs)) else 1
+        each = math.ceil(len(dataset) * number / whole / accelerator.num_processes) * whole
         indices = [min(accelerator.process_index * each + i, total - 1) for i in range(each)]
         rows = read_rows(dataset, [index // number for index in indices], self.args.seed)
         images = self._draw(rows, indices)
         self.sampler.show_stage("evaluation rewards")
-        rewards_per_func = self._scored(self.scorer, rows, images, state)[:total]
+        rewards_per_func = self._scored(self.scorer, rows, images, total, state)
         rewards = combine_rewards(rewards_per_func, self.reward_weights.to(rewards_per_func.device))
         gold_values: dict[str, np.ndarray] = {}
         if self.gold_scorer.reward_funcs:
-            by_func = self._scored(self.gold_scorer, rows, images, state)[:total]
-            gold_values = dict(zip(self.gold_scorer.names, by_func.T.double().cpu().numpy(), strict=True))
+            by_func = self._scored(self.gold_scorer, rows, images, total, state)
+            gold_values = dict(zip(self.gold_scorer.names, by_func.T.cpu().double().numpy(), strict=True))
         diversity = group_diversity(accelerator, images, number, total) if number > 1 else None
         scores = BaseScores(rewards.nanmean().item(), gold_values, diversity)
         metrics = reward_metrics(rewards_per_func, rewards, self.scorer.names)
@@ -187,9 +191,20 @@ class Evaluator:
         with self.policy.sampling():
             return self.policy.sampling_module(*args, **kwargs)
 
-    def _scored(self, scorer: RewardScorer, rows: list[dict], images: list[Image.Image], state) -> torch.Tensor:
-        arguments = [row["prompt"] for row in rows], images, columns_of(rows)
-        return gather_rewards(self.policy.accelerator, lambda: scorer.score(*arguments, trainer_state=state).rewards)
+    def _scored(
+        self, scorer: RewardScorer, rows: list[dict], images: list[Image.Image], total: int, state: TrainerState
+    ) -> torch.Tensor:
+        """The rewards `(total, K)` of all processes' images, each of which is scored once."""
+        own = min(max(total - self.policy.accelerator.process_index * len(rows), 0), len(rows))
+
+        def score() -> torch.Tensor:
+            rewards = torch.full((len(rows), len(scorer.reward_funcs)), math.nan)
+            if own:
+                arguments = [row["prompt"] for row in rows[:own]], images[:own], columns_of(rows[:own])
+                rewards[:own] = scorer.score(*arguments, trainer_state=state).rewards
+            return rewards
+
+        return gather_rewards(self.policy.accelerator, score)[:total]
 
     @property
     def guidance_scale(self) -> float:
@@ -205,7 +220,7 @@ class Evaluator:
         names += ["height", "width", "max_sequence_length"]
         settings |= {name: getattr(self.args, name) for name in names}
         if self.policy.backbone.takes_image and "image" in dataset.column_names:
-            settings["images"] = [image_fingerprint(row["image"]) for row in dataset]
+            settings["images"] = [image_fingerprint(to_rgb(row["image"])) for row in dataset]
         return hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()[:16]
 
     # ---- State ----

@@ -21,6 +21,7 @@ from trl_flow import sharing
 from trl_flow.algorithms import Algorithm, MicroBatch
 from trl_flow.backbones import Backbone, get_backbone
 from trl_flow.rewards.checks import RewardError, reward_names
+from trl_flow.rewards.named import as_rewards
 from trl_flow.rewards.scorer import RewardScorer
 from trl_flow.trainer import checks
 from trl_flow.trainer.best_metric import check_best_metric
@@ -44,7 +45,7 @@ from trl_flow.trainer.trl_compat import GroupTrainer, identity
 
 logger = logging.get_logger(__name__)
 
-RewardFunc = Callable[..., list[float | None]]
+RewardFunc = Callable[..., list[float | None]] | str
 
 
 class FlowRLTrainer(GroupTrainer):
@@ -54,10 +55,10 @@ class FlowRLTrainer(GroupTrainer):
     Args:
         model (`str` or [`~diffusers.DiffusionPipeline`]):
             Hub id or folder of a pipeline, or a loaded one, whose transformer (or U-Net) is trained in place.
-        reward_funcs (`Callable` or `list[Callable]`):
-            Called by keyword as `func(prompts=..., images=..., **columns, trainer_state=..., log_metric=...,
-            log_extra=...)`, with lists of one entry for each image; returns a list of numbers, `None` where the
-            function does not apply. May be `async`.
+        reward_funcs (`Callable`, `str` or a list of them):
+            Functions, or their names as in recipes (`"pickscore"`, `"my_rewards.brightness"`). Called by keyword as
+            `func(prompts=..., images=..., **columns, trainer_state=..., log_metric=..., log_extra=...)`, with lists of
+            one entry for each image; return a list of numbers, `None` where they do not apply. May be `async`.
         args ([`FlowRLConfig`], *optional*):
             Configuration; defaults to that of `config_class` with `"{name of the model}-{method}"` as `output_dir`.
         train_dataset ([`~datasets.Dataset`]):
@@ -70,7 +71,7 @@ class FlowRLTrainer(GroupTrainer):
             Trains an adapter; without it all weights of the transformer are trained.
         backbone ([`Backbone`], *optional*):
             Instead of the one chosen by the pipeline's class, for pipelines of your own.
-        eval_reward_funcs (`Callable` or `list[Callable]`, *optional*):
+        eval_reward_funcs (`Callable`, `str` or a list of them, *optional*):
             Functions as `reward_funcs` that are never optimized: evaluations score by them too, and divide by what
             the base model scores on the same prompts from the same seeds (`eval_gold/{name}` and `eval_gold/average`,
             where 1 is the base model). Need an `eval_dataset`, and a positive mean for the base model.
@@ -82,6 +83,7 @@ class FlowRLTrainer(GroupTrainer):
     loss_is_scaled_for_ga = True
     _tag_names = ["trl_flow"]
     config_class: type[FlowRLConfig] = FlowRLConfig
+    resume_hint = "train(resume_from_checkpoint={!r})"  # what to do, in messages; a command says it in its own words
 
     def create_algorithm(self) -> Algorithm:
         """What is learned; `args`, `backbone` and `reward_weights` are there when it is called."""
@@ -108,7 +110,7 @@ class FlowRLTrainer(GroupTrainer):
         args = copy.copy(args)  # some fields are changed below; the caller's object may serve a second trainer
 
         # Data and rewards first: they are cheap to check, a model is not cheap to load
-        reward_funcs, eval_reward_funcs = checks.as_list(reward_funcs), checks.as_list(eval_reward_funcs)
+        reward_funcs, eval_reward_funcs = as_rewards(reward_funcs), as_rewards(eval_reward_funcs)
         names, number = reward_names([*reward_funcs, *eval_reward_funcs]), len(reward_funcs)
         self.scorer = RewardScorer(reward_funcs, timeout=args.reward_timeout, names=names[:number])
         self.gold_scorer = RewardScorer(eval_reward_funcs, timeout=args.reward_timeout, names=names[number:])
@@ -376,8 +378,8 @@ class FlowRLTrainer(GroupTrainer):
                 return f"The run as it was after update {step} could not be saved: {error}"
             finally:
                 self.args.save_only_model = only_model
-        then = f"With the cause removed, go on with train(resume_from_checkpoint={self._saved[1]!r})."
-        return f"The run is saved as it was after update {step}, the last one, in {self._saved[1]}. {then}"
+        where = f"The run is saved as it was after update {step}, the last one, in {self._saved[1]}."
+        return f"{where} With the cause removed, go on with {self.resume_hint.format(self._saved[1])}."
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

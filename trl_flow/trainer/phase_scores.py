@@ -47,9 +47,10 @@ def gather_rewards(accelerator: Accelerator, score: Callable[[], torch.Tensor]) 
 
 
 def reward_metrics(rewards_per_func: torch.Tensor, rewards: torch.Tensor, names: list[str]) -> dict[str, float]:
-    """`reward`, `reward_std` and `rewards/{name}/mean` and `/std`, NaN where there is nothing to average: of the
-    functions' rewards `(N, K)` and their weighted sums `(N,)`."""
-    metrics = {}
+    """`reward`, `reward_std` and `rewards/{name}/mean` and `/std`, NaN where there is nothing to average, and
+    `/frac_none`: of the functions' rewards `(N, K)` and their weighted sums `(N,)`."""
+    none = rewards_per_func.isnan().float().mean(dim=0).tolist()
+    metrics = {f"rewards/{name}/frac_none": share for name, share in zip(names, none, strict=True)}
     columns = {f"rewards/{name}/": rewards_per_func[:, i] for i, name in enumerate(names)}
     for name, values in {"": rewards, **columns}.items():
         values = values[~values.isnan()]
@@ -82,11 +83,11 @@ class PhaseScorer:
         # Not in the first phase: the functions load their models then, and while one loads, the default dtype is
         # the model's. Nor with dropout, which draws from the global random generators, as the functions may.
         background = self.args.overlap_rewards and self.args.disable_dropout and self._has_scored
-        self._has_scored, busy = True, False
+        is_first, self._has_scored, busy = not self._has_scored, True, False
         try:
             with self.scorer.session(background=background, trainer_state=state) as session:
                 try:
-                    yield ScoringPhase(self, rows, plan, state, session)
+                    yield ScoringPhase(self, rows, plan, state, session, is_first=is_first)
                 finally:
                     busy = session.busy
         except torch.OutOfMemoryError as error:
@@ -107,6 +108,7 @@ class ScoringPhase:
     plan: StepPlan
     state: TrainerState
     session: ScoringSession
+    is_first: bool = False  # of this run of the program
     images: list[Image.Image] = field(default_factory=list)
     logs: RewardLogs = field(default_factory=RewardLogs)
     metrics: dict[str, float] = field(default_factory=dict)
@@ -188,6 +190,12 @@ class ScoringPhase:
     def _measure(self, rewards_per_func: torch.Tensor) -> None:
         parent, rewards = self.parent, self._combine(rewards_per_func)
         self.metrics |= reward_metrics(rewards_per_func, rewards, parent.scorer.names)
+        silent = [name for name in parent.scorer.names if self.metrics[f"rewards/{name}/frac_none"] == 1]
+        if silent and self.is_first and parent.accelerator.is_main_process:
+            whose = f"all {len(rewards)} images of the first sampling phase by {', '.join(silent)}"
+            so = "nothing is trained" if rewards.isnan().all() else "they train nothing"
+            advice = "Look at the columns and prompts that they need; rewards/{name}/frac_none is the share of Nones."
+            logger.warning(f"None was returned for {whose}: {so} while that stays so. {advice}")
         # What must differ within a group for it to have advantages: the sum, or any of the rewards that count
         compared = rewards[:, None]
         if parent.args.multi_objective_aggregation == "normalize_then_sum":

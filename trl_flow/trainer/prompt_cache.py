@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from trl_flow.backbones.base import Backbone
 from trl_flow.evaluation.outputs import whole_file
+from trl_flow.images import to_rgb
 from trl_flow.prompts.rows import prompts_of
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.loading import is_quantized
@@ -242,7 +243,7 @@ class PromptCache:
                     yield from ((prompt, None) for prompt in [*negative, *prompts_of(dataset)])
                 else:
                     for row in dataset:
-                        image = row["image"].convert("RGB")
+                        image = to_rgb(row["image"])
                         yield from ((prompt, image) for prompt in [*negative, row["prompt"]])
 
         progress = args.local_process_index == 0 and not args.disable_tqdm

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from trl_flow.dynamics import Dynamics
+from trl_flow.images import to_rgb
 from trl_flow.rollout import RandomStream, Rollout, StepPlan, decode, draw_noise, rollout, sample_generator
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.policy import Policy
@@ -63,7 +64,7 @@ class Sampler:
 
     def images_to_edit(self, rows: list[dict[str, Any]]) -> list[Image.Image] | None:
         """The rows' images, RGB, where the backbone takes one."""
-        return [row["image"].convert("RGB") for row in rows] if self.policy.backbone.takes_image else None
+        return [to_rgb(row["image"]) for row in rows] if self.policy.backbone.takes_image else None
 
     def _rollout(self, rows: list[dict[str, Any]], latents: torch.Tensor, plan: StepPlan, **kwargs) -> Rollout:
         condition = self.policy.condition([row["prompt"] for row in rows], self.images_to_edit(rows))

@@ -1,5 +1,6 @@
 """Mask2Former as GenEval's object detector."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,37 +86,41 @@ class Mask2FormerDetector:
     @torch.inference_mode()
     def __call__(self, images: Sequence[Image.Image]) -> list[list[Detection]]:
         """What is on each of some RGB images, the most confident first, with masks and labels in GenEval's words."""
-        if not images:
-            return []
         # Narrower strips would be left with no pixel when scaled
         least = [max(32, max(image.size) // 40) for image in images]
         widened = [
             image.resize([max(edge, at_least) for edge in image.size]) if min(image.size) < at_least else image
             for image, at_least in zip(images, least, strict=True)
         ]
-        inputs = self._processor(widened, size=self._size, return_tensors="pt").to(self._model.device)
-        pixels, inside = inputs["pixel_values"].to(self._model.dtype), inputs["pixel_mask"]
-        outputs = self._model(pixel_values=pixels, pixel_mask=inside)
-        logits = outputs.class_queries_logits, outputs.masks_queries_logits
-        return [self._read_out(*of_image) for of_image in zip(images, *logits, inside, strict=True)]
+        # Padding, which images of different sizes would need in one batch, changes what the model sees at their edges
+        by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for i, image in enumerate(widened):
+            by_size[image.size].append(i)
+        found = {}
+        for same in by_size.values():
+            inputs = self._processor([widened[i] for i in same], size=self._size, return_tensors="pt")
+            pixels = inputs["pixel_values"].to(self._model.device, self._model.dtype)
+            outputs = self._model(pixel_values=pixels)
+            for i, *logits in zip(same, outputs.class_queries_logits, outputs.masks_queries_logits, strict=True):
+                found[i] = self._read_out(images[i], *logits, size=pixels.shape[2:])
+        return [found[i] for i in range(len(images))]
 
     def _read_out(
-        self, image: Image.Image, class_logits: torch.Tensor, mask_logits: torch.Tensor, inside: torch.Tensor
+        self, image: Image.Image, class_logits: torch.Tensor, mask_logits: torch.Tensor, *, size: tuple[int, int]
     ) -> list[Detection]:
         """
         One image's detections, from the logits of its Q queries, `(Q, number of classes + 1)` with "no object" last
-        and `(Q, H / 4, W / 4)`. `inside` is `(H, W)`: 1 where the image is, 0 in the padding at its right and bottom.
+        and `(Q, H / 4, W / 4)`. `size` is `(H, W)`, in which the model saw it.
         """
         # The score: the probability of the class times the mask's mean. A query may be of several classes
         scores, which = class_logits.float().softmax(-1)[:, :-1].flatten().topk(len(class_logits))
         # A mask's share only lowers the score: what is not above `min_score` here never will be
         which = which[scores > self.min_score]
-        height, width = int(inside[:, 0].sum()), int(inside[0].sum())
         detections = []
         # One by one: masks of large images are large
         for score, query, label in zip(scores, which // len(self._labels), which % len(self._labels), strict=False):
             mask = mask_logits[query][None, None].float()
-            mask = interpolate(mask, size=inside.shape, mode="bilinear", align_corners=False)[..., :height, :width]
+            mask = interpolate(mask, size=size, mode="bilinear", align_corners=False)
             mask = interpolate(mask, size=(image.height, image.width), mode="bilinear", align_corners=False)[0, 0]
             covered = mask > 0
             score = float(score * (mask.sigmoid() * covered).sum() / (covered.sum() + 1e-6))

@@ -1,0 +1,48 @@
+"""The one way from an image of any mode to RGB: a picture is the same to trainer, rewards, servers and grids."""
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+
+# The same in a few lines, for code that knows nothing of this package
+TO_RGB_CODE = """\
+def to_rgb(image):  # as in training: what is transparent is white, 16 bits are scaled to 8
+    if image.mode == "I;16":
+        image = image.point(lambda value: value / 257 + 0.5)
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+"""
+
+
+def check_mode(mode: str) -> None:
+    """Raises a `ValueError` for a Pillow mode whose values have no range of their own: `I` and `F`."""
+    if mode in ("I", "F"):
+        raise ValueError(
+            f"The image has mode {mode!r}, {'32-bit integers' if mode == 'I' else 'floats'} of which it is not known "
+            "what is black and white. Scale it to 8 bits, or give 16 bits as such: "
+            "Image.fromarray(np.asarray(image).astype(np.uint16)) has mode 'I;16'."
+        )
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """
+    A copy of `image` in RGB, turned as its EXIF orientation says.
+
+    16 bits (`I;16` and its kin) are scaled by 1/257, where Pillow would cut them off at 255. What is transparent shows
+    white, whatever color it has under its alpha: in `RGBA`, `LA`, `PA`, a palette or a transparent color.
+
+    Raises:
+        ValueError: for the modes `I` and `F`.
+    """
+    check_mode(image.mode)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        gray = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        gray[values == image.info.get("transparency", -1)] = 255
+        image = Image.fromarray(gray)
+    elif image.has_transparency_data:
+        image = image.convert("LA") if image.mode == "La" else image
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
