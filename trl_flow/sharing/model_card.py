@@ -12,14 +12,16 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from trl_flow.backbones import Backbone
 from trl_flow.backbones.base import SAMPLING_SETTINGS
+from trl_flow.backbones.settings import effective
 from trl_flow.evaluation.outputs import versions
+from trl_flow.shapes.bundled import is_bundled
 from trl_flow.sharing.weights import hub_model_id
 
 
 # Fields of the config that a reader needs to judge or repeat a run; the rest is in training_args.json
 _SETTINGS = (
     "num_generations",
-    *SAMPLING_SETTINGS,
+    *(*SAMPLING_SETTINGS, "eval_num_inference_steps", "eval_guidance_scale"),
     *("sde_type", "noise_level", "sde_window_size", "sde_window_range", "timestep_fraction", "share_initial_noise"),
     *("importance_ratio", "timestep_weighting", "epsilon", "epsilon_high", "beta", "scale_rewards"),
     *("multi_objective_aggregation", "advantage_power", "target_kl", "advantage_clip", "dense_rewards"),
@@ -27,8 +29,6 @@ _SETTINGS = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "optim"),
     *("weight_decay", "max_grad_norm", "max_steps", "num_train_epochs", "bf16", "fp16", "seed"),
 )
-
-_BUNDLED = Path(__file__).parents[1] / "shapes" / "pipeline"  # the pipeline that this package ships
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def create_model_card(
 def _loading_code(
     backbone: Backbone, base_model: str | os.PathLike | None, source: str, is_lora: bool, settings: Mapping
 ) -> str:
-    """Lines that load the trained model into a stock pipeline and draw an image as it was drawn in training."""
+    """Lines that load the trained model into a stock pipeline and draw an image as the run's evaluations did."""
     component, (_, base) = backbone.component, _origin(base_model)
     pipeline = type(backbone.pipeline)
     # FSDP2 gives a sharded module a class of its own, derived from FSDPModule and the module's
@@ -169,8 +169,14 @@ def _loading_code(
         code.insert(0, f"{component} = {trained.__name__}.from_pretrained({_quoted(source)}{dtype})")
     for line in (backbone.scheduler_code or "").splitlines():
         (imports if line.startswith(("import ", "from ")) else code).append(line)
+    # As evaluations draw
+    evaluation = {name: settings.get(f"eval_{name}") for name in ("num_inference_steps", "guidance_scale")}
+    settings = {**settings, **{name: value for name, value in evaluation.items() if value is not None}}
     # By keyword: the first argument of pipelines that edit is the image
-    call = ['prompt="a prompt"', *(f"{name}={value!r}" for name, value in backbone.call_arguments(settings).items())]
+    call = [
+        'prompt="a prompt"',
+        *(f"{name}={value!r}" for name, value in backbone.call_arguments(effective(backbone, settings)).items()),
+    ]
     if backbone.takes_image:
         imports.append("from diffusers.utils import load_image")
         call.insert(0, 'image=load_image("path/to/image.png")')
@@ -189,7 +195,7 @@ def _origin(base_model: str | os.PathLike | None) -> tuple[str, str]:
     if base_model is None:
         return "a pipeline that was not loaded from the Hub", _quoted("path/to/base_model")
     folder = Path(base_model).resolve()
-    if folder == _BUNDLED.resolve():
+    if is_bundled(folder):
         return "the shapes pipeline that comes with `trl_flow`", "pipeline_path()"
     return f"a local pipeline, {_code(folder.name)}", _quoted(f"path/to/{folder.name}")
 

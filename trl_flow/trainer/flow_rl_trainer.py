@@ -20,6 +20,8 @@ from transformers.utils import logging
 from trl_flow import sharing
 from trl_flow.algorithms import Algorithm, MicroBatch
 from trl_flow.backbones import Backbone, get_backbone
+from trl_flow.backbones.prompt_length import warn_of_long_prompts
+from trl_flow.backbones.settings import evaluation_steps
 from trl_flow.rewards.checks import RewardError, reward_names
 from trl_flow.rewards.scorer import RewardScorer
 from trl_flow.trainer import checks
@@ -127,8 +129,11 @@ class FlowRLTrainer(GroupTrainer):
         self.backbone = backbone or get_backbone(self.pipeline, **size)
         self.model_id = str(model) if is_path else self.pipeline.config.get("_name_or_path")
         checks.check_backbone(self.backbone, args, peft_config)
+        if args.eval_num_inference_steps is None:
+            args.eval_num_inference_steps = evaluation_steps(self.backbone, args.num_inference_steps)
         for name, dataset in datasets.items():
             checks.check_images(dataset, name, self.backbone)
+            warn_of_long_prompts(self.backbone, [*dataset["prompt"], args.negative_prompt or ""], name)
         module = prepare_module(self.backbone, args, peft_config)
         checks.probe_output_dir(args, sum(p.numel() for p in module.parameters() if p.requires_grad))
 
@@ -289,6 +294,8 @@ class FlowRLTrainer(GroupTrainer):
         for name, dataset in checks.chosen_eval_datasets(eval_dataset, self.eval_dataset).items():
             checks.check_dataset(dataset, "eval_dataset")
             checks.check_images(dataset, "eval_dataset", self.backbone)
+            if eval_dataset is not None:  # those of the trainer were looked at when it was made
+                warn_of_long_prompts(self.backbone, dataset["prompt"], "eval_dataset")
             start = time.time()
             result = self.evaluator.evaluate(dataset, self.state, name)
             is_named = name is not None and not isinstance(eval_dataset, str)
