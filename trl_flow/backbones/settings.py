@@ -8,13 +8,13 @@ from trl_flow.shapes.bundled import DRAWING_SETTINGS, is_bundled
 
 
 def own_settings(backbone: Backbone) -> dict[str, Any]:
-    """The `num_inference_steps` and `guidance_scale` that the pipeline's call has by default, as far as it does; of a
-    distilled model those that it was distilled for."""
+    """The `num_inference_steps` (if it has any) and `guidance_scale` (if it has none, 1) that the pipeline's call has
+    by default; of a distilled model those that it was distilled for."""
     found = {"num_inference_steps": backbone.call_default("num_inference_steps")}
     found["guidance_scale"] = backbone.call_default(backbone.guidance_argument)
     if backbone.distilled_steps is not None:
         found["num_inference_steps"] = backbone.distilled_steps
-    if not backbone.takes_guidance:
+    if not backbone.takes_guidance or found["guidance_scale"] is None:
         found["guidance_scale"] = 1.0
     if is_bundled(backbone.pipeline.config.get("_name_or_path")):
         found |= {name: DRAWING_SETTINGS[name] for name in found}

@@ -172,11 +172,9 @@ def _loading_code(
     # As evaluations draw
     evaluation = {name: settings.get(f"eval_{name}") for name in ("num_inference_steps", "guidance_scale")}
     settings = {**settings, **{name: value for name, value in evaluation.items() if value is not None}}
+    arguments = backbone.call_arguments(effective(backbone, settings))
     # By keyword: the first argument of pipelines that edit is the image
-    call = [
-        'prompt="a prompt"',
-        *(f"{name}={value!r}" for name, value in backbone.call_arguments(effective(backbone, settings)).items()),
-    ]
+    call = ['prompt="a prompt"', *(f"{name}={value!r}" for name, value in arguments.items())]
     if backbone.takes_image:
         imports.append("from diffusers.utils import load_image")
         call.insert(0, 'image=load_image("path/to/image.png")')
