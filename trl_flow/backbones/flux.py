@@ -37,7 +37,8 @@ class FluxBackbone(PackedBackbone):
         return None if self.takes_guidance else 4  # schnell's
 
     def prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
-        return [len(ids) for ids in self.pipeline.tokenizer_2(list(prompts)).input_ids]  # CLIP's gives one vector
+        # T5's: CLIP's make one vector of a prompt
+        return [len(ids) for ids in self.pipeline.tokenizer_2(list(prompts), verbose=False).input_ids]
 
     def encode_prompt(self, prompt: str) -> Tensors:
         embeds, pooled, text_ids = self.pipeline.encode_prompt(

@@ -54,4 +54,4 @@ def shortened(
 def chat_length(tokenizer: PreTrainedTokenizerBase, prompt: str, **options: Any) -> int:
     """Tokens of a prompt as a user's message in the tokenizer's chat template."""
     message, options = [{"role": "user", "content": prompt}], {"add_generation_prompt": True, **options}
-    return len(tokenizer(tokenizer.apply_chat_template(message, tokenize=False, **options)).input_ids)
+    return len(tokenizer(tokenizer.apply_chat_template(message, tokenize=False, **options), verbose=False).input_ids)

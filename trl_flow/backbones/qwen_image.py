@@ -45,7 +45,7 @@ class QwenImageBackbone(PackedBackbone):
         texts = [pipeline.prompt_template_encode.format(prompt) for prompt in prompts]
         # What stands before the prompt is dropped when it has been read
         dropped = pipeline.prompt_template_encode_start_idx
-        return [len(ids) - dropped for ids in pipeline.tokenizer(texts).input_ids]
+        return [len(ids) - dropped for ids in pipeline.tokenizer(texts, verbose=False).input_ids]
 
     def _shortened(self, prompt: str) -> str:
         return shortened(self, self.pipeline.tokenizer, prompt, lambda text: self.prompt_tokens([text])[0])
@@ -139,7 +139,7 @@ class QwenImageEditBackbone(EditingBackbone, QwenImageBackbone):
             )
 
     def prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
-        return [len(ids) for ids in self.pipeline.tokenizer(list(prompts)).input_ids]
+        return [len(ids) for ids in self.pipeline.tokenizer(list(prompts), verbose=False).input_ids]
 
     def encode_prompt(self, prompt: str, image: Image.Image) -> Tensors:
         """As [`Backbone.encode_prompt`]; raises `ValueError` if the image has too different an aspect ratio."""

@@ -37,7 +37,7 @@ class StableDiffusion3Backbone(Backbone):
 
     def prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
         tokenizer = self.pipeline.tokenizer_3 if self._has_t5 else self.pipeline.tokenizer
-        return [len(ids) for ids in tokenizer(list(prompts)).input_ids]
+        return [len(ids) for ids in tokenizer(list(prompts), verbose=False).input_ids]
 
     def encode_prompt(self, prompt: str) -> Tensors:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(

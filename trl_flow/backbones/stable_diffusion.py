@@ -102,7 +102,7 @@ class StableDiffusionBackbone(Backbone):
         return self.fixed_sequence_length
 
     def prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
-        return [len(ids) for ids in self.pipeline.tokenizer(list(prompts)).input_ids]
+        return [len(ids) for ids in self.pipeline.tokenizer(list(prompts), verbose=False).input_ids]
 
     def encode_prompt(self, prompt: str) -> Tensors:
         prompt_embeds, _ = self.pipeline.encode_prompt(

@@ -260,9 +260,12 @@ class FlowRLTrainer(GroupTrainer):
         # All evaluation sets are scored by the base model, which is logged as update 0
         if self.gold_scorer.reward_funcs:
             for name, dataset in checks.chosen_eval_datasets(None, self.eval_dataset).items():
+                start, prefix = time.time(), "eval" if name is None else f"eval_{name}"
                 result = self.evaluator.evaluate_base(dataset, self.state, name)
-                if self.evaluator.is_untrained and self.state.global_step == 0 and not self.args.eval_on_start:
-                    self._log_evaluation(result, "eval" if name is None else f"eval_{name}")
+                is_logged = any(f"{prefix}_reward" in entry for entry in self.state.log_history)
+                begins = self.evaluator.is_untrained and self.state.global_step == 0
+                if begins and not is_logged and not self.args.eval_on_start:
+                    self._log_evaluation(result, prefix, start)
         self.evaluator.is_untrained = False
 
     def _after_update(self) -> None:
@@ -300,6 +303,8 @@ class FlowRLTrainer(GroupTrainer):
             result = self.evaluator.evaluate(dataset, self.state, name)
             is_named = name is not None and not isinstance(eval_dataset, str)
             own = self._log_evaluation(result, f"{metric_key_prefix}_{name}" if is_named else metric_key_prefix, start)
+            if self.evaluator.is_untrained and (eval_dataset is None or isinstance(eval_dataset, str)):
+                self._run_log.before.append(self.state.log_history[-1])
             self.control.should_evaluate = False  # as CallbackHandler.on_evaluate, which not always passes further
             told = {"metrics": own, "evaluation": None if result.gold is None else result}
             event = "on_evaluate", self.args, self.state, self.control
