@@ -20,7 +20,7 @@ SD3 = {"max_sequence_length": CLIP_TOKENS}
 SD35 = SD3 | {"size": (64, 64), "other_size": (48, 96), "guidance_scale": 4.5}
 UNET = {"size": (32, 32), "other_size": (24, 40), "max_sequence_length": CLIP_TOKENS, "guidance_scale": 7.5}
 UNET |= {"atol": 1e-4}
-KLEIN = {"max_sequence_length": 40, "latents": unpacked, "guidance_scale": 4.0}
+KLEIN = {"max_sequence_length": 34, "latents": unpacked, "guidance_scale": 4.0}
 EDIT = {"size": (64, 64), "other_size": (96, 32), "max_sequence_length": 20, "in_batches": False}
 FAMILIES = {
     "sd3": Family(tiny_sd3_pipeline, **SD3),
