@@ -28,7 +28,7 @@ from trl_flow.evaluation.scoring import paired_difference, score_images
 from trl_flow.evaluation.tables import score_table
 from trl_flow.rewards import ShapesReward
 from trl_flow.shapes import IMAGE_SIZE, load_prompts, pipeline_path
-from trl_flow.shapes.bundled import T5_TOKENS
+from trl_flow.shapes.bundled import BUNDLED, T5_TOKENS, is_bundled
 
 
 RESULTS = "results.json"
@@ -168,7 +168,7 @@ def run_demo(
         "method": method,
         "reward": _formula(settings),
         "seed": seed,
-        "model": os.fspath(model),
+        "model": BUNDLED if is_bundled(model) else os.fspath(model),
         "scores": {name: difference.to_dict() for name, difference in differences.items()},
         "standard_error_of": "the mean over prompts of the paired difference, each prompt's images averaged first",
         "eval_seed": EVAL_SEED,

@@ -1,13 +1,12 @@
 """What all families have in common: the stock pipelines' own images, training by every config, and sharing."""
 
-from functools import partial
 from inspect import signature
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageEditPipeline, QwenImageEditPlusPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler
+from families import FAMILIES
 from family_checks import (
-    Family,
     assert_schedule_of_the_pipeline,
     check_batches,
     check_card,
@@ -21,46 +20,11 @@ from family_checks import (
     ode_latents,
     random_lora,
 )
-from tiny_flux import tiny_flux_pipeline, tiny_klein_pipeline, tiny_kontext_pipeline
-from tiny_models import CLIP_TOKENS, tiny_sd3_pipeline
-from tiny_qwen import tiny_qwen_edit_pipeline, tiny_qwen_image_pipeline, tiny_z_image_pipeline
-from tiny_sd35 import tiny_sd35_pipeline
 from tiny_training import PROMPTS, distance, trained_weights
-from tiny_unets import tiny_sd_pipeline, tiny_sdxl_pipeline
 
 from trl_flow import AWMConfig, DiffusionNFTConfig, GuardConfig, VGPOConfig
 
 
-def unpacked(backbone, noise):
-    # FLUX.2's pipeline packs the latents that it is given
-    return noise.mT.unflatten(2, backbone._grid())
-
-
-SD3 = {"max_sequence_length": CLIP_TOKENS}
-SD35 = SD3 | {"size": (64, 64), "other_size": (48, 96), "guidance_scale": 4.5}
-UNET = {"size": (32, 32), "other_size": (24, 40), "max_sequence_length": CLIP_TOKENS, "guidance_scale": 7.5}
-UNET |= {"atol": 1e-4}
-KLEIN = {"max_sequence_length": 24, "latents": unpacked, "guidance_scale": 4.0}
-EDIT = {"size": (64, 64), "other_size": (96, 32), "max_sequence_length": 20, "in_batches": False}
-FAMILIES = {
-    "sd3": Family(tiny_sd3_pipeline, **SD3),
-    "sd35-medium": Family(partial(tiny_sd35_pipeline, "medium"), **SD35),
-    "sd35-large": Family(partial(tiny_sd35_pipeline, "large"), **SD35),
-    "sd": Family(tiny_sd_pipeline, **UNET),
-    "sd-v": Family(partial(tiny_sd_pipeline, prediction_type="v_prediction"), **UNET),
-    "sdxl": Family(tiny_sdxl_pipeline, **UNET),
-    "sdxl-v": Family(partial(tiny_sdxl_pipeline, prediction_type="v_prediction"), **UNET),
-    "flux-dev": Family(tiny_flux_pipeline, guidance_scale=3.5),
-    "flux-schnell": Family(partial(tiny_flux_pipeline, guidance_embeds=False)),
-    "kontext": Family(tiny_kontext_pipeline, in_batches=False),
-    "klein-base": Family(tiny_klein_pipeline, **KLEIN),
-    "klein": Family(partial(tiny_klein_pipeline, is_distilled=True), **KLEIN),
-    "qwen-image": Family(tiny_qwen_image_pipeline, max_sequence_length=40),
-    "qwen-image-edit": Family(partial(tiny_qwen_edit_pipeline, QwenImageEditPipeline), **EDIT),
-    "qwen-image-edit-plus": Family(partial(tiny_qwen_edit_pipeline, QwenImageEditPlusPipeline), **EDIT),
-    # Captions of up to 42 tokens, which the transformer fills up to 32 or 64
-    "z-image": Family(tiny_z_image_pipeline, max_sequence_length=48, unguided=0.0),
-}
 EDITING = ("kontext", "qwen-image-edit", "qwen-image-edit-plus")
 # The others differ from these in the guidance only
 TRAINED = [name for name in FAMILIES if name not in ("flux-schnell", "klein", "sdxl-v")]

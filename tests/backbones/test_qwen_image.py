@@ -69,13 +69,6 @@ def test_filling_up_a_prompt_changes_nothing(prompt):
     )
 
 
-def test_a_long_prompt_is_cut_as_the_pipeline_cuts_it():
-    backbone = make_backbone(max_sequence_length=8)
-    final = ode_latents(backbone, 1.0, PROMPTS)
-    torch.testing.assert_close(final, drawn_by_the_pipeline(backbone, 1.0, "latent"), rtol=0, atol=1e-5)
-    assert (final - ode_latents(make_backbone(), 1.0, PROMPTS)).abs().max() > 1e-3
-
-
 def test_guidance_turns_each_token_and_keeps_its_length():
     backbone = make_backbone()
     # c = (3, 4) and u = (3, 0): u + 2 (c - u) = (3, 8), of length sqrt(73), brought back to c's 5

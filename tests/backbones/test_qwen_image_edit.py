@@ -11,7 +11,6 @@ from family_checks import (
 )
 from PIL import Image
 from tiny_qwen import tiny_qwen_edit_pipeline
-from tiny_training import warnings_of
 
 from trl_flow.backbones import QwenImageEditBackbone, QwenImageEditPlusBackbone, get_backbone
 
@@ -118,17 +117,6 @@ def test_conditions_do_not_depend_on_the_prompts_length_nor_the_images_size(cls,
     # The longest prompt fills its place, the empty one leaves as much as it is long
     assert other["encoder_hidden_states_mask"].all()
     assert (~one["encoder_hidden_states_mask"]).sum() == TOKENS
-
-
-def test_a_prompt_that_is_too_long_is_cut_with_a_warning(small_input_images):
-    backbone, image = make_backbone(QwenImageEditPipeline), random_image(0, 64, 64)
-    long = "x" * (TOKENS + 3)
-    with warnings_of("trl_flow") as messages:
-        condition = backbone.encode_prompt(long, image)
-    assert len(messages) == 1 and f"has {TOKENS + 3} tokens" in messages[0]
-    whole = make_backbone(QwenImageEditPipeline, max_sequence_length=TOKENS + 3).encode_prompt(long, image)
-    expected = whole["encoder_hidden_states"][:, :-3]
-    torch.testing.assert_close(condition["encoder_hidden_states"], expected, rtol=0, atol=1e-5)
 
 
 @each_pipeline

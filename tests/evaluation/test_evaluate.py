@@ -8,7 +8,7 @@ from PIL import Image
 from tiny_comparisons import assert_same_images, random_lora
 
 from trl_flow.evaluation import DrawingOptions, evaluate_models
-from trl_flow.evaluation.drawing import draw
+from trl_flow.evaluation.drawing import draw, draw_images
 from trl_flow.rewards.checks import RewardError
 
 
@@ -44,7 +44,7 @@ def test_images_are_those_that_draw_gives(compared, tiny_sd3, lora):
     for model in ("base", "ours"):
         if model == "ours":
             tiny_sd3.load_lora_weights(lora)
-        drawn = draw(tiny_sd3, PROMPTS, seed=0, num_images_per_prompt=2, batch_size=4, guidance_scale=4.5, **SAMPLING)
+        drawn = draw(tiny_sd3, PROMPTS, seed=0, num_images_per_prompt=2, batch_size=4, **SAMPLING)
         saved = [Image.open(path) for path in sorted((folder / model).iterdir())]
         assert len(saved) == len(drawn) == 6
         assert_same_images(saved, drawn)
@@ -84,15 +84,15 @@ def test_what_is_written(compared):
 def test_a_killed_run_goes_on_and_ends_with_the_same_images(compared, tiny_sd3_path, lora, tmp_path, monkeypatch):
     calls = []
 
-    def killed(pipeline, prompts, **options):
+    def killed(backbone, prompts, **options):
         calls.append(options["first_index"])
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return draw(pipeline, prompts, **options)
+        return draw_images(backbone, prompts, **options)
 
     arguments = {"prompts": {"shapes": DATASET}, "proxy": brightness, "options": OPTIONS, "progress": False}
     with monkeypatch.context() as patch:
-        patch.setattr("trl_flow.evaluation.evaluate.draw", killed)
+        patch.setattr("trl_flow.evaluation.evaluate.draw_images", killed)
         with pytest.raises(KeyboardInterrupt):
             evaluate_models(tiny_sd3_path, [lora], output_dir=tmp_path, **arguments)
         # The base's two batches and the adapter's first are there; one image gets lost

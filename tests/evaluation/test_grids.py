@@ -1,7 +1,11 @@
+from pathlib import Path
+
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
 
+from trl_flow.evaluation import fonts
 from trl_flow.evaluation.grids import before_after_grid, comparison_grid, evenly, image_grid
 
 
@@ -174,3 +178,57 @@ def test_grids_that_do_not_fit_are_refused(rows, columns, captions, cell):
 )
 def test_what_is_shown_is_spread_evenly(total, number, indices):
     assert evenly(total, number) == indices
+
+
+# ---- letters that the usual font lacks ----
+
+
+@pytest.fixture
+def only_fonts(monkeypatch):
+    """Makes the given ones the machine's only fonts."""
+
+    def use(*names: str) -> None:
+        folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
+        monkeypatch.setattr(fonts, "_fonts", lambda: [folder / name for name in names])
+        fonts._other_font.cache_clear()
+
+    yield use
+    fonts._other_font.cache_clear()
+
+
+def caption_of(text: str, number: int = 1) -> np.ndarray:
+    """The pixels of the last of `number` captions, all of them alike."""
+    grid = image_grid([plain(RED)] * number, [text] * number, columns=1)
+    return np.asarray(grid)[-20:]
+
+
+def test_another_font_draws_letters_that_the_usual_one_lacks(only_fonts):
+    only_fonts("STIXGeneral.ttf")
+    letters = "\U0001d49c\U0001d49e"  # script A and C
+    assert not set(letters) & fonts._letters(fonts.DEFAULT)
+    assert Path(fonts.font_for(letters, 11).path).name == "STIXGeneral.ttf"
+    assert (caption_of(letters[0]) != caption_of(letters[1])).any()
+    assert dark_pixels(image_grid([plain(RED)], [letters]), (6, 134, 60, 155)) > 10
+
+
+def test_letters_of_no_font_are_replaced_by_the_number_of_the_prompt(only_fonts):
+    only_fonts()
+    shown = caption_of("prompt 2, in letters that no font here has", 2)
+    assert (caption_of("一只猫", 2) == shown).all() and (caption_of("两条狗", 2) == shown).all()
+    images = [plain(RED)] * 2
+    same = image_grid(images, ["cat\n0.5", "prompt 2, in letters that no font here has\n0.7"])
+    assert np.array_equal(image_grid(images, ["cat\n0.5", "两条狗\n0.7"]), same)
+    numbered = [f"prompt {i}, in letters that no font here has" for i in (1, 2)]
+    both = [comparison_grid([images] * 2, ["a", "b"], texts) for texts in (["一只猫", "两条狗"], numbered)]
+    assert np.array_equal(*both)
+
+
+def test_two_chinese_captions_differ_whatever_fonts_there_are():
+    grid = np.asarray(image_grid([plain(RED)] * 2, ["一只猫", "两条狗"], columns=2))
+    left, right = grid[134:, 6:134], grid[134:, 140:268]
+    assert (left != right).any() and (left < 100).any() and (right < 100).any()
+
+
+def test_a_symbol_does_not_take_the_words_around_it_away(only_fonts):
+    only_fonts()
+    assert fonts.font_for("a cat \U0001f600", 11) is not None and fonts.font_for("\U0001f600", 11) is None

@@ -294,7 +294,17 @@ def test_a_table_that_there_is_not_is_said():
 @pytest.mark.parametrize(
     "table, pipeline, expected",
     [
-        ("guard", "StableDiffusion3Pipeline", {"height": 512, "width": 512, "max_sequence_length": 128}),
+        (
+            "guard",
+            "StableDiffusion3Pipeline",
+            {
+                "num_inference_steps": 40,
+                "guidance_scale": 4.5,
+                "max_sequence_length": 128,
+                "height": 512,
+                "width": 512,
+            },
+        ),
         ("guard", "FluxPipeline", {"height": 512, "width": 512, "num_inference_steps": 28, "guidance_scale": 3.5}),
         ("guard", "QwenImagePipeline", {}),
     ],

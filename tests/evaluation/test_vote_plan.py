@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tiny_comparisons import painted_folder
 
-from trl_flow.evaluation.vote_plan import Ballots, VotePair, check_voter, left_model, vote_pairs, voting_order
+from trl_flow.evaluation.vote_plan import Ballots, VotePair, check_voter, left_models, vote_pairs, voting_order
 
 
 PROMPTS = [f"prompt {i}" for i in range(30)]
@@ -56,18 +56,26 @@ def test_each_voter_has_an_order_and_sides_of_their_own(folder):
     assert anna != bert and anna != pairs and sorted(map(hash, anna)) == sorted(map(hash, pairs))
     assert anna == voting_order(pairs[::-1], voter="anna", seed=0)
     assert anna != voting_order(pairs, voter="anna", seed=1)
-    sides = {
-        name: np.array([left_model(pair, voter=name, seed=0) == "base" for pair in pairs]) for name in ("anna", "bert")
-    }
-    # 60 coins: between 15 and 45 heads in all but one of 10,000 cases; and two voters' coins differ
-    assert all(15 <= side.sum() <= 45 for side in sides.values())
-    assert (sides["anna"] != sides["bert"]).any()
+    assert left_models(anna, voter="anna", seed=0) != left_models(bert, voter="bert", seed=0)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 7, 60])
+def test_whoever_always_takes_one_side_favors_no_model(number):
+    # Two comparisons with one reference: each is balanced by itself, at every point of the vote
+    pairs = [VotePair("s", "p", i, i, "base", other) for i in range(number) for other in ("ours", "theirs")]
+    for voter in map(str, range(5)):
+        order = voting_order(pairs, voter=voter, seed=0)
+        left = left_models(order, voter=voter, seed=0)
+        for other in ("ours", "theirs"):
+            wins = np.cumsum([1 if left[pair.key] == other else -1 for pair in order if pair.other == other])
+            assert abs(wins).max() <= 1 and all(wins[1::2] == 0)
 
 
 def test_sides_tell_nothing_about_order(folder):
     pairs = [VotePair("s", "p", i, i, "base", "ours") for i in range(2000)]
     order = voting_order(pairs, voter="x", seed=0)
-    left = np.array([left_model(pair, voter="x", seed=0) == "base" for pair in order], dtype=float)
+    sides = left_models(order, voter="x", seed=0)
+    left = np.array([sides[pair.key] == "base" for pair in order], dtype=float)
     assert abs(left.mean() - 0.5) < 4 * 0.5 / np.sqrt(2000)
     assert abs(np.corrcoef(left, np.arange(2000))[0, 1]) < 4 / np.sqrt(2000)
 

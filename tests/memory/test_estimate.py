@@ -309,6 +309,11 @@ def test_quantised_weights_by_hand():
     assert _quantized_bytes(model, nested) == 128 * 64 // 2 + 128 + 4 + norm
 
 
+def test_a_setting_without_effect_is_refused_as_in_training(folders):
+    with pytest.raises(ValueError, match="negative_prompt is 'blurred', but Flux2KleinPipeline takes none"):
+        estimate(str(folders["Flux2KleinPipeline"]), plan(negative_prompt="blurred"))
+
+
 def test_savings_are_the_differences_of_estimates(tiny_sd3_path):
     start = plan(height=16, width=16, per_device_train_batch_size=64)
     now = estimate(tiny_sd3_path, start)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from tiny_reward_models import CONTEXT, clip_model, clip_tokenizer, cropped_pixels, picture, save_clip, with_features
+from tiny_training import warnings_of
 
 from trl_flow.rewards import PickScoreReward
 
@@ -37,6 +38,21 @@ def test_values_are_the_models_own_logits(tmp_path):
     scores = PickScoreReward(path, path, device="cpu")(prompts, images)
     assert scores == pytest.approx(logits.tolist(), rel=1e-4)
     assert max(scores) - min(scores) > 1
+
+
+def test_a_prompt_that_is_cut_is_said_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("trl_flow.rewards.text_length._said", set())
+    path = save_clip(tmp_path, clip_model())
+    reward, images = PickScoreReward(path, path, device="cpu"), [picture(0), picture(1)]
+    with warnings_of("trl_flow") as said:
+        fits = "x " * (CONTEXT - 2)  # each word is a token, with one before and one behind
+        reward([fits, "a cat"], images)
+        assert said == []
+        for _ in range(2):
+            cut = reward([fits + "y", fits + "z"], images[:1] * 2)
+            assert cut == pytest.approx(reward([fits] * 2, images[:1] * 2), rel=1e-5)
+    (message,) = said
+    assert f"pickscore reads {CONTEXT} tokens of a prompt: 2 of 2" in message and f"up to {CONTEXT + 1}" in message
 
 
 def test_model_and_processor_come_from_different_places(tmp_path):

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from datasets import Dataset, DatasetDict
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from peft import LoHaConfig, LoraConfig
+from tiny_flux import tiny_flux_pipeline
 from tiny_models import tiny_sd3_pipeline
 from tiny_training import assert_equal, brightness, prompts, tiny_config, tiny_lora, tiny_trainer, train, warnings_of
+from tiny_unets import tiny_sd_pipeline
 
 from trl_flow import FlowGRPOConfig, FlowGRPOTrainer, GuardConfig
 from trl_flow.rewards.checks import RewardError
@@ -350,9 +353,37 @@ def test_a_reward_that_fails_ends_training_and_leaves_checkpoints_alone(reward, 
     assert_equal({n: p for n, p in trainer.model.named_parameters() if p.requires_grad}, whole)
 
 
-def test_a_negative_prompt_without_guidance_is_no_error(tmp_path):
-    trainer = tiny_trainer(tmp_path, negative_prompt="blurred", guidance_scale=1.0)
-    assert trainer.policy.condition(["a cat"]).negative is None
+def test_a_sampling_setting_without_effect_is_refused_and_a_default_is_not(tmp_path):
+    unguided = {"negative_prompt": "blurred", "guidance_scale": 1.0}
+    with pytest.raises(ValueError, match="negative_prompt is 'blurred', but has no effect: with guidance_scale 1"):
+        tiny_trainer(tmp_path, **unguided)
+    assert not any(tmp_path.iterdir())
+    tiny_trainer(tmp_path, **unguided, eval_guidance_scale=4.0)  # evaluations are guided
+    schnell = partial(tiny_flux_pipeline, guidance_embeds=False)
+    with pytest.raises(ValueError, match="eval_guidance_scale is 3, but has no effect: this FluxPipeline"):
+        tiny_trainer(tmp_path, pipeline=schnell(), guidance_scale=1.0, eval_guidance_scale=3.0)
+    size = {"height": 32, "width": 32}
+    with pytest.raises(ValueError, match="max_sequence_length is 64, but StableDiffusionPipeline does not take it"):
+        tiny_trainer(tmp_path, pipeline=tiny_sd_pipeline(), max_sequence_length=64, **size)
+    known = FlowGRPOConfig.__dataclass_fields__
+    defaults = {name: known[name].default for name in ("guidance_scale", "max_sequence_length")}
+    tiny_trainer(tmp_path, pipeline=tiny_sd_pipeline(), **size, **defaults)
+    trainer = tiny_trainer(tmp_path, pipeline=schnell(), **defaults, eval_num_inference_steps=None)
+    # A distilled model is evaluated as it is trained, others in the pipeline's steps
+    assert trainer.args.eval_num_inference_steps == trainer.args.num_inference_steps == 4
+    assert tiny_trainer(tmp_path, eval_num_inference_steps=None).args.eval_num_inference_steps == 28
+
+
+def test_prompts_that_are_cut_are_counted_for_each_set(tmp_path):
+    long = Dataset.from_dict({"prompt": ["a cat", "two dogs " * 9]})
+    with warnings_of("trl_flow") as said:
+        trainer = tiny_trainer(tmp_path, train_dataset=long, eval_dataset=prompts(2))
+        trainer.evaluate()
+    said = [message for message in said if "longer than" in message]
+    assert len(said) == 1 and "1 of 2 different prompts of train_dataset are longer than the 16 tokens" in said[0]
+    with warnings_of("trl_flow") as said:
+        trainer.evaluate(long)
+    assert sum("1 of 2 different prompts of eval_dataset" in message for message in said) == 1
 
 
 def test_a_lora_without_targets_is_given_the_backbones_and_is_not_changed_itself(tmp_path):

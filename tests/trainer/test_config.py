@@ -27,7 +27,7 @@ FLOW_GRPO = {
     "height": 512,
     "width": 512,
     "max_sequence_length": 128,
-    "eval_num_inference_steps": 40,
+    "eval_num_inference_steps": None,  # the pipeline's own
     "eval_guidance_scale": None,
     "sde_type": "flow",
     "noise_level": 0.7,

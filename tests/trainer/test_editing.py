@@ -100,7 +100,7 @@ def test_a_column_image_is_any_column_where_nothing_is_edited(tmp_path):
 
 @pytest.mark.parametrize("pipeline", [tiny_flux_pipeline, tiny_klein_pipeline, tiny_kontext_pipeline])
 def test_a_negative_prompt_that_would_be_ignored_is_refused(pipeline, tmp_path):
-    with pytest.raises(ValueError, match="negative_prompt is 'blurred', but Flux.*Backbone takes none"):
+    with pytest.raises(ValueError, match="negative_prompt is 'blurred', but Flux.*Pipeline takes none"):
         editing_trainer(tmp_path, pipeline=pipeline(), negative_prompt="blurred")
 
 

@@ -1,40 +1,23 @@
-"""In every family the trainer's evaluation draws the images that `trl-flow evaluate` draws with the same settings."""
+"""In every family the trainer's evaluation, `trl-flow evaluate` and the model card's code draw the same images."""
 
-from functools import partial
+from pathlib import Path
 
-import numpy as np
 import pytest
-from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
+import torch
+from diffusers import DiffusionPipeline
+from families import FAMILIES
+from family_checks import Family, assert_same_images, family_trainer, image_distance, images_to_edit
 from PIL import Image
-from tiny_flux import tiny_flux_pipeline, tiny_klein_pipeline, tiny_kontext_pipeline, tiny_kontext_sizes
-from tiny_models import tiny_sd3_pipeline
-from tiny_qwen import (
-    smaller_input_images,
-    tiny_qwen_edit_pipeline,
-    tiny_qwen_image_pipeline,
-    tiny_z_image_pipeline,
-)
-from tiny_training import brightness, prompts, tiny_trainer
-from tiny_unets import tiny_sd_pipeline, tiny_sdxl_pipeline
+from tiny_flux import tiny_kontext_sizes
+from tiny_qwen import smaller_input_images
+from tiny_training import PROMPTS, brightness, prompts
 
-from trl_flow.evaluation.drawing import draw
+from trl_flow.backbones import Backbone
+from trl_flow.cli import main
+from trl_flow.rollout import RandomStream, draw_noise, sample_generator
 
 
-# Pipeline, side of the images, prompt tokens
-FAMILIES = {
-    "sd3": (tiny_sd3_pipeline, 16, 16),
-    "sd": (tiny_sd_pipeline, 32, 16),
-    "sdxl": (tiny_sdxl_pipeline, 32, 16),
-    "flux": (tiny_flux_pipeline, 16, 16),
-    "schnell": (partial(tiny_flux_pipeline, guidance_embeds=False), 16, 16),
-    "kontext": (tiny_kontext_pipeline, 16, 16),
-    "klein": (tiny_klein_pipeline, 16, 24),
-    "klein distilled": (partial(tiny_klein_pipeline, is_distilled=True), 16, 24),
-    "qwen-image": (tiny_qwen_image_pipeline, 16, 16),
-    "qwen-image-edit": (partial(tiny_qwen_edit_pipeline, QwenImageEditPipeline), 64, 16),
-    "qwen-image-edit-plus": (partial(tiny_qwen_edit_pipeline, QwenImageEditPlusPipeline), 64, 16),
-    "z-image": (tiny_z_image_pipeline, 16, 48),
-}
+SEED, EVALUATED = 5, 2
 
 
 @pytest.fixture(autouse=True)
@@ -44,57 +27,65 @@ def small_inputs(monkeypatch):
         yield
 
 
-def pixels(images) -> np.ndarray:
-    return np.stack([np.asarray(image, dtype=int) for image in images])
+def by_the_command(family: Family, run: Path, folder: Path, dataset) -> list[Image.Image]:
+    """What `trl-flow evaluate` draws with the run's adapter when it is told the seed and nothing else."""
+    file, out = folder / "prompts.parquet", folder / "comparison"
+    dataset.to_parquet(file)
+    command = ["evaluate", "--model", str(folder / "base"), "--adapters", f"tuned={run}", "--prompts", str(file)]
+    assert main([*command, "--seed", str(SEED), "--batch_size", "2", "--device", "cpu", "--output_dir", str(out)]) == 0
+    return [Image.open(path) for path in sorted((out / "images" / "prompts" / "tuned").glob("*.png"))]
+
+
+def by_the_card(family: Family, backbone: Backbone, run: Path, folder: Path, edited) -> list[Image.Image]:
+    """What the model card's code draws, with the noise of the evaluation."""
+    code = (run / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = code.replace("path/to/image.png", str(folder / "image.png")).replace("path/to/run", str(run))
+    images = []
+    for index, prompt in enumerate(PROMPTS[:EVALUATED]):
+        if edited is not None:
+            edited[index].save(folder / "image.png")
+        generators = [sample_generator(SEED, RandomStream.EVALUATION, index)]
+        noise = draw_noise(backbone.latent_shape(), generators, torch.device("cpu"))
+        scope = {"latents": family.latents(backbone, noise)}
+        exec(code.replace('"a prompt"', f'"{prompt}", latents=latents'), scope)
+        images.append(scope["image"])
+    return images
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_evaluation_draws_what_draw_does(name, tmp_path):
-    make, side, tokens = FAMILIES[name]
-    rng, shown = np.random.default_rng(0), []
+def test_trainer_command_and_card_draw_the_same_images(name, tmp_path, monkeypatch):
+    family, shown = FAMILIES[name], []
+    pipeline_class = type(family.make_pipeline())
+    for cls in (DiffusionPipeline, pipeline_class):
+        monkeypatch.setattr(cls, "from_pretrained", lambda path, **kwargs: family.make_pipeline())
+    backbone = family.backbone()
 
     def reward(prompts, images, **kwargs):
-        shown.extend(images)
+        shown[:] = images
         return brightness(prompts, images)
 
-    inputs = [Image.fromarray(rng.integers(0, 256, (2 * side, 2 * side, 3), dtype=np.uint8)) for _ in range(2)]
-    dataset = prompts(2, image=inputs)
-    sizes = {"height": side, "width": side, "max_sequence_length": tokens}
-    trainer = tiny_trainer(
-        tmp_path,
-        pipeline=make(),
+    edited = images_to_edit(EVALUATED, family.size) if backbone.takes_image else None
+    dataset = prompts(EVALUATED, **({} if edited is None else {"image": edited}))
+    takes_negative = backbone.takes_negative_prompt
+    trainer = family_trainer(
+        family,
+        tmp_path / "run",
         reward_funcs=reward,
-        train_dataset=dataset,
         eval_dataset=dataset,
-        num_generations_eval=2,
-        per_device_eval_batch_size=3,
-        seed=5,
-        guidance_scale=7.0,  # of training: not the evaluation's
-        **sizes,
+        per_device_eval_batch_size=2,
+        seed=SEED,
+        max_steps=1,
+        learning_rate=0.3,
+        guidance_scale=1.5 if backbone.takes_guidance else 1.0,
+        eval_guidance_scale=8.0 if backbone.takes_guidance else None,
+        negative_prompt="a moth" if takes_negative else None,
     )
-    takes_image, takes_negative = trainer.backbone.takes_image, trainer.backbone.takes_negative_prompt
-    pipeline, by_settings = make(), []
-    for guidance_scale, negative_prompt in ((1.0, None), (30.0, None), (30.0, "a moth" if takes_negative else None)):
-        trainer.args.eval_guidance_scale, trainer.args.negative_prompt = guidance_scale, negative_prompt
-        shown.clear()
-        trainer.evaluate()
-        expected = draw(
-            pipeline,
-            dataset["prompt"][:],
-            seed=5,
-            num_images_per_prompt=2,
-            num_inference_steps=2,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            images=inputs if takes_image else None,
-            batch_size=3,
-            **sizes,
-        )
-        difference = abs(pixels(shown) - pixels(expected))
-        assert difference.max() <= 2 and difference.mean() < 0.02
-        by_settings.append(pixels(shown))
-    plain, guided, negative = by_settings
-    # The settings matter, where the family has them
-    ignores_guidance = name in ("schnell", "klein distilled")
-    assert (abs(plain - guided).mean() > 0.05) != ignores_guidance
-    assert (abs(guided - negative).mean() > 0.05) == takes_negative
+    trainer.evaluate()
+    untrained = list(shown)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    trainer.evaluate()
+    assert min(map(image_distance, shown, untrained)) > 0.1  # the adapter does something
+    assert_same_images(by_the_command(family, tmp_path / "run", tmp_path, dataset), shown, family.size)
+    assert_same_images(by_the_card(family, backbone, tmp_path / "run", tmp_path, edited), shown, family.size)

@@ -20,6 +20,7 @@ from tiny_training import (
 )
 
 from trl_flow.evaluation.diversity import diversity
+from trl_flow.evaluation.plots import reward_curves
 from trl_flow.rewards.checks import RewardError
 
 
@@ -236,6 +237,24 @@ def test_the_base_is_logged_once(tmp_path):
     trainer.train()
     assert [logs["step"] for logs in golds(trainer)] == [0, 1]
     assert golds(trainer)[0]["eval_gold/average"] == 1.0
+
+
+def test_an_evaluation_before_training_is_in_the_runs_log_and_curves(tmp_path):
+    trainer = gold_trainer(tmp_path, max_steps=1)
+    before = trainer.evaluate()
+    trainer.evaluate(prompts(2))  # of another set: not in the curves of the trainer's own
+    trainer.train()
+    assert [logs["step"] for logs in golds(trainer)] == [0, 1]
+    assert golds(trainer)[0]["eval_rewards/brightness/mean"] == before["eval_rewards/brightness/mean"]
+    lines = {line.get_label(): line.get_xdata().tolist() for line in reward_curves(str(tmp_path)).axes[0].lines}
+    assert lines == {"evaluation": [0, 1], "training": [1]}
+
+
+def test_a_base_that_was_measured_before_is_logged_with_all_its_rewards(tmp_path):
+    trainer = gold_trainer(tmp_path, eval_strategy="no", max_steps=1)
+    trainer.evaluator.evaluate_base(trainer.eval_dataset, trainer.state)
+    trainer.train()
+    assert golds(trainer)[0]["step"] == 0 and "eval_rewards/brightness/mean" in golds(trainer)[0]
 
 
 def test_the_images_of_the_base_are_shown(tmp_path):

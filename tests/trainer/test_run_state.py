@@ -267,7 +267,7 @@ def test_the_average_the_algorithm_the_base_scores_and_the_watch_are_parts(tmp_p
 
 
 def test_base_scores_are_json_without_nan():
-    base = BaseScores(float("nan"), {"gold": np.array([1.0, np.nan])}, None)
+    base = BaseScores({"reward": float("nan")}, {"gold": np.array([1.0, np.nan])}, None)
     content = json.loads(json.dumps(base.to_json(), allow_nan=False))
     again = BaseScores.from_json(content)
     assert np.isnan(again.reward) and again.diversity is None

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -132,8 +132,11 @@ class Backbone(ABC):
     lora_target_modules: list[str]  # default targets of a LoRA whose config names none
     takes_image = False  # whether it edits images: `encode_prompt` then gets the one in the row's column `image`
     takes_negative_prompt = True  # whether guidance can lead away from a prompt of the user's choice
+    guidance_argument = "guidance_scale"  # what the pipeline's call calls that
+    distilled_steps: int | None = None  # steps that the model was distilled for, if its config says that it was
     default_sequence_length = 512  # the pipeline's own default for `max_sequence_length`
     sequence_length_limit: int | None = None  # the longest `max_sequence_length` that the pipeline takes
+    fixed_sequence_length: int | None = None  # tokens of every prompt, where the pipeline's call takes no length
     # Code for the model card that gives `pipeline` the scheduler that training sampled with, if it is not its own
     scheduler_code: str | None = None
 
@@ -194,6 +197,28 @@ class Backbone(ABC):
         """Shape of one image's latents, without the batch; unless a family says otherwise, `(C, H, W)` of the VAE."""
         factor = self.pipeline.vae_scale_factor
         return (self.model.config.in_channels, self.height // factor, self.width // factor)
+
+    # ---- Settings ----
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether `guidance_scale` changes anything."""
+        return True
+
+    def call_default(self, name: str) -> Any:
+        """What an argument of the pipeline's call is by default; `None` if it has no such argument."""
+        parameter = signature(type(self.pipeline).__call__).parameters.get(name)
+        return None if parameter is None else parameter.default
+
+    @property
+    def token_limit(self) -> int:
+        """Tokens of a prompt that are read, counted as [`prompt_tokens`] counts them."""
+        return self.max_sequence_length
+
+    def prompt_tokens(self, prompts: Sequence[str]) -> list[int] | None:
+        """How many tokens each prompt needs, the special ones and those of a chat template included; `None` if that is
+        not known. A longer prompt than [`token_limit`] is cut."""
+        return None
 
     # ---- Sampling ----
 
@@ -283,7 +308,10 @@ class Backbone(ABC):
                 left out.
         """
         accepted = signature(type(self.pipeline).__call__).parameters
-        given = {name: settings[name] for name in SAMPLING_SETTINGS if settings.get(name) is not None}
+        # The empty negative prompt is none, as in training: a pipeline may treat it as a prompt of its own
+        given = {name: settings[name] for name in SAMPLING_SETTINGS if settings.get(name) not in (None, "")}
+        names = {"guidance_scale": self.guidance_argument}
+        given = {names.get(name, name): value for name, value in given.items()}
         return {name: value for name, value in given.items() if name in accepted}
 
 

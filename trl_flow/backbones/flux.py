@@ -1,6 +1,6 @@
 """FLUX.1: dev and schnell, and Kontext, which edits images."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,18 @@ class FluxBackbone(PackedBackbone):
     ]
     sequence_length_limit = 512
     takes_negative_prompt = False
+
+    @property
+    def takes_guidance(self) -> bool:
+        return bool(self.model.config.guidance_embeds)
+
+    @property
+    def distilled_steps(self) -> int | None:
+        return None if self.takes_guidance else 4  # schnell's
+
+    def prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
+        # T5's: CLIP's make one vector of a prompt
+        return [len(ids) for ids in self.pipeline.tokenizer_2(list(prompts), verbose=False).input_ids]
 
     def encode_prompt(self, prompt: str) -> Tensors:
         embeds, pooled, text_ids = self.pipeline.encode_prompt(

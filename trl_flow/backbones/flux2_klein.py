@@ -1,11 +1,14 @@
 """FLUX.2 klein, the base models and the distilled ones."""
 
+from collections.abc import Sequence
+
 import torch
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from PIL import Image
 from torch import Tensor, nn
 
 from trl_flow.backbones.base import JOINT_ATTENTION, PackedBackbone, Shapes, Tensors
+from trl_flow.backbones.prompt_length import chat_length, shortened
 
 
 class Flux2KleinBackbone(PackedBackbone):
@@ -21,7 +24,19 @@ class Flux2KleinBackbone(PackedBackbone):
     lora_target_modules = [*JOINT_ATTENTION, "attn.to_qkv_mlp_proj"]
     takes_negative_prompt = False
 
+    @property
+    def takes_guidance(self) -> bool:
+        return not self.pipeline.config.is_distilled
+
+    @property
+    def distilled_steps(self) -> int | None:
+        return None if self.takes_guidance else 4
+
+    def prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
+        return [chat_length(self.pipeline.tokenizer, prompt, enable_thinking=False) for prompt in prompts]
+
     def encode_prompt(self, prompt: str) -> Tensors:
+        prompt = shortened(self, self.pipeline.tokenizer, prompt, lambda text: self.prompt_tokens([text])[0])
         embeds, text_ids = self.pipeline.encode_prompt(
             prompt, device=self.device, max_sequence_length=self.max_sequence_length
         )
@@ -54,7 +69,7 @@ class Flux2KleinBackbone(PackedBackbone):
         )[0]
 
     def uses_guidance(self, guidance_scale: float) -> bool:
-        return guidance_scale > 1 and not self.pipeline.config.is_distilled
+        return guidance_scale > 1 and self.takes_guidance
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
         vae = self.pipeline.vae

@@ -1,6 +1,6 @@
 """Qwen-Image, and Qwen-Image-Edit with one image to edit."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,12 +8,9 @@ from diffusers import DiffusionPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from PIL import Image
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from trl_flow.backbones.base import JOINT_ATTENTION, EditingBackbone, PackedBackbone, Shapes, Tensors, padded
-
-
-logger = logging.get_logger(__name__)
+from trl_flow.backbones.prompt_length import shortened
 
 
 class QwenImageBackbone(PackedBackbone):
@@ -33,6 +30,7 @@ class QwenImageBackbone(PackedBackbone):
     # nowhere, and processes that reduce their gradients would wait for one that never comes
     lora_target_modules = [name for name in JOINT_ATTENTION if name != "attn.to_add_out"]
     sequence_length_limit = 1024
+    guidance_argument = "true_cfg_scale"  # the name guidance_scale is kept for distilled models
 
     def __init__(self, pipeline: DiffusionPipeline, **settings: int | None):
         super().__init__(pipeline, **settings)
@@ -42,7 +40,18 @@ class QwenImageBackbone(PackedBackbone):
                 "QwenImageTransformer2DModel has no weights to embed a guidance scale with. Use a model without it."
             )
 
+    def prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
+        pipeline = self.pipeline
+        texts = [pipeline.prompt_template_encode.format(prompt) for prompt in prompts]
+        # What stands before the prompt is dropped when it has been read
+        dropped = pipeline.prompt_template_encode_start_idx
+        return [len(ids) - dropped for ids in pipeline.tokenizer(texts, verbose=False).input_ids]
+
+    def _shortened(self, prompt: str) -> str:
+        return shortened(self, self.pipeline.tokenizer, prompt, lambda text: self.prompt_tokens([text])[0])
+
     def encode_prompt(self, prompt: str) -> Tensors:
+        prompt = self._shortened(prompt)
         embeds, _ = self.pipeline.encode_prompt(
             prompt, device=self.device, max_sequence_length=self.max_sequence_length
         )
@@ -82,12 +91,9 @@ class QwenImageBackbone(PackedBackbone):
 
     def call_arguments(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         arguments = super().call_arguments(settings)
-        # The pipeline keeps the name guidance_scale for distilled models, and guides with a negative prompt only
-        scale = arguments.pop("guidance_scale", None)
-        if scale is not None:
-            arguments["true_cfg_scale"] = scale
-            if self.uses_guidance(scale):
-                arguments.setdefault("negative_prompt", "")
+        # The pipeline guides with a negative prompt only
+        if self.uses_guidance(arguments.get(self.guidance_argument, 1.0)):
+            arguments.setdefault("negative_prompt", "")
         return arguments
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
@@ -132,22 +138,20 @@ class QwenImageEditBackbone(EditingBackbone, QwenImageBackbone):
                 "width to their aspect ratio."
             )
 
+    def prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
+        return [len(ids) for ids in self.pipeline.tokenizer(list(prompts), verbose=False).input_ids]
+
     def encode_prompt(self, prompt: str, image: Image.Image) -> Tensors:
         """As [`Backbone.encode_prompt`]; raises `ValueError` if the image has too different an aspect ratio."""
+        prompt = self._shortened(prompt)
         self.check_image_size(image.height, image.width)
         processor, size = self.pipeline.image_processor, (image.height, image.width)
         seen = processor.resize(image, *self._scaled(self.seen_area, *size))
         embeds, _ = self.pipeline.encode_prompt(prompt, image=[seen], device=self.device)
         image_latents = self._image_latents(processor.preprocess(image, *self._input_size(*size)).unsqueeze(2))
         # Special tokens stand before and behind the prompt, so it has as many of its own within the template
-        tokens = len(self.pipeline.tokenizer(prompt).input_ids)
-        if tokens > self.max_sequence_length:
-            logger.warning(
-                f"The prompt {prompt!r} has {tokens} tokens: what is beyond max_sequence_length "
-                f"({self.max_sequence_length}) is cut off, which the pipeline does not do."
-            )
-        length = embeds.shape[1] - tokens + self.max_sequence_length
-        return self._condition(embeds[:, :length], length) | {"image_latents": image_latents}
+        length = embeds.shape[1] - self.prompt_tokens([prompt])[0] + self.max_sequence_length
+        return self._condition(embeds, length) | {"image_latents": image_latents}
 
     def _image_shapes(self) -> list[tuple[int, int, int]]:
         return [(1, *self._grid()), (1, *self._input_grid())]

@@ -1,5 +1,7 @@
 """Stable Diffusion 3 and 3.5."""
 
+from collections.abc import Sequence
+
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import retrieve_timesteps
 from torch import Tensor, nn
 
@@ -23,6 +25,19 @@ class StableDiffusion3Backbone(Backbone):
                 f"{largest}; its own size is {own_height} x {own_width}. Set height={own_height} and "
                 f"width={own_width}."
             )
+
+    @property
+    def token_limit(self) -> int:
+        # Without the T5 encoder, which may be left out, what CLIP reads is all
+        return self.max_sequence_length if self._has_t5 else self.pipeline.tokenizer.model_max_length
+
+    @property
+    def _has_t5(self) -> bool:
+        return self.pipeline.text_encoder_3 is not None
+
+    def prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
+        tokenizer = self.pipeline.tokenizer_3 if self._has_t5 else self.pipeline.tokenizer
+        return [len(ids) for ids in tokenizer(list(prompts), verbose=False).input_ids]
 
     def encode_prompt(self, prompt: str) -> Tensors:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(

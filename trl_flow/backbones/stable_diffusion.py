@@ -1,5 +1,7 @@
 """Stable Diffusion 1.x, 2.x and XL."""
 
+from collections.abc import Sequence
+
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
@@ -90,6 +92,17 @@ class StableDiffusionBackbone(Backbone):
                 f"height and width are {height} x {width}, but this model was trained on {own_height} x {own_width}, "
                 "and draws poor images when they are much smaller."
             )
+
+    @property
+    def fixed_sequence_length(self) -> int:
+        return self.pipeline.text_encoder.config.max_position_embeddings
+
+    @property
+    def token_limit(self) -> int:
+        return self.fixed_sequence_length
+
+    def prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
+        return [len(ids) for ids in self.pipeline.tokenizer(list(prompts), verbose=False).input_ids]
 
     def encode_prompt(self, prompt: str) -> Tensors:
         prompt_embeds, _ = self.pipeline.encode_prompt(

@@ -1,11 +1,14 @@
 """Z-Image."""
 
+from collections.abc import Sequence
+
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas, retrieve_timesteps
 from torch import Tensor, nn
 
 from trl_flow.backbones.base import Backbone, Schedule, Shapes, Tensors, dynamic_shift, padded
+from trl_flow.backbones.prompt_length import chat_length, shortened
 
 
 class ZImageBackbone(Backbone):
@@ -32,7 +35,11 @@ class ZImageBackbone(Backbone):
                 f"{largest[0]} x {largest[1]}. Set height and width to such."
             )
 
+    def prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
+        return [chat_length(self.pipeline.tokenizer, prompt, enable_thinking=True) for prompt in prompts]
+
     def encode_prompt(self, prompt: str) -> Tensors:
+        prompt = shortened(self, self.pipeline.tokenizer, prompt, lambda text: self.prompt_tokens([text])[0])
         (embeds,), _ = self.pipeline.encode_prompt(
             prompt, self.device, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
         )

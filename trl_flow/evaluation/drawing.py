@@ -9,6 +9,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from trl_flow.backbones import Backbone, get_backbone
+from trl_flow.backbones.prompt_length import warn_of_long_prompts
+from trl_flow.backbones.settings import check_settings, with_own_settings
 from trl_flow.dynamics import make_dynamics
 from trl_flow.images import to_rgb
 from trl_flow.rollout import RandomStream, StepPlan, decode, draw_noise, rollout, sample_generator
@@ -60,8 +62,8 @@ def draw(
     *,
     seed: int,
     num_images_per_prompt: int = 1,
-    num_inference_steps: int = 40,
-    guidance_scale: float = 4.5,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
     negative_prompt: str | None = None,
     height: int | None = None,
     width: int | None = None,
@@ -83,10 +85,9 @@ def draw(
         prompts: each is encoded once, by itself.
         seed: non-negative.
         num_images_per_prompt: `K`.
-        num_inference_steps, guidance_scale: as in the trainer's config. Whether guidance runs the negative prompt is
-            the family's rule.
-        negative_prompt, height, width, max_sequence_length: as in diffusers; `None` is the empty prompt, and the
-            pipeline's own default.
+        num_inference_steps, guidance_scale, negative_prompt, height, width, max_sequence_length: as in the trainer's
+            config; `None` is the pipeline's own default. Whether guidance runs the negative prompt is the family's
+            rule.
         images: one for each prompt, for pipelines that edit images.
         batch_size: images at a time.
         first_index: index of the first image, where these are a part of a larger set.
@@ -96,7 +97,8 @@ def draw(
         `list[PIL.Image.Image]`: `len(prompts) * K` images, those of one prompt next to each other.
 
     Raises:
-        ValueError: if the family is not supported, `images` do not fit, or a backbone is given with a size.
+        ValueError: if the family is not supported, `images` do not fit, a backbone is given with a size, or a setting
+            has no effect.
     """
     sizes = {"height": height, "width": width, "max_sequence_length": max_sequence_length}
     if isinstance(pipeline, Backbone) and any(size is not None for size in sizes.values()):
@@ -108,6 +110,31 @@ def draw(
         raise ValueError(f"{type(backbone.pipeline).__name__} edits no images here. Leave `images` out.")
     if images is not None and len(images) != len(prompts):
         raise ValueError(f"There are {len(images)} images for {len(prompts)} prompts. Give one image for each prompt.")
+    given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    sampling = with_own_settings(backbone, given)
+    given |= {"negative_prompt": negative_prompt, **sizes}
+    check_settings(backbone, given, [sampling["guidance_scale"]])
+    warn_of_long_prompts(backbone, [*prompts, negative_prompt or ""], "those to draw")
+    number, options = num_images_per_prompt, {"batch_size": batch_size, "first_index": first_index}
+    options |= {"negative_prompt": negative_prompt, "images": images, "progress": progress, **sampling}
+    return draw_images(backbone, prompts, seed=seed, num_images_per_prompt=number, **options)
+
+
+def draw_images(
+    backbone: Backbone,
+    prompts: Sequence[str],
+    *,
+    seed: int,
+    num_images_per_prompt: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    negative_prompt: str | None,
+    images: Sequence[Image.Image] | None,
+    batch_size: int,
+    first_index: int,
+    progress: str | None = None,
+) -> list[Image.Image]:
+    """[`draw`] of what has been checked."""
 
     # Holds the conditions of two batches: rows are drawn in order, and the negative prompt is in every batch
     @functools.lru_cache(maxsize=2 * batch_size + 1)

@@ -17,11 +17,12 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from trl_flow.backbones import Backbone
+from trl_flow.backbones.prompt_length import warn_of_long_prompts
 from trl_flow.evaluation import inputs
 from trl_flow.evaluation.adapters import BASE, Adapter, base_fingerprint, check_adapter, loaded_adapter, parse_adapters
 from trl_flow.evaluation.categories import category_tables
 from trl_flow.evaluation.comparison import compare_scores
-from trl_flow.evaluation.drawing import draw
+from trl_flow.evaluation.drawing import draw_images
 from trl_flow.evaluation.grids import comparison_grid, evenly
 from trl_flow.evaluation.image_folder import ImageFolder, PromptList, file_name
 from trl_flow.evaluation.inputs import DrawingOptions
@@ -35,6 +36,7 @@ from trl_flow.evaluation.vote_results import update_votes
 from trl_flow.rewards.named import as_rewards
 from trl_flow.rewards.scorer import RewardScorer
 from trl_flow.rewards.unigenbench import UniGenBenchReward
+from trl_flow.shapes.bundled import BUNDLED, is_bundled
 
 
 RESULTS, REPORT, PAGE, STEPS = "results.json", "results.md", "comparison.html", "steps.png"
@@ -133,12 +135,17 @@ def evaluate_models(
             raise ValueError(f"the prompt set {name!r}: {error}") from error
     folder = ImageFolder(output_dir)
 
-    backbone, options = inputs.loaded_backbone(model, options or DrawingOptions(), backbone)
+    backbone, options, notes = inputs.loaded_backbone(model, options or DrawingOptions(), backbone, adapters)
     inputs.check_images_to_edit(sets, backbone)
     models = _described_models(model, backbone, adapters)
     lists = {name: inputs.prompt_list(dataset, with_images=backbone.takes_image) for name, dataset in sets.items()}
     folder.claim(asdict(options), models, lists, write=False)
-    run = _Run(folder, options, sets, asked, lists, models, progress)
+    for name, found in lists.items():
+        texts = [*found.prompts, options.negative_prompt or ""]
+        warn_of_long_prompts(backbone, texts, "the prompts" if len(lists) == 1 else f"the prompt set {name!r}")
+    for note in notes if progress else ():
+        tqdm.write(note)
+    run = _Run(folder, options, notes, sets, asked, lists, models, progress)
     with folder.locked():
         folder.claim(asdict(options), models, lists)
         drawn = run.draw(backbone, adapters)
@@ -161,6 +168,7 @@ def _described_models(
     pipeline = backbone.pipeline
     is_loaded = isinstance(model, DiffusionPipeline)
     path = pipeline.config.get("_name_or_path") or type(pipeline).__name__ if is_loaded else os.fspath(model)
+    path = BUNDLED if is_bundled(path) else path  # wherever this machine has it
     models = {BASE: {"path": str(path), "fingerprint": base_fingerprint(pipeline)}}
     for adapter in adapters:
         models[adapter.name] = {"path": adapter.path, "fingerprint": check_adapter(backbone, adapter)}
@@ -173,6 +181,7 @@ class _Run:
 
     folder: ImageFolder
     options: DrawingOptions
+    notes: list[str]  # what runs evaluated otherwise
     sets: dict[str, Dataset]
     asked: dict[str, list[str]]  # names of the rewards that score each set
     lists: dict[str, PromptList]
@@ -207,7 +216,8 @@ class _Run:
             for batch in batches:
                 rows = [index // number for index in batch]
                 texts, edited = [prompts[row] for row in rows], images and [images[row] for row in rows]
-                drawn = draw(backbone, texts, images=edited, first_index=batch.start, **options)
+                options |= {"num_images_per_prompt": 1, "images": edited, "first_index": batch.start}
+                drawn = draw_images(backbone, texts, **options)
                 for index, image in zip(batch, drawn, strict=True):
                     self.folder.save(name, model, index, image)
                 bar.update(len(batch))
@@ -292,6 +302,7 @@ class _Run:
             **kinds,
             "brackets": brackets,
             "settings": asdict(self.options),
+            "notes": self.notes,
             "sets": sets,
             "votes": None,
             "versions": versions(),

@@ -123,22 +123,18 @@ def _evaluation(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str
     from trl_flow.evaluation.inputs import DrawingOptions
     from trl_flow.rewards.named import named_rewards
 
-    model, options = arguments.model, {"num_inference_steps": 40, "guidance_scale": 4.5}
+    model, options = arguments.model, {}
     if model in BUNDLED:
-        from trl_flow.shapes import IMAGE_SIZE, pipeline_path
-        from trl_flow.shapes.bundled import T5_TOKENS
+        from trl_flow.shapes import pipeline_path
 
-        model, options = pipeline_path(), {"num_inference_steps": 10, "guidance_scale": 2.0}
-        options |= {"height": IMAGE_SIZE, "width": IMAGE_SIZE, "max_sequence_length": T5_TOKENS}
+        model = pipeline_path()
     chosen, names = {}, {}
     if arguments.table:
         from trl_flow.evaluation.paper_tables import table_inputs
 
         copies = {"prompts": arguments.table_prompts, "rewards": arguments.table_rewards}
         wanted = (arguments.table, model, arguments.adapters)
-        chosen, names, sampling = table_inputs(*wanted, **copies, limit=arguments.limit)
-        # The bundled model draws small images only
-        options = sampling | options if arguments.model in BUNDLED else options | sampling
+        chosen, names, options = table_inputs(*wanted, **copies, limit=arguments.limit)
     given = {field.name: getattr(arguments, field.name) for field in fields(DrawingOptions)}
     options |= {name: value for name, value in given.items() if value is not None}
     sets = {}

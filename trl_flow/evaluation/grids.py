@@ -7,42 +7,57 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from trl_flow.evaluation.fonts import font_for
 from trl_flow.images import to_rgb
 
 
 # Images below this many pixels a side are enlarged: in a 32-pixel cell nobody sees anything, or reads a caption
 _SMALLEST_SIDE = 128
-_FONT_SIZE, _LINE_HEIGHT, _MARGIN = 11, 15, 6
+_FONT_SIZE, _LINE_HEIGHT, _FOOT, _MARGIN = 11, 15, 4, 6
 _NAME_WIDTH = 140  # of the names beside rows, at most
 _PAPER, _INK = "white", "black"
 _framed = functools.partial(ImageOps.expand, fill=_PAPER)
 
 
-@functools.cache
-def _font() -> ImageFont.FreeTypeFont:
-    # DejaVu, which matplotlib brings along, has Greek, Cyrillic and many symbols; Pillow's own font has few of them.
-    # All letters of this one have the same width
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSansMono.ttf"), _FONT_SIZE)
+def _font(text: str = "") -> ImageFont.FreeTypeFont:
+    return font_for(text, _FONT_SIZE) or font_for("", _FONT_SIZE)
+
+
+def _columns(text: str, width: int) -> int:
+    """So many of the text's widest letters are at most `width` pixels wide."""
+    font = _font(text)
+    return max(1, int(width / max(font.getlength(letter) for letter in {"x", *text})))
+
+
+def _readable(texts: Sequence[str], what: str = "prompt") -> list[str]:
+    """The texts, but in place of a line whose letters no font has the number of its text: boxes would all be alike."""
+
+    def readable(number: int, line: str) -> str:
+        return line if font_for(line, _FONT_SIZE) else f"{what} {number}, in letters that no font here has"
+
+    return ["\n".join(readable(i, line) for line in text.splitlines()) for i, text in enumerate(texts, start=1)]
 
 
 def _wrap(text: str, width: int, most_lines: int = 8) -> list[str]:
     """`text` in lines of at most `width` pixels; what is beyond `most_lines` is replaced by an ellipsis."""
-    columns = max(1, int(width / _font().getlength("x")))
     # As much as can be shown, before the words of what is far longer are looked at
-    paragraphs = text[: (columns + 1) * (most_lines + 1)].splitlines()
-    lines = [line for paragraph in paragraphs for line in textwrap.wrap(paragraph, columns) or [""]]
-    last = [lines[most_lines - 1][: columns - 1] + "…"] if len(lines) > most_lines else lines[most_lines - 1 :]
-    return [*lines[: most_lines - 1], *last]
+    paragraphs = text[: (_columns("", width) + 1) * (most_lines + 1)].splitlines()
+    lines = [line for text in paragraphs for line in textwrap.wrap(text, _columns(text, width)) or [""]]
+    if len(lines) > most_lines:
+        last = lines[most_lines - 1]
+        lines[most_lines - 1 :] = [last[: _columns(last + "…", width) - 1] + "…"]
+    return lines
 
 
 def _text(lines: Sequence[str], width: int) -> Image.Image:
     sheet = Image.new("RGB", (width, len(lines) * _LINE_HEIGHT), _PAPER)
     for number, line in enumerate(lines):
-        ImageDraw.Draw(sheet).text((0, number * _LINE_HEIGHT), line, fill=_INK, font=_font())
+        # By the line's foot, as fonts leave different room above their letters
+        place = (0, (number + 1) * _LINE_HEIGHT - _FOOT)
+        ImageDraw.Draw(sheet).text(place, line, fill=_INK, font=_font(line), anchor="ls")
     return sheet
 
 
@@ -92,7 +107,7 @@ def image_grid(
     Images in rows and columns, each with its caption below.
 
     Captions are wrapped at the image's width and cut, with an ellipsis, after eight lines; line breaks in them are
-    kept. Characters that the font lacks appear as boxes.
+    kept. In place of a line in letters that no font of the machine has stands the caption's number.
 
     The images may be of any sizes and modes; `columns` of them are in a row, by default about as many as there are
     rows. `path` is a file to write as well; its folder is made if need be. All images are enlarged by the factor
@@ -108,7 +123,8 @@ def image_grid(
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
     images = _enlarged(images, upscale)
     width, height = max(image.width for image in images), max(image.height for image in images)
-    texts = [_wrap(str(caption), width) for caption in captions] if captions is not None else [[]] * len(images)
+    captions = None if captions is None else _readable([str(caption) for caption in captions])
+    texts = [_wrap(caption, width) for caption in captions] if captions is not None else [[]] * len(images)
     rows = []
     for row in (slice(first, first + columns) for first in range(0, len(images), columns)):
         below = _joined([_text(lines, width) for lines in texts[row]], 0, (width + _MARGIN, 0))
@@ -172,14 +188,16 @@ def comparison_grid(
         )
     cells = [[_fitted(image, cell) for image in row] for row in rows]
     width = max(image.width for row in cells for image in row)
-    labels = [_wrap(name, _NAME_WIDTH) for name in names or [""] * len(rows)]
-    longest = max((_font().getlength(line) for lines in labels for line in lines), default=-_MARGIN)
+    columns, names = _readable(columns, "model"), _readable(names or [""] * len(rows), "model")
+    captions = _readable([str(caption) for caption in captions])
+    labels = [_wrap(name, _NAME_WIDTH) for name in names]
+    longest = max((_font(line).getlength(line) for lines in labels for line in lines), default=-_MARGIN)
     beside = math.ceil(longest) + _MARGIN
     total = beside + len(columns) * (width + _MARGIN)
     heading = _joined([_text(_wrap(name, width, most_lines=2), width) for name in columns], 0, (width + _MARGIN, 0))
     parts = [_framed(heading, (beside, 0, 0, 0))]
     for row, caption, lines in zip(cells, captions, labels, strict=True):
-        text = _text(_wrap(str(caption), total - _MARGIN, most_lines=3), total - _MARGIN)
+        text = _text(_wrap(caption, total - _MARGIN, most_lines=3), total - _MARGIN)
         images = _joined([_text(lines, beside), _joined(row, 0, (width + _MARGIN, 0))], 0)
         parts.append(_framed(_joined([text, images], 1), (0, _MARGIN, 0, _MARGIN)))
     return _sheet(parts, path)

@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,9 +13,14 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 
 from trl_flow.backbones import Backbone, get_backbone
+from trl_flow.backbones.base import SAMPLING_SETTINGS
+from trl_flow.backbones.settings import check_settings, effective, with_own_settings
+from trl_flow.evaluation.adapters import Adapter
 from trl_flow.evaluation.image_folder import PromptList
+from trl_flow.evaluation.run_settings import differences, run_settings
 from trl_flow.images import to_rgb
 from trl_flow.prompts.rows import columns_of_rows, has_transform
+from trl_flow.shapes.bundled import DRAWING_SETTINGS, is_bundled
 
 
 _SIZES = ("height", "width", "max_sequence_length")
@@ -24,7 +29,8 @@ _SIZES = ("height", "width", "max_sequence_length")
 @dataclass(frozen=True)
 class DrawingOptions:
     """
-    What decides, with models and prompts, what is drawn. Names as in diffusers; `None` is the pipeline's own default.
+    What decides, with models and prompts, what is drawn. Names as in diffusers. What is `None` is that of the
+    evaluations of the first adapter's run, if `training_args.json` beside it says it, else the pipeline's own default.
 
     An image's noise depends on the non-negative `seed` and on the image's index alone. `batch_size`, images at a time,
     changes images by rounding only, but all must be drawn with one. `dtype` and `device` are filled in when the
@@ -33,8 +39,8 @@ class DrawingOptions:
 
     seed: int = 0
     num_images_per_prompt: int = 1
-    num_inference_steps: int = 40
-    guidance_scale: float = 4.5
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
     negative_prompt: str | None = None
     height: int | None = None
     width: int | None = None
@@ -44,13 +50,13 @@ class DrawingOptions:
     device: str | None = None
 
     def __post_init__(self):
-        names = ("seed", "num_images_per_prompt", "num_inference_steps", "batch_size")
-        given = [name for name in _SIZES if getattr(self, name) is not None]
+        names = ("seed", "num_images_per_prompt", "batch_size")
+        given = [name for name in ("num_inference_steps", *_SIZES) if getattr(self, name) is not None]
         for name in (*names, *given):
             value, smallest = getattr(self, name), int(name != "seed")
             if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
                 raise ValueError(f"{name} is {value!r}, but must be a whole number of at least {smallest}.")
-        scale = self.guidance_scale
+        scale = 1.0 if self.guidance_scale is None else self.guidance_scale
         if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
             raise ValueError(f"guidance_scale is {scale!r}, but must be a finite number.")
         if self.dtype not in (None, "float32", "bfloat16", "float16"):
@@ -92,10 +98,14 @@ def check_images_to_edit(sets: Mapping[str, Dataset], backbone: Backbone) -> Non
 
 
 def loaded_backbone(
-    model: str | os.PathLike | DiffusionPipeline, options: DrawingOptions, backbone: Backbone | None
-) -> tuple[Backbone, DrawingOptions]:
-    """The backbone, with its pipeline loaded, and the options with everything that these two have decided.
-    `ValueError` if there is no such model, its family is not supported, or it cannot draw with these options."""
+    model: str | os.PathLike | DiffusionPipeline,
+    options: DrawingOptions,
+    backbone: Backbone | None,
+    adapters: Sequence[Adapter],
+) -> tuple[Backbone, DrawingOptions, list[str]]:
+    """The backbone, with its pipeline loaded, the options with everything that is decided now, and what runs evaluated
+    otherwise. `ValueError` if there is no such model, its family is not supported, it cannot draw with these options,
+    or one of them has no effect."""
     if backbone is not None and backbone.pipeline is not model:
         raise ValueError("backbone was made for another pipeline than model. Pass model=backbone.pipeline.")
     if isinstance(model, str | os.PathLike):
@@ -104,14 +114,23 @@ def loaded_backbone(
         raise ValueError(f"the model is a {type(model).__name__}, but must be a hub id, a folder or a pipeline.")
     elif options.device is not None or options.dtype is not None:
         raise ValueError("device and dtype cannot be given for a loaded pipeline: move it yourself.")
-    sizes = {name: getattr(options, name) for name in _SIZES}
+    given = {name: getattr(options, name) for name in SAMPLING_SETTINGS if getattr(options, name) is not None}
+    runs = {adapter.name: run_settings(adapter) for adapter in adapters}
+    known = DRAWING_SETTINGS if is_bundled(model.config.get("_name_or_path")) else {}
+    decided = known | next(filter(None, runs.values()), {}) | given
     if backbone is None:
-        backbone = get_backbone(model, **sizes)
-    elif any(value not in (None, getattr(backbone, name)) for name, value in sizes.items()):
-        raise ValueError(f"the options are {sizes}, but backbone has its own. Leave them out.")
-    decided = {name: getattr(backbone, name) for name in sizes}
+        backbone = get_backbone(model, **{name: decided.get(name) for name in _SIZES})
+    elif any(given.get(name) not in (None, getattr(backbone, name)) for name in _SIZES):
+        raise ValueError(f"the options are {given}, but backbone has its own {', '.join(_SIZES)}. Leave them out.")
+    scale = with_own_settings(backbone, decided)["guidance_scale"]
+    check_settings(backbone, given, [scale])
+    decided = {"negative_prompt": None, **effective(backbone, decided | {"guidance_scale": scale})}
+    decided |= with_own_settings(backbone, decided) | {name: getattr(backbone, name) for name in _SIZES}
+    if backbone.fixed_sequence_length is not None:
+        decided["max_sequence_length"] = backbone.fixed_sequence_length
+    notes = differences({name: effective(backbone, own) for name, own in runs.items()}, decided, given)
     decided |= {"dtype": str(model.dtype).removeprefix("torch."), "device": torch.device(model.device).type}
-    return backbone, replace(options, **decided)
+    return backbone, replace(options, **decided), notes
 
 
 def _loaded(path: str, options: DrawingOptions) -> DiffusionPipeline:

@@ -18,6 +18,7 @@ from trl_flow.rewards.checks import reward_names
 from trl_flow.rewards.judge import Question
 from trl_flow.rewards.named import named_reward
 from trl_flow.rewards.unigenbench import UniGenBenchReward
+from trl_flow.shapes.bundled import is_bundled
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,9 @@ class PaperTable:
 
 
 _FLUX = {"num_inference_steps": 28, "guidance_scale": 3.5}
+_SD35 = {"num_inference_steps": 40, "guidance_scale": 4.5, "max_sequence_length": 128}
 _FLOW_GRPO = {
-    "StableDiffusion3Pipeline": {"height": 512, "width": 512, "max_sequence_length": 128},
+    "StableDiffusion3Pipeline": {"height": 512, "width": 512, **_SD35},
     "FluxPipeline": {"height": 512, "width": 512, **_FLUX},
 }
 TABLES = {
@@ -256,6 +258,8 @@ def _replacements(option: str, given: Sequence[str], known: Sequence[str], separ
 
 def _sampling(table: PaperTable, model: str) -> dict[str, Any]:
     """How the table's images are drawn by a model, of which no weights are read."""
+    if is_bundled(model):
+        return {}  # it has its own
     pipeline = DiffusionPipeline.load_config(model)
     options = dict(table.sampling.get(pipeline["_class_name"], {}))
     if options:
@@ -265,6 +269,8 @@ def _sampling(table: PaperTable, model: str) -> dict[str, Any]:
         own = trained.get("sample_size", 128) * 2 ** (len(vae["block_out_channels"]) - 1)
         if own < options["height"]:  # a model of smaller images, which draws its own
             del options["height"], options["width"]
+        if trained.get("guidance_embeds") is False:  # schnell, which is drawn in a few steps without guidance
+            del options["num_inference_steps"], options["guidance_scale"]
     return options
 
 

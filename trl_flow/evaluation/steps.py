@@ -99,7 +99,7 @@ def steps_grid(
         ValueError: if something does not fit, before anything is drawn.
     """
     adapters, sets = parse_adapters(adapters), prompt_sets(prompts)
-    backbone, options = loaded_backbone(model, options or DrawingOptions(), backbone)
+    backbone, options, _ = loaded_backbone(model, options or DrawingOptions(), backbone, adapters)
     check_images_to_edit(sets, backbone)
     return draw_steps(backbone, adapters, sets, options, path, num_prompts=num_prompts, progress=progress)
 

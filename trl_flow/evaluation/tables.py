@@ -118,7 +118,8 @@ def _settings_line(results: Mapping[str, Any]) -> str:
     settings = {name: value for name, value in results["settings"].items() if value is not None}
     given = ", ".join(f"{name} {markdown_text(str(value))}" for name, value in settings.items())
     models = [f"* {markdown_text(name)}: {markdown_text(m['path'])}" for name, m in results["models"].items()]
-    return "\n".join(models) + f"\n\nDrawn along the ODE, all models from the same noise: {given}."
+    notes = "".join(f" {markdown_text(note)}" for note in results.get("notes", ()))
+    return "\n".join(models) + f"\n\nDrawn along the ODE, all models from the same noise: {given}.{notes}"
 
 
 def title(results: Mapping[str, Any]) -> str:

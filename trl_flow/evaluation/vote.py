@@ -21,7 +21,7 @@ from trl_flow.evaluation.vote_plan import (
     Ballots,
     VotePair,
     check_voter,
-    left_model,
+    left_models,
     vote_pairs,
     voting_order,
 )
@@ -137,8 +137,7 @@ class VoteServer:
     def _state(self, voter: str) -> dict[str, Any]:
         content = self.ballots.read(voter)
         voted, total = {vote["key"] for vote in content["votes"]}, len(self.pairs)
-        order = voting_order(self.pairs, voter=voter.casefold(), seed=self.seed)
-        missing = [pair for pair in order if pair.key not in voted]
+        missing = [pair for pair in self._order(voter) if pair.key not in voted]
         state = {"voter": voter, "total": total, "done": total - len(missing), "pair": None}
         state["can_undo"] = bool(content["votes"]) and not content["seen"]
         for pair in missing[:1]:
@@ -161,8 +160,11 @@ class VoteServer:
     def _token(self, voter: str, pair: VotePair) -> str:
         return hashlib.sha256(f"{self._salt}{voter.casefold()}{pair.key}".encode()).hexdigest()[:32]
 
+    def _order(self, voter: str) -> list[VotePair]:
+        return voting_order(self.pairs, voter=voter.casefold(), seed=self.seed)
+
     def _left(self, voter: str, pair: VotePair) -> str:
-        return left_model(pair, voter=voter.casefold(), seed=self.seed)
+        return left_models(self._order(voter), voter=voter.casefold(), seed=self.seed)[pair.key]
 
 
 def _handler(votes: VoteServer) -> type[BaseHTTPRequestHandler]:

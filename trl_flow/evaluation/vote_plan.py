@@ -74,9 +74,16 @@ def voting_order(pairs: Sequence[VotePair], *, voter: str, seed: int) -> list[Vo
     return sorted(pairs, key=lambda pair: _hash(seed, voter, "order", pair.key))
 
 
-def left_model(pair: VotePair, *, voter: str, seed: int) -> str:
-    """Which of the two models a voter sees on the left; a coin for every pair and voter."""
-    return (pair.reference, pair.other)[_hash(seed, voter, "side", pair.key) % 2]
+def left_models(order: Sequence[VotePair], *, voter: str, seed: int) -> dict[str, str]:
+    """Which of the two models a voter sees on the left, by the pair's key. In the voter's `order` every two pairs of a
+    comparison have different sides, of which a coin decides: whoever always takes one side favors no model."""
+    left: dict[str, str] = {}
+    coins: dict[tuple[str, str], list[int]] = {}
+    for pair in order:
+        thrown = coins.setdefault((pair.reference, pair.other), [])
+        thrown.append(1 - thrown[-1] if len(thrown) % 2 else _hash(seed, voter, "side", pair.key) % 2)
+        left[pair.key] = (pair.reference, pair.other)[thrown[-1]]
+    return left
 
 
 def _hash(*parts: object) -> int:

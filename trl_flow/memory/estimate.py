@@ -22,6 +22,7 @@ from trl_flow.backbones import BACKBONES, Backbone, get_backbone
 from trl_flow.evaluation.outputs import read_json
 from trl_flow.memory.dry_run import GPUKernels, checkpoint, peak_bytes
 from trl_flow.trainer import FlowRLConfig
+from trl_flow.trainer.checks import check_sampling
 from trl_flow.trainer.loading import component_dtypes
 
 
@@ -262,7 +263,10 @@ def _from_configs(folder: str, plan: Plan) -> Backbone:
             keeps = (is_diffusers or dtype == torch.float16) and any(part in kept for part in key.split("."))
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(torch.float32 if keeps else dtype)
-    return get_backbone(pipeline, height=args.height, width=args.width, max_sequence_length=args.max_sequence_length)
+    sizes = {name: getattr(args, name) for name in ("height", "width", "max_sequence_length")}
+    backbone = get_backbone(pipeline, **sizes)
+    check_sampling(backbone, args)
+    return backbone
 
 
 def _without_data(backbone: Backbone) -> Backbone:

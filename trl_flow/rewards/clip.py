@@ -10,6 +10,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, PreTra
 from trl_flow.rewards.base import CheckpointError, Columns, HubReward, Images, RewardInfo
 from trl_flow.rewards.checkpoints import load_pretrained
 from trl_flow.rewards.pixels import without_ends
+from trl_flow.rewards.text_length import warn_of_cut_prompts
 
 
 Preprocess = Callable[[Images], torch.Tensor]
@@ -33,14 +34,16 @@ class CLIPScorer:
     preprocess: Preprocess
     logit_scale: float
 
-    def cosines(self, prompts: list[str], images: Images) -> torch.Tensor:
-        """The cosine of each image and its prompt, cut to the model's context, in `[-1, 1]`: `(N,)` in float32."""
+    def cosines(self, prompts: list[str], images: Images, *, reward: str) -> torch.Tensor:
+        """The cosine of each image and its prompt, cut to the model's context, in `[-1, 1]`: `(N,)` in float32, for
+        `reward`."""
         pixels = self.preprocess(images).to(self.model.device, self.model.dtype)
         image_features = self.model.get_image_features(pixel_values=pixels).pooler_output
         # The images of a group share their prompt
         different = list(dict.fromkeys(prompts))
         context = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(different, padding=True, truncation=True, max_length=context, return_tensors="pt")
+        warn_of_cut_prompts(reward, self.tokenizer, different, tokens, context)
         ids, mask = tokens.input_ids.to(self.model.device), tokens.attention_mask.to(self.model.device)
         text_features = self.model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
         text_features = text_features[[different.index(prompt) for prompt in prompts]]
@@ -100,7 +103,7 @@ class CLIPScoreReward(CLIPReward):
             self.__name__ = "clipscore_dfn5b"  # beside OpenAI's in one run's metrics
 
     def _score(self, loaded: CLIPScorer, prompts: list[str], images: Images, columns: Columns) -> torch.Tensor:
-        return 100 * loaded.cosines(prompts, images).clamp(min=0)
+        return 100 * loaded.cosines(prompts, images, reward=self.__name__).clamp(min=0)
 
 
 @dataclass(eq=False)
@@ -124,7 +127,7 @@ class PickScoreReward(CLIPReward):
     processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
     def _score(self, loaded: CLIPScorer, prompts: list[str], images: Images, columns: Columns) -> torch.Tensor:
-        return loaded.logit_scale * loaded.cosines(prompts, images)
+        return loaded.logit_scale * loaded.cosines(prompts, images, reward=self.__name__)
 
 
 def clip_scorer(

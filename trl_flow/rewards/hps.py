@@ -95,7 +95,8 @@ class HPSv2Reward(HubReward):
 
     def _score(self, loaded: CLIPScorer, prompts: list[str], images: Images, columns: Columns) -> torch.Tensor:
         # As open_clip's tokenizer reads them: HTML entities, even those of entities, and curly quotes resolved
-        return loaded.cosines([html.unescape(html.unescape(prompt.translate(_QUOTES))) for prompt in prompts], images)
+        prompts = [html.unescape(html.unescape(prompt.translate(_QUOTES))) for prompt in prompts]
+        return loaded.cosines(prompts, images, reward=self.__name__)
 
 
 def open_clip_to_transformers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -26,6 +26,7 @@ from trl_flow.rewards.checkpoints import (
     sizes_read_from,
 )
 from trl_flow.rewards.pixels import fill_and_crop
+from trl_flow.rewards.text_length import warn_of_cut_prompts
 
 
 # Of the scores on the authors' training set, which they are standardized by
@@ -110,6 +111,7 @@ class ImageReward(HubReward):
         model, tokenizer = loaded
         device, size = model.vision.device, model.vision.config.image_size
         tokens = tokenizer(prompts, padding=True, truncation=True, max_length=_MAX_TOKENS, return_tensors="pt")
+        warn_of_cut_prompts(self.__name__, tokenizer, prompts, tokens, _MAX_TOKENS)
         pixels = torch.stack([fill_and_crop(image, size) for image in images]).to(device, self.dtype)
         raw = model(pixels, tokens.input_ids.to(device), tokens.attention_mask.to(device))
         return (raw - _MEAN) / _STD

@@ -1,7 +1,10 @@
 """The pipeline that comes with the package."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from trl_flow.shapes.world import IMAGE_SIZE
 
 
 if TYPE_CHECKING:
@@ -10,6 +13,12 @@ if TYPE_CHECKING:
 
 # Prompt tokens of its T5 encoder, of one layer for form's sake; the pipeline's default of 256 works too, but is slow
 T5_TOKENS = 1
+BUNDLED = "bundled"  # what commands and reports call it
+# With which it draws its prompts best, where nothing else is said
+DRAWING_SETTINGS = {
+    **{"num_inference_steps": 10, "guidance_scale": 2.0},
+    **{"height": IMAGE_SIZE, "width": IMAGE_SIZE, "max_sequence_length": T5_TOKENS},
+}
 
 
 def pipeline_path() -> str:
@@ -19,6 +28,11 @@ def pipeline_path() -> str:
         train = f"`python examples/bundled_model/train.py --output-dir {folder}` of a clone"
         raise FileNotFoundError(f"No bundled pipeline in {folder}. Reinstall trl_flow, or train it anew with {train}.")
     return str(folder)
+
+
+def is_bundled(path: str | os.PathLike | None) -> bool:
+    """Whether a hub id or a folder is that of the bundled pipeline."""
+    return path is not None and Path(path).resolve() == Path(__file__).resolve().parent / "pipeline"
 
 
 def load_pipeline() -> "StableDiffusion3Pipeline":

@@ -13,8 +13,10 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from trl_flow.backbones import Backbone
 from trl_flow.backbones.base import SAMPLING_SETTINGS
+from trl_flow.backbones.settings import effective
 from trl_flow.evaluation.outputs import versions
 from trl_flow.images import TO_RGB_CODE
+from trl_flow.shapes.bundled import is_bundled
 from trl_flow.sharing.card_facts import evaluation_scores, license_of, training_rewards
 from trl_flow.sharing.weights import hub_model_id
 
@@ -22,7 +24,7 @@ from trl_flow.sharing.weights import hub_model_id
 # Fields of the config that a reader needs to judge or repeat a run; the rest is in training_args.json
 _SETTINGS = (
     "num_generations",
-    *SAMPLING_SETTINGS,
+    *(*SAMPLING_SETTINGS, "eval_num_inference_steps", "eval_guidance_scale"),
     *("sde_type", "noise_level", "train_last_step", "sde_window_size", "sde_window_range", "sde_window_schedule"),
     *("sde_window_interval", "sde_window_stride", "timestep_fraction", "timestep_fraction_per_sample"),
     *("timestep_sampling", "timesteps_per_sample", "timestep_range", "nft_beta", "self_normalized", "beta_old"),
@@ -34,8 +36,6 @@ _SETTINGS = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "optim"),
     *("weight_decay", "max_grad_norm", "use_ema", "bf16", "fp16", "seed"),
 )
-
-_BUNDLED = Path(__file__).parents[1] / "shapes" / "pipeline"  # the pipeline that this package ships
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _loading_code(
     backbone: Backbone, base_model: str | os.PathLike | None, source: str, is_lora: bool, settings: Mapping,
     prompt: str,
 ) -> str:  # fmt: skip
-    """Lines that load the trained model into a stock pipeline and draw `prompt` as it was drawn in training."""
+    """Lines that load the trained model into a stock pipeline and draw `prompt` as the run's evaluations did."""
     component, (_, base) = backbone.component, _origin(base_model)
     pipeline = type(backbone.pipeline)
     # FSDP2 gives a sharded module a class of its own, derived from FSDPModule and the module's
@@ -189,11 +189,12 @@ def _loading_code(
         code.insert(0, f"{component} = {trained.__name__}.from_pretrained({_quoted(source)}{dtype})")
     for line in (backbone.scheduler_code or "").splitlines():
         (imports if line.startswith(("import ", "from ")) else code).append(line)
+    # As evaluations draw
+    evaluation = {name: settings.get(f"eval_{name}") for name in ("num_inference_steps", "guidance_scale")}
+    settings = {**settings, **{name: value for name, value in evaluation.items() if value is not None}}
+    arguments = backbone.call_arguments(effective(backbone, settings))
     # By keyword: the first argument of pipelines that edit is the image
-    call = [
-        f"prompt={_quoted(_one_line(prompt))}",
-        *(f"{name}={value!r}" for name, value in backbone.call_arguments(settings).items()),
-    ]
+    call = [f"prompt={_quoted(_one_line(prompt))}", *(f"{name}={value!r}" for name, value in arguments.items())]
     if backbone.takes_image:
         imports += ["from diffusers.utils import load_image", "from PIL import Image", "", "", TO_RGB_CODE]
         call.insert(0, 'image=load_image("path/to/image.png", convert_method=to_rgb)')
@@ -234,7 +235,7 @@ def _origin(base_model: str | os.PathLike | None) -> tuple[str, str]:
     if base_model is None:
         return "a pipeline that was not loaded from the Hub", _quoted("path/to/base_model")
     folder = Path(base_model).resolve()
-    if folder == _BUNDLED.resolve():
+    if is_bundled(folder):
         return "the shapes pipeline that comes with `trl_flow`", "pipeline_path()"
     return f"a local pipeline, {_code(folder.name)}", _quoted(f"path/to/{folder.name}")
 

@@ -41,7 +41,8 @@ class FlowProgressCallback(ProgressCallback):
 
     def _is_shown(self, name: str) -> bool:
         is_reward = name.endswith("/mean") and "rewards/" in name
-        return name in self.SHOWN or is_reward or name.endswith(("_reward", "_gold/average"))
+        # And how long an evaluation took
+        return name in self.SHOWN or is_reward or name.endswith(("_reward", "_gold/average", "_runtime"))
 
     def show_stage(self, stage: str) -> None:
         if self.training_bar is not None:
@@ -73,9 +74,13 @@ class RunLogCallback(TrainerCallback):
 
     def __init__(self):
         self.counts: dict[str, list[int]] = {}
+        self.before: list[dict[str, Any]] = []  # logs of evaluations before training, which begins a log of its own
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._writes = state.is_world_process_zero
+        if not state.log_history:
+            state.log_history.extend(self.before)
+        self.before = []
         self._write(args, state, "w", state.log_history)
 
     def on_log(self, args, state, control, **kwargs):

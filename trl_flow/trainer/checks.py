@@ -16,6 +16,7 @@ from PIL import ExifTags, Image
 from transformers.utils import logging
 
 from trl_flow.backbones import Backbone
+from trl_flow.backbones.settings import check_settings
 from trl_flow.images import check_mode
 from trl_flow.prompts.rows import check_prompts, columns_of_rows, first_row, has_transform
 from trl_flow.rewards.checks import RESERVED_COLUMNS, needs_group
@@ -85,11 +86,7 @@ def check_backbone(backbone: Any, args: FlowRLConfig, peft_config: PeftConfig | 
     if args.gradient_checkpointing and not getattr(model, "_supports_gradient_checkpointing", False):
         what = f"gradient_checkpointing is on, which {type(model).__name__} does not support"
         raise ValueError(f"{what}. Set gradient_checkpointing=False.")
-    if args.negative_prompt is not None and not backbone.takes_negative_prompt:
-        raise ValueError(
-            f"negative_prompt is {args.negative_prompt!r}, but {kind} takes none: this model's guidance leads away "
-            "from no prompt, or from the empty one only. Set negative_prompt=None."
-        )
+    check_sampling(backbone, args)
     if peft_config is not None and not hasattr(pipeline, "save_lora_weights"):
         raise ValueError(
             f"{type(pipeline).__name__} has no save_lora_weights: an adapter could be trained but not saved. Let it "
@@ -107,6 +104,15 @@ def check_backbone(backbone: Any, args: FlowRLConfig, peft_config: PeftConfig | 
                 f"{name} is set, but the pipeline's VAE ({type(vae).__name__}) cannot do that. Leave it out, and "
                 "lower per_device_train_batch_size if decoding needs too much memory."
             )
+
+
+def check_sampling(backbone: Backbone, args: FlowRLConfig) -> None:
+    """Raises `ValueError` for a sampling setting other than its default that changes no image of this pipeline."""
+    fields = type(args).__dataclass_fields__
+    names = ("guidance_scale", "eval_guidance_scale", "negative_prompt", "max_sequence_length")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) != fields[name].default}
+    scales = [args.guidance_scale, args.eval_guidance_scale]
+    check_settings(backbone, given, [scale for scale in scales if scale is not None])
 
 
 def check_images(dataset: Dataset, name: str, backbone: Backbone) -> None:

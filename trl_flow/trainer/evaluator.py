@@ -36,22 +36,28 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class BaseScores:
-    """What the base model scores on one evaluation set: the mean reward, by each gold function float64 `(N,)` (NaN
-    where it does not apply, the images of one prompt next to each other), and the diversity within a prompt."""
+    """What the base model scores on one evaluation set: the metrics of the optimized rewards, by each gold function
+    float64 `(N,)` (NaN where it does not apply, the images of one prompt next to each other), and the diversity within
+    a prompt."""
 
-    reward: float
+    rewards: dict[str, float]
     gold: dict[str, np.ndarray]
     diversity: float | None
 
+    @property
+    def reward(self) -> float:
+        return self.rewards["reward"]
+
     def to_json(self) -> dict[str, Any]:
+        rewards = {name: None if math.isnan(value) else value for name, value in self.rewards.items()}
         gold = {name: [None if math.isnan(v) else v for v in values.tolist()] for name, values in self.gold.items()}
-        return {"reward": None if math.isnan(self.reward) else self.reward, "gold": gold, "diversity": self.diversity}
+        return {"rewards": rewards, "gold": gold, "diversity": self.diversity}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "BaseScores":
-        reward, gold = content["reward"], content["gold"]
-        arrays = {name: np.asarray(values, dtype=np.float64) for name, values in gold.items()}  # None becomes NaN
-        return cls(math.nan if reward is None else reward, arrays, content["diversity"])
+        rewards = {name: math.nan if value is None else value for name, value in content["rewards"].items()}
+        gold = {name: np.asarray(values, dtype=np.float64) for name, values in content["gold"].items()}  # None: NaN
+        return cls(rewards, gold, content["diversity"])
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,7 @@ class Evaluator:
     def evaluate_base(self, dataset: Dataset, state: TrainerState, name: str | None = None) -> EvaluationResult:
         """[`evaluate`] of the base model, which is drawn once for each set and kept. Without images if it was."""
         base, drawn = self._base(dataset, state)
-        return drawn or self._result(dataset, name, {"reward": base.reward}, base, base, rows=[], images=[])
+        return drawn or self._result(dataset, name, dict(base.rewards), base, base, rows=[], images=[])
 
     def _base(self, dataset: Dataset, state: TrainerState) -> tuple[BaseScores, EvaluationResult | None]:
         key = self._key(dataset)
@@ -146,8 +152,8 @@ class Evaluator:
             by_func = self._scored(self.gold_scorer, rows, images, total, state)
             gold_values = dict(zip(self.gold_scorer.names, by_func.T.cpu().double().numpy(), strict=True))
         diversity = group_diversity(accelerator, images, number, total) if number > 1 else None
-        scores = BaseScores(rewards.nanmean().item(), gold_values, diversity)
         metrics = reward_metrics(rewards_per_func, rewards, self.scorer.names)
+        scores = BaseScores(dict(metrics), gold_values, diversity)
         if base is None and gold_values:
             base = self._base_scores[self._key(dataset)] = scores
             for gold_name, values in gold_values.items():

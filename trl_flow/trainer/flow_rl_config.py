@@ -121,8 +121,9 @@ class FlowRLConfig(_BaseConfig):
             Prompt tokens for the pipelines that take this argument (T5 in Stable Diffusion 3).
         share_initial_noise (`bool`, *optional*, defaults to `False`):
             Whether all images of a group start from the same noise.
-        eval_num_inference_steps (`int`, *optional*, defaults to `40`):
-            Sampling steps in evaluation, which follows the ODE.
+        eval_num_inference_steps (`int`, *optional*):
+            Sampling steps in evaluation, which follows the ODE. `None`: the pipeline's own number, or for a model that
+            draws in a few steps (distilled, as its config tells, or the bundled one) that of training.
         eval_guidance_scale (`float`, *optional*):
             Guidance in evaluation; `None` means `guidance_scale`.
 
@@ -197,7 +198,7 @@ class FlowRLConfig(_BaseConfig):
     width: int = 512
     max_sequence_length: int = 128
     share_initial_noise: bool = False
-    eval_num_inference_steps: int = 40
+    eval_num_inference_steps: int | None = None
     eval_guidance_scale: float | None = None
     reward_weights: list[float] | None = None
     reward_timeout: float | None = None
@@ -229,9 +230,11 @@ class FlowRLConfig(_BaseConfig):
         self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
         self._check_types()
         self._check_advantage_power()
-        counts = ("num_inference_steps", "eval_num_inference_steps", "height", "width", "max_sequence_length")
+        counts = ("num_inference_steps", "height", "width", "max_sequence_length")
         for name in (*counts, "num_iterations", "ema_update_every", "num_generations_eval", "num_images_to_log"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
+        steps = self.eval_num_inference_steps
+        self._check("eval_num_inference_steps", steps is None or steps >= 1, "at least 1, or None")
         self._check("num_generations", self.num_generations >= 2, "at least 2: advantages compare a prompt's images")
         self._check("guidance_scale", self.guidance_scale >= 0, "0 or more")
         self._check("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")

@@ -20,6 +20,8 @@ from transformers.utils import logging
 from trl_flow import sharing
 from trl_flow.algorithms import Algorithm, MicroBatch
 from trl_flow.backbones import Backbone, get_backbone
+from trl_flow.backbones.prompt_length import warn_of_long_prompts
+from trl_flow.backbones.settings import evaluation_steps
 from trl_flow.rewards.checks import RewardError, reward_names
 from trl_flow.rewards.named import as_rewards
 from trl_flow.rewards.scorer import RewardScorer
@@ -133,8 +135,11 @@ class FlowRLTrainer(GroupTrainer):
         self.backbone = backbone or get_backbone(self.pipeline, **size)
         self.model_id = str(model) if is_path else self.pipeline.config.get("_name_or_path")
         checks.check_backbone(self.backbone, args, peft_config)
+        if args.eval_num_inference_steps is None:
+            args.eval_num_inference_steps = evaluation_steps(self.backbone, args.num_inference_steps)
         for name, dataset in datasets.items():
             checks.check_images(dataset, name, self.backbone)
+            warn_of_long_prompts(self.backbone, [*dataset["prompt"], args.negative_prompt or ""], name)
         module = prepare_module(self.backbone, args, peft_config)
         checks.probe_output_dir(args, sum(p.numel() for p in module.parameters() if p.requires_grad))
 
@@ -267,9 +272,12 @@ class FlowRLTrainer(GroupTrainer):
         # All evaluation sets are scored by the base model, which is logged as update 0
         if self.gold_scorer.reward_funcs:
             for name, dataset in checks.chosen_eval_datasets(None, self.eval_dataset).items():
+                start, prefix = time.time(), "eval" if name is None else f"eval_{name}"
                 result = self.evaluator.evaluate_base(dataset, self.state, name)
-                if self.evaluator.is_untrained and self.state.global_step == 0 and not self.args.eval_on_start:
-                    self._log_evaluation(result, "eval" if name is None else f"eval_{name}")
+                is_logged = any(f"{prefix}_reward" in entry for entry in self.state.log_history)
+                begins = self.evaluator.is_untrained and self.state.global_step == 0
+                if begins and not is_logged and not self.args.eval_on_start:
+                    self._log_evaluation(result, prefix, start)
         self.evaluator.is_untrained = False
 
     def _after_update(self) -> None:
@@ -301,11 +309,15 @@ class FlowRLTrainer(GroupTrainer):
         for name, dataset in checks.chosen_eval_datasets(eval_dataset, self.eval_dataset).items():
             checks.check_dataset(dataset, "eval_dataset")
             checks.check_images(dataset, "eval_dataset", self.backbone)
+            if eval_dataset is not None:  # those of the trainer were looked at when it was made
+                warn_of_long_prompts(self.backbone, dataset["prompt"], "eval_dataset")
             start = time.time()
             with self.optimizer_modes.evaluating():
                 result = self.evaluator.evaluate(dataset, self.state, name)
             is_named = name is not None and not isinstance(eval_dataset, str)
             own = self._log_evaluation(result, f"{metric_key_prefix}_{name}" if is_named else metric_key_prefix, start)
+            if self.evaluator.is_untrained and (eval_dataset is None or isinstance(eval_dataset, str)):
+                self._run_log.before.append(self.state.log_history[-1])
             self.control.should_evaluate = False  # as CallbackHandler.on_evaluate, which not always passes further
             told = {"metrics": own, "evaluation": None if result.gold is None else result}
             event = "on_evaluate", self.args, self.state, self.control
