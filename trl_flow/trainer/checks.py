@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from inspect import signature
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from PIL import ExifTags, Image
 from transformers.utils import logging
 
 from trl_flow.backbones import Backbone
+from trl_flow.backbones.contract import latent_shape, scheduled
 from trl_flow.rewards.checks import RESERVED_COLUMNS
 from trl_flow.rewards.scorer import RewardScorer
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
@@ -74,10 +76,13 @@ def check_dataset(dataset: Any, name: str) -> None:
 
 
 def check_backbone(backbone: Any, args: FlowRLConfig, peft_config: PeftConfig | None) -> None:
-    """Raises `TypeError` unless `backbone` is a [`Backbone`], and `ValueError` unless it can do what is asked."""
+    """Raises `TypeError` unless `backbone` is a [`Backbone`] whose methods return what they must, and `ValueError`
+    unless it can do what is asked."""
     kind = type(backbone).__name__
     if not isinstance(backbone, Backbone):
         raise TypeError(f"backbone is a {kind}, but must be a trl_flow.backbones.Backbone. Subclass it: one file.")
+    latent_shape(backbone)
+    scheduled(backbone, args.num_inference_steps)
     pipeline, model = backbone.pipeline, backbone.model
     if args.gradient_checkpointing and not getattr(model, "_supports_gradient_checkpointing", False):
         what = f"gradient_checkpointing is on, which {type(model).__name__} does not support"
@@ -87,11 +92,8 @@ def check_backbone(backbone: Any, args: FlowRLConfig, peft_config: PeftConfig | 
             f"negative_prompt is {args.negative_prompt!r}, but {kind} takes none: this model's guidance leads away "
             "from no prompt, or from the empty one only. Set negative_prompt=None."
         )
-    if peft_config is not None and not hasattr(pipeline, "save_lora_weights"):
-        raise ValueError(
-            f"{type(pipeline).__name__} has no save_lora_weights: an adapter could be trained but not saved. Let it "
-            "inherit a LoRA loader of diffusers (such as SD3LoraLoaderMixin), or train all weights: no peft_config."
-        )
+    if peft_config is not None:
+        _check_lora_loader(backbone)
     if peft_config is None and is_quantized(model):
         raise ValueError(
             f"The pipeline's {backbone.component} has quantized weights, which cannot be trained. Train an adapter: "
@@ -104,6 +106,35 @@ def check_backbone(backbone: Any, args: FlowRLConfig, peft_config: PeftConfig | 
                 f"{name} is set, but the pipeline's VAE ({type(vae).__name__}) cannot do that. Leave it out, and "
                 "lower per_device_train_batch_size if decoding needs too much memory."
             )
+
+
+def _check_lora_loader(backbone: Backbone) -> None:
+    """Raises `ValueError` unless an adapter of the pipeline can be saved, and loaded into it again."""
+    pipeline, kind = backbone.pipeline, type(backbone.pipeline).__name__
+    instead = "or train all weights: no peft_config"
+    if not hasattr(pipeline, "save_lora_weights"):
+        raise ValueError(
+            f"{kind} has no save_lora_weights: an adapter could be trained but not saved. Let it inherit a LoRA "
+            f"loader of diffusers (of one without a text encoder, SanaLoraLoaderMixin), {instead}."
+        )
+    taken = [name.removesuffix("_lora_layers") for name in signature(pipeline.save_lora_weights).parameters]
+    if backbone.component not in taken:
+        raise ValueError(
+            f"{kind}'s LoRA loader saves adapters of {' and '.join({'unet', 'transformer'} & set(taken))}, but the "
+            f"trained part is called {backbone.component!r}. Register it under that name and make it the backbone's "
+            f"component, {instead}."
+        )
+    if missing := [name for name in pipeline._lora_loadable_modules if not hasattr(pipeline, name)]:
+        raise ValueError(
+            f"{kind} has no {' and no '.join(missing)}, into which its LoRA loader loads adapters too: they could be "
+            f"saved but not loaded. Inherit a loader for the {backbone.component} alone, such as SanaLoraLoaderMixin, "
+            f"{instead}."
+        )
+    if not hasattr(backbone.model, "load_lora_adapter"):
+        raise ValueError(
+            f"{type(backbone.model).__name__} has no load_lora_adapter: an adapter of it could be saved but not "
+            f"loaded. Let it inherit diffusers.loaders.PeftAdapterMixin, {instead}."
+        )
 
 
 def check_images(dataset: Dataset, name: str, backbone: Backbone) -> None:
