@@ -10,6 +10,7 @@ from diffusers.hooks.group_offloading import (
     _is_group_offload_enabled,
 )
 from diffusers.hooks.layerwise_casting import _is_layerwise_casting_active
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.utils import logging
 
@@ -155,10 +156,10 @@ def prepare_for_training(pipeline: DiffusionPipeline, component: str, *, trains_
             "pipeline without it."
         )
     for name, module in modules_of(pipeline).items():
-        if name != component and getattr(module, "peft_config", None):
+        if name != component and any(isinstance(part, BaseTunerLayer) for part in module.modules()):
             raise ValueError(
-                f"The pipeline's {name} has adapters ({', '.join(module.peft_config)}), which would not be saved with "
-                f"what is trained: the {component} alone is. Take them out: pipeline.unload_lora_weights()."
+                f"The pipeline's {name} has adapters, which would not be saved with what is trained: the {component} "
+                "alone is. Take them out: pipeline.unload_lora_weights()."
             )
     if getattr(pipeline, "num_fused_loras", 0) and not getattr(model, "peft_config", None):
         raise ValueError(
