@@ -78,6 +78,16 @@ def test_drawing_ends_with_it():
             drawn(**options)
 
 
+def test_a_text_encoder_that_overflows_is_named(tmp_path):
+    pipeline = tiny_sd3_pipeline()
+    pipeline.text_encoder_3.to(torch.float16).shared.weight.data.fill_(torch.inf)
+    what = "The condition 'encoder_hidden_states' of the prompt 'a cat' has NaN.*Load the text encoders in bfloat16"
+    with pytest.raises(FloatingPointError, match=what):
+        draw(FAMILIES["sd3"].backbone(pipeline=pipeline), ["a cat"], seed=0, num_inference_steps=1)
+    with pytest.raises(FloatingPointError, match=what.replace("'a cat'", "'.*'")):
+        tiny_trainer(tmp_path, pipeline=pipeline).train()
+
+
 def test_the_command_says_it_without_a_traceback(tmp_path, capsys):
     overflowing(tiny_sd3_pipeline()).save_pretrained(tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("a cat\n")

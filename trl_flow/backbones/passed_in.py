@@ -7,6 +7,7 @@ from diffusers.hooks.group_offloading import (
     _GROUP_OFFLOADING,
     _LAYER_EXECUTION_TRACKER,
     _LAZY_PREFETCH_GROUP_OFFLOADING,
+    _get_group_onload_device,
     _is_group_offload_enabled,
 )
 from diffusers.hooks.layerwise_casting import _is_layerwise_casting_active
@@ -172,5 +173,8 @@ def prepare_for_training(pipeline: DiffusionPipeline, component: str, *, trains_
 def device_of(pipeline: DiffusionPipeline) -> torch.device:
     """Where the pipeline's VAE runs, which of an offloaded one is not where it is."""
     vae = pipeline.vae
-    is_offloaded = hasattr(vae, "_hf_hook") or _is_group_offload_enabled(vae)
-    return pipeline._execution_device if is_offloaded else vae.device
+    if _is_group_offload_enabled(vae):
+        return _get_group_onload_device(vae)
+    hooks = [getattr(module, "_hf_hook", None) for module in (vae.modules() if hasattr(vae, "_hf_hook") else ())]
+    devices = [getattr(hook, "execution_device", None) for hook in hooks]
+    return next((torch.device(device) for device in devices if device is not None), vae.device)
