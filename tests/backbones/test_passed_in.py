@@ -16,9 +16,10 @@ from tiny_flux import tiny_flux_pipeline, tiny_klein_pipeline, tiny_kontext_pipe
 from tiny_models import CLIP_WIDTH, tiny_sd3_pipeline
 from tiny_qwen import tiny_qwen_image_pipeline, tiny_z_image_pipeline
 from tiny_sd35 import tiny_sd35_pipeline
-from tiny_training import assert_equal, tiny_lora, tiny_trainer, train, warnings_of
+from tiny_training import assert_equal, brightness, prompts, tiny_config, tiny_lora, tiny_trainer, train, warnings_of
 from tiny_unets import tiny_sd_pipeline, tiny_sdxl_pipeline
 
+from trl_flow import FlowGRPOTrainer
 from trl_flow.evaluation.drawing import draw
 
 
@@ -110,6 +111,14 @@ def test_it_trains_as_another_and_its_adapter_loads_in_a_stock_pipeline(plain, t
     stock = tiny_sd3_pipeline()
     stock.load_lora_weights(tmp_path)
     assert stock.get_active_adapters()
+
+
+def test_what_was_done_after_the_backbone_was_made(tmp_path):
+    pipeline = tiny_sd3_pipeline()
+    backbone = FAMILIES["sd3"].backbone(pipeline=pipeline)
+    whole(pipeline)
+    trainer = FlowGRPOTrainer(pipeline, brightness, tiny_config(tmp_path), prompts(), backbone=backbone)
+    assert type(trainer.model) is type(tiny_sd3_pipeline().transformer)
 
 
 def test_a_reference_is_a_copy_whose_forward_is_its_own(tmp_path):

@@ -175,22 +175,16 @@ class Backbone(ABC):
     def _decode(self, latents: Tensor) -> list[Image.Image]:
         """Images of latents in the VAE's own scale."""
         vae = self.pipeline.vae
-        return self._images(vae.decode(latents.to(vae.dtype), return_dict=False)[0], latents)
+        return self._images(vae.decode(latents.to(vae.dtype), return_dict=False)[0])
 
-    def _images(self, pixels: Tensor, latents: Tensor) -> list[Image.Image]:
-        """Images of what the VAE made of `latents`, `(B, 3, H, W)`; `FloatingPointError` if it is not finite."""
+    def _images(self, pixels: Tensor) -> list[Image.Image]:
+        """Images of the VAE's output, `(B, 3, H, W)`; `FloatingPointError` if it is not finite."""
         if not pixels.is_meta and not pixels.isfinite().all():
-            name, dtype = (self.component, self.dtype)
-            remedy = "Use bfloat16 or float32. If it has been trained, it has diverged: take an earlier checkpoint."
-            if latents.isfinite().all():
-                name, dtype = "VAE", pixels.dtype
-                remedy = (
-                    "Load the VAE in float32: model_init_kwargs={'dtype': {'vae': 'float32', 'default': 'bfloat16'}}, "
-                    "or pipeline.vae.to(torch.float32); in trl-flow evaluate, --dtype float32. If it is in float32, "
-                    "its weights are damaged."
-                )
-            what = f"The {name}, in {dtype}, gave NaN or infinite values, of which images would be black."
-            raise FloatingPointError(f"{what} {remedy}")
+            raise FloatingPointError(
+                f"The VAE, in {pixels.dtype}, gave NaN or infinite values, of which images would be black. Load it in "
+                "float32: model_init_kwargs={'dtype': {'vae': 'float32', 'default': 'bfloat16'}}, or pipeline.vae.to("
+                "torch.float32); in trl-flow evaluate, --dtype float32. If it is, its weights are damaged."
+            )
         return self.pipeline.image_processor.postprocess(pixels.float(), output_type="pil")
 
     def guided_prediction(

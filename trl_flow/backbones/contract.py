@@ -43,7 +43,13 @@ def encoded(backbone: "Backbone", prompt: str, *image: Image.Image) -> dict[str,
 
 
 def decoded(backbone: "Backbone", latents: torch.Tensor) -> list[Image.Image]:
-    """Images of final latents `(B, ...)`. Raises `TypeError` if they are none."""
+    """Images of final latents `(B, ...)`. Raises `TypeError` if they are none, and `FloatingPointError` if the latents
+    are not finite."""
+    if not latents.isfinite().all():
+        raise FloatingPointError(
+            f"The {backbone.component}, in {backbone.dtype}, gave NaN or infinite latents. Use bfloat16 or float32. "
+            "If it has been trained, it has diverged: take an earlier checkpoint."
+        )
     images = backbone.decode(latents)
     is_list = isinstance(images, list) and len(images) == len(latents)
     if not is_list or not all(isinstance(image, Image.Image) for image in images):

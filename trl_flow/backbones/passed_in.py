@@ -126,6 +126,7 @@ def prepare_for_training(pipeline: DiffusionPipeline, component: str, *, trains_
     Raises:
         ValueError: for what would make the trained weights useless in a pipeline that is loaded anew.
     """
+    unwrap(pipeline, component)  # a backbone may have been made before
     pipeline.remove_all_hooks()
     for name, module in modules_of(pipeline).items():
         for hooked in module.modules():

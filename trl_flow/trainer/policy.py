@@ -59,8 +59,9 @@ def prepare_module(backbone: Backbone, args: FlowRLConfig, peft_config: PeftConf
     """Freezes the pipeline, makes its transformer (or U-Net) trainable, and returns what `Trainer` trains. Raises
     `ValueError` if a module has no values or was changed ([`prepare_for_training`]), the trained one has adapters
     already, or `peft_config` names modules that are not there."""
-    pipeline, model = backbone.pipeline, backbone.model
+    pipeline = backbone.pipeline
     prepare_for_training(pipeline, backbone.component, trains_adapter=peft_config is not None)
+    model = backbone.model
     for module in modules_of(pipeline).values():
         module.requires_grad_(False).eval()
     if args.enable_vae_slicing:
