@@ -175,7 +175,7 @@ def test_a_lora_that_could_not_be_loaded_again_is_refused(painter, tmp_path):
             )
         assert not (tmp_path / "out").exists()
 
-    refused(Pipeline(scheduler, painter=Adaptable()), "painter", "saves adapters of transformer.* called 'painter'")
+    refused(Pipeline(scheduler, painter=Adaptable()), "painter", "adapters of its transformer,.* called 'painter'")
     refused(Pipeline(scheduler, transformer=Painter()), "transformer", "no load_lora_adapter.*PeftAdapterMixin")
     encoders = "has no text_encoder and no text_encoder_2.*such as SanaLoraLoaderMixin"
     refused(WithEncoders(scheduler, Adaptable()), "transformer", encoders)

@@ -129,6 +129,14 @@ def test_a_reference_is_a_copy_whose_forward_is_its_own(tmp_path):
     assert trainer.policy._reference.forward.__self__ is trainer.policy._reference
 
 
+@pytest.mark.parametrize("kind", ["FullyShardedDataParallel", "DeepSpeedEngine"])
+def test_weights_that_are_split_over_processes_are_refused(kind):
+    pipeline = tiny_sd3_pipeline()
+    pipeline.transformer = type(kind, (torch.nn.Module,), {})()  # as these wrappers are called
+    with pytest.raises(ValueError, match=f"transformer is a {kind}, whose weights are split over processes"):
+        FAMILIES["sd3"].backbone(pipeline=pipeline)
+
+
 # ---- Fused projections ----
 
 

@@ -26,17 +26,17 @@ def _refused(backbone: "Backbone", method: str, returned: Any, expected: str) ->
 
 def encoded(backbone: "Backbone", prompt: str, *image: Image.Image) -> dict[str, torch.Tensor]:
     """The condition of one prompt, and of the image to be edited. Raises `TypeError` if it is none, and
-    `FloatingPointError` if it is not finite."""
+    `FloatingPointError` if it has NaN. (A mask may be infinite.)"""
     condition = backbone.encode_prompt(prompt, *image)
     values = condition.values() if isinstance(condition, dict) else [None]
     if not all(isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == 1 for value in values):
         expected = "a dictionary of tensors whose first dimension is the batch, of size 1"
         raise _refused(backbone, "encode_prompt", condition, expected)
     for name, value in condition.items():
-        if value.is_floating_point() and not value.isfinite().all():
+        if value.isnan().any():
             raise FloatingPointError(
-                f"The condition {name!r} of the prompt {prompt!r} has NaN or infinite values: what encodes it "
-                f"overflows in {value.dtype}. Load the text encoders in bfloat16 or float32 (of an image to be edited "
+                f"The condition {name!r} of the prompt {prompt!r} has NaN: what encodes it overflows in "
+                f"{value.dtype}. Load the text encoders in bfloat16 or float32 (of an image to be edited "
                 "the VAE, in float32)."
             )
     return condition

@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 from datasets import Dataset
 from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LoraBaseMixin
 from peft import PeftConfig
 from PIL import ExifTags, Image
 from transformers.utils import logging
@@ -117,12 +118,14 @@ def _check_lora_loader(backbone: Backbone) -> None:
             f"{kind} has no save_lora_weights: an adapter could be trained but not saved. Let it inherit a LoRA "
             f"loader of diffusers (of one without a text encoder, SanaLoraLoaderMixin), {instead}."
         )
-    taken = [name.removesuffix("_lora_layers") for name in signature(pipeline.save_lora_weights).parameters]
-    if backbone.component not in taken:
+    if not isinstance(pipeline, LoraBaseMixin):
+        return  # with a loader of its own
+    taken = signature(pipeline.save_lora_weights).parameters
+    if f"{backbone.component}_lora_layers" not in taken:
+        known = [name for name in ("transformer", "unet") if f"{name}_lora_layers" in taken]
         raise ValueError(
-            f"{kind}'s LoRA loader saves adapters of {' and '.join({'unet', 'transformer'} & set(taken))}, but the "
-            f"trained part is called {backbone.component!r}. Register it under that name and make it the backbone's "
-            f"component, {instead}."
+            f"{kind}'s LoRA loader saves adapters of its {' and '.join(known)}, but the trained part is called "
+            f"{backbone.component!r}. Register it under that name and make it the backbone's component, {instead}."
         )
     if missing := [name for name in pipeline._lora_loadable_modules if not hasattr(pipeline, name)]:
         raise ValueError(
