@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.loaders import PeftAdapterMixin, SanaLoraLoaderMixin, SD3LoraLoaderMixin
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import tiny_sd3_pipeline
 from tiny_training import brightness, distance, prompts, tiny_config, tiny_lora, tiny_trainer, trained_weights
 
 from trl_flow import FlowGRPOTrainer
-from trl_flow.backbones import Backbone, get_backbone
+from trl_flow.backbones import Backbone, Schedule, get_backbone
+from trl_flow.evaluation.adapters import loaded_adapter, parse_adapters
+from trl_flow.evaluation.drawing import draw
 
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -27,20 +31,23 @@ def code_of(title: str) -> str:
     return "\n".join(re.findall(r"```python\n(.*?)```", found, flags=re.DOTALL))
 
 
-@pytest.fixture(scope="module")
-def painter(tmp_path_factory):
-    """What the section on a pipeline of one's own leaves behind, on a CPU."""
-    code = code_of("Your own pipeline")
+def run_training(title: str, folder: Path, scope: dict) -> dict:
+    """What is there after the code of a section has run, on a CPU, with what was there before."""
+    code, scope = code_of(title), dict(scope)
     fields = 'use_cpu=True, report_to="none", disable_tqdm=True, logging_steps=1, '
     assert code.count("FlowGRPOConfig(\n") == 1
-    code = code.replace("FlowGRPOConfig(\n", f"FlowGRPOConfig({fields}\n")
-    folder = tmp_path_factory.mktemp("extending")
-    scope = {}
     with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         patch.chdir(folder)
-        exec(code, scope)
-    return scope | {"folder": folder / "painter"}
+        exec(code.replace("FlowGRPOConfig(\n", f"FlowGRPOConfig({fields}\n"), scope)
+    return scope
+
+
+@pytest.fixture(scope="module")
+def painter(tmp_path_factory):
+    """What the section on a pipeline of one's own leaves behind."""
+    folder = tmp_path_factory.mktemp("extending")
+    return run_training("Your own pipeline", folder, {}) | {"folder": folder / "painter"}
 
 
 def test_a_pipeline_of_ones_own_trains_without_a_change_here(painter):
@@ -56,6 +63,122 @@ def test_its_weights_are_saved_where_its_class_finds_them(painter):
     trained = painter["pipeline"].painter.state_dict()
     assert all(torch.equal(value, trained[name]) for name, value in loaded.state_dict().items())
     assert load_file(painter["folder"] / "diffusion_pytorch_model.safetensors").keys() == trained.keys()
+
+
+def test_an_adapter_of_it_is_loaded_back(painter, tmp_path):
+    scope = run_training("A LoRA of your own pipeline", tmp_path, painter)
+    trainer, again = scope["trainer"], scope["again"]
+    backbone = scope["AdaptableBackbone"]
+
+    def images(pipeline):
+        images = draw(backbone(pipeline), ["the moon"], seed=0, num_images_per_prompt=4, num_inference_steps=5)
+        return np.stack([np.asarray(image, dtype=int) for image in images])
+
+    trained = images(trainer.pipeline)
+    assert np.abs(images(again) - trained).max() <= 1
+    again.unload_lora_weights()
+    untrained = images(again)
+    assert np.abs(untrained - trained).max() > 8
+    # And evaluation puts it into the pipeline by itself
+    (adapter,) = parse_adapters(tmp_path / "painter-lora")
+    with loaded_adapter(backbone(again), adapter):
+        assert np.abs(images(again) - trained).max() <= 1
+    assert np.array_equal(images(again), untrained)
+
+
+def painter_with(painter, **methods):
+    """A backbone of the page's painter with other methods."""
+    return type("Mistaken", (painter["PainterBackbone"],), methods)(painter["pipeline"])
+
+
+MISTAKES = [
+    (
+        "latent_shape",
+        lambda self: torch.zeros(1, 3, 8, 8),
+        r"Tensor of shape \(1, 3, 8, 8\).* a tuple of whole numbers",
+    ),
+    ("schedule", lambda self, number: self.pipeline.scheduler, "FlowMatchEulerDiscreteScheduler, .* a Schedule "),
+    ("schedule", lambda self, number: (torch.ones(2), torch.ones(1)), r"tuple of 2 \(Tensor\), .* a Schedule "),
+    ("encode_prompt", lambda self, prompt: torch.zeros(1, 26), r"Tensor of shape \(1, 26\), .* a dictionary of ten"),
+    (
+        "encode_prompt",
+        lambda self, prompt: {"letters": torch.zeros(26)},
+        r"dict of .*letters.: \(26,\).*batch, of size 1",
+    ),
+    ("predict", lambda self, model, latents, *_: (latents,), "tuple of 1 .* one tensor of the latents' shape"),
+    (
+        "predict",
+        lambda self, model, latents, *_: latents[:, :1],
+        r"Tensor of shape \(2, 1, 8, 8\), .* here \(2, 3, 8, 8\)",
+    ),
+    (
+        "decode",
+        lambda self, latents: latents,
+        r"Tensor of shape \(2, 3, 8, 8\), .* a list of PIL images, one for each of",
+    ),
+    ("decode", lambda self, latents: [Image.new("RGB", (8, 8))], r"list of 1 \(Image\), .* one for each of 2 latents"),
+    ("decode", lambda self, latents: list(latents), r"list of 2 \(Tensor\), .* PIL images"),
+]
+
+
+@pytest.mark.parametrize(("method", "mistake", "message"), MISTAKES)
+def test_a_method_that_returns_something_else_is_named(painter, method, mistake, message):
+    backbone = painter_with(painter, **{method: mistake})
+    with pytest.raises(TypeError, match=f"Mistaken.{method} returned a {message}"):
+        draw(backbone, ["the moon"], seed=0, num_images_per_prompt=2, num_inference_steps=2)
+
+
+@pytest.mark.parametrize(("method", "mistake", "message"), MISTAKES[:3])
+def test_and_what_is_sampled_before_training_begins(painter, method, mistake, message, tmp_path):
+    with pytest.raises(TypeError, match=f"Mistaken.{method} returned a {message}"):
+        FlowGRPOTrainer(
+            model=painter["pipeline"],
+            reward_funcs=painter["brightness"],
+            args=tiny_config(tmp_path / "out"),
+            train_dataset=painter["trainer"].train_dataset,
+            backbone=painter_with(painter, **{method: mistake}),
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_schedule_of_wrong_shapes():
+    with pytest.raises(ValueError, match=r"sigmas of shape \(3,\) and timesteps of shape \(3,\)"):
+        Schedule(sigmas=torch.ones(3), timesteps=torch.ones(3))
+
+
+def test_a_lora_that_could_not_be_loaded_again_is_refused(painter, tmp_path):
+    Painter, scheduler = painter["Painter"], FlowMatchEulerDiscreteScheduler()
+
+    class Adaptable(Painter, PeftAdapterMixin):
+        pass
+
+    class Pipeline(DiffusionPipeline, SanaLoraLoaderMixin):
+        def __init__(self, scheduler, painter=None, transformer=None):
+            super().__init__()
+            parts = {"painter": painter, "transformer": transformer}
+            self.register_modules(scheduler=scheduler, **{k: v for k, v in parts.items() if v is not None})
+
+    class WithEncoders(DiffusionPipeline, SD3LoraLoaderMixin):
+        def __init__(self, scheduler, transformer):
+            super().__init__()
+            self.register_modules(scheduler=scheduler, transformer=transformer)
+
+    def refused(pipeline, component, message):
+        with pytest.raises(ValueError, match=message):
+            FlowGRPOTrainer(
+                model=pipeline,
+                reward_funcs=painter["brightness"],
+                args=tiny_config(tmp_path / "out"),
+                train_dataset=painter["trainer"].train_dataset,
+                backbone=type("Own", (painter["PainterBackbone"],), {"component": component})(pipeline),
+                peft_config=tiny_lora(),
+            )
+        assert not (tmp_path / "out").exists()
+
+    refused(Pipeline(scheduler, painter=Adaptable()), "painter", "adapters of its transformer,.* called 'painter'")
+    refused(Pipeline(scheduler, transformer=Painter()), "transformer", "no load_lora_adapter.*PeftAdapterMixin")
+    encoders = "has no text_encoder and no text_encoder_2.*such as SanaLoraLoaderMixin"
+    refused(WithEncoders(scheduler, Adaptable()), "transformer", encoders)
 
 
 @pytest.mark.parametrize(

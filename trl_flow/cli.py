@@ -150,8 +150,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     with _mistakes():
         run = prepare(arguments)
-    # What the pipeline refuses to draw, damaged images, a full disk, a reward function that fails
-    with _mistakes((ValueError, OSError)):
+    # What the pipeline refuses to draw or cannot decode, damaged images, a full disk, a reward function that fails
+    with _mistakes((ValueError, OSError, FloatingPointError)):
         run()
 
 

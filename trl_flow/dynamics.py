@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from trl_flow import functional
-from trl_flow.backbones.base import DDIMSchedule, Schedule
+from trl_flow.backbones.schedules import DDIMSchedule, Schedule
 from trl_flow.functional import Transition
 
 

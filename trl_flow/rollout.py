@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from trl_flow.backbones import Backbone
+from trl_flow.backbones.contract import decoded
 from trl_flow.dynamics import Dynamics
 
 
@@ -90,9 +91,10 @@ def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator], devi
 
 @torch.inference_mode()
 def decode(backbone: Backbone, latents: torch.Tensor) -> list[Image.Image]:
-    """Images of final latents `(B, ...)`, which may be on any device."""
+    """Images of final latents `(B, ...)`, which may be on any device. Raises `FloatingPointError` if the VAE's pixels
+    are not finite, and `TypeError` if the backbone makes no images."""
     parts = latents.split(DECODED_AT_ONCE)
-    return [image for part in parts for image in backbone.decode(part.to(backbone.device))]
+    return [image for part in parts for image in decoded(backbone, part.to(backbone.device))]
 
 
 @torch.no_grad()

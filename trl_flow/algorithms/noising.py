@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from trl_flow.backbones import Backbone
-from trl_flow.backbones.base import DDIMSchedule, Schedule
+from trl_flow.backbones.schedules import DDIMSchedule, Schedule
 from trl_flow.functional._tensors import over_latent
 
 

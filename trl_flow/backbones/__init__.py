@@ -2,10 +2,11 @@
 
 from diffusers import DiffusionPipeline
 
-from trl_flow.backbones.base import Backbone, DDIMSchedule, Schedule
+from trl_flow.backbones.base import Backbone
 from trl_flow.backbones.flux import FluxBackbone, FluxKontextBackbone
 from trl_flow.backbones.flux2_klein import Flux2KleinBackbone
 from trl_flow.backbones.qwen_image import QwenImageBackbone, QwenImageEditBackbone, QwenImageEditPlusBackbone
+from trl_flow.backbones.schedules import DDIMSchedule, Schedule
 from trl_flow.backbones.sd3 import StableDiffusion3Backbone
 from trl_flow.backbones.stable_diffusion import StableDiffusionBackbone, StableDiffusionXLBackbone
 from trl_flow.backbones.z_image import ZImageBackbone

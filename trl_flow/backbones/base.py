@@ -3,17 +3,20 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+from diffusers import DiffusionPipeline
+from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
+
+from trl_flow.backbones.contract import check_prediction
+from trl_flow.backbones.passed_in import device_of, unwrap
+from trl_flow.backbones.schedules import DDIMSchedule, Schedule, dynamic_shift
 
 
 Tensors = dict[str, Tensor]
@@ -31,75 +34,6 @@ SAMPLING_SETTINGS = (
     *("num_inference_steps", "guidance_scale", "negative_prompt"),
     *("height", "width", "max_sequence_length"),
 )
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """
-    The noise levels of one sampling run of `T` steps.
-
-    Attributes:
-        sigmas (`torch.Tensor`): noise levels `t`, from the noisiest down to the data's, float32, shape `(T + 1,)`.
-        timesteps (`torch.Tensor`): the model's input at each step, shape `(T,)`.
-    """
-
-    sigmas: Tensor
-    timesteps: Tensor
-
-    @property
-    def num_steps(self) -> int:
-        return len(self.timesteps)
-
-    @classmethod
-    def of(cls, scheduler: SchedulerMixin, device: torch.device) -> "Schedule":
-        """
-        The noise levels that a pipeline's scheduler has set.
-
-        Raises:
-            ValueError: if the pipeline does not take Euler steps along the ODE with this scheduler, from noise to
-                data: it would draw other images.
-        """
-        config = scheduler.config
-        other = [name for name in ("stochastic_sampling", "invert_sigmas") if config.get(name)]
-        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or other:
-            raise ValueError(
-                f"The pipeline's scheduler is a {type(scheduler).__name__}"
-                + (f" with {' and '.join(other)}" if other else "")
-                + ", but must be the FlowMatchEulerDiscreteScheduler that flow models are released with, which takes "
-                "Euler steps from noise to data. Train with that one; another may draw with the trained model."
-            )
-        return cls(sigmas=scheduler.sigmas.to(device, torch.float32), timesteps=scheduler.timesteps.to(device))
-
-
-@dataclass(frozen=True)
-class DDIMSchedule:
-    """
-    The noise levels of one sampling run of `T` steps of a U-Net that predicts the noise, `x_t = sqrt(a) x_0 +
-    sqrt(1 - a) e`; its transitions are those of DDIM.
-
-    Attributes:
-        alphas_cumprod (`torch.Tensor`): `a` before each step, ascending, float32, shape `(T,)`.
-        alphas_cumprod_next (`torch.Tensor`): `a` after each step, float32, shape `(T,)`. Mostly the `a` before the
-            next one; not always, as diffusers' `DDIMScheduler` rounds the timesteps.
-        timesteps (`torch.Tensor`): the U-Net's input at each step, shape `(T,)`.
-        prediction_type (`str`): `"epsilon"` or `"v_prediction"`, what the U-Net predicts.
-    """
-
-    alphas_cumprod: Tensor
-    alphas_cumprod_next: Tensor
-    timesteps: Tensor
-    prediction_type: str = "epsilon"
-
-    @property
-    def num_steps(self) -> int:
-        return len(self.timesteps)
-
-
-def dynamic_shift(scheduler: SchedulerMixin, tokens: int, max_shift: float = 1.15) -> float:
-    """By how much the pipelines move the noise levels for images of so many tokens, by the scheduler's config and with
-    the pipelines' own defaults, of which `max_shift`, that at the most tokens, differs."""
-    names = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": max_shift}
-    return calculate_shift(tokens, *(scheduler.config.get(name, default) for name, default in names.items()))
 
 
 def padded(embeds: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -124,8 +58,8 @@ class Backbone(ABC):
             pipeline's own.
 
     Raises:
-        ValueError: if the pipeline cannot draw images of this size or read prompts of this length, or a part that
-            sampling needs is missing.
+        ValueError: if the pipeline cannot draw images of this size or read prompts of this length, a part that
+            sampling needs is missing, or one was changed so that it computes something else ([`unwrap`]).
     """
 
     component = "transformer"  # the pipeline's module that is trained
@@ -154,6 +88,7 @@ class Backbone(ABC):
             raise ValueError(
                 f"The pipeline has no {' and no '.join(missing)}, which sampling needs. Load it with all its parts."
             )
+        unwrap(pipeline, self.component)
         if height is None or width is None:
             own_height, own_width = self.default_size(pipeline)
             height, width = height or own_height, width or own_width
@@ -175,7 +110,7 @@ class Backbone(ABC):
     @property
     def device(self) -> torch.device:
         """Where conditions are made and images are decoded."""
-        return self.pipeline.vae.device
+        return device_of(self.pipeline)
 
     # ---- Sizes ----
 
@@ -196,7 +131,19 @@ class Backbone(ABC):
     def latent_shape(self) -> tuple[int, ...]:
         """Shape of one image's latents, without the batch; unless a family says otherwise, `(C, H, W)` of the VAE."""
         factor = self.pipeline.vae_scale_factor
-        return (self.model.config.in_channels, self.height // factor, self.width // factor)
+        return (self._latent_channels(), self.height // factor, self.width // factor)
+
+    def _latent_channels(self, per_token: int = 1) -> int:
+        """Channels of the model's input, which are `per_token` times the VAE's; `ValueError` if it takes more."""
+        config, taken = self.pipeline.vae.config, self.model.config.in_channels
+        drawn = per_token * (config.get("latent_channels") or config.get("z_dim") or taken // per_token)
+        if taken != drawn:
+            raise ValueError(
+                f"The {self.component} takes {taken} channels, but the VAE's latents have {drawn}: it is made for "
+                "inpainting, editing or control, and gets a mask or an image besides, which nobody gives it here. "
+                "Load a model that draws from the prompt alone."
+            )
+        return taken
 
     # ---- Settings ----
 
@@ -246,14 +193,23 @@ class Backbone(ABC):
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Images of final latents `(B, ...)`; unless a family says otherwise, `(B, C, H, W)` scaled and shifted as the
-        VAE's config says."""
+        VAE's config says. Raises `FloatingPointError` if the VAE gives NaN or infinite pixels."""
         config = self.pipeline.vae.config
         return self._decode(latents / config.scaling_factor + (config.get("shift_factor") or 0))
 
     def _decode(self, latents: Tensor) -> list[Image.Image]:
         """Images of latents in the VAE's own scale."""
         vae = self.pipeline.vae
-        pixels = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+        return self._images(vae.decode(latents.to(vae.dtype), return_dict=False)[0])
+
+    def _images(self, pixels: Tensor) -> list[Image.Image]:
+        """Images of the VAE's output, `(B, 3, H, W)`; `FloatingPointError` if it is not finite."""
+        if not pixels.is_meta and not pixels.isfinite().all():
+            raise FloatingPointError(
+                f"The VAE, in {pixels.dtype}, gave NaN or infinite values, of which images would be black. Load it in "
+                "float32: model_init_kwargs={'dtype': {'vae': 'float32', 'default': 'bfloat16'}}, or pipeline.vae.to("
+                "torch.float32); in trl-flow evaluate, --dtype float32. If it is, its weights are damaged."
+            )
         return self.pipeline.image_processor.postprocess(pixels.float(), output_type="pil")
 
     def guided_prediction(
@@ -280,11 +236,14 @@ class Backbone(ABC):
         Returns:
             `torch.Tensor`: float32, shape `(B, ...)`.
         """
+        if negative_condition is not None:
+            condition = {key: torch.cat([negative_condition[key], condition[key]]) for key in condition}
+            timestep = timestep if timestep.ndim == 0 else torch.cat([timestep, timestep])
+            latents = torch.cat([latents, latents])
+        prediction = self.predict(model, latents, timestep, condition)
+        check_prediction(self, prediction, latents)
         if negative_condition is None:
-            return self.predict(model, latents, timestep, condition).float()
-        both = {key: torch.cat([negative_condition[key], condition[key]]) for key in condition}
-        timestep = timestep if timestep.ndim == 0 else torch.cat([timestep, timestep])
-        prediction = self.predict(model, torch.cat([latents, latents]), timestep, both)
+            return prediction.float()
         unconditional, conditional = prediction.float().chunk(2)
         return self.guide(conditional, unconditional, guidance_scale)
 
@@ -336,7 +295,7 @@ class PackedBackbone(Backbone):
         return self._tokens(self.height, self.width)
 
     def latent_shape(self) -> tuple[int, ...]:
-        return (math.prod(self._grid()), self.model.config.in_channels)
+        return (math.prod(self._grid()), self._latent_channels(per_token=4))
 
     def schedule(self, num_inference_steps: int) -> Schedule:
         scheduler = self.pipeline.scheduler

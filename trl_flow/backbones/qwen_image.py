@@ -103,7 +103,7 @@ class QwenImageBackbone(PackedBackbone):
         mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1).to(latents) for values in statistics)
         # A video of one frame; divided by the inverse as in the pipeline
         pixels = vae.decode(latents / (1 / std) + mean, return_dict=False)[0][:, :, 0]
-        return self.pipeline.image_processor.postprocess(pixels.float(), output_type="pil")
+        return self._images(pixels)
 
 
 class QwenImageEditBackbone(EditingBackbone, QwenImageBackbone):

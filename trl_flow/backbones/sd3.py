@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import retrieve_timesteps
 from torch import Tensor, nn
 
-from trl_flow.backbones.base import JOINT_ATTENTION, Backbone, Schedule, Shapes, Tensors, dynamic_shift
+from trl_flow.backbones.base import JOINT_ATTENTION, Backbone, Shapes, Tensors
+from trl_flow.backbones.schedules import Schedule, dynamic_shift
 
 
 class StableDiffusion3Backbone(Backbone):

@@ -8,7 +8,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from trl_flow.backbones.base import Backbone, DDIMSchedule, Shapes, Tensors
+from trl_flow.backbones.base import Backbone, Shapes, Tensors
+from trl_flow.backbones.schedules import DDIMSchedule
 
 
 logger = logging.get_logger(__name__)
@@ -29,14 +30,16 @@ class StableDiffusionBackbone(Backbone):
 
     Raises:
         ValueError: in addition to the causes of [`Backbone`], if the scheduler's noise levels are not DDIM's, it clips
-            the predicted data, or the U-Net takes the guidance scale as an input (distilled LCM) or does not say its
-            own size. From `schedule`, if it begins at pure noise and the U-Net predicts the noise.
+            the predicted data, or the U-Net takes another input than the prompt, such as the guidance scale (distilled
+            LCM) or a class, or does not say its own size. From `schedule`, if it begins at pure noise and the U-Net
+            predicts the noise.
     """
 
     component = "unet"
     # DDPO's choice: self- and cross-attention
     lora_target_modules = ["to_k", "to_out.0", "to_q", "to_v"]
     default_sequence_length = 77
+    _known_additions = ["text"]  # what the U-Net may get besides, by its config's `addition_embed_type`
     # Clipping, where the pipeline's scheduler does not know of it, would be on by default
     scheduler_code = (
         "from diffusers import DDIMScheduler\n"
@@ -59,6 +62,14 @@ class StableDiffusionBackbone(Backbone):
                 "Give the pipeline a scheduler without: pipeline.scheduler = DDIMScheduler.from_config("
                 "pipeline.scheduler.config, clip_sample=False, thresholding=False)."
             )
+        taken = {"num_class_embeds": [], "class_embed_type": [], "encoder_hid_dim_type": ["text_proj"]}
+        for name, known in {**taken, "addition_embed_type": self._known_additions}.items():
+            value = self.model.config.get(name)
+            if value is not None and value not in known:
+                raise ValueError(
+                    f"The U-Net's config has {name}={value!r}: it takes an input besides the prompt that nobody gives "
+                    "it here. Load a U-Net that draws from the prompt alone."
+                )
         if self.model.config.get("time_cond_proj_dim") is not None:
             raise ValueError(
                 "The U-Net takes the guidance scale as an input (time_cond_proj_dim): it is distilled for a few steps "
@@ -156,6 +167,8 @@ class StableDiffusionXLBackbone(StableDiffusionBackbone):
     where the pipeline's `force_zeros_for_empty_prompt` is set, it has embeddings of zeros, as in the pipeline without
     a negative prompt. No watermark is applied.
     """
+
+    _known_additions = ["text_time"]
 
     def __init__(self, pipeline: DiffusionPipeline, **settings: int | None):
         super().__init__(pipeline, **settings)

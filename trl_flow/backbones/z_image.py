@@ -7,8 +7,9 @@ from diffusers import DiffusionPipeline
 from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas, retrieve_timesteps
 from torch import Tensor, nn
 
-from trl_flow.backbones.base import Backbone, Schedule, Shapes, Tensors, dynamic_shift, padded
+from trl_flow.backbones.base import Backbone, Shapes, Tensors, padded
 from trl_flow.backbones.prompt_length import chat_length, shortened
+from trl_flow.backbones.schedules import Schedule, dynamic_shift
 
 
 class ZImageBackbone(Backbone):

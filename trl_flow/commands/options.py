@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
@@ -165,6 +166,10 @@ def trainer_of(args: Any) -> type[FlowRLTrainer]:
 def peft_config(script_args: FlowScriptArguments, model_args: ModelConfig) -> LoraConfig | None:
     """The LoRA that is asked for, if one is."""
     config = get_peft_config(model_args)
+    targets = None if config is None else config.target_modules
+    if isinstance(targets, str) and re.fullmatch(r"[\w.]+", targets):
+        # TRL makes a text of a list of one, which PEFT takes for a regular expression of whole names
+        config.target_modules = {targets}
     if config is not None and script_args.init_lora_weights is not None:
         config.init_lora_weights = script_args.init_lora_weights
     return config

@@ -9,6 +9,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from trl_flow.backbones import Backbone, get_backbone
+from trl_flow.backbones.contract import encoded, latent_shape, scheduled
+from trl_flow.backbones.passed_in import check_weights
 from trl_flow.backbones.prompt_length import warn_of_long_prompts
 from trl_flow.backbones.settings import check_settings, with_own_settings
 from trl_flow.dynamics import make_dynamics
@@ -42,7 +44,7 @@ def draw_batch(
     """
     generators = [sample_generator(seed, RandomStream.EVALUATION, index) for index in indices]
     # No step is stochastic, so the kind and the level of the noise have no effect
-    dynamics = make_dynamics(backbone.schedule(num_inference_steps), sde_type="flow", noise_level=0.0)
+    dynamics = make_dynamics(scheduled(backbone, num_inference_steps), sde_type="flow", noise_level=0.0)
 
     def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         conditions = (condition, negative_condition)
@@ -51,7 +53,7 @@ def draw_batch(
             predictions.append(dynamics.pred_original_sample(prediction, latents, len(predictions)))
         return prediction
 
-    noise = draw_noise(backbone.latent_shape(), generators, backbone.device)
+    noise = draw_noise(latent_shape(backbone), generators, backbone.device)
     latents = rollout(predict, dynamics, noise, StepPlan(), on_step=on_step).final
     return decode(backbone, latents)
 
@@ -104,6 +106,7 @@ def draw(
     if isinstance(pipeline, Backbone) and any(size is not None for size in sizes.values()):
         raise ValueError("height, width and max_sequence_length are the backbone's own. Leave them out.")
     backbone = pipeline if isinstance(pipeline, Backbone) else get_backbone(pipeline, **sizes)
+    check_weights(backbone.pipeline)
     if backbone.takes_image and images is None:
         raise ValueError(f"{type(backbone.pipeline).__name__} edits images. Give one image for each prompt.")
     if images is not None and not backbone.takes_image:
@@ -140,11 +143,11 @@ def draw_images(
     @functools.lru_cache(maxsize=2 * batch_size + 1)
     @torch.no_grad()
     def encode(prompt: str, row: int | None) -> Condition:
-        return backbone.encode_prompt(prompt, *([] if row is None else [to_rgb(images[row])]))
+        return encoded(backbone, prompt, *([] if row is None else [to_rgb(images[row])]))
 
     def conditions(texts: Sequence[str], rows: Sequence[int]) -> Condition:
-        encoded = [encode(text, None if images is None else row) for text, row in zip(texts, rows, strict=True)]
-        return {name: torch.cat([condition[name] for condition in encoded]) for name in encoded[0]}
+        each = [encode(text, None if images is None else row) for text, row in zip(texts, rows, strict=True)]
+        return {name: torch.cat([condition[name] for condition in each]) for name in each[0]}
 
     drawn: list[Image.Image] = []
     guided = backbone.uses_guidance(guidance_scale)

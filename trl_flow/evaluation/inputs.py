@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 
 from trl_flow.backbones import Backbone, get_backbone
 from trl_flow.backbones.base import SAMPLING_SETTINGS
+from trl_flow.backbones.model_files import loading_hint
 from trl_flow.backbones.settings import check_settings, effective, with_own_settings
 from trl_flow.evaluation.adapters import Adapter
 from trl_flow.evaluation.image_folder import PromptList
@@ -144,13 +145,14 @@ def _loaded(path: str, options: DrawingOptions) -> DiffusionPipeline:
         raise ValueError(
             f"the model folder {path!r} is no diffusers pipeline: it has no model_index.json. It holds "
             f"{sorted(os.listdir(path))[:10]}. Trained weights are given as adapters, besides their base model."
+            f"{loading_hint(path)}"
         )
     try:
         pipeline = DiffusionPipeline.from_pretrained(path, dtype=getattr(torch, dtype))
     except (OSError, ValueError, AttributeError, ImportError) as error:
         raise ValueError(
             f"the model {path!r} could not be loaded as a diffusers pipeline: {str(error).rstrip(' .')}. Give a "
-            "folder or a hub id (log in with `hf auth login` if it is gated)."
+            f"folder or a hub id (log in with `hf auth login` if it is gated).{loading_hint(path, error)}"
         ) from error
     try:
         return pipeline.to(device)

@@ -10,6 +10,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from trl_flow.backbones import Backbone
+from trl_flow.backbones.contract import encoded, scheduled
 from trl_flow.evaluation.adapters import BASE, Adapter, loaded_adapter, parse_adapters
 from trl_flow.evaluation.drawing import draw_batch
 from trl_flow.evaluation.grids import comparison_grid, evenly
@@ -57,12 +58,12 @@ def predict_steps(
     edited = [] if image is None else [to_rgb(image)]
     negative = None
     if backbone.uses_guidance(guidance_scale):
-        negative = backbone.encode_prompt(negative_prompt or "", *edited)
+        negative = encoded(backbone, negative_prompt or "", *edited)
     latents: list[torch.Tensor] = []
     draw_batch(
         backbone,
         backbone.model,
-        backbone.encode_prompt(prompt, *edited),
+        encoded(backbone, prompt, *edited),
         negative,
         seed=seed,
         indices=[index],
@@ -117,7 +118,7 @@ def draw_steps(
     """[`steps_grid`] of a backbone, adapters and prompt sets that have been checked."""
     if num_prompts < 1:
         raise ValueError(f"num_prompts is {num_prompts!r}, but must be a whole number of at least 1.")
-    timesteps = backbone.schedule(options.num_inference_steps).timesteps.tolist()
+    timesteps = scheduled(backbone, options.num_inference_steps).timesteps.tolist()
     names = ("seed", "num_inference_steps", "guidance_scale", "negative_prompt")
     settings = {name: getattr(options, name) for name in names}
     blocks = [(name, row) for name, dataset in sets.items() for row in evenly(len(dataset), num_prompts)]

@@ -16,14 +16,16 @@ import transformers
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.training_utils import cast_training_params
 from huggingface_hub import snapshot_download
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig
 
 from trl_flow.backbones import BACKBONES, Backbone, get_backbone
+from trl_flow.backbones.model_files import loading_hint
 from trl_flow.evaluation.outputs import read_json
 from trl_flow.memory.dry_run import GPUKernels, checkpoint, peak_bytes
 from trl_flow.trainer import FlowRLConfig
 from trl_flow.trainer.checks import check_sampling
 from trl_flow.trainer.loading import component_dtypes
+from trl_flow.trainer.lora_targets import with_adapter
 
 
 INDEX = "model_index.json"
@@ -175,7 +177,9 @@ def fetch_configs(model: str | os.PathLike, revision: str | None = None, token: 
     Hub only these are downloaded; `ValueError` if there is none, it is gated, or the Hub cannot be reached."""
     folder, name = Path(model), os.fspath(model)
     if folder.is_file():
-        raise ValueError(f"{name!r} is a file. Give the folder of a diffusers pipeline, or a hub id.")
+        raise ValueError(
+            f"{name!r} is a file. Give the folder of a diffusers pipeline, or a hub id.{loading_hint(name)}"
+        )
     if not folder.is_dir():
         patterns = [INDEX, "*/config.json", "*/scheduler_config.json"]
         try:
@@ -187,7 +191,7 @@ def fetch_configs(model: str | os.PathLike, revision: str | None = None, token: 
                 "). Check name and network, log in by `hf auth login`, or give a folder that holds the files."
             ) from error
     if not (folder / INDEX).is_file():
-        raise ValueError(f"{name!r} is not a diffusers pipeline: it has no {INDEX}.")
+        raise ValueError(f"{name!r} is not a diffusers pipeline: it has no {INDEX}.{loading_hint(name)}")
     return folder
 
 
@@ -287,11 +291,7 @@ def _policy(backbone: Backbone, plan: Plan) -> torch.nn.Module:
     if plan.args.gradient_checkpointing:
         policy.enable_gradient_checkpointing(partial(checkpoint, half=plan.half))
     if plan.peft_config is not None:
-        peft_config = copy.deepcopy(plan.peft_config)
-        peft_config.task_type = None
-        if getattr(peft_config, "target_modules", None) is None:
-            peft_config.target_modules = list(backbone.lora_target_modules)
-        policy = get_peft_model(policy, peft_config).to("meta")
+        policy = with_adapter(policy, plan.peft_config, backbone.lora_target_modules).to("meta")
         cast_training_params(policy, dtype=torch.float32)
     return policy.train()
 

@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import tempfile
+from inspect import signature
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from typing import Any
 import datasets
 from datasets import Dataset
 from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LoraBaseMixin
 from peft import PeftConfig
 from PIL import ExifTags, Image
 from transformers.utils import logging
 
 from trl_flow.backbones import Backbone
+from trl_flow.backbones.contract import latent_shape, scheduled
 from trl_flow.backbones.settings import check_settings
 from trl_flow.images import check_mode
 from trl_flow.prompts.rows import check_prompts, columns_of_rows, first_row, has_transform
@@ -78,20 +81,20 @@ def check_dataset(dataset: Any, name: str) -> None:
 
 
 def check_backbone(backbone: Any, args: FlowRLConfig, peft_config: PeftConfig | None) -> None:
-    """Raises `TypeError` unless `backbone` is a [`Backbone`], and `ValueError` unless it can do what is asked."""
+    """Raises `TypeError` unless `backbone` is a [`Backbone`] whose methods return what they must, and `ValueError`
+    unless it can do what is asked."""
     kind = type(backbone).__name__
     if not isinstance(backbone, Backbone):
         raise TypeError(f"backbone is a {kind}, but must be a trl_flow.backbones.Backbone. Subclass it: one file.")
+    latent_shape(backbone)
+    scheduled(backbone, args.num_inference_steps)
     pipeline, model = backbone.pipeline, backbone.model
     if args.gradient_checkpointing and not getattr(model, "_supports_gradient_checkpointing", False):
         what = f"gradient_checkpointing is on, which {type(model).__name__} does not support"
         raise ValueError(f"{what}. Set gradient_checkpointing=False.")
     check_sampling(backbone, args)
-    if peft_config is not None and not hasattr(pipeline, "save_lora_weights"):
-        raise ValueError(
-            f"{type(pipeline).__name__} has no save_lora_weights: an adapter could be trained but not saved. Let it "
-            "inherit a LoRA loader of diffusers (such as SD3LoraLoaderMixin), or train all weights: no peft_config."
-        )
+    if peft_config is not None:
+        _check_lora_loader(backbone)
     if peft_config is None and is_quantized(model):
         raise ValueError(
             f"The pipeline's {backbone.component} has quantized weights, which cannot be trained. Train an adapter: "
@@ -113,6 +116,37 @@ def check_sampling(backbone: Backbone, args: FlowRLConfig) -> None:
     given = {name: getattr(args, name) for name in names if getattr(args, name) != fields[name].default}
     scales = [args.guidance_scale, args.eval_guidance_scale]
     check_settings(backbone, given, [scale for scale in scales if scale is not None])
+
+
+def _check_lora_loader(backbone: Backbone) -> None:
+    """Raises `ValueError` unless an adapter of the pipeline can be saved, and loaded into it again."""
+    pipeline, kind = backbone.pipeline, type(backbone.pipeline).__name__
+    instead = "or train all weights: no peft_config"
+    if not hasattr(pipeline, "save_lora_weights"):
+        raise ValueError(
+            f"{kind} has no save_lora_weights: an adapter could be trained but not saved. Let it inherit a LoRA "
+            f"loader of diffusers (of one without a text encoder, SanaLoraLoaderMixin), {instead}."
+        )
+    if not isinstance(pipeline, LoraBaseMixin):
+        return  # with a loader of its own
+    taken = signature(pipeline.save_lora_weights).parameters
+    if f"{backbone.component}_lora_layers" not in taken:
+        known = [name for name in ("transformer", "unet") if f"{name}_lora_layers" in taken]
+        raise ValueError(
+            f"{kind}'s LoRA loader saves adapters of its {' and '.join(known)}, but the trained part is called "
+            f"{backbone.component!r}. Register it under that name and make it the backbone's component, {instead}."
+        )
+    if missing := [name for name in pipeline._lora_loadable_modules if not hasattr(pipeline, name)]:
+        raise ValueError(
+            f"{kind} has no {' and no '.join(missing)}, into which its LoRA loader loads adapters too: they could be "
+            f"saved but not loaded. Inherit a loader for the {backbone.component} alone, such as SanaLoraLoaderMixin, "
+            f"{instead}."
+        )
+    if not hasattr(backbone.model, "load_lora_adapter"):
+        raise ValueError(
+            f"{type(backbone.model).__name__} has no load_lora_adapter: an adapter of it could be saved but not "
+            f"loaded. Let it inherit diffusers.loaders.PeftAdapterMixin, {instead}."
+        )
 
 
 def check_images(dataset: Dataset, name: str, backbone: Backbone) -> None:

@@ -9,6 +9,7 @@ from diffusers import BitsAndBytesConfig, DiffusionPipeline, PipelineQuantizatio
 from diffusers.utils import is_bitsandbytes_available
 from peft import PeftConfig
 
+from trl_flow.backbones.model_files import loading_hint
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 
 
@@ -92,7 +93,7 @@ def load_pipeline(model: str | os.PathLike, args: FlowRLConfig, peft_config: Pef
     if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "model_index.json")):
         raise ValueError(
             f"The folder {path!r} is not a diffusers pipeline: it has no model_index.json but {os.listdir(path)[:9]}. "
-            "Pass the folder that DiffusionPipeline.save_pretrained wrote, or a hub id."
+            f"Pass the folder that DiffusionPipeline.save_pretrained wrote, or a hub id.{loading_hint(path)}"
         )
     if (given := kwargs.pop("quantization_config", None)) is not None:
         options = {"trains_adapter": trains_adapter}
@@ -104,9 +105,11 @@ def load_pipeline(model: str | os.PathLike, args: FlowRLConfig, peft_config: Pef
 
 
 def _not_loadable(model: str, error: Exception) -> ValueError:
+    cause = str(error).rstrip(" .")
     return ValueError(
-        f"The model {model!r} could not be loaded as a diffusers pipeline: {error}. Pass a hub id (such as 'stability"
+        f"The model {model!r} could not be loaded as a diffusers pipeline: {cause}. Pass a hub id (such as 'stability"
         "ai/stable-diffusion-3.5-medium'; log in with `hf auth login` if it is gated), a folder, or a loaded pipeline."
+        f"{loading_hint(model, error)}"
     )
 
 

@@ -14,19 +14,25 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from diffusers.configuration_utils import FrozenDict
 from diffusers.training_utils import EMAModel, cast_training_params
-from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 
 from trl_flow import sharing
 from trl_flow.backbones import Backbone
+from trl_flow.backbones.passed_in import modules_of, prepare_for_training
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.loading import is_quantized
+from trl_flow.trainer.lora_targets import with_adapter
 from trl_flow.trainer.prompt_cache import PromptCache
 from trl_flow.trainer.trl_compat import disable_dropout_in_model
+
+
+logger = logging.get_logger(__name__)
 
 
 class TrainerConfigDict(FrozenDict):
@@ -61,15 +67,12 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def prepare_module(backbone: Backbone, args: FlowRLConfig, peft_config: PeftConfig | None) -> torch.nn.Module:
     """Freezes the pipeline, makes its transformer (or U-Net) trainable, and returns what `Trainer` trains. Raises
-    `ValueError` if a module has no values, or the trained one has adapters already."""
-    pipeline, model = backbone.pipeline, backbone.model
-    pipeline.remove_all_hooks()  # offloading would take the trained weights away between two forwards
-    for name, module in pipeline.components.items():
-        if not isinstance(module, torch.nn.Module):
-            continue
-        if any(p.is_meta for p in module.parameters()):
-            what = f"The pipeline's {name} has weights on the meta device, which hold no values"
-            raise ValueError(f"{what}. Pass it as from_pretrained loads it, or its hub id or folder.")
+    `ValueError` if a module has no values or was changed ([`prepare_for_training`]), the trained one has adapters
+    already, or `peft_config` names modules that are not there."""
+    pipeline = backbone.pipeline
+    prepare_for_training(pipeline, backbone.component, trains_adapter=peft_config is not None)
+    model = backbone.model
+    for module in modules_of(pipeline).values():
         module.requires_grad_(False).eval()
     if args.enable_vae_slicing:
         pipeline.vae.enable_slicing()
@@ -80,7 +83,9 @@ def prepare_module(backbone: Backbone, args: FlowRLConfig, peft_config: PeftConf
             f"The pipeline's {backbone.component} already has adapters ({', '.join(model.peft_config)}). Fuse "
             "and unload them (pipeline.fuse_lora(), unload_lora_weights()), and pass a peft_config for a new one."
         )
-    model._internal_dict = TrainerConfigDict(model.config)
+    config = TrainerConfigDict(model.config)
+    vars(config).update(vars(model.config))  # diffusers sets some values as attributes only
+    model._internal_dict = config
     if args.gradient_checkpointing:
         # transformers would call a method that diffusers' models do not have
         model.enable_gradient_checkpointing()
@@ -89,11 +94,7 @@ def prepare_module(backbone: Backbone, args: FlowRLConfig, peft_config: PeftConf
         policy = model.requires_grad_(True)
         backbone.dtype = torch.float32  # what is trained is, see below
     else:
-        peft_config = copy.deepcopy(peft_config)
-        peft_config.task_type = None  # PEFT's task types are for language models
-        if getattr(peft_config, "target_modules", None) is None:
-            peft_config.target_modules = list(backbone.lora_target_modules)
-        policy = get_peft_model(model, peft_config)
+        policy = with_adapter(model, peft_config, backbone.lora_target_modules)
     cast_training_params(policy, dtype=torch.float32)
     if args.disable_dropout:
         disable_dropout_in_model(policy)
@@ -145,6 +146,7 @@ class Policy:
         self._old: list[torch.Tensor] = []  # of an adapter; made when first used, as sharding comes later than this
         self.ema = EMAModel(self.trained_parameters, decay=args.ema_decay) if args.use_ema else None
         self._num_updates = 0
+        self._gradients_checked = False
         self._forced: torch.nn.Module | None = None
 
     # ---- The module ----
@@ -387,9 +389,27 @@ class Policy:
         return torch.stack([g.square().sum() for g in gradients if g is not None]).sum().sqrt().item()
 
     def after_update(self) -> None:
+        if not self._gradients_checked:
+            self._gradients_checked = True
+            self._warn_of_unreached()
         self._num_updates += 1
         if self.ema is not None and self._num_updates % self.args.ema_update_every == 0:
             self.ema.step(self.trained_parameters)
+
+    def _warn_of_unreached(self) -> None:
+        """Names the trained parameters that the first update's backward passes have not reached. One whose gradient is
+        0, as of a LoRA's first matrix, has been reached."""
+        if self.is_sharded or not self.accelerator.is_main_process:
+            return  # gradients of shards are kept elsewhere
+        trained = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+        unreached = [name.removeprefix("base_model.model.") for name, p in trained if p.grad is None]
+        if unreached:
+            shown = ", ".join(unreached[:4]) + (", …" if len(unreached) > 4 else "")
+            logger.warning(
+                f"{len(unreached)} of {len(trained)} trained parameters got no gradient in the first update, and stay "
+                f"as they are: {shown}. The model's output does not depend on them: other modules stand in for them, "
+                "or the model leaves them unused. Name other target_modules, or ignore this if you know of it."
+            )
 
     # ---- Saving ----
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from trl_flow.backbones.base import Backbone
+from trl_flow.backbones.contract import encoded
 from trl_flow.evaluation.outputs import whole_file
 from trl_flow.images import to_rgb
 from trl_flow.prompts.rows import prompts_of
@@ -197,8 +198,8 @@ class PromptCache:
     @torch.no_grad()
     def _encode(self, prompt: str, image: Image.Image | None) -> dict[str, torch.Tensor]:
         with self._encoders():
-            encoded = self.backbone.encode_prompt(prompt, *([] if image is None else [image]))
-            return {name: value.cpu() for name, value in encoded.items()}
+            condition = encoded(self.backbone, prompt, *([] if image is None else [image]))
+            return {name: value.cpu() for name, value in condition.items()}
 
     def _get(self, prompt: str, image: Image.Image | None) -> dict[str, torch.Tensor]:
         key = _key(prompt, image)
