@@ -26,6 +26,7 @@ from trl_flow.trainer import checks
 from trl_flow.trainer.callbacks import FlowProgressCallback, LoopCallback, RunLogCallback
 from trl_flow.trainer.evaluator import EvaluationResult, Evaluator, group_diversity
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
+from trl_flow.trainer.init_adapter import adapter_of_its_own
 from trl_flow.trainer.loading import load_pipeline
 from trl_flow.trainer.metrics import Metrics, SampleLog
 from trl_flow.trainer.over_optimization import OverOptimizationCallback
@@ -64,7 +65,7 @@ class FlowRLTrainer(GroupTrainer):
         callbacks (list of [`~transformers.TrainerCallback`], *optional*), optimizers (`tuple`, *optional*):
             Further callbacks; an optimizer and a scheduler, as in [`~transformers.Trainer`].
         peft_config ([`~peft.PeftConfig`], *optional*):
-            Trains an adapter; without it all weights of the transformer are trained.
+            Trains an adapter; without it, and without `init_adapter`, all weights of the transformer are trained.
         backbone ([`Backbone`], *optional*):
             Instead of the one chosen by the pipeline's class, for pipelines of your own.
         eval_reward_funcs (`Callable` or `list[Callable]`, *optional*):
@@ -116,6 +117,7 @@ class FlowRLTrainer(GroupTrainer):
         checks.check_over_optimization(callbacks or [], self.gold_scorer.names, eval_dataset, args)
         self.reward_weights = torch.tensor(args.reward_weights or [1.0] * number, dtype=torch.float32)
         checks.check_output_dir(args)
+        peft_config = adapter_of_its_own(args.init_adapter, peft_config)
         if peft_config is not None:
             sharing.check_lora_config(peft_config)
 
@@ -257,6 +259,8 @@ class FlowRLTrainer(GroupTrainer):
             for name, dataset in checks.chosen_eval_datasets(None, self.eval_dataset).items():
                 result = self.evaluator.evaluate_base(dataset, self.state, name)
                 if self.evaluator.is_untrained and self.state.global_step == 0 and not self.args.eval_on_start:
+                    if not self.policy.starts_at_reference:
+                        result = self.evaluator.evaluate(dataset, self.state, name)
                     self._log_evaluation(result, "eval" if name is None else f"eval_{name}")
         self.evaluator.is_untrained = False
 

@@ -24,6 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl_flow import sharing
 from trl_flow.backbones import Backbone
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
+from trl_flow.trainer.init_adapter import check_origin, with_adapter
 from trl_flow.trainer.loading import is_quantized
 from trl_flow.trainer.prompt_cache import PromptCache
 from trl_flow.trainer.trl_compat import disable_dropout_in_model
@@ -68,7 +69,8 @@ def prepare_module(backbone: Backbone, args: FlowRLConfig, peft_config: PeftConf
     if getattr(model, "peft_config", None):
         raise ValueError(
             f"The pipeline's {backbone.component} already has adapters ({', '.join(model.peft_config)}). Fuse "
-            "and unload them (pipeline.fuse_lora(), unload_lora_weights()), and pass a peft_config for a new one."
+            "and unload them (pipeline.fuse_lora(), unload_lora_weights()), and pass a peft_config for a new one. "
+            "To go on training one, pass the pipeline without it, and its file as init_adapter."
         )
     model._internal_dict = TrainerConfigDict(model.config)
     if args.gradient_checkpointing:
@@ -78,6 +80,8 @@ def prepare_module(backbone: Backbone, args: FlowRLConfig, peft_config: PeftConf
     if peft_config is None:
         policy = model.requires_grad_(True)
         backbone.dtype = torch.float32  # what is trained is, see below
+    elif args.init_adapter is not None:
+        policy = with_adapter(backbone, args.init_adapter, peft_config)
     else:
         peft_config = copy.deepcopy(peft_config)
         peft_config.task_type = None  # PEFT's task types are for language models
@@ -93,7 +97,8 @@ def prepare_module(backbone: Backbone, args: FlowRLConfig, peft_config: PeftConf
 class Policy:
     """The trained model, its conditions, and the named sets of its weights. `wrapped` gives the module as the trainer
     has wrapped it (DDP, FSDP, DeepSpeed). With `keep_reference`, `at("reference")` can be asked for: an adapter is
-    switched off for it; of a model whose weights are all trained a frozen copy is made. Raises `ValueError` for what
+    switched off for it, or has the weights that `init_adapter` gave it, as `reference` says; of a model whose weights
+    are all trained a frozen copy is made. Raises `ValueError` for what
     cannot be done with sharded weights."""
 
     def __init__(
@@ -113,8 +118,10 @@ class Policy:
         self._wrapped = wrapped
         self.is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         copied = keep_reference and not self.is_adapter
+        self._goes_on = args.init_adapter is not None and args.reference == "initial"
         not_sharded = {"use_ema": args.use_ema, "diagnostics_steps": args.diagnostics_steps}
         not_sharded |= {"a quantized model": is_quantized(backbone.model), "beta > 0 with full fine-tuning": copied}
+        not_sharded |= {"beta > 0 with init_adapter and reference='initial'": keep_reference and self._goes_on}
         for name, used in not_sharded.items():
             if used and self.is_sharded:
                 instead = "Leave it out, or use processes without sharding (--accelerate_config multi_gpu)."
@@ -125,6 +132,8 @@ class Policy:
             if isinstance(module, torch.nn.Module) and not elsewhere and not is_quantized(module):
                 module.to(accelerator.device)
         self._reference = copy.deepcopy(self.module).requires_grad_(False).eval() if copied else None
+        # An adapter's weights before training, where they are a reference
+        self._initial = self._copies_of(self._local_weights()) if self._goes_on and not self.is_sharded else None
         self.ema = EMAModel(self.trained_parameters, decay=args.ema_decay) if args.use_ema else None
         self._num_updates = 0
         self._forced: torch.nn.Module | None = None
@@ -142,7 +151,14 @@ class Policy:
 
     @property
     def has_reference(self) -> bool:
+        """Whether the reference can still be had when training has begun."""
+        if self._goes_on:
+            return self._initial is not None
         return self.is_adapter or self._reference is not None
+
+    @property
+    def starts_at_reference(self) -> bool:
+        return self.args.init_adapter is None or self._goes_on
 
     @property
     def trained_parameters(self) -> list[torch.nn.Parameter]:
@@ -183,11 +199,11 @@ class Policy:
 
     @contextlib.contextmanager
     def evaluating(self, *, base: bool = False) -> Iterator[None]:
-        """Evaluation mode, without gradients, with the averaged weights, or with `base` those of before training.
+        """Evaluation mode, without gradients, with the averaged weights, or with `base` those of the reference.
         Autocast is left to [`sampling`]: rewards and decoding have a precision of their own."""
         was_training = self.module.training
         self.module.eval()
-        weights = self._without_adapter() if base and self.has_reference else self.at("average")
+        weights = self._as_reference() if base and self.has_reference else self.at("average")
         try:
             with torch.no_grad(), weights:
                 yield
@@ -196,14 +212,15 @@ class Policy:
 
     @contextlib.contextmanager
     def at(self, name: str, scale: float = 1.0) -> Iterator[None]:
-        """Another set of the weights in place of the trained ones: `"reference"`, the model as it was before training,
-        or `"probe"`, the weights `scale` times as far from those of sampling as they are, both for forwards without
-        gradients; or `"average"`, the moving average, without `use_ema` the trained weights."""
+        """Another set of the weights in place of the trained ones: `"reference"`, the model as it was before training
+        or, as the config's `reference` says, without any adapter; `"probe"`, the weights `scale` times as far from
+        those of sampling as they are; both for forwards without gradients; or `"average"`, the moving average, without
+        `use_ema` the trained weights."""
         if name == "reference":
-            with self.sampling(), self._without_adapter():
+            with self.sampling(), self._as_reference():
                 yield
         elif name == "probe":
-            with self.sampling(), self._amplified(scale):
+            with self.sampling(), self._moved(self.sampling_weights, scale):
                 yield
         elif name != "average":
             raise ValueError(f"There are no weights called {name!r}, only 'reference', 'probe' and 'average'.")
@@ -219,21 +236,26 @@ class Policy:
                 self.ema.restore(parameters)
 
     @contextlib.contextmanager
-    def _without_adapter(self) -> Iterator[None]:
+    def _as_reference(self) -> Iterator[None]:
         self._forced = self._reference
         try:
-            with self.module.disable_adapter() if self._forced is None else contextlib.nullcontext():
+            if self._initial is not None:
+                weights = self._moved(self._initial, 0.0)
+            else:
+                weights = self.module.disable_adapter() if self._forced is None else contextlib.nullcontext()
+            with weights:
                 yield
         finally:
             self._forced = None
 
     @contextlib.contextmanager
-    def _amplified(self, scale: float) -> Iterator[None]:
+    def _moved(self, origin: list[torch.Tensor], scale: float) -> Iterator[None]:
+        """The trained weights, `scale` times as far from `origin` as they are."""
         own = self._local_weights()
         before = self._copies_of(own)
         try:
-            for weights, sampled in zip(own, self.sampling_weights, strict=True):
-                weights.copy_(sampled.to(weights.device, torch.float32).lerp(weights.float(), scale))
+            for weights, start in zip(own, origin, strict=True):
+                weights.copy_(start.to(weights.device, torch.float32).lerp(weights.float(), scale))
             yield
         finally:
             for weights, kept in zip(own, before, strict=True):
@@ -354,14 +376,21 @@ class Policy:
     # ---- State ----
 
     def state_dict(self) -> dict[str, Any]:
-        """The moving average; the trained weights themselves are the trainer's to save."""
+        """The moving average, and where training began; the trained weights themselves are the trainer's to save."""
+        origin = {"init_adapter": self.args.init_adapter, "reference": self.args.reference}
+        origin |= {f"initial.{i}": weights for i, weights in enumerate(self._initial or [])}
         if self.ema is None:
-            return {}
+            return origin
         average = {f"average.{i}": parameter for i, parameter in enumerate(self.ema.shadow_params)}
-        return {"ema_step": self.ema.optimization_step, "num_updates": self._num_updates, **average}
+        return origin | {"ema_step": self.ema.optimization_step, "num_updates": self._num_updates, **average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes what [`state_dict`] gave; of `{}` the average begins at the weights as they are."""
+        """Takes what [`state_dict`] gave; of `{}` the average begins at the weights as they are. `ValueError` if the
+        run had another reference."""
+        if state:
+            check_origin(state, self.args)
+        if state and self._initial is not None:
+            self._initial = [state[f"initial.{i}"].to(weights.device) for i, weights in enumerate(self._initial)]
         self._num_updates = state.get("num_updates", 0)
         if self.ema is None:
             return
