@@ -1,14 +1,17 @@
 """LoRA files, this program's and other tools': read whole, by diffusers' own converters, or refused."""
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
+from diffusers.utils import convert_unet_state_dict_to_peft
 from huggingface_hub import hf_hub_download, model_info
 from huggingface_hub.errors import OfflineModeIsEnabled
 from peft import LoraConfig
@@ -53,6 +56,17 @@ def _chosen(names: list[str], path: str) -> str:
     raise ValueError(f"{path!r} has no {LORA_WEIGHT_NAME}, and of other .safetensors files {what}.")
 
 
+def adapter_config(path: str | os.PathLike) -> dict[str, Any]:
+    """What `adapter_config.json` beside an adapter says, of a hub id too: its base model and that one's revision
+    among others. Empty where there is none."""
+    path = Path(path)
+    file = (path if path.is_dir() else path.parent) / PEFT_FILES[1]
+    with suppress(Exception):  # errors of the network, of a hub id that is none
+        if not path.exists():
+            file = Path(hf_hub_download(os.fspath(path), PEFT_FILES[1]))
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
 def load_lora(pipeline: DiffusionPipeline, path: str | os.PathLike, component: str) -> dict[str, torch.Tensor]:
     """
     Loads a LoRA as the pipeline's own `load_lora_weights` does, and sees that all of it arrives: that leaves out what
@@ -64,8 +78,8 @@ def load_lora(pipeline: DiffusionPipeline, path: str | os.PathLike, component: s
         component (`str`): the pipeline's module that is trained, whose names PEFT's form has.
 
     Returns:
-        `dict[str, torch.Tensor]`: the tensors as the file has them, by diffusers' names, alphas multiplied in where
-            diffusers does so.
+        `dict[str, torch.Tensor]`: the tensors as the file has them, but for alphas that are multiplied in, by PEFT's
+            names with the component's before them.
 
     Raises:
         ValueError: if a tensor or an alpha of the file would be lost.
@@ -80,7 +94,8 @@ def load_lora(pipeline: DiffusionPipeline, path: str | os.PathLike, component: s
             f"only {arrived} of the {len(tensors)} tensors in {file.name} belong to this {type(pipeline).__name__}, "
             f"such as {next(iter(tensors), 'none')}"
         )
-    return tensors
+    unet = {name: tensor for name, tensor in tensors.items() if name.startswith("unet.") and ".lora_" not in name}
+    return {name: tensors[name] for name in tensors.keys() - unet.keys()} | convert_unet_state_dict_to_peft(unet)
 
 
 def lora_layers(pipeline: DiffusionPipeline) -> Iterator[tuple[str, LoraLayer]]:

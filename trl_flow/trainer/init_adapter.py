@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, convert_unet_state_dict_to_peft
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 
@@ -61,8 +61,6 @@ def with_adapter(backbone: Backbone, path: str | os.PathLike, peft_config: LoraC
             f"with the {component}'s tensors alone."
         )
     weights = {name.removeprefix(f"{component}."): tensor for name, tensor in tensors.items()}
-    if not all(".lora_" in name for name in weights):  # the U-Net's older names
-        weights = convert_unet_state_dict_to_peft(weights)
     policy = get_peft_model(model, _filled(peft_config, own, path))
     _check_agrees(_layers(policy), layers, path)
     weights = {f"{_PREFIX}{name}": tensor for name, tensor in weights.items()}
