@@ -169,7 +169,7 @@ def _converted(pipeline: DiffusionPipeline, readable: Path, file: Path) -> dict[
     used = {name for name, gradient in zip(asked, found, strict=True) if gradient is not None}
     # An alpha is read as a number, with its layer
     used |= {name for name in leaves if any(name.replace(".alpha", end) in used for end in _DOWN)}
-    if lost := [name for name in leaves if name not in used]:
+    if lost := [name for name in leaves if name not in used] + [name for name in state if "lora" not in name]:
         hint = (
             " dora_scale is kohya's and LyCORIS's form of DoRA." if any("dora_scale" in name for name in lost) else ""
         )
