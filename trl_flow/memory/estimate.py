@@ -21,6 +21,7 @@ from trl_flow.backbones import BACKBONES, Backbone, get_backbone
 from trl_flow.evaluation.outputs import read_json
 from trl_flow.memory.dry_run import GPUKernels, checkpoint, peak_bytes
 from trl_flow.trainer import FlowGRPOConfig
+from trl_flow.trainer.init_adapter import with_adapter
 from trl_flow.trainer.loading import component_dtypes
 
 
@@ -142,6 +143,8 @@ def estimate(model: str | Path | Backbone, plan: Plan) -> Estimate:
         resident["moving average"] = 4 * trained
     if plan.has_probe:
         resident["weights of the ratio's probe"] = 8 * trained // weight_shards
+    if plan.args.init_adapter is not None and plan.args.reference == "initial":
+        resident["weights of init_adapter"] = 4 * trained // weight_shards
     if plan.args.beta > 0 and plan.peft_config is None:
         resident["reference model"] = base
     encoders = 0
@@ -282,7 +285,10 @@ def _policy(backbone: Backbone, plan: Plan) -> torch.nn.Module:
     policy = backbone.model
     if plan.args.gradient_checkpointing:
         policy.enable_gradient_checkpointing(partial(checkpoint, half=plan.half))
-    if plan.peft_config is not None:
+    if plan.args.init_adapter is not None:
+        policy = with_adapter(backbone, plan.args.init_adapter, plan.peft_config).to("meta")
+        cast_training_params(policy, dtype=torch.float32)
+    elif plan.peft_config is not None:
         peft_config = copy.deepcopy(plan.peft_config)
         peft_config.task_type = None
         if getattr(peft_config, "target_modules", None) is None:

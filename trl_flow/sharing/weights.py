@@ -36,7 +36,7 @@ def hub_model_id(name_or_path: str | os.PathLike | None) -> str | None:
 def save_lora(
     pipeline_class: type[DiffusionPipeline], model: PeftModel, output_dir: str | os.PathLike, *,
     component: str = "transformer", state_dict: dict[str, torch.Tensor] | None = None,
-    base_model: str | os.PathLike | None = None,
+    base_model: str | os.PathLike | None = None, revision: str | None = None,
 ) -> Path:  # fmt: skip
     """
     Writes an adapter so that `pipeline.load_lora_weights(output_dir)` draws the images that `model` draws.
@@ -51,6 +51,7 @@ def save_lora(
         component (`str`): name of the module in the pipeline, `"transformer"` or `"unet"`.
         state_dict (`dict[str, torch.Tensor]`, *optional*): the whole one where the model holds shards (FSDP, ZeRO-3).
         base_model (`str` or `os.PathLike`, *optional*): its origin, for `adapter_config.json` if it is a Hub id.
+        revision (`str`, *optional*): that one's branch, tag or commit, for the same file.
 
     Returns:
         `Path`: the file for diffusers.
@@ -66,13 +67,14 @@ def save_lora(
     weights = {name.removeprefix("base_model.model."): tensor for name, tensor in named}
     with _staged(Path(output_dir)) as staging:
         write_diffusers_file(pipeline_class, staging, config, weights, component)
-        _write_peft_files(model, staging, state_dict, base_model)
+        _write_peft_files(model, staging, state_dict, base_model, revision)
     return Path(output_dir) / LORA_WEIGHT_NAME
 
 
 def save_adapter(
     model: PeftModel, output_dir: str | os.PathLike, *,
     state_dict: dict[str, torch.Tensor] | None = None, base_model: str | os.PathLike | None = None,
+    revision: str | None = None,
 ) -> None:  # fmt: skip
     """
     Writes PEFT's own two files, `adapter_model.safetensors` and `adapter_config.json`, from which training goes on,
@@ -81,13 +83,19 @@ def save_adapter(
     """
     _adapter_weights(model, state_dict)
     with _staged(Path(output_dir)) as staging:
-        _write_peft_files(model, staging, state_dict, base_model)
+        _write_peft_files(model, staging, state_dict, base_model, revision)
 
 
 def _write_peft_files(
-    model: PeftModel, staging: Path, state_dict: Mapping | None, base_model: str | os.PathLike | None
+    model: PeftModel,
+    staging: Path,
+    state_dict: Mapping | None,
+    base_model: str | os.PathLike | None,
+    revision: str | None,
 ) -> None:
-    model.peft_config[_ADAPTER].base_model_name_or_path = hub_model_id(base_model)
+    config = model.peft_config[_ADAPTER]
+    config.base_model_name_or_path = hub_model_id(base_model)
+    config.revision = None if config.base_model_name_or_path is None else revision
     # By default PEFT asks the Hub for the base model's vocabulary
     model.save_pretrained(
         staging / "peft", state_dict=state_dict, selected_adapters=[_ADAPTER], save_embedding_layers=False

@@ -351,7 +351,8 @@ class Policy:
                 sharing.save_full(self.module, folder, state_dict=state_dict)
             return
         pipeline_class, component = type(self.backbone.pipeline), self.backbone.component
-        common = {"state_dict": state_dict, "base_model": base_model}
+        revision = (self.args.model_init_kwargs or {}).get("revision")
+        common = {"state_dict": state_dict, "base_model": base_model, "revision": revision}
         with self.at("average"):
             sharing.save_lora(pipeline_class, self.module, folder, component=component, **common)
         if is_checkpoint and self.ema is not None:

@@ -45,6 +45,9 @@ class Publisher:
             lora = model.peft_config["default"]
             settings |= {"lora_r": lora.r, "lora_alpha": lora.lora_alpha}
         about = {"backbone": self.backbone, "base_model": self.model_id, "repo_id": hub_model_id, **names}
+        loading = self.args.model_init_kwargs or {}
+        about["loading"] = {name: loading[name] for name in ("revision", "variant") if loading.get(name) is not None}
+        about["init_adapter"] = self.args.init_adapter
         run = {"settings": settings, "is_lora": is_lora, "reward_names": self.reward_names, "curves": curves}
         samples = [(grid.relative_to(folder), None) for grid in grids[-1:]]
         tags = [tags] if isinstance(tags, str) else list(tags or [])
