@@ -190,7 +190,7 @@ def test_export(tmp_path, tiny_sd3_path, capsys):
     assert "base model of" in mistake(capsys, *arguments)
     assert "must be a file .safetensors" in mistake(capsys, *arguments[:-1], "ours.bin", "--model", tiny_sd3_path)
     assert main([*arguments, "--model", tiny_sd3_path]) == 0
-    assert f"Wrote {output} for comfyui: 8 modules" in capsys.readouterr().out
+    assert f"Wrote {output} for comfyui: 4 modules" in capsys.readouterr().out
     assert load_file(output)["transformer.transformer_blocks.0.attn.to_q.alpha"] == 8
     assert "is no LoRA for this" in mistake(capsys, *arguments, "--model", "bundled")
 

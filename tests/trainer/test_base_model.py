@@ -1,6 +1,7 @@
-"""What the base was loaded with goes with the adapter: into its config, the card, and back into `trl-flow evaluate`."""
+"""What the base was loaded with goes with the adapter: into its config, the card, and back into evaluation."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,8 @@ def asked(server, word: str) -> int:
 def test_the_revision_of_the_base(hub_server, tmp_path):
     base = folder_of(tmp_path / "base")
     files = {str(file.relative_to(base)): file.read_bytes() for file in base.rglob("*") if file.is_file()}
-    hub_server.repos["tester/base"] = files
-    trainer = tiny_trainer(tmp_path / "run", pipeline="tester/base", model_init_kwargs={"revision": "v1"}, max_steps=1)
-    trainer.train()
+    hub_server.repos["tester/base"], hub_server.private["tester/base"] = files, False
+    trainer = tiny_trainer(tmp_path / "run", pipeline="tester/base", model_init_kwargs={"revision": "v1"})
     trainer.save_model()
     trainer.create_model_card()
     config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
@@ -44,24 +44,16 @@ def test_the_revision_of_the_base(hub_server, tmp_path):
     evaluate_models("tester/base", [tmp_path / "run"], output_dir=tmp_path / "out", revision="main", **given)
     assert asked(hub_server, "main") > 0 and asked(hub_server, "v1") == 0
     # Adapters of two revisions have no common base
-    other = tmp_path / "other"
-    (tmp_path / "run").rename(other)
-    file = other / "adapter_config.json"
-    file.write_text(json.dumps(config | {"revision": None}))
-    (other / "training_args.json").unlink()
-    tmp = tmp_path / "run"
-    tmp.mkdir()
-    for name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
-        (tmp / name).write_bytes((other / name).read_bytes())
-    (tmp / "adapter_config.json").write_text(json.dumps(config))
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    (tmp_path / "other" / "training_args.json").unlink()
+    (tmp_path / "other" / "adapter_config.json").write_text(json.dumps(config | {"revision": None}))
     with pytest.raises(ValueError, match=r"different revisions of tester/base \(run: v1, other: main\)"):
-        evaluate_models("tester/base", [tmp, other], output_dir=tmp_path / "two", **given)
+        evaluate_models("tester/base", [tmp_path / "run", tmp_path / "other"], output_dir=tmp_path / "two", **given)
 
 
 def test_the_variant_of_its_files(tmp_path):
     base = str(folder_of(tmp_path / "base", variant="fp16"))
-    trainer = tiny_trainer(tmp_path / "run", pipeline=base, model_init_kwargs={"variant": "fp16"}, max_steps=1)
-    trainer.train()
+    trainer = tiny_trainer(tmp_path / "run", pipeline=base, model_init_kwargs={"variant": "fp16"})
     trainer.save_model()
     trainer.create_model_card()
     assert 'from_pretrained("path/to/base", variant="fp16")' in (tmp_path / "run" / "README.md").read_text()
