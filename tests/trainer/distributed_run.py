@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # trl_flow, where it is not 
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from tiny_loras import saved_adapter
 from tiny_training import assert_equal, brightness, darkness, prompts, tiny_trainer, trained_weights
 from torch.nn.parallel import DistributedDataParallel
 
@@ -60,14 +61,24 @@ SCENARIOS = {
     "a probed ratio": {"importance_ratio": "ratio_norm", "ratio_probe": 8, "num_iterations": 2, "max_steps": 4},
     "steps of each sample's own": {"timestep_fraction": 0.7, "timestep_fraction_per_sample": True},
     "all weights": {"lora": None, "learning_rate": 0.01},
+    "on from an adapter, with kl to it": {"lora": None, "init_adapter": "adapter", "beta": 0.1},
     # each prompt's three images are split over the processes
     "gold": {"eval_reward_funcs": [darkness], "num_generations_eval": 3},
 }
 
 
+def beginning(folder: str, name: str) -> dict:
+    """The fields of a scenario that say which weights are trained, with the adapter that it goes on from."""
+    fields = {field: SCENARIOS[name][field] for field in ("lora", "init_adapter") if field in SCENARIOS[name]}
+    if "init_adapter" in fields:
+        fields["init_adapter"] = os.path.join(folder, f"adapter-{RANK}")
+        saved_adapter("sd3", Path(fields["init_adapter"]), target_modules=["to_q", "to_v"])
+    return fields
+
+
 def run(folder: str, name: str) -> tuple[dict[str, torch.Tensor], dict]:
     """Trains a scenario; returns the weights, and what was drawn, scored and logged in this process."""
-    fields = dict(SCENARIOS[name])
+    fields = SCENARIOS[name] | beginning(folder, name)
     batch = fields.pop("batch", 8)
     others = fields.pop("reward_funcs", [])
     drawn = []
