@@ -161,7 +161,7 @@ def test_options_come_before_the_recipe_and_the_recipe_before_the_preset(recipe,
 
 def test_a_recipe_goes_on_from_an_adapter_and_resumes_without_its_file(recipe, tmp_path, tiny_sd3_path, capsys):
     first = random_lora(tiny_sd3_path, tmp_path / "first", seed=1)  # of rank 4
-    own = recipe(init_adapter=first, use_peft=None, beta=0.1, save_steps=1, max_steps=1)
+    own = recipe(init_adapter=first, use_peft=None, init_lora_weights="gaussian", beta=0.1, save_steps=1, max_steps=1)
     assert main(["train", "--config", own]) == 0
     folder = tmp_path / "run"
     config = json.loads((folder / "adapter_config.json").read_text())

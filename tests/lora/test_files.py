@@ -74,6 +74,15 @@ def test_a_file_of_which_a_tensor_would_be_lost_is_refused(case, tmp_path):
         loaded(family, tmp_path / "more.safetensors")
 
 
+def test_a_control_lora_is_refused(tmp_path):
+    width = FAMILIES["flux"]().transformer.x_embedder
+    down, up = torch.ones(2, 2 * width.in_features), torch.ones(width.out_features, 2)
+    name = "transformer.x_embedder.lora_{}.weight"
+    save_file({name.format("A"): down, name.format("B"): up}, tmp_path / "control.safetensors")
+    with pytest.raises(ValueError, match="a control LoRA"):
+        loaded("flux", tmp_path / "control.safetensors")
+
+
 def test_kohyas_dora_is_refused_in_the_form_that_diffusers_strips_of_it(tmp_path):
     kohya_file(tmp_path / "lora.safetensors")
     tensors = load_file(tmp_path / "lora.safetensors")

@@ -68,6 +68,10 @@ def test_rank_alpha_and_modules_are_the_files(adapter, tmp_path):
     trainer.save_model(str(tmp_path))
     before, after = (load_file(f"{folder}/pytorch_lora_weights.safetensors") for folder in (adapter, tmp_path))
     assert_equal(after, before)
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "Training went on from the adapter `first`." in card and "| reference | initial |" in card
+    assert "trl-flow export path/to/" in card and str(tmp_path.parent) not in card
 
 
 def test_weights_are_not_rounded_to_the_dtype_of_the_base(adapter, tmp_path, tiny_sd3_path):

@@ -132,7 +132,8 @@ def peft_config(script_args: FlowScriptArguments, args: FlowGRPOConfig, model_ar
         what = "use_peft is False, which trains all weights, but init_adapter is an adapter to go on from"
         raise ValueError(f"{what}. Leave one of them out.")
     config = get_peft_config(model_args)
-    if config is not None and script_args.init_lora_weights is not None:
+    # How a recipe's LoRA begins gives way to an adapter to go on from: a command line cannot take the option away
+    if config is not None and script_args.init_lora_weights is not None and args.init_adapter is None:
         config.init_lora_weights = script_args.init_lora_weights
     return config
 

@@ -82,12 +82,14 @@ def load_lora(pipeline: DiffusionPipeline, path: str | os.PathLike, component: s
             names with the component's before them.
 
     Raises:
-        ValueError: if a tensor or an alpha of the file would be lost.
+        ValueError: if a tensor or an alpha of the file would be lost, or the file changes more than weights.
     """
     file = find_lora(path)
     with _readable(file, pipeline, component) as readable:
         tensors = _converted(pipeline, readable, file)
         pipeline.load_lora_weights(str(readable), adapter_name="default", use_safetensors=True)
+    if getattr(getattr(pipeline, component), "_overwritten_params", None):
+        raise ValueError(f"{file.name} widens the model's input (a control LoRA), which this pipeline does not fill")
     arrived = sum("base_layer" not in name for _, layer in lora_layers(pipeline) for name in layer.state_dict())
     if arrived != len(tensors):
         raise ValueError(

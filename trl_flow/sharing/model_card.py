@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from trl_flow.backbones import Backbone
+from trl_flow.backbones import BACKBONES, Backbone
 from trl_flow.backbones.base import SAMPLING_SETTINGS
 from trl_flow.evaluation.outputs import versions
 from trl_flow.sharing.weights import hub_model_id
@@ -137,7 +137,9 @@ def create_model_card(
         + (f", after {_list(methods)}." if methods else ".")
         + (f" Training went on from the adapter {_adapter(init_adapter)}." if init_adapter else ""),
         *("## How to load", f"```python\n{code}\n```"),
-        "For ComfyUI or kohya's scripts: `trl-flow export ADAPTER --format comfyui --output FILE`." if is_lora else "",
+        f"For ComfyUI or kohya's scripts: {_code(f'trl-flow export {source} --format comfyui --output FILE')}."
+        if is_lora and type(backbone.pipeline).__name__ in BACKBONES
+        else "",
     ]
     if curves is not None and (folder / curves).is_file():
         parts += ["## Rewards", f"![Rewards while training]({_link(folder, curves)})"]

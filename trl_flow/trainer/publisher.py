@@ -48,6 +48,8 @@ class Publisher:
         loading = self.args.model_init_kwargs or {}
         about["loading"] = {name: loading[name] for name in ("revision", "variant") if loading.get(name) is not None}
         about["init_adapter"] = self.args.init_adapter
+        if self.args.init_adapter is not None:
+            settings["reference"] = self.args.reference
         run = {"settings": settings, "is_lora": is_lora, "reward_names": self.reward_names, "curves": curves}
         samples = [(grid.relative_to(folder), None) for grid in grids[-1:]]
         tags = [tags] if isinstance(tags, str) else list(tags or [])
