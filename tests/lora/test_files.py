@@ -57,7 +57,11 @@ def added(tensors, name, tensor):
 LOST = {
     "dora_scale": ("sd3", "transformer.transformer_blocks.0.attn.to_q.dora_scale", r"\.dora_scale.*form of DoRA"),
     "bias difference": ("sd3", "transformer.transformer_blocks.0.attn.to_q.diff_b", r"diff_b"),
-    "other module": ("sd3", "transformer.transformer_blocks.9.attn.to_q.lora_A.weight", "only 12 of the 13"),
+    "other module": (
+        "sd3",
+        "transformer.transformer_blocks.9.attn.to_q.lora_A.weight",
+        "12 of the 13 .*not .*blocks.9",
+    ),
     "other prefix": ("flux", "unet.mid_block.lora_A.weight", "of the"),
     "an alpha alone": ("qwen", "transformer.img_in.alpha", "img_in.alpha"),
     "text encoder 3": ("sd3", "text_encoder_3.encoder.lora_A.weight", "only 12 of the 13"),

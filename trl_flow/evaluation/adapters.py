@@ -154,7 +154,7 @@ def loaded_adapter(backbone: Backbone, adapter: Adapter | None) -> Iterator[None
                     raise ValueError(f"its configuration differs from the model's in {', '.join(different)}")
                 setattr(pipeline, backbone.component, trained.to(original.device))
             else:
-                load_lora(pipeline, adapter.path, backbone.component)
+                load_lora(pipeline, adapter.path, backbone.component, adapter_name=None)
         # Files and the Hub fail in many ways: errors of the file's format, of its keys, of the network
         except Exception as error:
             raise _does_not_fit(adapter, pipeline, error) from error

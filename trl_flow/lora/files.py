@@ -67,15 +67,18 @@ def adapter_config(path: str | os.PathLike) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
-def load_lora(pipeline: DiffusionPipeline, path: str | os.PathLike, component: str) -> dict[str, torch.Tensor]:
+def load_lora(
+    pipeline: DiffusionPipeline, path: str | os.PathLike, component: str, adapter_name: str | None = "default"
+) -> dict[str, torch.Tensor]:
     """
     Loads a LoRA as the pipeline's own `load_lora_weights` does, and sees that all of it arrives: that leaves out what
     it has no place for, and some alphas that differ from layer to layer.
 
     Args:
-        pipeline ([`~diffusers.DiffusionPipeline`]): without adapters; it has this one, "default", afterwards.
+        pipeline ([`~diffusers.DiffusionPipeline`]): without adapters; it has this one afterwards.
         path (`str` or `os.PathLike`): as for [`find_lora`]; in diffusers', PEFT's, kohya's or ComfyUI's form.
         component (`str`): the pipeline's module that is trained, whose names PEFT's form has.
+        adapter_name (`str`, *optional*): what it is called in the pipeline; `None`: as diffusers calls it.
 
     Returns:
         `dict[str, torch.Tensor]`: the tensors as the file has them, but for alphas that are multiplied in, by PEFT's
@@ -87,17 +90,18 @@ def load_lora(pipeline: DiffusionPipeline, path: str | os.PathLike, component: s
     file = find_lora(path)
     with _readable(file, pipeline, component) as readable:
         tensors = _converted(pipeline, readable, file)
-        pipeline.load_lora_weights(str(readable), adapter_name="default", use_safetensors=True)
+        pipeline.load_lora_weights(str(readable), adapter_name=adapter_name, use_safetensors=True)
     if getattr(getattr(pipeline, component), "_overwritten_params", None):
         raise ValueError(f"{file.name} widens the model's input (a control LoRA), which this pipeline does not fill")
-    arrived = sum("base_layer" not in name for _, layer in lora_layers(pipeline) for name in layer.state_dict())
-    if arrived != len(tensors):
-        raise ValueError(
-            f"only {arrived} of the {len(tensors)} tensors in {file.name} belong to this {type(pipeline).__name__}, "
-            f"such as {next(iter(tensors), 'none')}"
-        )
     unet = {name: tensor for name, tensor in tensors.items() if name.startswith("unet.") and ".lora_" not in name}
-    return {name: tensors[name] for name in tensors.keys() - unet.keys()} | convert_unet_state_dict_to_peft(unet)
+    tensors = {n: t for n, t in tensors.items() if n not in unet} | convert_unet_state_dict_to_peft(unet)
+    layers = dict(lora_layers(pipeline))
+    arrived = sum("base_layer" not in name for layer in layers.values() for name in layer.state_dict())
+    if arrived != len(tensors):
+        others = [name for name in tensors if name.partition(".lora_")[0] not in layers] or list(tensors) or ["none"]
+        what = f"only {arrived} of the {len(tensors)} tensors in {file.name} belong to this {type(pipeline).__name__}"
+        raise ValueError(f"{what}, not {others[0]}")
+    return tensors
 
 
 def lora_layers(pipeline: DiffusionPipeline) -> Iterator[tuple[str, LoraLayer]]:
