@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_comparisons import random_lora
 from tiny_training import PROMPTS
 
 from trl_flow.cli import main
@@ -179,6 +181,42 @@ def test_methods_with_trainers_of_their_own(recipe, tmp_path, method):
 def test_options_of_other_methods_are_named(recipe, capsys, fields, options, words):
     error = mistake(capsys, "train", "--config", recipe(**fields), *options)
     assert all(word in error for word in words), error
+
+
+def test_a_recipe_goes_on_from_an_adapter_and_resumes_without_its_file(recipe, tmp_path, tiny_sd3_path, capsys):
+    first = random_lora(tiny_sd3_path, tmp_path / "first", seed=1)  # of rank 4
+    own = recipe(init_adapter=first, use_peft=None, init_lora_weights="gaussian", beta=0.1, save_steps=1, max_steps=1)
+    assert main(["train", "--config", own]) == 0
+    folder = tmp_path / "run"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (4, 8)
+    assert settings(folder)["init_adapter"] == first
+    shutil.rmtree(first)
+    assert main(["train", "--config", own, "--max_steps", "2", "--resume_from_checkpoint", "true"]) == 0
+    assert settings(folder)["init_adapter"] == first
+    # The same recipe with the options that it was trained by; others are refused
+    checkpoint = str(folder / "checkpoint-1")
+    assert "r=16" in mistake(capsys, "train", "--config", recipe(init_adapter=checkpoint, lora_r=16))
+    words = "use_peft is False, which trains all weights, but init_adapter is an adapter"
+    assert words in mistake(capsys, "train", "--config", recipe(init_adapter=checkpoint, use_peft=False))
+    capsys.readouterr()
+    assert main(["memory", "--config", recipe(init_adapter=checkpoint), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    weights = load_file(folder / "adapter_model.safetensors")
+    assert shown["trained_parameters"] == sum(tensor.numel() for tensor in weights.values())
+    assert shown["resident"]["weights of init_adapter"] == 4 * shown["trained_parameters"]
+
+
+def test_export(tmp_path, tiny_sd3_path, capsys):
+    lora = random_lora(tiny_sd3_path, tmp_path / "ours", seed=1)
+    output = str(tmp_path / "out" / "ours.safetensors")
+    arguments = ["export", lora, "--format", "comfyui", "--output", output]
+    assert "base model of" in mistake(capsys, *arguments)
+    assert "must be a file .safetensors" in mistake(capsys, *arguments[:-1], "ours.bin", "--model", tiny_sd3_path)
+    assert main([*arguments, "--model", tiny_sd3_path]) == 0
+    assert f"Wrote {output} for comfyui: 4 modules" in capsys.readouterr().out
+    assert load_file(output)["transformer.transformer_blocks.0.attn.to_q.alpha"] == 8
+    assert "is no LoRA for this" in mistake(capsys, *arguments, "--model", "bundled")
 
 
 def test_rewards_of_ones_own_get_the_columns(recipe, tmp_path):

@@ -31,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 0
         commands = {"demo": _demo, "env": _env, "evaluate": _evaluate, "compare-runs": _compare_runs}
-        return (commands | {"serve-rewards": _serve_rewards})[arguments.command](arguments) or 0
+        commands |= {"export": _export, "serve-rewards": _serve_rewards}
+        return commands[arguments.command](arguments) or 0
     except UsageError as error:
         if os.environ.get(_TRACEBACK):
             raise
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from trl_flow import __version__
-    from trl_flow.commands import compare_runs
+    from trl_flow.commands import compare_runs, export
     from trl_flow.evaluation import evaluate_command as evaluation
     from trl_flow.serving import command as serving
 
@@ -77,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, command, help in (
         ("evaluate", evaluation, "compare a base model and adapters: scores, images side by side, and a blind vote"),
         ("compare-runs", compare_runs, "compare training runs at equal proxy, from their logs: a table and a plot"),
+        ("export", export, "write an adapter for ComfyUI or kohya's scripts: --format comfyui --output FILE"),
         ("serve-rewards", serving, "serve reward functions over HTTP: --rewards pickscore,hpsv2 --port 8000"),
     ):
         layout = {"description": command.DESCRIPTION, "formatter_class": argparse.RawDescriptionHelpFormatter}
@@ -157,6 +159,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _compare_runs(arguments: argparse.Namespace) -> None:
     from trl_flow.commands.compare_runs import run
+
+    with _mistakes():
+        run(arguments)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from trl_flow.commands.export import run
 
     with _mistakes():
         run(arguments)

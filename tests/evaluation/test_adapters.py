@@ -151,7 +151,7 @@ def test_a_folder_that_is_not_there_is_told_with_what_is(tiny_sd3, backbone, tmp
     def unreachable(path, **options):
         raise RuntimeError("the Hub cannot be reached.")
 
-    monkeypatch.setattr(tiny_sd3, "lora_state_dict", unreachable)
+    monkeypatch.setattr("trl_flow.lora.files.model_info", unreachable)
     with pytest.raises(
         ValueError, match=r"no file or folder 'runs/gaurd'.*reached\. The folder runs holds \['guard'\]"
     ):

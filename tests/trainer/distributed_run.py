@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # trl_flow, where it is not 
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from tiny_loras import saved_adapter
 from tiny_training import assert_equal, brightness, darkness, prompts, tiny_trainer, trained_weights
 from torch.nn.parallel import DistributedDataParallel
 
@@ -74,6 +75,7 @@ SCENARIOS = {
     "nft": {"cls": DiffusionNFTConfig, "old_decay_rate": 0.3, "max_steps": 3, "num_generations": 8},
     "awm": {"cls": AWMConfig, "timestep_sampling": "logit_normal", "num_iterations": 2, "max_steps": 4},
     "all weights": {"lora": None, "learning_rate": 0.01},
+    "on from an adapter, with kl to it": {"lora": None, "init_adapter": "adapter", "beta": 0.1},
     # each prompt's three images are split over the processes
     "gold": {"eval_reward_funcs": [darkness], "num_generations_eval": 3},
     "a transform, groups of 8": {"train_dataset": prompts().with_transform(read_by), "num_generations": 8},
@@ -81,9 +83,18 @@ SCENARIOS = {
 }
 
 
+def beginning(folder: str, name: str) -> dict:
+    """The fields of a scenario that say which weights are trained, with the adapter that it goes on from."""
+    fields = {field: SCENARIOS[name][field] for field in ("lora", "init_adapter") if field in SCENARIOS[name]}
+    if "init_adapter" in fields:
+        fields["init_adapter"] = os.path.join(folder, f"adapter-{RANK}")
+        saved_adapter("sd3", Path(fields["init_adapter"]), target_modules=["to_q", "to_v"])
+    return fields
+
+
 def run(folder: str, name: str) -> tuple[dict[str, torch.Tensor], dict]:
     """Trains a scenario; returns the weights, and what was drawn, scored and logged in this process."""
-    fields = dict(SCENARIOS[name])
+    fields = SCENARIOS[name] | beginning(folder, name)
     batch = fields.pop("batch", 8)
     others = fields.pop("reward_funcs", [])
     drawn = []

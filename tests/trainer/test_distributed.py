@@ -60,7 +60,7 @@ def test_two_processes_train_what_one_does(name, two, one, tmp_path):
     expected, _ = one(name)
     first, second = (load_file(two / f"{name}-{rank}.safetensors") for rank in (0, 1))
     assert_equal(first, second)
-    start = trained_weights(tiny_trainer(tmp_path, lora=distributed_run.SCENARIOS[name].get("lora", "default")))
+    start = trained_weights(tiny_trainer(tmp_path, **distributed_run.beginning(str(tmp_path), name)))
     moved = distance(expected, start)
     assert moved > 1e-4
     # A pixel that falls on the other side of 1/2 changes a reward by 1e-3 of the rewards' spread

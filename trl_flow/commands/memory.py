@@ -41,7 +41,7 @@ def prepare(argv: list[str]) -> Callable[[], None]:
     model = resolve_model(model_args.model_name_or_path, args, model_args)
     loading = args.model_init_kwargs
     folder = memory.fetch_configs(model, revision=loading.get("revision"), token=loading.get("token"))
-    plan = memory.Plan(args, peft_config(script_args, model_args), sharding)
+    plan = memory.Plan(args, peft_config(script_args, args, model_args), sharding)
     result = memory.estimate(folder, plan)
     enough = memory.fits(result, min(memory.CARDS))
     found = [] if enough else memory.savings(plan, result, lambda other: memory.estimate(folder, other))

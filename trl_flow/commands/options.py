@@ -109,6 +109,8 @@ def training_parser(
     parser = TrlParser((FlowScriptArguments, config, ModelConfig, DatasetMixtureConfig), **layout, **kwargs)
     # The trainer chooses dtypes and turns dropout off; TRL's defaults are for language models
     parser.set_defaults(dtype=None, lora_dropout=0.0, lora_task_type=None)
+    if option(argv, recipe, "init_adapter") is not None:  # whose own they are
+        parser.set_defaults(use_peft=True, lora_r=None, lora_alpha=None)
     if (option(argv, {}, "model") or option(argv, recipe, "model_name_or_path")) in BUNDLED_MODELS:
         parser.set_defaults(height=IMAGE_SIZE, width=IMAGE_SIZE, max_sequence_length=T5_TOKENS)
     return parser
@@ -163,14 +165,18 @@ def trainer_of(args: Any) -> type[FlowRLTrainer]:
     return next(trainer for trainer in _TRAINERS if isinstance(args, trainer.config_class))
 
 
-def peft_config(script_args: FlowScriptArguments, model_args: ModelConfig) -> LoraConfig | None:
-    """The LoRA that is asked for, if one is."""
+def peft_config(script_args: FlowScriptArguments, args: FlowRLConfig, model_args: ModelConfig) -> LoraConfig | None:
+    """The LoRA that is asked for, if one is; what an adapter to go on from decides may be `None`."""
+    if args.init_adapter is not None and not model_args.use_peft:
+        what = "use_peft is False, which trains all weights, but init_adapter is an adapter to go on from"
+        raise ValueError(f"{what}. Leave one of them out.")
     config = get_peft_config(model_args)
     targets = None if config is None else config.target_modules
     if isinstance(targets, str) and re.fullmatch(r"[\w.]+", targets):
         # TRL makes a text of a list of one, which PEFT takes for a regular expression of whole names
         config.target_modules = {targets}
-    if config is not None and script_args.init_lora_weights is not None:
+    # How a recipe's LoRA begins gives way to an adapter to go on from
+    if config is not None and script_args.init_lora_weights is not None and args.init_adapter is None:
         config.init_lora_weights = script_args.init_lora_weights
     return config
 

@@ -109,7 +109,10 @@ def _prepare_run(
             "complete one in output_dir."
         )
     data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "eval_reward_funcs": gold}
-    lora, callbacks = options.peft_config(script_args, model_args), options.over_optimization_callbacks(script_args)
+    if resume is not None and args.init_adapter is not None:
+        args.init_adapter = resume  # whose file may be gone; all that counts of it is in the checkpoint
+    lora = options.peft_config(script_args, args, model_args)
+    callbacks = options.over_optimization_callbacks(script_args)
     trainer = options.trainer_of(args)(model, rewards, args=args, **data, callbacks=callbacks, peft_config=lora)
     return lambda: _run(trainer, resume, script_args.dataset_name)
 

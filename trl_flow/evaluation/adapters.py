@@ -12,19 +12,17 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from huggingface_hub import constants
-from peft.tuners.lora import LoraLayer
 
 from trl_flow.backbones import Backbone
+from trl_flow.lora import LORA_WEIGHT_NAME, PEFT_FILES, load_lora, lora_layers
 
 
 BASE = "base"
 
-# diffusers' names for a LoRA, and for a model's weights in one file or in shards
-_LORA = "pytorch_lora_weights.safetensors"
+# diffusers' name for a LoRA and PEFT's, and diffusers' for a model's weights in one file or in shards
+_LORA = (LORA_WEIGHT_NAME, PEFT_FILES[0])
 _FULL = (SAFETENSORS_WEIGHTS_NAME, f"{SAFETENSORS_WEIGHTS_NAME}.index.json")
 _CHECKPOINT = re.compile(r"checkpoint-\d+|best_gold")
-_DOWN_PROJECTION = (".lora_A.weight", ".lora.down.weight", "_lora.down.weight", ".lora_down.weight")
 # Values of each tensor that a base model is known by
 _SAMPLED = 256
 
@@ -41,7 +39,9 @@ class Adapter:
     def is_full(self) -> bool:
         """Whether all weights were trained: the folder has a model, and no LoRA."""
         folder = Path(self.path)
-        return not (folder / _LORA).is_file() and any((folder / name).is_file() for name in _FULL)
+        return not any((folder / name).is_file() for name in _LORA) and any(
+            (folder / name).is_file() for name in _FULL
+        )
 
 
 def parse_adapters(
@@ -92,12 +92,14 @@ def _check_path(path: str) -> None:
     if folder.is_dir():
         if (folder / "model_index.json").is_file():
             raise ValueError(f"the adapter {path} is a whole pipeline. Give it as the model of another comparison.")
-        if any((folder / name).is_file() for name in (_LORA, *_FULL)):
+        if any((folder / name).is_file() for name in (*_LORA, *_FULL)):
             return
         inside = sorted(child.name for child in folder.iterdir())[:10]
         checkpoints = [child for child in inside if _CHECKPOINT.fullmatch(child)]
         hint = f" Did you mean {path}/{checkpoints[-1]}?" if checkpoints else f" It holds {inside}."
-        raise ValueError(f"the adapter folder {path} has neither {_LORA} nor {SAFETENSORS_WEIGHTS_NAME}.{hint}")
+        raise ValueError(
+            f"the adapter folder {path} has neither {LORA_WEIGHT_NAME} nor {SAFETENSORS_WEIGHTS_NAME}.{hint}"
+        )
     if not folder.is_file() and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
         raise ValueError(f"the adapter {path!r} is neither a file, nor a folder, nor a hub id (owner/name).")
 
@@ -109,7 +111,7 @@ def check_adapter(backbone: Backbone, adapter: Adapter) -> str:
     with loaded_adapter(backbone, adapter):
         if adapter.is_full:
             _add_tensors(digest, backbone.component, backbone.model.state_dict())
-        for layer, module in _lora_layers(backbone.pipeline):
+        for layer, module in lora_layers(backbone.pipeline):
             tensors = {key: value for key, value in module.state_dict().items() if "base_layer" not in key}
             _add_tensors(digest, layer, tensors)
             digest.update(json.dumps(module.scaling, sort_keys=True).encode())
@@ -152,7 +154,7 @@ def loaded_adapter(backbone: Backbone, adapter: Adapter | None) -> Iterator[None
                     raise ValueError(f"its configuration differs from the model's in {', '.join(different)}")
                 setattr(pipeline, backbone.component, trained.to(original.device))
             else:
-                _load_lora(pipeline, adapter)
+                load_lora(pipeline, adapter.path, backbone.component, adapter_name=None)
         # Files and the Hub fail in many ways: errors of the file's format, of its keys, of the network
         except Exception as error:
             raise _does_not_fit(adapter, pipeline, error) from error
@@ -162,27 +164,6 @@ def loaded_adapter(backbone: Backbone, adapter: Adapter | None) -> Iterator[None
             setattr(pipeline, backbone.component, original)
         else:
             pipeline.unload_lora_weights()
-
-
-def _load_lora(pipeline: DiffusionPipeline, adapter: Adapter) -> None:
-    # Without the Hub diffusers cannot ask what the file is called
-    is_cached = not os.path.exists(adapter.path) and constants.HF_HUB_OFFLINE
-    options = {"weight_name": _LORA} if is_cached else {}
-    state = pipeline.lora_state_dict(adapter.path, **options)
-    state = state[0] if isinstance(state, tuple) else state
-    expected = sum(key.endswith(_DOWN_PROJECTION) for key in state)
-    pipeline.load_lora_weights(adapter.path, **options)
-    # diffusers leaves out what does not belong to the model, and only logs it
-    found = len(list(_lora_layers(pipeline)))
-    if found == 0 or found < expected:
-        raise ValueError(f"{found} of its {expected} layers belong to the model")
-
-
-def _lora_layers(pipeline: DiffusionPipeline) -> Iterator[tuple[str, LoraLayer]]:
-    for name, component in sorted(_modules(pipeline).items()):
-        for layer, module in component.named_modules(prefix=name):
-            if isinstance(module, LoraLayer):
-                yield layer, module
 
 
 def _modules(pipeline: DiffusionPipeline) -> dict[str, torch.nn.Module]:

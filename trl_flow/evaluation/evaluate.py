@@ -82,6 +82,8 @@ def evaluate_models(
     brackets: bool = True,
     options: DrawingOptions | None = None,
     backbone: Backbone | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
     grid_prompts: int = 16,
     steps: bool = False,
     page_megabytes: float = 50.0,
@@ -107,6 +109,8 @@ def evaluate_models(
         brackets: whether the tables bracket what is in `proxy`: not if each adapter was trained on another part of it.
         backbone: for a loaded pipeline of a family that has none here; it decides height, width and
             `max_sequence_length`.
+        revision, variant: of the model on the Hub or in the folder, as for `from_pretrained`; by default those that
+            the adapters were trained with, as their folders say.
         grid_prompts: rows of the image grids, spread evenly over the prompts.
         steps: also write `steps.png`, what the models predict at every step of sampling, for a few prompts of each
             set ([`~trl_flow.evaluation.steps_grid`]).
@@ -135,7 +139,9 @@ def evaluate_models(
             raise ValueError(f"the prompt set {name!r}: {error}") from error
     folder = ImageFolder(output_dir)
 
-    backbone, options, notes = inputs.loaded_backbone(model, options or DrawingOptions(), backbone, adapters)
+    loading = inputs.loading_options(model, adapters, revision=revision, variant=variant)
+    given = model, options or DrawingOptions(), backbone, adapters, loading
+    backbone, options, notes = inputs.loaded_backbone(*given)
     inputs.check_images_to_edit(sets, backbone)
     models = _described_models(model, backbone, adapters)
     lists = {name: inputs.prompt_list(dataset, with_images=backbone.takes_image) for name, dataset in sets.items()}

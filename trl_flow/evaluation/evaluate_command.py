@@ -152,6 +152,7 @@ def _evaluation(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str
         "gold": named_rewards(arguments.gold, "gold") if arguments.gold else (),
         "options": DrawingOptions(**options),
         **{name: getattr(arguments, name) for name in ("grid_prompts", "steps", "page_megabytes", "rescore")},
+        **{name: getattr(arguments, name) for name in ("revision", "variant")},
     }
     return evaluation | chosen, names
 

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -20,6 +21,7 @@ from trl_flow.evaluation.adapters import Adapter
 from trl_flow.evaluation.image_folder import PromptList
 from trl_flow.evaluation.run_settings import differences, run_settings
 from trl_flow.images import to_rgb
+from trl_flow.lora import adapter_config
 from trl_flow.prompts.rows import columns_of_rows, has_transform
 from trl_flow.shapes.bundled import DRAWING_SETTINGS, is_bundled
 
@@ -103,14 +105,15 @@ def loaded_backbone(
     options: DrawingOptions,
     backbone: Backbone | None,
     adapters: Sequence[Adapter],
+    loading: Mapping[str, str],
 ) -> tuple[Backbone, DrawingOptions, list[str]]:
     """The backbone, with its pipeline loaded, the options with everything that is decided now, and what runs evaluated
-    otherwise. `ValueError` if there is no such model, its family is not supported, it cannot draw with these options,
-    or one of them has no effect."""
+    otherwise. `loading` may have a hub id's `revision`, and the `variant` of the files. `ValueError` if there is no
+    such model, its family is not supported, it cannot draw with these options, or one of them has no effect."""
     if backbone is not None and backbone.pipeline is not model:
         raise ValueError("backbone was made for another pipeline than model. Pass model=backbone.pipeline.")
     if isinstance(model, str | os.PathLike):
-        model = _loaded(os.fspath(model), options)
+        model = _loaded(os.fspath(model), options, loading)
     elif not isinstance(model, DiffusionPipeline):
         raise ValueError(f"the model is a {type(model).__name__}, but must be a hub id, a folder or a pipeline.")
     elif options.device is not None or options.dtype is not None:
@@ -134,7 +137,33 @@ def loaded_backbone(
     return backbone, replace(options, **decided), notes
 
 
-def _loaded(path: str, options: DrawingOptions) -> DiffusionPipeline:
+def loading_options(
+    model: str | os.PathLike | DiffusionPipeline, adapters: Sequence[Adapter], **given: str | None
+) -> dict[str, str]:
+    """`revision` and `variant` of the base model: those given, else those that the adapters were trained with, as
+    their folders say. `ValueError` if these are of several revisions, or `model` is loaded already."""
+    given = {name: value for name, value in given.items() if value is not None}
+    if isinstance(model, DiffusionPipeline):
+        if given:
+            raise ValueError(f"{' and '.join(given)} cannot be given for a loaded pipeline.")
+        return {}
+    found: dict[str, dict[str, str | None]] = {"revision": {}, "variant": {}}
+    for adapter in adapters:
+        path = Path(adapter.path)
+        config = adapter_config(path)
+        settings = (path if path.is_dir() else path.parent) / "training_args.json"
+        kwargs = (json.loads(settings.read_text()) if settings.is_file() else {}).get("model_init_kwargs")
+        if config.get("base_model_name_or_path") in (None, os.fspath(model)) and (config or kwargs):
+            for name, values in found.items():
+                values[adapter.name] = config.get(name) or (kwargs if isinstance(kwargs, dict) else {}).get(name)
+    if len(set(found["revision"].values())) > 1 and "revision" not in given and not os.path.isdir(model):
+        said = ", ".join(f"{name}: {value or 'main'}" for name, value in found["revision"].items())
+        raise ValueError(f"the adapters were trained on different revisions of {model} ({said}). Choose by revision.")
+    # Variants differ by rounding
+    return {n: value for n, values in found.items() for value in values.values() if value is not None} | given
+
+
+def _loaded(path: str, options: DrawingOptions, loading: Mapping[str, str]) -> DiffusionPipeline:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     try:
         device = torch.device(options.device or accelerator or "cpu")
@@ -148,11 +177,12 @@ def _loaded(path: str, options: DrawingOptions) -> DiffusionPipeline:
             f"{loading_hint(path)}"
         )
     try:
-        pipeline = DiffusionPipeline.from_pretrained(path, dtype=getattr(torch, dtype))
+        pipeline = DiffusionPipeline.from_pretrained(path, dtype=getattr(torch, dtype), **loading)
     except (OSError, ValueError, AttributeError, ImportError) as error:
+        asked = "".join(f" with {name} {value}" for name, value in loading.items())
         raise ValueError(
-            f"the model {path!r} could not be loaded as a diffusers pipeline: {str(error).rstrip(' .')}. Give a "
-            f"folder or a hub id (log in with `hf auth login` if it is gated).{loading_hint(path, error)}"
+            f"the model {path!r} could not be loaded{asked} as a diffusers pipeline: {str(error).rstrip(' .')}. Give "
+            f"a folder or a hub id (log in with `hf auth login` if it is gated).{loading_hint(path, error)}"
         ) from error
     try:
         return pipeline.to(device)

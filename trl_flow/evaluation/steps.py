@@ -14,7 +14,13 @@ from trl_flow.backbones.contract import encoded, scheduled
 from trl_flow.evaluation.adapters import BASE, Adapter, loaded_adapter, parse_adapters
 from trl_flow.evaluation.drawing import draw_batch
 from trl_flow.evaluation.grids import comparison_grid, evenly
-from trl_flow.evaluation.inputs import DrawingOptions, check_images_to_edit, loaded_backbone, prompt_sets
+from trl_flow.evaluation.inputs import (
+    DrawingOptions,
+    check_images_to_edit,
+    loaded_backbone,
+    loading_options,
+    prompt_sets,
+)
 from trl_flow.images import to_rgb
 from trl_flow.rollout import decode
 
@@ -100,7 +106,8 @@ def steps_grid(
         ValueError: if something does not fit, before anything is drawn.
     """
     adapters, sets = parse_adapters(adapters), prompt_sets(prompts)
-    backbone, options, _ = loaded_backbone(model, options or DrawingOptions(), backbone, adapters)
+    loading = loading_options(model, adapters)
+    backbone, options, _ = loaded_backbone(model, options or DrawingOptions(), backbone, adapters, loading)
     check_images_to_edit(sets, backbone)
     return draw_steps(backbone, adapters, sets, options, path, num_prompts=num_prompts, progress=progress)
 

@@ -24,6 +24,7 @@ from trl_flow.evaluation.outputs import read_json
 from trl_flow.memory.dry_run import GPUKernels, checkpoint, peak_bytes
 from trl_flow.trainer import FlowRLConfig
 from trl_flow.trainer.checks import check_sampling
+from trl_flow.trainer.init_adapter import with_init_adapter
 from trl_flow.trainer.loading import component_dtypes
 from trl_flow.trainer.lora_targets import with_adapter
 
@@ -140,6 +141,8 @@ def estimate(model: str | Path | Backbone, plan: Plan) -> Estimate:
         resident["moving average"] = 4 * trained
     for name, number in plan.kept_weights.items():
         resident[name] = number * 4 * trained // weight_shards
+    if plan.args.init_adapter is not None and plan.args.reference == "initial":
+        resident["weights of init_adapter"] = 4 * trained // weight_shards
     if plan.args.beta > 0 and plan.peft_config is None:
         resident["reference model"] = base
     encoders = buffers = 0
@@ -290,7 +293,10 @@ def _policy(backbone: Backbone, plan: Plan) -> torch.nn.Module:
     policy = backbone.model
     if plan.args.gradient_checkpointing:
         policy.enable_gradient_checkpointing(partial(checkpoint, half=plan.half))
-    if plan.peft_config is not None:
+    if plan.args.init_adapter is not None:
+        policy = with_init_adapter(backbone, plan.args.init_adapter, plan.peft_config).to("meta")
+        cast_training_params(policy, dtype=torch.float32)
+    elif plan.peft_config is not None:
         policy = with_adapter(policy, plan.peft_config, backbone.lora_target_modules).to("meta")
         cast_training_params(policy, dtype=torch.float32)
     return policy.train()

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from trl_flow.backbones import Backbone
+from trl_flow.backbones import BACKBONES, Backbone
 from trl_flow.backbones.base import SAMPLING_SETTINGS
 from trl_flow.backbones.settings import effective
 from trl_flow.evaluation.outputs import versions
@@ -94,6 +94,7 @@ def create_model_card(
     reward_names: Sequence[str] = (), dataset_name: str | None = None, prompt: str = "a prompt",
     log_history: Sequence[Mapping[str, Any]] = (), tags: Sequence[str] = (), curves: str | os.PathLike | None = None,
     samples: Sequence[tuple[str | os.PathLike, str | None]] = (),
+    loading: Mapping[str, str] | None = None, init_adapter: str | None = None,
 ) -> Path:  # fmt: skip
     """
     Writes `README.md` to `folder`: front matter for the Hub, how to load the model, its scores beside the base
@@ -116,6 +117,8 @@ def create_model_card(
         curves (`str` or `os.PathLike`, *optional*): plot of the rewards' curves, inside `folder`.
         samples (`Sequence[tuple[str | os.PathLike, str | None]]`): images inside `folder`, each with its prompt, or
             `None` for a grid of several. Those with a prompt also become the Hub's gallery.
+        loading (`Mapping[str, str]`, *optional*): `revision` and `variant` of the base model.
+        init_adapter (`str`, *optional*): the adapter that training went on from.
 
     Raises:
         ValueError: if an image lies outside `folder`, where the card could not show it.
@@ -144,12 +147,16 @@ def create_model_card(
         rewards += f" and the prompts of {_dataset(dataset_name)}"
     methods = [f"[{paper.name}](https://arxiv.org/abs/{paper.arxiv})" for paper in papers]
     source = repo_id or f"path/to/{folder.resolve().name}"
-    code = _loading_code(backbone, base_model, source, is_lora, settings, prompt)
+    code = _loading_code(backbone, base_model, source, is_lora, settings, prompt, loading or {})
     parts = [
         *(f"# {_text(name)}", "<Gallery />" if gallery else ""),
         f"A {what} {_origin(base_model)[0]}, trained by online reinforcement learning{rewards} with `trl_flow`"
-        + (f", after {_list(methods)}." if methods else "."),
+        + (f", after {_list(methods)}." if methods else ".")
+        + (f" Training went on from the adapter {_adapter(init_adapter)}." if init_adapter else ""),
         *("## How to load", f"```python\n{code}\n```"),
+        f"For ComfyUI or kohya's scripts: {_code(f'trl-flow export {source} --format comfyui --output FILE')}."
+        if is_lora and type(backbone.pipeline).__name__ in BACKBONES
+        else "",
         *_scores(log_history),
     ]
     if curves is not None and (folder / curves).is_file():
@@ -168,7 +175,7 @@ def create_model_card(
 
 def _loading_code(
     backbone: Backbone, base_model: str | os.PathLike | None, source: str, is_lora: bool, settings: Mapping,
-    prompt: str,
+    prompt: str, loading: Mapping[str, str],
 ) -> str:  # fmt: skip
     """Lines that load the trained model into a stock pipeline and draw `prompt` as the run's evaluations did."""
     component, (_, base) = backbone.component, _origin(base_model)
@@ -182,6 +189,7 @@ def _loading_code(
     if base == "pipeline_path()":
         imports.append("from trl_flow.shapes import pipeline_path")
     given = "" if is_lora else f", {component}={component}"
+    given += "".join(f", {name}={_quoted(value)}" for name, value in loading.items())
     code = [f"pipeline = {pipeline.__name__}.from_pretrained({base}{given}{dtype}){on_gpu}"]
     if is_lora:
         code.append(f"pipeline.load_lora_weights({_quoted(source)})")
@@ -238,6 +246,13 @@ def _origin(base_model: str | os.PathLike | None) -> tuple[str, str]:
     if is_bundled(folder):
         return "the shapes pipeline that comes with `trl_flow`", "pipeline_path()"
     return f"a local pipeline, {_code(folder.name)}", _quoted(f"path/to/{folder.name}")
+
+
+def _adapter(name: str) -> str:
+    """An adapter in the card's prose; of a local one only its own name is shown."""
+    if adapter_id := hub_model_id(name):
+        return f"[{adapter_id}](https://huggingface.co/{adapter_id})"
+    return _code(Path(name).resolve().name)
 
 
 def _link(folder: Path, path: str | os.PathLike) -> str:

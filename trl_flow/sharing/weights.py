@@ -5,7 +5,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -14,29 +13,15 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import save_torch_state_dict
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from trl_flow.lora import LORA_WEIGHT_NAME, PEFT_FILES, check_lora_config, write_diffusers_file
 
-LORA_WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 
 _FULL_STEM = SAFETENSORS_WEIGHTS_NAME.removesuffix(".safetensors")  # diffusers' name of a model's weights
 _ADAPTER = "default"  # the adapter's name in PEFT
-PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")  # what PEFT needs to go on training
-
-# Fields of LoraConfig that the exported adapter reproduces exactly (the choice of modules is written out name by
-# name), or that have no use after training. Any other field, of this PEFT or a later one, must be at its default.
-_HELD_FIELDS = {
-    *("r", "lora_alpha", "use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "lora_dropout"),
-    *("init_lora_weights", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    *("inference_mode", "runtime_config"),
-}
-
-# The other initializations (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base weights, which the adapter's user
-# does not have; EVA needs a pass over data first.
-_INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 
 
 def hub_model_id(name_or_path: str | os.PathLike | None) -> str | None:
@@ -48,33 +33,10 @@ def hub_model_id(name_or_path: str | os.PathLike | None) -> str | None:
     return None
 
 
-def check_lora_config(peft_config: PeftConfig) -> None:
-    """
-    Refuses an adapter that a stock diffusers pipeline could not load with the same result, before it is trained:
-    `ValueError` if `peft_config` is no `LoraConfig`, or has an option that diffusers' LoRA format cannot hold.
-    """
-    if not isinstance(peft_config, LoraConfig):
-        raise ValueError(
-            f"peft_config is a {type(peft_config).__name__}. Adapters are saved in diffusers' LoRA format, which only "
-            "holds a LoRA: pass a peft.LoraConfig, or none at all for full fine-tuning."
-        )
-    defaults, names = LoraConfig(), [field.name for field in fields(peft_config) if field.name not in _HELD_FIELDS]
-    lost = [name for name in names if getattr(peft_config, name) != getattr(defaults, name, None)]
-    if peft_config.init_lora_weights not in _INITIALISATIONS:
-        lost.append("init_lora_weights")
-    if lost:
-        options = ", ".join(f"{name}={getattr(peft_config, name)!r}" for name in lost)
-        raise ValueError(
-            f"peft_config has {options}. diffusers' LoRA format cannot hold this: the adapter would not load in a "
-            "diffusers pipeline, or would draw other images than it did here. Leave these options at their defaults; "
-            f"init_lora_weights may be any of {', '.join(map(repr, _INITIALISATIONS))}."
-        )
-
-
 def save_lora(
     pipeline_class: type[DiffusionPipeline], model: PeftModel, output_dir: str | os.PathLike, *,
     component: str = "transformer", state_dict: dict[str, torch.Tensor] | None = None,
-    base_model: str | os.PathLike | None = None,
+    base_model: str | os.PathLike | None = None, revision: str | None = None,
 ) -> Path:  # fmt: skip
     """
     Writes an adapter so that `pipeline.load_lora_weights(output_dir)` draws the images that `model` draws.
@@ -89,6 +51,7 @@ def save_lora(
         component (`str`): name of the module in the pipeline, `"transformer"` or `"unet"`.
         state_dict (`dict[str, torch.Tensor]`, *optional*): the whole one where the model holds shards (FSDP, ZeRO-3).
         base_model (`str` or `os.PathLike`, *optional*): its origin, for `adapter_config.json` if it is a Hub id.
+        revision (`str`, *optional*): that one's branch, tag or commit, for the same file.
 
     Returns:
         `Path`: the file for diffusers.
@@ -102,17 +65,16 @@ def save_lora(
     check_lora_config(config)
     named = _adapter_weights(model, state_dict).items()
     weights = {name.removeprefix("base_model.model."): tensor for name, tensor in named}
-    metadata = {f"{component}_lora_adapter_metadata": _adapter_metadata(config, weights)}
     with _staged(Path(output_dir)) as staging:
-        layers = {f"{component}_lora_layers": weights}
-        pipeline_class.save_lora_weights(staging, weight_name=LORA_WEIGHT_NAME, **layers, **metadata)
-        _write_peft_files(model, staging, state_dict, base_model)
+        write_diffusers_file(pipeline_class, staging, config, weights, component)
+        _write_peft_files(model, staging, state_dict, base_model, revision)
     return Path(output_dir) / LORA_WEIGHT_NAME
 
 
 def save_adapter(
     model: PeftModel, output_dir: str | os.PathLike, *,
     state_dict: dict[str, torch.Tensor] | None = None, base_model: str | os.PathLike | None = None,
+    revision: str | None = None,
 ) -> None:  # fmt: skip
     """
     Writes PEFT's own two files, `adapter_model.safetensors` and `adapter_config.json`, from which training goes on,
@@ -121,13 +83,19 @@ def save_adapter(
     """
     _adapter_weights(model, state_dict)
     with _staged(Path(output_dir)) as staging:
-        _write_peft_files(model, staging, state_dict, base_model)
+        _write_peft_files(model, staging, state_dict, base_model, revision)
 
 
 def _write_peft_files(
-    model: PeftModel, staging: Path, state_dict: Mapping | None, base_model: str | os.PathLike | None
+    model: PeftModel,
+    staging: Path,
+    state_dict: Mapping | None,
+    base_model: str | os.PathLike | None,
+    revision: str | None,
 ) -> None:
-    model.peft_config[_ADAPTER].base_model_name_or_path = hub_model_id(base_model)
+    config = model.peft_config[_ADAPTER]
+    config.base_model_name_or_path = hub_model_id(base_model)
+    config.revision = None if config.base_model_name_or_path is None else revision
     # By default PEFT asks the Hub for the base model's vocabulary
     model.save_pretrained(
         staging / "peft", state_dict=state_dict, selected_adapters=[_ADAPTER], save_embedding_layers=False
@@ -147,18 +115,6 @@ def _adapter_weights(model: PeftModel, state_dict: Mapping | None) -> dict[str, 
             "model is sharded (FSDP, ZeRO-3), pass the gathered ones, state_dict=accelerator.get_state_dict(model)."
         )
     return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-
-
-def _adapter_metadata(config: LoraConfig, weights: dict[str, torch.Tensor]) -> dict[str, object]:
-    """What `LoraConfig` needs to rebuild the adapter, and no more: a key that another release of PEFT does not know
-    makes `load_lora_weights` fail there. Without metadata diffusers takes alpha to be the rank."""
-    return {
-        **{name: getattr(config, name) for name in ("r", "lora_alpha")},
-        **{name: dict(getattr(config, name)) for name in ("rank_pattern", "alpha_pattern")},
-        # Sorted: a set comes in another order in each process
-        "target_modules": sorted({name.partition(".lora_")[0] for name in weights}),
-        **{name: True for name in ("use_rslora", "use_dora", "lora_bias") if getattr(config, name)},
-    }
 
 
 def save_full(

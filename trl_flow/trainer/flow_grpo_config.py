@@ -70,8 +70,9 @@ class FlowGRPOConfig(FlowRLConfig):
             number that is chosen by what is measured; 0: never. With full fine-tuning a number keeps two more copies
             of the weights in the host's memory.
         beta (`float`, *optional*, defaults to `0.0`):
-            KL coefficient towards the initial model. With `0.0` no reference forward is run. The KL of flow models is
-            Flow-GRPO's, in units of the diffusion coefficient; that of U-Nets is the KL of the two Gaussians.
+            KL coefficient towards the initial model (or the base, see `reference`). With `0.0` no reference forward is
+            run. The KL of flow models is Flow-GRPO's, in units of the diffusion coefficient; that of U-Nets is the KL
+            of the two Gaussians.
 
         dense_rewards (`bool`, *optional*, defaults to `False`):
             VGPO's reward for each step, from the one-step projection to the image. A reward function with an attribute

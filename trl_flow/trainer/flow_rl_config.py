@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import json
 import math
+import os
 import re
 from dataclasses import dataclass, fields
 from fractions import Fraction
@@ -71,6 +72,13 @@ class FlowRLConfig(_BaseConfig):
             Keyword arguments for [`~diffusers.DiffusionPipeline.from_pretrained`], where `model` is a string. By
             default the frozen parts are loaded in the dtype that is trained in (`bf16`, `fp16`), the VAE and a fully
             trained transformer in float32. `{"dtype": ...}` decides for all parts, or for each with a dictionary.
+        init_adapter (`str`, *optional*):
+            LoRA to go on from: a folder, a `.safetensors` file or a hub id, in diffusers', PEFT's or kohya's form.
+            Rank, alpha and target modules are its own; a `peft_config` that says otherwise is refused.
+        reference (`str`, *optional*, defaults to `"initial"`):
+            What the KL of `beta` leads back to, and what gold scores are relative to: `"initial"`, the model as it was
+            before training, with `init_adapter`'s adapter, or `"base"`, without it. Without an `init_adapter` both are
+            the same.
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Whether to disable dropout in the trained model, LoRA's included. With dropout the training forward differs
             from the rollout, so that the importance ratio is not 1 before the first update.
@@ -177,6 +185,8 @@ class FlowRLConfig(_BaseConfig):
     ddp_find_unused_parameters: bool | None = False
 
     model_init_kwargs: dict | str | None = None
+    init_adapter: str | None = None
+    reference: Literal["initial", "base"] = "initial"
     disable_dropout: bool = True
     use_ema: bool = False
     ema_decay: float = 0.9
@@ -228,6 +238,8 @@ class FlowRLConfig(_BaseConfig):
             best = {"mode": "max" if self.greater_is_better else "min"}
             self.lr_scheduler_kwargs = best | (self.lr_scheduler_kwargs or {})
         self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
+        if self.init_adapter is not None:
+            self.init_adapter = os.fspath(self.init_adapter)
         self._check_types()
         self._check_advantage_power()
         counts = ("num_inference_steps", "height", "width", "max_sequence_length")

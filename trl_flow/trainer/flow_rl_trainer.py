@@ -31,6 +31,7 @@ from trl_flow.trainer.callbacks import FlowProgressCallback, LoopCallback, RunLo
 from trl_flow.trainer.evaluator import EvaluationResult, Evaluator, group_diversity
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.groups import of_one_reading, warn_of_prompts_left_out
+from trl_flow.trainer.init_adapter import adapter_of_its_own
 from trl_flow.trainer.loading import load_pipeline
 from trl_flow.trainer.metrics import Metrics, SampleLog
 from trl_flow.trainer.optimizer_modes import OptimizerModes
@@ -70,7 +71,7 @@ class FlowRLTrainer(GroupTrainer):
         callbacks (list of [`~transformers.TrainerCallback`], *optional*), optimizers (`tuple`, *optional*):
             Further callbacks; an optimizer and a scheduler, as in [`~transformers.Trainer`].
         peft_config ([`~peft.PeftConfig`], *optional*):
-            Trains an adapter; without it all weights of the transformer are trained.
+            Trains an adapter; without it, and without `init_adapter`, all weights of the transformer are trained.
         backbone ([`Backbone`], *optional*):
             Instead of the one chosen by the pipeline's class, for pipelines of your own.
         eval_reward_funcs (`Callable`, `str` or a list of them, *optional*):
@@ -124,6 +125,7 @@ class FlowRLTrainer(GroupTrainer):
         checks.check_over_optimization(callbacks or [], self.gold_scorer.names, eval_dataset, args)
         self.reward_weights = torch.tensor(args.reward_weights or [1.0] * number, dtype=torch.float32)
         checks.check_output_dir(args)
+        peft_config = adapter_of_its_own(args.init_adapter, peft_config)
         if peft_config is not None:
             sharing.check_lora_config(peft_config)
 
@@ -277,6 +279,8 @@ class FlowRLTrainer(GroupTrainer):
                 is_logged = any(f"{prefix}_reward" in entry for entry in self.state.log_history)
                 begins = self.evaluator.is_untrained and self.state.global_step == 0
                 if begins and not is_logged and not self.args.eval_on_start:
+                    if not self.policy.starts_at_reference:
+                        result = self.evaluator.evaluate(dataset, self.state, name)
                     self._log_evaluation(result, prefix, start)
         self.evaluator.is_untrained = False
 

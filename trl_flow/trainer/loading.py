@@ -90,6 +90,9 @@ def load_pipeline(model: str | os.PathLike, args: FlowRLConfig, peft_config: Pef
     dtypes = component_dtypes(args, trains_adapter=trains_adapter)
     kwargs = {name: value for name, value in (args.model_init_kwargs or {}).items() if name != "torch_dtype"}
     kwargs["dtype"] = dtypes["default"] if len(dtypes) == 1 else dtypes
+    if "subfolder" in kwargs:
+        what = f"model_init_kwargs has subfolder={kwargs['subfolder']!r}, which diffusers does not read for a pipeline"
+        raise ValueError(f"{what}. Give the path of the folder with model_index.json as model.")
     if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "model_index.json")):
         raise ValueError(
             f"The folder {path!r} is not a diffusers pipeline: it has no model_index.json but {os.listdir(path)[:9]}. "

@@ -26,6 +26,7 @@ from trl_flow import sharing
 from trl_flow.backbones import Backbone
 from trl_flow.backbones.passed_in import modules_of, prepare_for_training
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
+from trl_flow.trainer.init_adapter import check_origin, with_init_adapter
 from trl_flow.trainer.loading import is_quantized
 from trl_flow.trainer.lora_targets import with_adapter
 from trl_flow.trainer.prompt_cache import PromptCache
@@ -80,8 +81,9 @@ def prepare_module(backbone: Backbone, args: FlowRLConfig, peft_config: PeftConf
         pipeline.vae.enable_tiling()
     if getattr(model, "peft_config", None):
         raise ValueError(
-            f"The pipeline's {backbone.component} already has adapters ({', '.join(model.peft_config)}). Fuse "
-            "and unload them (pipeline.fuse_lora(), unload_lora_weights()), and pass a peft_config for a new one."
+            f"The pipeline's {backbone.component} already has adapters ({', '.join(model.peft_config)}). "
+            "Unload them (pipeline.unload_lora_weights()). To go on training one, pass its file as init_adapter; for a "
+            "new one pass a peft_config."
         )
     config = TrainerConfigDict(model.config)
     vars(config).update(vars(model.config))  # diffusers sets some values as attributes only
@@ -93,6 +95,8 @@ def prepare_module(backbone: Backbone, args: FlowRLConfig, peft_config: PeftConf
     if peft_config is None:
         policy = model.requires_grad_(True)
         backbone.dtype = torch.float32  # what is trained is, see below
+    elif args.init_adapter is not None:
+        policy = with_init_adapter(backbone, args.init_adapter, peft_config)
     else:
         policy = with_adapter(model, peft_config, backbone.lora_target_modules)
     cast_training_params(policy, dtype=torch.float32)
@@ -104,9 +108,9 @@ def prepare_module(backbone: Backbone, args: FlowRLConfig, peft_config: PeftConf
 class Policy:
     """The trained model, its conditions, and the named sets of its weights. `wrapped` gives the module as the trainer
     has wrapped it (DDP, FSDP, DeepSpeed). With `keep_reference`, `at("reference")` can be asked for: an adapter is
-    switched off for it; of a model whose weights are all trained a frozen copy is made. With `keep_old`, `at("old")`
-    can: a second set of the adapter's weights, or a frozen copy. Raises `ValueError` for what cannot be done with
-    sharded weights."""
+    switched off for it, or has the weights that `init_adapter` gave it, as `reference` says; of a model whose weights
+    are all trained a frozen copy is made. With `keep_old`, `at("old")` can: a second set of the adapter's weights, or
+    a frozen copy. Raises `ValueError` for what cannot be done with sharded weights."""
 
     def __init__(
         self,
@@ -126,8 +130,10 @@ class Policy:
         self._wrapped, self.keep_old = wrapped, keep_old
         self.is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         copied, old_copied = ((wanted and not self.is_adapter) for wanted in (keep_reference, keep_old))
+        self._goes_on = args.init_adapter is not None and args.reference == "initial"
         not_sharded = {"use_ema": args.use_ema, "diagnostics_steps": args.diagnostics_steps}
         not_sharded |= {"a quantized model": is_quantized(backbone.model), "beta > 0 with full fine-tuning": copied}
+        not_sharded |= {"beta > 0 with init_adapter and reference='initial'": keep_reference and self._goes_on}
         not_sharded |= {"an old policy beside full fine-tuning": old_copied}
         for name, used in not_sharded.items():
             if used and self.is_sharded:
@@ -144,6 +150,8 @@ class Policy:
         self._reference = copy.deepcopy(self.module).requires_grad_(False).eval() if copied else None
         self._old_module = copy.deepcopy(self.module).requires_grad_(False).eval() if old_copied else None
         self._old: list[torch.Tensor] = []  # of an adapter; made when first used, as sharding comes later than this
+        # An adapter's weights before training, where they are a reference
+        self._initial = self._copies_of(self._local_weights()) if self._goes_on and not self.is_sharded else None
         self.ema = EMAModel(self.trained_parameters, decay=args.ema_decay) if args.use_ema else None
         self._num_updates = 0
         self._gradients_checked = False
@@ -162,7 +170,14 @@ class Policy:
 
     @property
     def has_reference(self) -> bool:
+        """Whether the reference can still be had when training has begun."""
+        if self._goes_on:
+            return self._initial is not None
         return self.is_adapter or self._reference is not None
+
+    @property
+    def starts_at_reference(self) -> bool:
+        return self.args.init_adapter is None or self._goes_on
 
     @property
     def trained_parameters(self) -> list[torch.nn.Parameter]:
@@ -203,11 +218,11 @@ class Policy:
 
     @contextlib.contextmanager
     def evaluating(self, *, base: bool = False) -> Iterator[None]:
-        """Evaluation mode, without gradients, with the averaged weights, or with `base` those of before training.
+        """Evaluation mode, without gradients, with the averaged weights, or with `base` those of the reference.
         Autocast is left to [`sampling`]: rewards and decoding have a precision of their own."""
         was_training = self.module.training
         self.module.eval()
-        weights = self._without_adapter() if base and self.has_reference else self.at("average")
+        weights = self._as_reference() if base and self.has_reference else self.at("average")
         try:
             with torch.no_grad(), weights:
                 yield
@@ -216,10 +231,10 @@ class Policy:
 
     @contextlib.contextmanager
     def at(self, name: str, scale: float = 1.0) -> Iterator[None]:
-        """Another set of the weights in place of the trained ones: `"reference"`, the model as it was before training,
-        `"old"`, a policy that follows the trained one slowly, `"probe"`, the weights `scale` times as far from those
-        of sampling as they are, and `"trained"`, all for forwards without gradients; or `"average"`, the moving
-        average, without `use_ema` the trained weights."""
+        """Another set of the weights in place of the trained ones: `"reference"`, the model as it was before training
+        or, as the config's `reference` says, without any adapter; `"old"`, a policy that follows the trained one
+        slowly; `"probe"`, the weights `scale` times as far from those of sampling as they are; and `"trained"`; all
+        for forwards without gradients; or `"average"`, the moving average, without `use_ema` the trained weights."""
         if name == "trained":
             with self.sampling():
                 yield
@@ -227,10 +242,10 @@ class Policy:
             with self.sampling(), self._old_in_place():
                 yield
         elif name == "reference":
-            with self.sampling(), self._without_adapter():
+            with self.sampling(), self._as_reference():
                 yield
         elif name == "probe":
-            with self.sampling(), self._amplified(scale):
+            with self.sampling(), self._moved(self.sampling_weights, scale):
                 yield
         elif name != "average":
             others = "'trained', 'old', 'reference', 'probe' and 'average'"
@@ -247,7 +262,11 @@ class Policy:
                 self.ema.restore(parameters)
 
     @contextlib.contextmanager
-    def _without_adapter(self) -> Iterator[None]:
+    def _as_reference(self) -> Iterator[None]:
+        if self._initial is not None:
+            with self._moved(self._initial, 0.0):
+                yield
+            return
         if self._reference is None:
             # PEFT switches gradients off and on for the weights that it finds: it must not be gathered ones
             self._reshard()
@@ -264,11 +283,12 @@ class Policy:
             self._forced = None
 
     @contextlib.contextmanager
-    def _amplified(self, scale: float) -> Iterator[None]:
+    def _moved(self, origin: list[torch.Tensor], scale: float) -> Iterator[None]:
+        """The trained weights, `scale` times as far from `origin` as they are."""
         own = self._local_weights()
-        pairs = zip(own, self.sampling_weights, strict=True)
-        probe = (sampled.to(weights.device, torch.float32).lerp(weights.float(), scale) for weights, sampled in pairs)
-        with self._replaced(own, probe):
+        pairs = zip(own, origin, strict=True)
+        moved = (start.to(weights.device, torch.float32).lerp(weights.float(), scale) for weights, start in pairs)
+        with self._replaced(own, moved):
             yield
 
     @contextlib.contextmanager
@@ -423,7 +443,8 @@ class Policy:
                 sharing.save_full(self.module, folder, state_dict=state_dict)
             return
         pipeline_class, component = type(self.backbone.pipeline), self.backbone.component
-        common = {"state_dict": state_dict, "base_model": base_model}
+        revision = (self.args.model_init_kwargs or {}).get("revision")
+        common = {"state_dict": state_dict, "base_model": base_model, "revision": revision}
         with self.at("average"):
             sharing.save_lora(pipeline_class, self.module, folder, component=component, **common)
         if is_checkpoint and self.ema is not None:
@@ -448,11 +469,12 @@ class Policy:
     # ---- State ----
 
     def state_dict(self) -> dict[str, Any]:
-        """The moving average and the old policy; the trained weights themselves are the trainer's to save. To be
-        called on all processes."""
-        state = {}
+        """The moving average, the old policy and where training began; the trained weights themselves are the
+        trainer's to save. To be called on all processes."""
+        state = {"init_adapter": self.args.init_adapter, "reference": self.args.reference}
+        state |= {f"initial.{i}": weights for i, weights in enumerate(self._initial or [])}
         if self.keep_old:
-            state = {f"old.{i}": whole(old.detach()) for i, old in enumerate(self._old_weights())}
+            state |= {f"old.{i}": whole(old.detach()) for i, old in enumerate(self._old_weights())}
         if self.ema is None:
             return state
         average = {f"average.{i}": parameter for i, parameter in enumerate(self.ema.shadow_params)}
@@ -471,7 +493,12 @@ class Policy:
                 local_part(old).copy_(local_part(saved))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes what [`state_dict`] gave; of `{}` the average and the old policy begin at the weights as they are."""
+        """Takes what [`state_dict`] gave; of `{}` the average and the old policy begin at the weights as they are.
+        `ValueError` if the run had another reference."""
+        if state:
+            check_origin(state, self.args)
+        if state and self._initial is not None:
+            self._initial = [state[f"initial.{i}"].to(weights.device) for i, weights in enumerate(self._initial)]
         if self.keep_old:
             self._load_old(state)
         self._num_updates = state.get("num_updates", 0)

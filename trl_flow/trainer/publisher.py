@@ -63,6 +63,11 @@ class Publisher:
             settings |= {"lora_r": lora.r, "lora_alpha": lora.lora_alpha}
         about = {"backbone": self.backbone, "base_model": self.model_id, "repo_id": hub_model_id}
         about |= {"model_name": model_name, "dataset_name": dataset_name or self.dataset_name, "prompt": self.prompt}
+        loading = self.args.model_init_kwargs or {}
+        about["loading"] = {name: loading[name] for name in ("revision", "variant") if loading.get(name) is not None}
+        about["init_adapter"] = self.args.init_adapter
+        if self.args.init_adapter is not None:
+            settings["reference"] = self.args.reference
         step = state.global_step if self.best_step is None else self.best_step
         logs = [log for log in log_history if log.get("step", 0) <= step]  # of the weights that are there
         run = {"settings": settings, "is_lora": is_lora, "reward_names": self.reward_names, "log_history": logs}
