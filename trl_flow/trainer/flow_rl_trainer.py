@@ -4,7 +4,7 @@ and what is learned stands in an [`Algorithm`]. Methods have the names and the o
 import copy
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -397,9 +397,11 @@ class FlowRLTrainer(GroupTrainer):
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
+        include: Sequence[str] = (),
         **kwargs,
     ):
-        """Saves the model, writes its card (which gets `kwargs`) and uploads both, with curves and images, to
+        """Saves the model, writes its card (which gets `kwargs`) and uploads both, with the images that the card shows
+        and nothing else but what matches `include` (patterns in `output_dir`, such as `["images/*.png"]`), to
         `args.hub_model_id`, by default the name of `output_dir`. `token`, `revision` and `private` default to the
         `hub_` fields of the config. Raises `PushError` if the Hub refuses or cannot be reached; nothing is lost."""
         if self.hub_model_id is None:
@@ -408,7 +410,7 @@ class FlowRLTrainer(GroupTrainer):
         if not self.is_world_process_zero():
             return None
         self.create_model_card(**kwargs)
-        where = {"token": token, "revision": revision, "private": private}
+        where = {"token": token, "revision": revision, "private": private, "include": include}
         return self.publisher.push(self.hub_model_id, commit_message=commit_message, blocking=blocking, **where)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

@@ -1,5 +1,6 @@
 """What the trainer shares: a model card for diffusers users, and uploads to the Hub."""
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -51,17 +52,18 @@ class Publisher:
         sharing.create_model_card(folder, **about, **run, tags=tags, samples=samples)
 
     def push(
-        self, hub_model_id: str, commit_message: str = "End of training", *, blocking: bool = True, **where
+        self, hub_model_id: str, commit_message: str = "End of training", *, blocking: bool = True, include=(), **where
     ) -> CommitInfo | Future[CommitInfo]:
-        """Uploads the output folder, after the uploads that are still running; unless `blocking`, returns the upload's
-        `Future`. `where` may have `token`, `revision` and `private`. Raises `PushError` if the Hub refuses or cannot
-        be reached."""
+        """Uploads what is shared of the output folder, and what matches the patterns in `include`, after the uploads
+        that are still running; unless `blocking`, returns the upload's `Future`. `where` may have `token`, `revision`
+        and `private`. Raises `PushError` if the Hub refuses or cannot be reached."""
         self.wait()
-        upload = sharing.upload if blocking else self._in_background
-        return upload(self.args.output_dir, hub_model_id, **self._options(commit_message, **where))
+        options = self._options(commit_message, **where)
+        send = sharing.prepare_upload(self.args.output_dir, hub_model_id, include=include, **options)
+        return send() if blocking else self._in_background(send)
 
     def _options(self, commit_message: str, *, token=None, revision=None, private=None) -> dict[str, Any]:
-        """For `sharing.upload`; what is None is the config's."""
+        """For `sharing.prepare_upload`; what is None is the config's."""
         return {
             "token": token or self.args.hub_token,
             "revision": revision or self.args.hub_revision,
@@ -75,16 +77,15 @@ class Publisher:
         if strategy == "end" or (uploading and not self.args.hub_always_push):
             return
         checkpoint = Path(checkpoint_folder)
+        options = self._options(f"Training in progress, step {global_step}")
+        whole = {"checkpoint": "last-checkpoint", "all_checkpoints": checkpoint.name}.get(strategy)
         try:
-            sharing.copy_weights(checkpoint, self.args.output_dir)
+            own = sharing.prepare_upload(self.args.output_dir, hub_model_id, weights_from=checkpoint, **options)
+            self._in_background(own)
+            if whole is not None:
+                self._in_background(sharing.prepare_upload(checkpoint, hub_model_id, checkpoint_as=whole, **options))
         except OSError as error:
             logger.warning(f"The checkpoint {checkpoint} is saved, but not uploaded: {error}")
-            return
-        options = self._options(f"Training in progress, step {global_step}")
-        self._in_background(self.args.output_dir, hub_model_id, **options)
-        if strategy in ("checkpoint", "all_checkpoints"):
-            name = "last-checkpoint" if strategy == "checkpoint" else checkpoint.name
-            self._in_background(checkpoint, hub_model_id, path_in_repo=name, everything=True, **options)
 
     def wait(self) -> None:
         """Waits for uploads in the background. A failed one has been warned of, and stops nothing."""
@@ -92,11 +93,11 @@ class Publisher:
             upload.exception()
         self._uploads = []
 
-    def _in_background(self, *args: Any, **kwargs: Any) -> Future[CommitInfo]:
+    def _in_background(self, send: Callable[[], CommitInfo]) -> Future[CommitInfo]:
         def warn(upload: Future[CommitInfo]) -> None:
             if (error := upload.exception()) is not None:
                 logger.warning(str(error))
 
-        self._uploads.append(self._executor.submit(sharing.upload, *args, **kwargs))
+        self._uploads.append(self._executor.submit(send))
         self._uploads[-1].add_done_callback(warn)
         return self._uploads[-1]
