@@ -60,22 +60,35 @@ def test_an_update_may_take_several_generations(tmp_path):
         assert place(state) == (generation, 0) and state.needs_samples
 
 
-def test_rewinding_goes_to_the_last_update(tmp_path):
+def test_what_is_saved_is_the_place_of_the_last_update(tmp_path):
+    """Wherever the run is when it is interrupted."""
     state = run_state(tmp_path, gradient_accumulation_steps=2, steps_per_generation=1)
     for _ in range(3):
         state.micro_batches = micro_batches(1)
         state.advance()
         if state.generation == 2:
             state.after_update()
-    state.rewind()
-    assert place(state) == (2, 0) and state.needs_samples
-    # in the middle of a generation its samples are kept
+    assert saved_place(state, tmp_path / "several generations") == (2, 0)
+    # in the middle of a generation its samples are saved, and before the optimizer's step at its end, too
     state = run_state(tmp_path, per_device_train_batch_size=4, steps_per_generation=2)
-    state.micro_batches = micro_batches(2)
+    state.micro_batches = samples = micro_batches(2)
     state.advance()
     state.after_update()
-    state.rewind()
-    assert place(state) == (0, 1) and not state.needs_samples
+    assert saved_place(state, tmp_path / "in the middle") == (0, 1)
+    state.advance()
+    assert state.needs_samples and saved_place(state, tmp_path / "before the step") == (0, 1)
+    loaded = run_state(tmp_path, per_device_train_batch_size=4, steps_per_generation=2)
+    loaded.load(tmp_path / "before the step", CPU)
+    assert loaded.micro_batch.prompts == samples[1].prompts
+    state.after_update()
+    assert saved_place(state, tmp_path / "after it") == (1, 0)
+    assert not list((tmp_path / "after it").glob("rollouts*"))
+
+
+def saved_place(state: RunState, folder: Path) -> tuple[int, int]:
+    state.save(folder)
+    content = json.loads((folder / "run_state.json").read_text())
+    return content["generation"], content["update"]
 
 
 def test_place_and_samples_come_back(tmp_path):
@@ -85,6 +98,7 @@ def test_place_and_samples_come_back(tmp_path):
         if state.needs_samples:
             state.micro_batches = samples = micro_batches(2)
         state.advance()
+        state.after_update()
     state.save(tmp_path / "checkpoint")
     loaded = run_state(tmp_path, **fields)
     loaded.load(tmp_path / "checkpoint", CPU)
@@ -199,6 +213,7 @@ class Part:
 def test_every_part_is_saved_loaded_and_reset(tmp_path):
     state = run_state(tmp_path, {"one": Part(1), "one more": Part(2)})
     state.generation = 5
+    state.after_update()
     state.save(tmp_path / "checkpoint")
     parts = {"one": Part(), "one more": Part(), "new": Part(7)}
     loaded = run_state(tmp_path, parts)

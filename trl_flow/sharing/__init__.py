@@ -3,6 +3,7 @@
 from trl_flow.sharing.hub import PushError, prepare_upload, upload
 from trl_flow.sharing.model_card import PAPERS, Paper, create_model_card, papers_behind, training_settings
 from trl_flow.sharing.weights import (
+    PEFT_FILES,
     check_lora_config,
     hub_model_id,
     load_full,
@@ -14,7 +15,7 @@ from trl_flow.sharing.weights import (
 
 
 __all__ = [
-    "PAPERS", "Paper", "PushError", "check_lora_config", "create_model_card", "hub_model_id", "load_full",
-    "papers_behind", "prepare_upload", "save_adapter", "save_full", "save_lora", "training_settings", "upload",
-    "weight_files",
+    "PAPERS", "PEFT_FILES", "Paper", "PushError", "check_lora_config", "create_model_card", "hub_model_id",
+    "load_full", "papers_behind", "prepare_upload", "save_adapter", "save_full", "save_lora", "training_settings",
+    "upload", "weight_files",
 ]  # fmt: skip

@@ -14,16 +14,16 @@ from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from transformers import TrainerCallback, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
-from transformers.utils import logging
+from transformers.trainer_utils import speed_metrics
 
 from trl_flow import sharing
 from trl_flow.algorithms import Algorithm, MicroBatch
 from trl_flow.backbones import Backbone, get_backbone
-from trl_flow.rewards.checks import RewardError, reward_names
+from trl_flow.rewards.checks import reward_names
 from trl_flow.rewards.scorer import RewardScorer
-from trl_flow.trainer import checks
+from trl_flow.trainer import checks, resuming
 from trl_flow.trainer.callbacks import FlowProgressCallback, LoopCallback, RunLogCallback
+from trl_flow.trainer.checkpoints import checkpoint_to_resume, step_of
 from trl_flow.trainer.evaluator import EvaluationResult, Evaluator, group_diversity
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.loading import load_pipeline
@@ -34,17 +34,17 @@ from trl_flow.trainer.policy import Policy, prepare_module
 from trl_flow.trainer.prompt_cache import PromptCache
 from trl_flow.trainer.publisher import Publisher
 from trl_flow.trainer.rollout_buffer import RolloutBuffer
-from trl_flow.trainer.run_state import RunState, checkpoint_to_resume, step_of, writing_checkpoint
+from trl_flow.trainer.run_folder import RunFolder
+from trl_flow.trainer.run_state import RunState
 from trl_flow.trainer.sampler import Sampler
-from trl_flow.trainer.trl_compat import GroupTrainer, identity
+from trl_flow.trainer.saving import SavingTrainer
+from trl_flow.trainer.trl_compat import identity
 
-
-logger = logging.get_logger(__name__)
 
 RewardFunc = Callable[..., list[float | None]]
 
 
-class FlowRLTrainer(GroupTrainer):
+class FlowRLTrainer(SavingTrainer):
     """
     Base of the trainers: everything but what is learned, which [`create_algorithm`] of a subclass says.
 
@@ -153,14 +153,15 @@ class FlowRLTrainer(GroupTrainer):
         given = self.policy, self.sampler, self.scorer, self.reward_weights, self.gold_scorer, args
         self.evaluator = Evaluator(*given, save=lambda to: self.save_model(os.fspath(to), _internal_call=True))
         stateful = {"policy": self.policy, "algorithm": self.algorithm, "evaluator": self.evaluator}
-        self.run_state = RunState(args, stateful)
+        about = {"reward_funcs": self.scorer.names, "prompts": len(train_dataset), "model": self.model_id}
+        self.run_state = RunState(args, stateful, about)
+        self.run_folder = RunFolder(args)
         self.metrics = Metrics(self.accelerator)
         self.sample_log = SampleLog(args, self.scorer.names)
         self.publisher = Publisher(args, self.backbone, self.model_id, self.scorer.names)
         self._run_log = RunLogCallback()
         self.add_callback(self._run_log)
         self.add_callback(LoopCallback(self._before_training, self._after_update))
-        self._saved: tuple[int, str] | None = None  # the step at which the run was last saved, or resumed, and where
         self._train_step_time = 0.0
 
     # ---- Training ----
@@ -171,30 +172,35 @@ class FlowRLTrainer(GroupTrainer):
         `"no"`. `resume_from_checkpoint` is a checkpoint's folder, or `True` for the last complete one in `output_dir`.
 
         Raises:
-            ValueError: if there is no complete checkpoint to resume from, or it was written with other batches.
+            ValueError: if there is no complete checkpoint to resume from, it was written with other batches or another
+                adapter, or another process trains into `output_dir`.
             OSError: if a reward's model cannot be loaded; nothing has been sampled then.
-            RewardError: if a reward function fails. Updates are saved first, whatever `save_strategy` is.
+            RewardError: if a reward function fails. Updates are saved first, whatever `save_strategy` is; so they are,
+                unless it is `"no"`, when a single process is interrupted or fails in another way.
         """
-        self.accelerator.wait_for_everyone()  # the main process may still be writing the checkpoint to resume from
-        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args)
-        callbacks = self.callback_handler.callbacks  # those that were added after the constructor, too
-        checks.check_over_optimization(callbacks, self.gold_scorer.names, self.eval_dataset, self.args)
-        self.run_state.parts |= OverOptimizationCallback.by_name(callbacks)
-        self.run_state.reset()
-        self.metrics.clear()
-        self._saved, self._train_step_time = None, 0.0
-        if checkpoint is not None:
-            self.run_state.check(Path(checkpoint))
-            self._saved = step_of(checkpoint), checkpoint
-        for scorer in (self.scorer, self.gold_scorer):
-            scorer.load()  # a model that cannot be loaded is found out now, and not after the first sampling phase
-        try:
+        with self.run_folder.locked(), self._saving_what_is_trained():
+            self.accelerator.wait_for_everyone()  # the main process may still be writing the checkpoint to resume from
+            checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args)
+            callbacks = self.callback_handler.callbacks  # those that were added after the constructor, too
+            checks.check_over_optimization(callbacks, self.gold_scorer.names, self.eval_dataset, self.args)
+            self.run_state.parts |= OverOptimizationCallback.by_name(callbacks)
+            self.run_state.reset()
+            self.metrics.clear()
+            self._train_step_time = 0.0
+            if checkpoint is not None:
+                self.run_state.check(Path(checkpoint))
+                resuming.check_adapter(self.policy.module, Path(checkpoint))
+                resuming.take_over(self.args, self.run_state.about, Path(checkpoint))
+                self._saved = step_of(checkpoint), checkpoint
+            for scorer in (self.scorer, self.gold_scorer):
+                scorer.load()  # a model that cannot be loaded is found out now, and not after the first sampling phase
+            self.run_folder.claim(checkpoint)
+            self.accelerator.wait_for_everyone()
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
-        except RewardError as error:
-            raise RewardError(f"{error} {self._save_after_failure()}") from error
-        if self.args.save_strategy != "no":
-            self.save_model(_internal_call=True)
-            self.save_state()
+            if self.args.save_strategy != "no":
+                self.save_model(_internal_call=True)
+                self.save_state()
+                self.accelerator.print(self.publisher.where(self.policy.is_adapter, self.state))
         return output
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -252,6 +258,12 @@ class FlowRLTrainer(GroupTrainer):
         return buffer.finish(rows, plan.kept, advantages[local], self.sampler.images_to_edit(rows))
 
     def _before_training(self) -> None:
+        self._watch_steps()
+        self.state.compute_steps(self.args, self.state.max_steps)  # transformers keeps the checkpoint's
+        if self._saved is not None and (best := self.state.best_model_checkpoint) is not None:
+            # That of the run that is resumed: its folder may have been moved, and another run's be there
+            best = Path(self._saved[1]).parent / Path(best).name
+            self.state.best_model_checkpoint = str(best) if best.is_dir() else None
         # All evaluation sets are scored by the base model, which is logged as update 0
         if self.gold_scorer.reward_funcs:
             for name, dataset in checks.chosen_eval_datasets(None, self.eval_dataset).items():
@@ -259,8 +271,11 @@ class FlowRLTrainer(GroupTrainer):
                 if self.evaluator.is_untrained and self.state.global_step == 0 and not self.args.eval_on_start:
                     self._log_evaluation(result, "eval" if name is None else f"eval_{name}")
         self.evaluator.is_untrained = False
+        if self.run_state.evaluation_due:
+            self._evaluate_saved()
 
     def _after_update(self) -> None:
+        self._counted_at = self.state.global_step
         self.policy.after_update()
         self.run_state.after_update()
         self.metrics.append(self.algorithm.after_update(self.policy))
@@ -329,39 +344,11 @@ class FlowRLTrainer(GroupTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         output_dir = self.args.output_dir if output_dir is None else output_dir
         if self.args.should_save:
+            if Path(output_dir) == Path(self.args.output_dir):
+                self.run_folder.claim()
             os.makedirs(output_dir, exist_ok=True)
             self.policy.save(output_dir, base_model=self.model_id, state_dict=state_dict)
             Path(output_dir, "training_args.json").write_text(self.args.shown())
-
-    def _save_checkpoint(self, model, trial):
-        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.args.push_to_hub and self.args.hub_strategy != "end":
-            self.create_model_card()
-        with writing_checkpoint(folder, self.args):
-            self.run_state.save(folder)
-            self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
-        if not self.args.save_only_model:
-            self._saved = self.state.global_step, str(folder)
-
-    def _save_after_failure(self) -> str:
-        """When a reward has failed, on all processes: saves a checkpoint of the last update, unless there is one, and
-        says for the error message where it is and how to go on."""
-        step = self.state.global_step
-        if step == 0:
-            return "No update had been made, so there is nothing to save."
-        if self._saved is None or self._saved[0] != step:
-            self.run_state.rewind()
-            only_model, self.args.save_only_model = self.args.save_only_model, False
-            try:
-                self._save_checkpoint(self.model, trial=None)
-                self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-            except Exception as error:  # the reward's is the one to raise
-                return f"The run as it was after update {step} could not be saved: {error}"
-            finally:
-                self.args.save_only_model = only_model
-        then = f"With the cause removed, go on with train(resume_from_checkpoint={self._saved[1]!r})."
-        return f"The run is saved as it was after update {step}, the last one, in {self._saved[1]}. {then}"
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -369,6 +356,7 @@ class FlowRLTrainer(GroupTrainer):
             self.run_state.load(Path(checkpoint), self.accelerator.device)
 
     def _load_best_model(self) -> None:
+        self._is_training = False
         self._load_from_checkpoint(self.state.best_model_checkpoint)
         # The average is what was found best, and what will be saved
         self.run_state.load_part("policy", Path(self.state.best_model_checkpoint))

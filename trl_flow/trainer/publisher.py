@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo
 from peft import PeftModel
+from transformers import TrainerState
 from transformers.utils import logging
 
 from trl_flow import sharing
@@ -26,6 +27,12 @@ class Publisher:
         # One upload at a time: two commits to one branch at once would be in each other's way
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trl_flow-upload")
         self._uploads: list[Future[CommitInfo]] = []
+
+    def where(self, is_lora: bool, state: TrainerState) -> str:
+        """For the end of a run: where its result is."""
+        folder = self.args.output_dir
+        load = f", which pipeline.load_lora_weights({folder!r}) loads" if is_lora else ""
+        return f"Trained {state.global_step} updates. The {'adapter' if is_lora else 'model'} is in {folder}{load}."
 
     def write_card(
         self, model: torch.nn.Module, log_history: list[dict], hub_model_id: str | None, tags=None, **names: str | None

@@ -1,0 +1,74 @@
+"""[`RunFolder`]: an output folder belongs to one run. What another one left there is moved, never written over."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from transformers.utils import logging
+
+from trl_flow.evaluation.outputs import locked
+from trl_flow.evaluation.run_log import LOG_NAME
+from trl_flow.sharing import weight_files
+from trl_flow.trainer.checkpoints import complete_checkpoints
+from trl_flow.trainer.flow_rl_config import FlowRLConfig
+from trl_flow.trainer.over_optimization import BEST_FOLDER
+
+
+logger = logging.get_logger(__name__)
+
+PREVIOUS = "previous"
+# What a run writes besides checkpoints and weights
+_OF_A_RUN = ("README.md", "rewards.png", "training_args.json", "trainer_state.json", LOG_NAME, "diagnostics.md")
+_FOLDERS_OF_A_RUN = ("images", "plots", BEST_FOLDER)
+
+
+class RunFolder:
+    """`output_dir` of one trainer. All methods but `locked` are for the process that writes."""
+
+    def __init__(self, args: FlowRLConfig):
+        self.path, self._writes = Path(args.output_dir), args.should_save
+        self._is_own = False
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from training into it; `ValueError` if one does."""
+        with locked(self.path, "training") if self._writes else contextlib.nullcontext():
+            yield
+
+    def claim(self, checkpoint: str | None = None) -> None:
+        """Before the first thing is written. Unless it goes on from a `checkpoint` in this folder, what another run
+        left here is moved to `previous-1` (or -2 ...); if it does, checkpoints of later updates are. Both are warned
+        of. A trainer's second run goes on in its first one's folder."""
+        if not self._is_own and self._writes:
+            weights = [path for path in weight_files(self.path) if path.suffix == ".safetensors"]
+            checkpoints = [path for path in self.path.glob("checkpoint-*") if path.is_dir()]
+            log = self.path / LOG_NAME
+            has_log = log.is_file() and log.stat().st_size > 0
+            if checkpoint is not None and Path(checkpoint).parent.resolve() == self.path.resolve():
+                self._move_later_ones(checkpoint)
+            elif weights or checkpoints or has_log:
+                own = [*_OF_A_RUN, *_FOLDERS_OF_A_RUN, *(path.name for path in weight_files(self.path))]
+                to = move_aside(self.path, [*own, *(path.name for path in checkpoints)])
+                last = list(complete_checkpoints(to).values())[-1:]
+                go_on = f" To go on with it: resume_from_checkpoint={str(last[0])!r}." if last else ""
+                logger.warning(f"{self.path} held another run, which is moved to {to}: this one begins anew.{go_on}")
+        self._is_own = True
+
+    def _move_later_ones(self, checkpoint: str) -> None:
+        step = int(Path(checkpoint).name.rsplit("-", 1)[1])
+        if later := [path.name for other, path in complete_checkpoints(self.path).items() if other > step]:
+            to = move_aside(self.path, later)
+            what = f"Later checkpoints than {checkpoint}, from which this run goes on, are moved to {to}"
+            logger.warning(f"{what}: {', '.join(later)}.")
+
+
+def move_aside(folder: Path, names: list[str]) -> Path:
+    """Moves what there is of `names` in `folder` to a new folder in it, which is returned."""
+    number = 1
+    while (to := folder / f"{PREVIOUS}-{number}").exists():
+        number += 1
+    to.mkdir()
+    for name in dict.fromkeys(names):
+        if (folder / name).exists():
+            (folder / name).rename(to / name)
+    return to
