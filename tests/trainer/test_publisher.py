@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load, save_file
 from tiny_painter import tiny_painter_backbone
 from tiny_training import tiny_config
+from transformers import TrainerState
 
 from trl_flow.sharing import PushError
 from trl_flow.trainer.publisher import Publisher
@@ -105,7 +106,7 @@ def test_the_card_shows_the_curve_the_latest_grid_and_the_rewards(tmp_path):
         path.write_bytes(b"")
         os.utime(path, (1000 - age, 1000 - age))
     logs = [{"step": step, "reward": step / 10, "rewards/brightness/mean": step / 10} for step in (1, 2)]
-    own.write_card(own.backbone.model, logs, None, model_name="The painter", tags="painting")
+    own.write_card(own.backbone.model, TrainerState(log_history=logs), None, model_name="The painter", tags="painting")
     card = (tmp_path / "run" / "README.md").read_text()
     assert "# The painter" in card and "- painting" in card and "`brightness`" in card
     assert "A fine-tuned painter" in card and "| noise\\_level | 0.6 |" in card

@@ -194,6 +194,45 @@ def test_another_phase_is_refused_before_anything_is_loaded(fields, parts, whole
     assert trainer.state.global_step == 0 and trainer.optimizer is None
 
 
+# The same 8 images a phase and the same two updates with them
+SAME = {"4 x 1": (4, 2, 1, 1), "2 x 2": (2, 4, 2, 1), "1 x 4": (1, 8, 4, 1)}
+# and the same images with other updates: four, the same samples twice, one, half a one
+OTHERS = {"four": (2, 4, 1, 1), "twice": (8, 1, 1, 2), "one": (4, 2, 2, 1), "half": (4, 2, 4, 1)}
+
+
+def split(name: str) -> dict[str, int]:
+    names = ("per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps", "num_iterations")
+    return dict(zip(names, (SAME | OTHERS)[name], strict=True))
+
+
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory):
+    folders, weights = {}, {}
+    for name in ("4 x 1", "2 x 2"):
+        folders[name] = tmp_path_factory.mktemp("matrix")
+        trainer = tiny_trainer(folders[name], save_strategy="steps", save_steps=1, **STEADY, **split(name))
+        trainer.train()
+        weights[name] = trained_weights(trainer)
+    assert distance(weights["4 x 1"], weights["2 x 2"]) < 1e-5
+    return folders, weights["4 x 1"]
+
+
+@pytest.mark.parametrize("step", [4, 5], ids=["at a phase's end", "in its middle"])
+@pytest.mark.parametrize("resumed", SAME | OTHERS)
+@pytest.mark.parametrize("saved", ["4 x 1", "2 x 2"])
+def test_what_is_resumed_is_equal_or_refused(saved, resumed, step, matrix, tmp_path):
+    folders, weights = matrix
+    trainer = tiny_trainer(tmp_path, **STEADY, **split(resumed))
+    before, checkpoint = trained_weights(trainer), str(folders[saved] / f"checkpoint-{step}")
+    if resumed == saved or (resumed in SAME and step == 4):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert trainer.state.global_step == 6 and distance(trained_weights(trainer), weights) < 1e-5
+        return
+    with pytest.raises(ValueError, match="was written with .*, but this run has"):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    assert distance(trained_weights(trainer), before) == 0 and trainer.optimizer is None
+
+
 # ---- All that has a state ----
 
 

@@ -83,6 +83,7 @@ def create_model_card(
     settings: Mapping[str, object], is_lora: bool, repo_id: str | None = None, model_name: str | None = None,
     reward_names: Sequence[str] = (), dataset_name: str | None = None, tags: Sequence[str] = (),
     curves: str | os.PathLike | None = None, samples: Sequence[tuple[str | os.PathLike, str | None]] = (),
+    note: str = "",
 ) -> Path:  # fmt: skip
     """
     Writes `README.md` to `folder`: front matter for the Hub, how to load the model, rewards' curves and sample images,
@@ -102,6 +103,8 @@ def create_model_card(
         curves (`str` or `os.PathLike`, *optional*): plot of the rewards' curves, inside `folder`.
         samples (`Sequence[tuple[str | os.PathLike, str | None]]`): images inside `folder`, each with its prompt, or
             `None` for a grid of several. Those with a prompt also become the Hub's gallery.
+
+        note (`str`): Markdown that a reader has to know of these weights, such as that they are not the best ones.
 
     Raises:
         ValueError: if an image lies outside `folder`, where the card could not show it.
@@ -131,6 +134,7 @@ def create_model_card(
         *(f"# {_text(name)}", "<Gallery />" if gallery else ""),
         f"A {what} {_origin(base_model)[0]}, trained by online reinforcement learning{rewards} with `trl_flow`"
         + (f", after {_list(methods)}." if methods else "."),
+        note,
         *("## How to load", f"```python\n{code}\n```"),
     ]
     if curves is not None and (folder / curves).is_file():

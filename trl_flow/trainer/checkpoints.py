@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from trl_flow.sharing import weight_files
+from trl_flow.sharing.weights import LORA_WEIGHT_NAME, weight_files
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.run_state import STATE_NAME, TENSORS_NAME
 
@@ -41,12 +41,17 @@ def missing_in(checkpoint: str | os.PathLike, rank: int) -> str | None:
         return f"{min(wanted)} is missing"
     state = json.loads((folder / STATE_NAME).read_text())
     is_sharded = any(name.startswith(("global_step", "pytorch_model_fsdp")) for name in names)
-    if not is_sharded and not any(path.suffix == ".safetensors" for path in weight_files(folder)):
+    # The file for diffusers is not read: it may hold an average
+    weights = {path.name for path in weight_files(folder)} - {LORA_WEIGHT_NAME}
+    if not is_sharded and not any(name.endswith(".safetensors") for name in weights):
         return "the weights are missing"
+    for index in (name for name in weights if name.endswith(".index.json")):
+        if missing := set(json.loads((folder / index).read_text())["weight_map"].values()) - weights:
+            return f"{min(missing)} is missing"
     if not any(name.startswith(("optimizer", "global_step")) for name in names):
         return (
             "it holds the model alone (save_only_model=True), not the optimizer's state, with which a run goes on. "
-            "Train without save_only_model, or begin a new run from its weights"
+            "Train without save_only_model, or begin a new run from these weights (of an adapter: init_adapter)"
         )
     wanted = set() if "latest" in names else {"scheduler.pt"}  # DeepSpeed may hold it in a file of its own
     saved_by = state["settings"]["num_processes"]

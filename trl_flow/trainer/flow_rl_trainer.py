@@ -376,7 +376,7 @@ class FlowRLTrainer(SavingTrainer):
         `model_name` is its title, `dataset_name` the Hub id of the prompts."""
         if self.is_world_process_zero():
             names = {"model_name": model_name, "dataset_name": dataset_name, "tags": tags}
-            self.publisher.write_card(self.policy.module, self.state.log_history, self.hub_model_id, **names)
+            self.publisher.write_card(self.policy.module, self.state, self.hub_model_id, **names)
 
     def push_to_hub(
         self,

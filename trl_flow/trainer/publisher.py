@@ -14,6 +14,7 @@ from transformers.utils import logging
 from trl_flow import sharing
 from trl_flow.backbones import Backbone
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
+from trl_flow.trainer.over_optimization import BEST_FOLDER, better_kept
 
 
 logger = logging.get_logger(__name__)
@@ -29,19 +30,34 @@ class Publisher:
         self._uploads: list[Future[CommitInfo]] = []
 
     def where(self, is_lora: bool, state: TrainerState) -> str:
-        """For the end of a run: where its result is."""
+        """For the end of a run: where its result is, and whether a better one is elsewhere."""
         folder = self.args.output_dir
         load = f", which pipeline.load_lora_weights({folder!r}) loads" if is_lora else ""
-        return f"Trained {state.global_step} updates. The {'adapter' if is_lora else 'model'} is in {folder}{load}."
+        said = f"Trained {state.global_step} updates. The {'adapter' if is_lora else 'model'} is in {folder}{load}."
+        return f"{said} {self._of_another_update(state, f'in {Path(folder, BEST_FOLDER)}')}".rstrip()
+
+    def _of_another_update(self, state: TrainerState, where: str) -> str:
+        """Of which update the weights in the output folder are, if they are not the best by gold."""
+        step = state.global_step
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            step = state.best_global_step
+        better = better_kept(self.args.output_dir, step)
+        if better is None:
+            return ""
+        average = f"{better['gold_average']:.4g} (the base model has 1)"
+        return (
+            f"These are the weights of update {step}. The gold average was highest after update {better['step']}: "
+            f"{average}. That model is {where}."
+        )
 
     def write_card(
-        self, model: torch.nn.Module, log_history: list[dict], hub_model_id: str | None, tags=None, **names: str | None
+        self, model: torch.nn.Module, state: TrainerState, hub_model_id: str | None, tags=None, **names: str | None
     ) -> None:
         """Writes `README.md` to the output folder, for `model` as it was trained, unwrapped. `tags`, and `model_name`
         and `dataset_name`, are as for [`FlowRLTrainer.create_model_card`]."""
         folder = Path(self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        curves = None
+        curves, log_history = None, state.log_history
         if any("reward" in entry for entry in log_history):
             from trl_flow.evaluation.plots import reward_curves  # matplotlib takes a second to import
 
@@ -56,7 +72,8 @@ class Publisher:
         run = {"settings": settings, "is_lora": is_lora, "reward_names": self.reward_names, "curves": curves}
         samples = [(grid.relative_to(folder), None) for grid in grids[-1:]]
         tags = [tags] if isinstance(tags, str) else list(tags or [])
-        sharing.create_model_card(folder, **about, **run, tags=tags, samples=samples)
+        note = self._of_another_update(state, "not here; it is in the run's folder, in `best_gold`")
+        sharing.create_model_card(folder, note=note, **about, **run, tags=tags, samples=samples)
 
     def push(
         self, hub_model_id: str, commit_message: str = "End of training", *, blocking: bool = True, include=(), **where
