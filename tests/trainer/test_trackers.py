@@ -48,7 +48,7 @@ def test_trackers_whose_axis_is_a_metric(name, monkeypatch):
 
 def test_swanlab(monkeypatch):
     calls = Calls()
-    tracker(monkeypatch, "swanlab", log=calls, Image=lambda image: ("picture", image), get_run=object)
+    tracker(monkeypatch, "swanlab", log=calls, Image=lambda image: ("picture", image))
     log(["swanlab"])
     assert calls == [(({"images/step": ("picture", PICTURE)},), {"step": STEP})]
 
@@ -78,10 +78,9 @@ def test_tensorboard():
 def test_trackers_without_a_run_get_nothing(monkeypatch):
     calls = Calls()
     tracker(monkeypatch, "wandb", log=calls, Image=calls, run=None)
-    tracker(monkeypatch, "swanlab", log=calls, Image=calls, get_run=lambda: None)
     tracker(monkeypatch, "mlflow", log_image=calls, active_run=lambda: None)
     tracker(monkeypatch, "comet_ml", get_running_experiment=lambda: None)
-    log(["wandb", "swanlab", "mlflow", "comet_ml"])
+    log(["wandb", "mlflow", "comet_ml"])
     assert calls == []
 
 

@@ -119,8 +119,9 @@ def _run(trainer: "FlowGRPOTrainer", resume: str | None, dataset_name: str | Non
             where = f"The last checkpoint is {found[max(found)]}. Go on from it with the same command and "
             where += "--resume_from_checkpoint true."
         raise KeyboardInterrupt(where) from None
-    trainer.save_model(folder, _internal_call=True)  # the push below is the only one
-    trainer.accelerator.print(f"Saved to {folder}.")
+    if trainer.args.save_strategy == "no":
+        trainer.save_model(folder, _internal_call=True)  # the push below is the only one
+        trainer.accelerator.print(f"Saved to {folder}.")
     if trainer.args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
         trainer.accelerator.print(f"Pushed to {trainer.hub_model_id}.")

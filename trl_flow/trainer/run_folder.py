@@ -62,6 +62,11 @@ class RunFolder:
             logger.warning(f"{what}: {', '.join(later)}.")
 
 
+def is_aside(path: Path) -> bool:
+    """Whether `move_aside` has made this folder."""
+    return path.name.removeprefix(f"{PREVIOUS}-").isdecimal()
+
+
 def move_aside(folder: Path, names: list[str]) -> Path:
     """Moves what there is of `names` in `folder` to a new folder in it, which is returned."""
     number = 1

@@ -21,7 +21,7 @@ def log_image(image: Image.Image, name: str, report_to: list[str], state: Traine
         trackio.log({name: trackio.Image(image), **on_axis})
     if (mlflow := modules.get("mlflow")) is not None and mlflow.active_run() is not None:
         mlflow.log_image(image, key=name, step=step)
-    if (swanlab := modules.get("swanlab")) is not None and swanlab.get_run() is not None:
+    if (swanlab := modules.get("swanlab")) is not None:
         swanlab.log({name: swanlab.Image(image)}, step=step)
     if "comet_ml" in report_to and (experiment := import_module("comet_ml").get_running_experiment()) is not None:
         experiment.log_image(image, name=name, step=step)
