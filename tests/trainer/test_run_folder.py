@@ -56,6 +56,12 @@ def test_a_trainers_second_run_goes_on_in_its_folder(tmp_path):
         trainer.train()
         trainer.train()
     assert messages == [] and not (tmp_path / "previous-1").exists()
+    # but later checkpoints than the one that it goes back to are another branch's
+    trainer.args.max_steps = 3
+    trainer.train()
+    with warnings_of(LOGGER) as messages:
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert "checkpoint-2, checkpoint-3" in messages[0]
 
 
 def test_a_trainer_that_has_not_trained_does_not_replace_an_adapter(tmp_path):

@@ -271,7 +271,7 @@ class FlowRLTrainer(SavingTrainer):
                 if self.evaluator.is_untrained and self.state.global_step == 0 and not self.args.eval_on_start:
                     self._log_evaluation(result, "eval" if name is None else f"eval_{name}")
         self.evaluator.is_untrained = False
-        if self.run_state.evaluation_due:
+        if self.run_state.evaluation_due and self.args.eval_strategy != "no":
             self._evaluate_saved()
 
     def _after_update(self) -> None:

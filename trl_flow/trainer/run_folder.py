@@ -9,7 +9,7 @@ from transformers.utils import logging
 from trl_flow.evaluation.outputs import locked
 from trl_flow.evaluation.run_log import LOG_NAME
 from trl_flow.sharing import weight_files
-from trl_flow.trainer.checkpoints import complete_checkpoints
+from trl_flow.trainer.checkpoints import complete_checkpoints, missing_in, step_of
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.over_optimization import BEST_FOLDER
 
@@ -18,8 +18,10 @@ logger = logging.get_logger(__name__)
 
 PREVIOUS = "previous"
 # What a run writes besides checkpoints and weights
-_OF_A_RUN = ("README.md", "rewards.png", "training_args.json", "trainer_state.json", LOG_NAME, "diagnostics.md")
-_FOLDERS_OF_A_RUN = ("images", "plots", BEST_FOLDER)
+_OF_A_RUN = (
+    *("README.md", "rewards.png", "training_args.json", "trainer_state.json", LOG_NAME, "diagnostics.md"),
+    *("images", "plots", BEST_FOLDER),
+)
 
 
 class RunFolder:
@@ -39,24 +41,30 @@ class RunFolder:
         """Before the first thing is written. Unless it goes on from a `checkpoint` in this folder, what another run
         left here is moved to `previous-1` (or -2 ...); if it does, checkpoints of later updates are. Both are warned
         of. A trainer's second run goes on in its first one's folder."""
-        if not self._is_own and self._writes:
-            weights = [path for path in weight_files(self.path) if path.suffix == ".safetensors"]
-            checkpoints = [path for path in self.path.glob("checkpoint-*") if path.is_dir()]
-            log = self.path / LOG_NAME
-            has_log = log.is_file() and log.stat().st_size > 0
-            if checkpoint is not None and Path(checkpoint).parent.resolve() == self.path.resolve():
-                self._move_later_ones(checkpoint)
-            elif weights or checkpoints or has_log:
-                own = [*_OF_A_RUN, *_FOLDERS_OF_A_RUN, *(path.name for path in weight_files(self.path))]
-                to = move_aside(self.path, [*own, *(path.name for path in checkpoints)])
-                last = list(complete_checkpoints(to).values())[-1:]
-                go_on = f" To go on with it: resume_from_checkpoint={str(last[0])!r}." if last else ""
-                logger.warning(f"{self.path} held another run, which is moved to {to}: this one begins anew.{go_on}")
+        goes_on = checkpoint is not None and Path(checkpoint).parent.resolve() == self.path.resolve()
+        if goes_on and self._writes:
+            self._move_later_than(checkpoint)
+        elif self._writes and not self._is_own:
+            self._move_another_run()
         self._is_own = True
 
-    def _move_later_ones(self, checkpoint: str) -> None:
-        step = int(Path(checkpoint).name.rsplit("-", 1)[1])
-        if later := [path.name for other, path in complete_checkpoints(self.path).items() if other > step]:
+    def _move_another_run(self) -> None:
+        weights = weight_files(self.path)
+        checkpoints = [path for path in self.path.glob("checkpoint-*") if path.is_dir()]
+        log = self.path / LOG_NAME
+        has_log = log.is_file() and log.stat().st_size > 0
+        if not (has_log or checkpoints or any(path.suffix == ".safetensors" for path in weights)):
+            return
+        to = move_aside(self.path, [*_OF_A_RUN, *(path.name for path in [*weights, *checkpoints])])
+        last = list(complete_checkpoints(to).values())[-1:]
+        go_on = f" To go on with it: resume_from_checkpoint={str(last[0])!r}." if last else ""
+        logger.warning(f"{self.path} held another run, which is moved to {to}: this one begins anew.{go_on}")
+
+    def _move_later_than(self, checkpoint: str) -> None:
+        steps = {path: path.name.rsplit("-", 1)[1] for path in self.path.glob("checkpoint-*")}
+        later = [path for path, step in steps.items() if step.isdecimal() and int(step) > step_of(checkpoint)]
+        # One whose writing was interrupted is written over
+        if later := sorted(path.name for path in later if missing_in(path, 0) is None):
             to = move_aside(self.path, later)
             what = f"Later checkpoints than {checkpoint}, from which this run goes on, are moved to {to}"
             logger.warning(f"{what}: {', '.join(later)}.")
