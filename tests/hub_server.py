@@ -21,7 +21,8 @@ class HubServer:
     Attributes:
         url (`str`): address, `http://127.0.0.1:port`.
         user, token (`str`): the one account and its token; other tokens are refused with 401.
-        repos (`dict[str, dict[str, bytes]]`): files of each repository's main branch.
+        repos (`dict[str, dict[str, bytes]]`): files of each repository's main branch; those of another are
+            under `owner/name@branch`.
         private (`dict[str, bool]`): whether a repository was made private.
         commits (`list[tuple[str, str]]`): repository and title of each commit, in order.
         requests (`list[tuple[str, str]]`): method and path of each request, in order.
@@ -79,14 +80,15 @@ class _Handler(BaseHTTPRequestHandler):
         ("GET", r"/api/whoami-v2", "whoami"),
         ("POST", r"/api/repos/create", "create_repo"),
         ("POST", r"/api/validate-yaml", "validate_card"),
-        ("POST", r"/api/models/([^/]+/[^/]+)/preupload/[^/]+", "preupload"),
+        ("POST", r"/api/models/([^/]+/[^/]+)/branch/([^/]+)", "create_branch"),
+        ("POST", r"/api/models/([^/]+/[^/]+)/preupload/([^/]+)", "preupload"),
         ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
         ("PUT", r"/lfs/(\w{64})", "lfs_upload"),
-        ("POST", r"/api/models/([^/]+/[^/]+)/commit/[^/]+", "commit"),
-        ("GET", r"/api/models/([^/]+/[^/]+)(?:/revision/[^/]+)?", "repo_info"),
-        ("GET", r"/api/models/([^/]+/[^/]+)/tree/[^/]+/?", "tree"),
-        ("GET", r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", "resolve"),
-        ("HEAD", r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", "resolve"),
+        ("POST", r"/api/models/([^/]+/[^/]+)/commit/([^/]+)", "commit"),
+        ("GET", r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", "repo_info"),
+        ("GET", r"/api/models/([^/]+/[^/]+)/tree/([^/]+)/?", "tree"),
+        ("GET", r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
+        ("HEAD", r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
         ("HEAD", r"/api/telemetry/.*", "telemetry"),
     ]
     public = ("lfs_upload", "telemetry")  # the address of an upload is itself the permission
@@ -142,15 +144,23 @@ class _Handler(BaseHTTPRequestHandler):
         ]
         self._json({"errors": errors, "warnings": []}, status=400 if errors else 200)
 
-    def preupload(self, body: bytes, repo_id: str) -> None:
+    def create_branch(self, body: bytes, repo_id: str, branch: str) -> None:
         if repo_id not in self.hub.repos:
             return self._no_repo()
+        if branch == "main" or f"{repo_id}@{branch}" in self.hub.repos:
+            return self._error(409, "Reference already exists")
+        self.hub.repos[f"{repo_id}@{branch}"] = dict(self.hub.repos[repo_id])
+        self._json({})
+
+    def preupload(self, body: bytes, repo_id: str, revision: str) -> None:
+        if (at := self._at(repo_id, revision)) is None:
+            return
         files = [
             {
                 "path": file["path"],
                 "uploadMode": "lfs" if file["path"].endswith(_LFS_SUFFIXES) else "regular",
                 "shouldIgnore": False,
-                "oid": self._oid(self.hub.repos[repo_id].get(file["path"]), file["path"]),
+                "oid": self._oid(self.hub.repos[at].get(file["path"]), file["path"]),
             }
             for file in json.loads(body)["files"]
         ]
@@ -172,11 +182,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub._blobs[oid] = body
         self._json({})
 
-    def commit(self, body: bytes, repo_id: str) -> None:
-        if repo_id not in self.hub.repos:
-            return self._no_repo()
+    def commit(self, body: bytes, repo_id: str, revision: str) -> None:
+        if (at := self._at(repo_id, revision)) is None:
+            return
         # Nothing is changed until the whole commit is known to be good
-        files, title = dict(self.hub.repos[repo_id]), None
+        files, title = dict(self.hub.repos[at]), None
         for line in body.decode().splitlines():
             entry = json.loads(line)
             value = entry["value"]
@@ -192,30 +202,30 @@ class _Handler(BaseHTTPRequestHandler):
                 files.pop(value["path"], None)
             else:
                 return self._error(400, f"unknown operation {entry['key']}")
-        self.hub.repos[repo_id] = files
-        self.hub.commits.append((repo_id, title))
-        revision = self.hub.revision(repo_id)
+        self.hub.repos[at] = files
+        self.hub.commits.append((at, title))
+        revision = self.hub.revision(at)
         self._json({"commitUrl": f"{self.hub.url}/{repo_id}/commit/{revision}", "commitOid": revision})
 
-    def repo_info(self, body: bytes, repo_id: str) -> None:
-        if repo_id not in self.hub.repos:
-            return self._no_repo()
-        siblings = [{"rfilename": path} for path in sorted(self.hub.repos[repo_id])]
+    def repo_info(self, body: bytes, repo_id: str, revision: str | None = None) -> None:
+        if (at := self._at(repo_id, revision)) is None:
+            return
+        siblings = [{"rfilename": path} for path in sorted(self.hub.repos[at])]
         self._json(
             {
                 "_id": repo_id,
                 "id": repo_id,
                 "modelId": repo_id,
-                "sha": self.hub.revision(repo_id),
+                "sha": self.hub.revision(at),
                 "private": self.hub.private[repo_id],
                 "siblings": siblings,
             }
         )
 
-    def tree(self, body: bytes, repo_id: str) -> None:
-        if repo_id not in self.hub.repos:
-            return self._no_repo()
-        files = self.hub.repos[repo_id]
+    def tree(self, body: bytes, repo_id: str, revision: str) -> None:
+        if (at := self._at(repo_id, revision)) is None:
+            return
+        files = self.hub.repos[at]
         self._json(
             [
                 {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
@@ -223,13 +233,13 @@ class _Handler(BaseHTTPRequestHandler):
             ]
         )
 
-    def resolve(self, body: bytes, repo_id: str, path: str) -> None:
-        if repo_id not in self.hub.repos:
-            return self._no_repo()
-        content = self.hub.repos[repo_id].get(path)
+    def resolve(self, body: bytes, repo_id: str, revision: str, path: str) -> None:
+        if (at := self._at(repo_id, revision)) is None:
+            return
+        content = self.hub.repos[at].get(path)
         if content is None:
             return self._error(404, "Entry not found", code="EntryNotFound")
-        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": self.hub.revision(repo_id)}
+        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": self.hub.revision(at)}
         self._send(200, content, "application/octet-stream", headers)
 
     def telemetry(self, body: bytes) -> None:
@@ -255,6 +265,16 @@ class _Handler(BaseHTTPRequestHandler):
         if path.endswith(_LFS_SUFFIXES):
             return hashlib.sha256(content).hexdigest()
         return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+    def _at(self, repo_id: str, revision: str | None) -> str | None:
+        """Where the files of a revision are; `None` once it is answered that there is none."""
+        if repo_id not in self.hub.repos:
+            return self._no_repo()
+        if revision in (None, "main") or re.fullmatch(r"[0-9a-f]{40}", revision):
+            return repo_id
+        if f"{repo_id}@{revision}" not in self.hub.repos:
+            return self._error(404, f"Invalid rev id: {revision}", code="RevisionNotFound")
+        return f"{repo_id}@{revision}"
 
     def _no_repo(self) -> None:
         self._error(404, "Repository not found", code="RepoNotFound")

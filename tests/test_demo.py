@@ -102,12 +102,15 @@ def test_the_saved_adapter_draws_the_images_that_were_scored(demo, tiny_sd3_path
 def test_again_in_the_same_folder_gives_the_same(demo, tiny_sd3_path, tmp_path, capsys):
     results, folder = demo
     (folder / "images" / "step-999999.png").write_bytes(b"of a longer demo")
+    before = {path.name for path in folder.iterdir()} - {".lock"}
     again = run_demo(TINY, output_dir=folder, model=tiny_sd3_path)
     for name, score in results["scores"].items():
         assert again["scores"][name]["mean_after"] == pytest.approx(score["mean_after"], abs=ROUNDING)
     assert not (folder / "images" / "step-999999.png").exists()
+    assert {path.name for path in (folder / "previous-1").iterdir()} == before
     shown = capsys.readouterr().out
     assert "shapes_strict" in shown and "load_lora_weights" in shown and str(folder) in shown
+    assert f"{folder} held an earlier demo, which is moved to {folder / 'previous-1'}" in shown
 
 
 def test_seed_and_method_matter(demo, tiny_sd3_path, tmp_path):

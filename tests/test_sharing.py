@@ -30,7 +30,6 @@ from trl_flow.backbones import get_backbone
 from trl_flow.sharing import (
     PushError,
     check_lora_config,
-    copy_weights,
     create_model_card,
     hub_model_id,
     load_full,
@@ -40,6 +39,7 @@ from trl_flow.sharing import (
     save_lora,
     training_settings,
     upload,
+    weight_files,
 )
 
 
@@ -238,20 +238,16 @@ def test_full_weights_load_in_stock_diffusers(tiny_sd3, tiny_sd3_path, tmp_path)
 
 
 @pytest.mark.parametrize("is_lora", [True, False], ids=["lora", "full"])
-def test_only_the_weights_of_a_checkpoint_are_copied(tiny_sd3, tmp_path, is_lora):
-    checkpoint, target = tmp_path / "checkpoint-5", tmp_path / "out"
+def test_the_weights_of_a_checkpoint_are_told_from_its_other_files(tiny_sd3, tmp_path, is_lora):
     if is_lora:
         add_random_lora(tiny_sd3)
-        save_lora(StableDiffusion3Pipeline, tiny_sd3.transformer, checkpoint)
+        save_lora(StableDiffusion3Pipeline, tiny_sd3.transformer, tmp_path)
     else:
-        save_full(tiny_sd3.transformer, checkpoint)
-    weights = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
-    for name in ("optimizer.pt", "rollouts-0.safetensors", "trainer_state.json"):
-        (checkpoint / name).write_text("")
-    copy_weights(checkpoint, target)
-    assert {path.name: path.read_bytes() for path in target.iterdir()} == weights
-    with pytest.raises(FileNotFoundError, match="holds no weights"):
-        copy_weights(tmp_path, target)
+        save_full(tiny_sd3.transformer, tmp_path)
+    written = set(tmp_path.iterdir())
+    for name in ("optimizer.pt", "rollouts-0.safetensors", "run_state.safetensors", "trainer_state.json"):
+        (tmp_path / name).write_text("")
+    assert set(weight_files(tmp_path)) == written
 
 
 def test_full_weights_in_shards(tiny_sd3, tmp_path, monkeypatch):
@@ -551,7 +547,8 @@ def finished_run(tiny_sd3, run_folder):
     return run_folder
 
 
-SHARED = LORA_FILES | {"README.md", "results.json", "rewards.png", "images/step 10.png", "images/grid.png"}
+# The card shows one of the two samples, and no curve
+SHARED = LORA_FILES | {"README.md", "images/step 10.png"}
 
 
 def test_push_and_load_back_with_the_real_client(hub_server, finished_run, tiny_sd3, tiny_sd3_path, tmp_path):
@@ -576,17 +573,50 @@ def test_push_and_load_back_with_the_real_client(hub_server, finished_run, tiny_
 def test_pushing_again_commits_only_what_changed(hub_server, finished_run):
     upload(finished_run, "tester/tuned")
     sent = len([request for request in hub_server.requests if request[0] == "PUT"])
-    (finished_run / "results.json").write_text('{"reward": 1}')
+    card = finished_run / "README.md"
+    card.write_text(card.read_text() + "More.\n")
     upload(finished_run, "tester/tuned", commit_message="Second")
-    assert hub_server.repos["tester/tuned"]["results.json"] == b'{"reward": 1}'
+    assert hub_server.repos["tester/tuned"]["README.md"].endswith(b"More.\n")
     assert [title for _, title in hub_server.commits] == ["End of training", "Second"]
     assert len([request for request in hub_server.requests if request[0] == "PUT"]) == sent
 
 
 def test_a_checkpoint_is_pushed_whole_into_a_subfolder(hub_server, finished_run):
-    upload(finished_run / "checkpoint-5", "tester/tuned", path_in_repo="last-checkpoint", everything=True)
+    upload(finished_run / "checkpoint-5", "tester/tuned", checkpoint_as="last-checkpoint")
+    files = hub_server.repos["tester/tuned"]
+    names = {"last-checkpoint/optimizer.pt", "last-checkpoint/adapter_model.safetensors"}
+    assert files.keys() - {".gitattributes"} == names
+    # what the next one has not is taken away
+    (finished_run / "checkpoint-5" / "optimizer.pt").rename(finished_run / "checkpoint-5" / "optimizer.bin")
+    upload(finished_run / "checkpoint-5", "tester/tuned", checkpoint_as="last-checkpoint")
     files = hub_server.repos["tester/tuned"].keys() - {".gitattributes"}
-    assert files == {"last-checkpoint/optimizer.pt", "last-checkpoint/adapter_model.safetensors"}
+    assert files == {"last-checkpoint/optimizer.bin", "last-checkpoint/adapter_model.safetensors"}
+
+
+def test_what_is_asked_for_is_shared_too_and_samples_of_an_earlier_card_are_taken_away(hub_server, finished_run):
+    upload(finished_run, "tester/tuned", include=["images/*.png", "results.json"])
+    files = hub_server.repos["tester/tuned"].keys() - {".gitattributes"}
+    assert files == SHARED | {"images/grid.png", "results.json"}
+    write_card(finished_run, samples=[("images/grid.png", None)], curves="rewards.png")
+    upload(finished_run, "tester/tuned")
+    files = hub_server.repos["tester/tuned"].keys() - {".gitattributes"}
+    assert files == LORA_FILES | {"README.md", "results.json", "images/grid.png", "rewards.png"}
+
+
+def test_a_card_that_links_elsewhere_takes_nothing_along(hub_server, finished_run, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "private.png")
+    (finished_run / "linked.png").symlink_to(tmp_path / "private.png")
+    links = "../private.png", "linked.png", str(tmp_path / "private.png"), "notes.txt", "https://host/x.png"
+    (finished_run / "README.md").write_text("".join(f"![x]({link})\n" for link in links))
+    upload(finished_run, "tester/tuned")
+    assert hub_server.repos["tester/tuned"].keys() - {".gitattributes"} == LORA_FILES | {"README.md"}
+
+
+def test_a_branch_is_made(hub_server, finished_run):
+    for _ in range(2):
+        upload(finished_run, "tester/tuned", revision="exp1")
+    assert hub_server.repos["tester/tuned"].keys() == {".gitattributes"}
+    assert hub_server.repos["tester/tuned@exp1"].keys() >= SHARED
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,13 @@ from PIL import Image
 from trl_flow import FlowGRPOConfig, FlowGRPOTrainer, GuardConfig
 from trl_flow.evaluation.drawing import draw
 from trl_flow.evaluation.grids import before_after_grid, evenly, image_grid
-from trl_flow.evaluation.outputs import versions, write_json
+from trl_flow.evaluation.outputs import LOCK, versions, write_json
 from trl_flow.evaluation.scoring import paired_difference, score_images
 from trl_flow.evaluation.tables import score_table
 from trl_flow.rewards import ShapesReward
 from trl_flow.shapes import IMAGE_SIZE, load_prompts, pipeline_path
 from trl_flow.shapes.bundled import BUNDLED, T5_TOKENS, is_bundled
+from trl_flow.trainer.run_folder import is_aside, move_aside
 
 
 RESULTS = "results.json"
@@ -96,7 +97,7 @@ def run_demo(
     Draws held-out prompts, trains the bundled model, draws the same again, and writes what came out of it.
 
     `output_dir` then holds `results.json`, `before.png`, `after.png`, `before_after.png`, `rewards.png`, the adapter
-    in diffusers' format, its model card, and what the trainer writes. An earlier demo's files are replaced.
+    in diffusers' format, its model card, and what the trainer writes. An earlier demo's files are moved aside.
 
     Args:
         settings ([`DemoSettings`]): how long and on what.
@@ -206,10 +207,13 @@ def _claim(output_dir: str | os.PathLike) -> Path:
             )
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if earlier := [
+            path.name for path in folder.iterdir() if path.name not in (LOCK, RESULTS) and not is_aside(path)
+        ]:
+            to = move_aside(folder, [*earlier, RESULTS])
+            print(f"{folder} held an earlier demo, which is moved to {to}.", flush=True)
         # From now on the folder is a demo's, even if this one is interrupted
         (folder / RESULTS).write_text("{}\n")
-        for grid in folder.glob("images/step-*.png"):
-            grid.unlink()
     except OSError as error:
         why = f"{folder} cannot be written to ({error.strerror or error})"
         raise DemoError(f"{why}. Choose another folder with --output-dir.") from error

@@ -211,6 +211,16 @@ def resume(folder: str) -> list[float]:
         assert_equal(trained_weights(rest), expected)
     average = {f"average.{i}": p.contiguous() for i, p in enumerate(whole.policy.ema.shadow_params)}
     save_file(expected | average, Path(folder, f"resumed-{RANK}.safetensors"))
+    # What one process has left goes on in two at a phase's end, and is refused in its middle
+    alone = os.path.join(folder, "..", "alone")
+    rest = tiny_trainer(os.path.join(folder, "of one"), per_device_train_batch_size=2, **RESUMED)
+    try:
+        rest.train(resume_from_checkpoint=os.path.join(alone, "checkpoint-3"))
+        raise AssertionError("it was not refused")
+    except ValueError as error:
+        assert "num_processes=1" in str(error) and "num_processes=2" in str(error), error
+    rest.train(resume_from_checkpoint=os.path.join(alone, "checkpoint-4"))
+    save_file(trained_weights(rest), Path(folder, f"of-one-{RANK}.safetensors"))
     return [log["advantage_power"] for log in whole.state.log_history if "advantage_power" in log]
 
 

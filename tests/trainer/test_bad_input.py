@@ -167,7 +167,7 @@ def test_an_evaluation_set_that_is_not_there(tmp_path):
 
 def test_a_pipeline_that_has_a_lora(tmp_path, tiny_sd3):
     tiny_sd3.transformer.add_adapter(LoraConfig(target_modules=["to_q"]), adapter_name="style")
-    assert_refused(tmp_path, ValueError, "already has adapters (style)", "fuse_lora", pipeline=tiny_sd3)
+    assert_refused(tmp_path, ValueError, "already has adapters (style)", "unload_lora_weights", pipeline=tiny_sd3)
 
 
 def test_an_adapter_that_diffusers_cannot_load(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import distributed_run
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_training import assert_equal, distance, tiny_trainer, trained_weights
 
 
@@ -17,6 +17,11 @@ from tiny_training import assert_equal, distance, tiny_trainer, trained_weights
 def two(tmp_path_factory) -> Path:
     """The folder that two processes have written into."""
     folder = tmp_path_factory.mktemp("two")
+    alone = tiny_trainer(folder / "alone", per_device_train_batch_size=4, **distributed_run.RESUMED)
+    start = trained_weights(alone)
+    alone.train()
+    save_file(trained_weights(alone), folder / "alone.safetensors")
+    save_file(start, folder / "start.safetensors")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     command += [distributed_run.__file__, str(folder)]
@@ -150,6 +155,14 @@ def test_the_middle_of_a_phase_is_resumed_by_as_many_processes_only_its_end_by_a
     power = json.loads((two / "report-0.json").read_text())["power"]
     own = [log["advantage_power"] for log in trainer.state.log_history if "advantage_power" in log]
     assert own == pytest.approx(power, abs=1e-3) and max(power) > 0
+
+
+def test_two_processes_go_on_from_the_end_of_a_phase_of_one(two):
+    # that they refuse its middle, they have checked themselves
+    expected, start = load_file(two / "alone.safetensors"), load_file(two / "start.safetensors")
+    moved = distance(expected, start)
+    for rank in (0, 1):
+        assert distance(load_file(two / "resume" / f"of-one-{rank}.safetensors"), expected) < 5e-3 * moved
 
 
 def test_both_processes_stop_and_save_at_once_when_one_sees_the_gold_score_fall(two):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import tiny_sd3_pipeline
 from tiny_training import assert_equal, brightness, darkness, prompts, tiny_trainer, trained_weights, warnings_of
 from transformers import TrainerControl, TrainerState
@@ -26,8 +27,9 @@ def scored(average: float, noise: float = 0.0):
 class Run:
     """Evaluations one after another, as the trainer announces them."""
 
-    def __init__(self, tmp_path, callback, state=None):
-        self.args = SimpleNamespace(output_dir=str(tmp_path))
+    def __init__(self, tmp_path, callback, state=None, fields=None):
+        settings = {"load_best_model_at_end": False, "importance_ratio": "standard", "beta": 0.0}
+        self.args = SimpleNamespace(output_dir=str(tmp_path), **settings | (fields or {}))
         self.callback = callback
         self.callback.watched = None
         self.state = TrainerState()
@@ -117,7 +119,16 @@ def test_the_message_has_the_numbers_and_what_to_do(tmp_path):
     (message,) = run.evaluate(2.5, scored(0.75))
     for part in ("update 2", "2.5", "above 1 of update 1", "0.75, below 1.25", "-0.5", "GuardConfig", "beta"):
         assert part in message
-    assert f"1.25 at update 1, is in {tmp_path / 'best_gold'}. Training stops here." in message
+    assert f"1.25 at update 1, is in {tmp_path / 'best_gold'}. Training stops here;" in message
+    assert f"the weights in {tmp_path} will be these, the last ones." in message
+    assert "with a standard error over the prompts of 0" in message
+    # What is in use is not recommended, and the best checkpoint is loaded if that is asked for
+    fields = {"load_best_model_at_end": True, "importance_ratio": "ratio_norm", "beta": 0.04}
+    run = Run(tmp_path / "guard", OverOptimizationCallback(patience=1, stop=True), fields=fields)
+    run.evaluate(1.0, scored(1.25))
+    (message,) = run.evaluate(2.5, scored(0.75))
+    assert "GuardConfig" not in message and "beta" not in message and "a lower learning_rate, or a reward" in message
+    assert "will be those of the best checkpoint" in message
 
 
 def test_it_stops_if_asked_to(tmp_path):
@@ -304,3 +315,28 @@ def test_a_callback_that_is_added_later_is_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match="eval_reward_funcs is empty"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_the_end_and_the_card_say_that_the_best_model_is_elsewhere(tmp_path, capsys):
+    trainer = watched_trainer(tmp_path, save_strategy="steps", save_steps=1, log_images=True)
+    trainer.train()
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith(f"Trained 4 updates. The adapter is in {tmp_path}, which pipeline.load_lora_weights(")
+    assert "These are the weights of update 4. The gold average was highest after update 2: 1.3" in said
+    assert said.endswith(f"That model is in {tmp_path / 'best_gold'}.")
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "These are the weights of update 4. The gold average was highest after update 2" in card
+    assert str(tmp_path) not in card.split("How to load")[0]
+
+
+def test_with_load_best_model_at_end_the_best_by_gold_is_what_is_saved(tmp_path, capsys):
+    fields = {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
+    watched_trainer(tmp_path, **fields).train()
+    assert "These are the weights of update" not in capsys.readouterr().out
+    best, saved, last = (
+        load_file(folder / "pytorch_lora_weights.safetensors")
+        for folder in (tmp_path / "best_gold", tmp_path, tmp_path / "checkpoint-4")
+    )
+    assert all(torch.equal(saved[name], best[name]) for name in best)
+    assert any(not torch.equal(saved[name], last[name]) for name in last)

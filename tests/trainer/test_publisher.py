@@ -1,6 +1,7 @@
 """The trainer's publisher, by the real client, to a Hub on the loopback interface."""
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -60,6 +61,22 @@ def test_a_checkpoint_is_left_out_while_another_is_uploaded(hub_server, tmp_path
     assert hub_server.requests.count(("POST", "/api/repos/create")) == (2 if always else 1)
 
 
+def test_what_is_pushed_in_the_background_is_as_it_was(hub_server, tmp_path):
+    own = publisher(tmp_path, hub_strategy="checkpoint", hub_always_push=True)
+    (tmp_path / "rewards.png").write_bytes(b"the first curve")
+    (tmp_path / "README.md").write_text("![Rewards](rewards.png)")
+    with hub_server._lock:  # no request is answered
+        folder = checkpoint(tmp_path, 1)
+        own.push_checkpoint(folder, REPO, 1)
+        (tmp_path / "rewards.png").write_bytes(b"another, longer curve")
+        shutil.rmtree(folder)  # save_total_limit
+    own.wait()
+    files = hub_server.repos[REPO]
+    assert files["rewards.png"] == b"the first curve" and load(files[WEIGHTS])["weight"] == 1
+    assert load(files[f"last-checkpoint/{WEIGHTS}"])["weight"] == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"rewards.png", "README.md"}
+
+
 def test_a_failure_in_the_background_is_logged_and_stops_nothing(hub_server, tmp_path, monkeypatch):
     messages = []
     monkeypatch.setattr("trl_flow.trainer.publisher.logger.warning", messages.append)
@@ -70,6 +87,7 @@ def test_a_failure_in_the_background_is_logged_and_stops_nothing(hub_server, tmp
     assert len(messages) == 1 and "Nothing is lost" in messages[0]
     own.push_checkpoint(str(tmp_path / "checkpoint-9"), REPO, 9)
     assert len(messages) == 2 and "checkpoint-9 is saved, but not uploaded" in messages[1]
+    save_file({"weight": torch.zeros(1)}, tmp_path / WEIGHTS)
     with pytest.raises(PushError):
         own.push(REPO)
     with pytest.raises(PushError):

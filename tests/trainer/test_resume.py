@@ -310,7 +310,7 @@ def test_the_best_model_is_the_average_that_was_evaluated(lora, tmp_path):
 
 @pytest.mark.parametrize(
     ("saved", "resumed", "part"),
-    [(None, "default", "holds no adapter"), ("default", tiny_lora(r=2), "another rank")],
+    [(None, "default", "holds no adapter"), ("default", tiny_lora(r=2), "has r=4, but the trainer.s has r=2")],
     ids=["all weights", "another rank"],
 )
 def test_a_checkpoint_of_another_kind_is_refused(saved, resumed, part, tmp_path):

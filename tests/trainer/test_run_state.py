@@ -60,22 +60,35 @@ def test_an_update_may_take_several_generations(tmp_path):
         assert place(state) == (generation, 0) and state.needs_samples
 
 
-def test_rewinding_goes_to_the_last_update(tmp_path):
+def test_what_is_saved_is_the_place_of_the_last_update(tmp_path):
+    """Wherever the run is when it is interrupted."""
     state = run_state(tmp_path, gradient_accumulation_steps=2, steps_per_generation=1)
     for _ in range(3):
         state.micro_batches = micro_batches(1)
         state.advance()
         if state.generation == 2:
             state.after_update()
-    state.rewind()
-    assert place(state) == (2, 0) and state.needs_samples
-    # in the middle of a generation its samples are kept
+    assert saved_place(state, tmp_path / "several generations") == (2, 0)
+    # in the middle of a generation its samples are saved, and before the optimizer's step at its end, too
     state = run_state(tmp_path, per_device_train_batch_size=4, steps_per_generation=2)
-    state.micro_batches = micro_batches(2)
+    state.micro_batches = samples = micro_batches(2)
     state.advance()
     state.after_update()
-    state.rewind()
-    assert place(state) == (0, 1) and not state.needs_samples
+    assert saved_place(state, tmp_path / "in the middle") == (0, 1)
+    state.advance()
+    assert state.needs_samples and saved_place(state, tmp_path / "before the step") == (0, 1)
+    loaded = run_state(tmp_path, per_device_train_batch_size=4, steps_per_generation=2)
+    loaded.load(tmp_path / "before the step", CPU)
+    assert loaded.micro_batch.prompts == samples[1].prompts
+    state.after_update()
+    assert saved_place(state, tmp_path / "after it") == (1, 0)
+    assert not list((tmp_path / "after it").glob("rollouts*"))
+
+
+def saved_place(state: RunState, folder: Path) -> tuple[int, int]:
+    state.save(folder)
+    content = json.loads((folder / "run_state.json").read_text())
+    return content["generation"], content["update"]
 
 
 def test_place_and_samples_come_back(tmp_path):
@@ -85,6 +98,7 @@ def test_place_and_samples_come_back(tmp_path):
         if state.needs_samples:
             state.micro_batches = samples = micro_batches(2)
         state.advance()
+        state.after_update()
     state.save(tmp_path / "checkpoint")
     loaded = run_state(tmp_path, **fields)
     loaded.load(tmp_path / "checkpoint", CPU)
@@ -180,6 +194,45 @@ def test_another_phase_is_refused_before_anything_is_loaded(fields, parts, whole
     assert trainer.state.global_step == 0 and trainer.optimizer is None
 
 
+# The same 8 images a phase and the same two updates with them
+SAME = {"4 x 1": (4, 2, 1, 1), "2 x 2": (2, 4, 2, 1), "1 x 4": (1, 8, 4, 1)}
+# and the same images with other updates: four, the same samples twice, one, half a one
+OTHERS = {"four": (2, 4, 1, 1), "twice": (8, 1, 1, 2), "one": (4, 2, 2, 1), "half": (4, 2, 4, 1)}
+
+
+def split(name: str) -> dict[str, int]:
+    names = ("per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps", "num_iterations")
+    return dict(zip(names, (SAME | OTHERS)[name], strict=True))
+
+
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory):
+    folders, weights = {}, {}
+    for name in ("4 x 1", "2 x 2"):
+        folders[name] = tmp_path_factory.mktemp("matrix")
+        trainer = tiny_trainer(folders[name], save_strategy="steps", save_steps=1, **STEADY, **split(name))
+        trainer.train()
+        weights[name] = trained_weights(trainer)
+    assert distance(weights["4 x 1"], weights["2 x 2"]) < 1e-5
+    return folders, weights["4 x 1"]
+
+
+@pytest.mark.parametrize("step", [4, 5], ids=["at a phase's end", "in its middle"])
+@pytest.mark.parametrize("resumed", SAME | OTHERS)
+@pytest.mark.parametrize("saved", ["4 x 1", "2 x 2"])
+def test_what_is_resumed_is_equal_or_refused(saved, resumed, step, matrix, tmp_path):
+    folders, weights = matrix
+    trainer = tiny_trainer(tmp_path, **STEADY, **split(resumed))
+    before, checkpoint = trained_weights(trainer), str(folders[saved] / f"checkpoint-{step}")
+    if resumed == saved or (resumed in SAME and step == 4):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert trainer.state.global_step == 6 and distance(trained_weights(trainer), weights) < 1e-5
+        return
+    with pytest.raises(ValueError, match="was written with .*, but this run has"):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    assert distance(trained_weights(trainer), before) == 0 and trainer.optimizer is None
+
+
 # ---- All that has a state ----
 
 
@@ -199,6 +252,7 @@ class Part:
 def test_every_part_is_saved_loaded_and_reset(tmp_path):
     state = run_state(tmp_path, {"one": Part(1), "one more": Part(2)})
     state.generation = 5
+    state.after_update()
     state.save(tmp_path / "checkpoint")
     parts = {"one": Part(), "one more": Part(), "new": Part(7)}
     loaded = run_state(tmp_path, parts)

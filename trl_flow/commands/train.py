@@ -91,7 +91,7 @@ def _prepare_run(
 ) -> Callable[[], None]:
     from trl_flow.commands import options
     from trl_flow.rewards.named import named_rewards
-    from trl_flow.trainer.run_state import is_complete, last_complete_checkpoint
+    from trl_flow.trainer.checkpoints import checkpoint_to_resume
 
     if script_args.ignore_bias_buffers:
         raise ValueError("ignore_bias_buffers is TRL's option for old language models. Remove it.")
@@ -101,13 +101,7 @@ def _prepare_run(
     bundled, evaluate = model_args.model_name_or_path in options.BUNDLED_MODELS, args.eval_strategy != "no"
     train_dataset, eval_dataset = load_datasets(script_args, mixture_args, bundled=bundled, evaluate=evaluate)
     resume = args.resume_from_checkpoint
-    if str(resume).lower() in ("true", "last"):
-        resume = last_complete_checkpoint(args.output_dir)
-    elif resume is not None and not is_complete(resume):
-        raise ValueError(
-            f"resume_from_checkpoint is {resume!r}, which is no complete checkpoint. Give one, or `true` for the last "
-            "complete one in output_dir."
-        )
+    resume = checkpoint_to_resume(True if str(resume).lower() in ("true", "last") else resume, args)
     data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "eval_reward_funcs": gold}
     if resume is not None and args.init_adapter is not None:
         args.init_adapter = resume  # whose file may be gone; all that counts of it is in the checkpoint
@@ -121,7 +115,7 @@ def _run(trainer: "FlowRLTrainer", resume: str | None, dataset_name: str | None)
     from trl_flow.rewards import CheckpointError
     from trl_flow.rewards.checks import RewardError
     from trl_flow.rewards.scorer import print_failure
-    from trl_flow.trainer.run_state import last_complete_checkpoint
+    from trl_flow.trainer.checkpoints import complete_checkpoints
 
     folder = trainer.args.output_dir
     trainer.resume_hint = "the same command and --resume_from_checkpoint true"
@@ -133,14 +127,14 @@ def _run(trainer: "FlowRLTrainer", resume: str | None, dataset_name: str | None)
     except CheckpointError as error:
         raise UsageError(str(error)) from error
     except KeyboardInterrupt:
-        try:
-            where = f"The last checkpoint is {last_complete_checkpoint(folder)}. Go on from it with the same command "
-            where += "and --resume_from_checkpoint true."
-        except ValueError:
-            where = f"No checkpoint had been written to {folder} (save_steps says how often that happens)."
+        where = f"No checkpoint had been written to {folder} (save_steps says how often that happens)."
+        if found := complete_checkpoints(folder, trainer.args.process_index):
+            where = f"The last checkpoint is {found[max(found)]}. Go on from it with the same command and "
+            where += "--resume_from_checkpoint true."
         raise KeyboardInterrupt(where) from None
-    trainer.save_model(folder, _internal_call=True)  # the push below is the only one
-    trainer.accelerator.print(f"Saved to {folder}.")
+    if trainer.args.save_strategy == "no":
+        trainer.save_model(folder, _internal_call=True)  # the push below is the only one
+        trainer.accelerator.print(f"Saved to {folder}.")
     if trainer.args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
         trainer.accelerator.print(f"Pushed to {trainer.hub_model_id}.")

@@ -4,26 +4,20 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from trl_flow.evaluation.outputs import read_json, whole_file, write_json
+from trl_flow.evaluation.outputs import LOCK, locked, read_json, whole_file, write_json
 from trl_flow.images import to_rgb
 
 
-try:
-    import fcntl
-except ImportError:  # on Windows
-    fcntl = None
-
 SETTINGS = "settings.json"
 SCORES = "scores.json"
-_LOCK = ".lock"
 _SAFE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,79}")
 
 # By set, model and reward, one for each index
@@ -49,24 +43,9 @@ class ImageFolder:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keeps other processes from writing here, where the system can (Windows cannot). The lock ends with the
-        process, however that ends. `ValueError` if another process has it, or the folder cannot be written."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = open(self.path / _LOCK, "w")
-        except OSError as error:
-            raise ValueError(f"output_dir {self.path} cannot be written: {error}.") from error
-        with lock:
-            if fcntl is not None:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    raise ValueError(f"another process is evaluating into {self.path}. Wait until it ends.") from error
-                except OSError:  # not all file systems have locks
-                    pass
-            yield
+    def locked(self) -> AbstractContextManager[None]:
+        """Keeps other processes from writing here, see `trl_flow.evaluation.outputs.locked`."""
+        return locked(self.path, "evaluating")
 
     def claim(self, settings: dict[str, Any], models: Models, sets: dict[str, PromptList], *, write=True) -> None:
         """Makes the folder this evaluation's, or goes on with an earlier one of the same settings. Models and prompt
@@ -80,13 +59,13 @@ class ImageFolder:
             raise ValueError(f"output_dir {self.path} is a file. Give a folder.")
         if (self.path / SETTINGS).is_file():
             names = {path.name for path in self.path.rglob("*") if path.is_file()}
-            earlier = self.settings() if names - {SETTINGS, _LOCK} else None
+            earlier = self.settings() if names - {SETTINGS, LOCK} else None
             if earlier and (differences := _differences(earlier, settings, models, sets)):
                 raise ValueError(
                     f"output_dir {self.path} holds images of another evaluation: {', '.join(differences)}. Choose "
                     "another folder, or the same settings."
                 )
-        elif self.path.is_dir() and any(child.name != _LOCK for child in self.path.iterdir()):
+        elif self.path.is_dir() and any(child.name != LOCK for child in self.path.iterdir()):
             what = f"is not empty and holds no {SETTINGS} of an earlier evaluation, so its files are left alone"
             raise ValueError(f"output_dir {self.path} {what}. Choose another folder.")
         existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())

@@ -11,6 +11,12 @@ from pathlib import Path
 from typing import IO, Any
 
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
+LOCK = ".lock"
 _PACKAGES = ("trl_flow", "torch", "diffusers", "transformers", "trl", "peft", "accelerate", "datasets", "numpy")
 
 
@@ -21,6 +27,28 @@ def versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
+
+
+@contextmanager
+def locked(folder: str | os.PathLike, doing: str) -> Iterator[None]:
+    """Keeps other processes from writing into a folder, where the system can (Windows cannot). The lock ends with the
+    process, however that ends. `ValueError` if another process has it, or the folder cannot be written."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / LOCK, "w")
+    except OSError as error:
+        raise ValueError(f"output_dir {folder} cannot be written: {error}.") from error
+    with lock:
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                wait = "Wait until it ends, or choose another output_dir."
+                raise ValueError(f"another process is {doing} into {folder}. {wait}") from error
+            except OSError:  # not all file systems have locks
+                pass
+        yield
 
 
 @contextmanager

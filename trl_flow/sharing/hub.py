@@ -1,53 +1,115 @@
-"""The upload of a training run's folder to the Hugging Face Hub."""
+"""What of a training run is shared on the Hugging Face Hub, and its upload."""
 
 import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from urllib.parse import unquote
 
 from huggingface_hub import CommitInfo, HfApi
 
+from trl_flow.sharing.weights import weight_files
 
-# What a run's folder shares. A list of what may leave, not of what may not: the user may keep other files there, which
-# are private. A "*" matches "/" too, so images and curves in subfolders are included.
-PUBLISHED = [
-    *("README.md", "config.json", "results.json", "*.png", "*.jpg", "*events.out.tfevents.*"),
-    *("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"),
-    *("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model.safetensors.index.json"),
-]
 
-NOT_PUBLISHED = ["_*", "*/_*", "checkpoint-*", ".*", "*/.*"]  # the optimizer's state, and files being written
+CARD = "README.md"
+# Begins with an underscore, as all that is being written: no upload takes it
+_SNAPSHOT = "_uploading-"
+_LINK = re.compile(r"\]\(([^()\s]+\.(?:png|jpe?g|webp|gif))\)", re.IGNORECASE)
 
 
 class PushError(RuntimeError):
     """An upload to the Hub that did not succeed. Nothing is lost: the message names the local folder."""
 
 
-def upload(
+def published(folder: str | os.PathLike, include: Sequence[str] = ()) -> list[Path]:
+    """What of a run's folder is shared, relative to it: the card and the images inside the folder that it shows, and
+    what `include` (patterns such as `"images/*.png"`) asks for. Weights are `weight_files`. The folder holds more than
+    may leave it: prompts, logs, optimizer states, and whatever else the user keeps there."""
+    folder = Path(folder)
+    card = folder / CARD
+    shown = _LINK.findall(card.read_text(encoding="utf-8")) if card.is_file() else []
+    found = [card, *(folder / unquote(link) for link in shown)]
+    found += [path for pattern in include for path in folder.glob(pattern)]
+    inside = [path for path in found if path.is_file() and path.resolve().is_relative_to(folder.resolve())]
+    return list(dict.fromkeys(path.relative_to(folder) for path in inside))
+
+
+def upload(folder: str | os.PathLike, repo_id: str, **options) -> CommitInfo:
+    """[`prepare_upload`], and the upload at once."""
+    return prepare_upload(folder, repo_id, **options)()
+
+
+def prepare_upload(
     folder: str | os.PathLike, repo_id: str, *, token: str | None = None, private: bool | None = None,
-    revision: str | None = None, commit_message: str = "End of training", path_in_repo: str | None = None,
-    everything: bool = False,
-) -> CommitInfo:  # fmt: skip
+    revision: str | None = None, commit_message: str = "End of training", include: Sequence[str] = (),
+    weights_from: str | os.PathLike | None = None, checkpoint_as: str | None = None,
+) -> Callable[[], CommitInfo]:  # fmt: skip
     """
-    Uploads weights, model card, curves and sample images of `folder` in one commit; makes the repository if need be.
+    Takes a snapshot of what is shared of `folder`: its weights, its card, and the images that the card shows. What is
+    returned uploads it in one commit, and may do so in another thread while the folder changes.
 
     Args:
-        folder (`str` or `os.PathLike`): a training run's output folder, or one of its checkpoints.
-        repo_id (`str`): `owner/name`, or `name` in the token's own account.
+        folder (`str` or `os.PathLike`): a training run's output folder.
+        repo_id (`str`): `owner/name`, or `name` in the token's own account. Made if need be.
         token (`str`, *optional*): a token that may write; by default the one of `hf auth login` or `HF_TOKEN`.
         private (`bool`, *optional*): whether a repository made here is private. By default the account's setting.
-        revision, commit_message, path_in_repo (`str`, *optional*): branch, the commit's title, and subfolder.
-        everything (`bool`): upload every file, as for a checkpoint, not only those that `PUBLISHED` names.
+        revision (`str`, *optional*): branch, made if need be.
+        commit_message (`str`): the commit's title.
+        weights_from (`str` or `os.PathLike`, *optional*): a checkpoint, whose weights are uploaded in place of the
+            folder's own.
+        include (`Sequence[str]`): patterns of further files, such as `"images/*.png"`.
+        checkpoint_as (`str`, *optional*): `folder` is a checkpoint, all of which is uploaded into this subfolder.
 
     Raises:
-        PushError: if the Hub refuses or cannot be reached.
+        FileNotFoundError: if `weights_from` holds no weights. What is returned raises `PushError` if the Hub refuses
+            or cannot be reached.
     """
-    api = HfApi(token=token, library_name="trl_flow")
-    patterns = {} if everything else {"allow_patterns": PUBLISHED, "ignore_patterns": NOT_PUBLISHED}
-    where = {"path_in_repo": path_in_repo, "revision": revision, "commit_message": commit_message}
+    folder = Path(folder)
+    if checkpoint_as is not None:
+        files = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+        stale, beside = "*", folder.parent  # the checkpoint itself may be removed before it is uploaded
+    else:
+        files = {name: folder / name for name in published(folder, include)}
+        files |= {Path(path.name): path for path in weight_files(weights_from or folder)}
+        stale, beside = "images/*", folder  # samples of earlier cards
+    if weights_from is not None and not any(path.suffix == ".safetensors" for path in files.values()):
+        raise FileNotFoundError(f"{weights_from} holds no weights.")
+    snapshot = tempfile.mkdtemp(prefix=_SNAPSHOT, dir=beside if os.access(beside, os.W_OK) else None)
     try:
-        repo = api.create_repo(repo_id, private=private, exist_ok=True)
-        return api.upload_folder(repo_id=repo.repo_id, folder_path=folder, **where, **patterns)
-    except Exception as error:  # whatever the reason, the user has to know that the run is not lost
-        raise PushError(
-            f"{folder} could not be pushed to {api.endpoint}/{repo_id}: {error}\nNothing is lost: every file is still "
-            f"in {folder}. Check the repository's name and that the token may write to it (`hf auth whoami`), then "
-            f"push again with `trainer.push_to_hub()` or `hf upload {repo_id} {folder}`."
-        ) from error
+        for name, path in files.items():
+            Path(snapshot, name).parent.mkdir(parents=True, exist_ok=True)
+            # Weights and checkpoints are replaced, never written over: a link to them stays what it is
+            is_fixed = checkpoint_as is not None or path.suffix == ".safetensors"
+            (_link if is_fixed else shutil.copy)(path, Path(snapshot, name))
+    except OSError:
+        shutil.rmtree(snapshot, ignore_errors=True)
+        raise
+
+    def send() -> CommitInfo:
+        api = HfApi(token=token, library_name="trl_flow")
+        where = {"path_in_repo": checkpoint_as, "revision": revision, "commit_message": commit_message}
+        try:
+            repo = api.create_repo(repo_id, private=private, exist_ok=True)
+            if revision is not None and not revision.startswith("refs/"):
+                api.create_branch(repo.repo_id, branch=revision, exist_ok=True)
+            return api.upload_folder(repo_id=repo.repo_id, folder_path=snapshot, delete_patterns=stale, **where)
+        except Exception as error:  # whatever the reason, the user has to know that the run is not lost
+            raise PushError(
+                f"{folder} could not be pushed to {api.endpoint}/{repo_id}: {error}\nNothing is lost: every file is "
+                f"still in {folder}. Check the repository's name and that the token may write to it (`hf auth "
+                f"whoami`), then push again with `trainer.push_to_hub()`, or, without the trainer, "
+                f"`trl_flow.sharing.upload({str(folder)!r}, {repo_id!r})`."
+            ) from error
+        finally:
+            shutil.rmtree(snapshot, ignore_errors=True)
+
+    return send
+
+
+def _link(path: Path, target: Path) -> None:
+    try:
+        os.link(path, target)
+    except OSError:  # not all file systems have links
+        shutil.copy(path, target)

@@ -94,7 +94,7 @@ def create_model_card(
     reward_names: Sequence[str] = (), dataset_name: str | None = None, prompt: str = "a prompt",
     log_history: Sequence[Mapping[str, Any]] = (), tags: Sequence[str] = (), curves: str | os.PathLike | None = None,
     samples: Sequence[tuple[str | os.PathLike, str | None]] = (),
-    loading: Mapping[str, str] | None = None, init_adapter: str | None = None,
+    loading: Mapping[str, str] | None = None, init_adapter: str | None = None, note: str = "",
 ) -> Path:  # fmt: skip
     """
     Writes `README.md` to `folder`: front matter for the Hub, how to load the model, its scores beside the base
@@ -119,6 +119,8 @@ def create_model_card(
             `None` for a grid of several. Those with a prompt also become the Hub's gallery.
         loading (`Mapping[str, str]`, *optional*): `revision` and `variant` of the base model.
         init_adapter (`str`, *optional*): the adapter that training went on from.
+
+        note (`str`): Markdown that a reader has to know of these weights, such as that they are not the best ones.
 
     Raises:
         ValueError: if an image lies outside `folder`, where the card could not show it.
@@ -153,6 +155,7 @@ def create_model_card(
         f"A {what} {_origin(base_model)[0]}, trained by online reinforcement learning{rewards} with `trl_flow`"
         + (f", after {_list(methods)}." if methods else ".")
         + (f" Training went on from the adapter {_adapter(init_adapter)}." if init_adapter else ""),
+        note,
         *("## How to load", f"```python\n{code}\n```"),
         f"For ComfyUI or kohya's scripts: {_code(f'trl-flow export {source} --format comfyui --output FILE')}."
         if is_lora and type(backbone.pipeline).__name__ in BACKBONES

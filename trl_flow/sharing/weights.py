@@ -1,7 +1,6 @@
 """Trained weights on disk: LoRA in diffusers' format, full weights as diffusers saves a model."""
 
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -153,19 +152,10 @@ def load_full(model: ModelMixin, folder: str | os.PathLike) -> None:
     model.load_state_dict({name: tensor for file in files for name, tensor in load_file(file).items()})
 
 
-def copy_weights(source: str | os.PathLike, target: str | os.PathLike) -> None:
-    """
-    Copies the weights that `save_lora` or `save_full` wrote, and nothing else that lies there. Files in `target` are
-    replaced only when all copies are complete. `FileNotFoundError` if `source` holds no such weights, `OSError` if the
-    folder cannot be written, or the disk is full.
-    """
+def weight_files(folder: str | os.PathLike) -> list[Path]:
+    """The files in `folder` that `save_lora` or `save_full` wrote."""
     names = (LORA_WEIGHT_NAME, *PEFT_FILES, "config.json", f"{_FULL_STEM}*.safetensors", f"{_FULL_STEM}*.index.json")
-    files = [file for name in names for file in sorted(Path(source).glob(name))]
-    if not any(file.suffix == ".safetensors" for file in files):
-        raise FileNotFoundError(f"{source} holds no weights: no {LORA_WEIGHT_NAME}, nor {SAFETENSORS_WEIGHTS_NAME}.")
-    with _staged(Path(target)) as staging:
-        for file in files:
-            shutil.copy(file, staging / file.name)
+    return [file for name in names for file in sorted(Path(folder).glob(name))]
 
 
 @contextmanager

@@ -215,6 +215,8 @@ def check_rewards(
     if args.load_best_model_at_end and isinstance(eval_dataset, dict) and args.metric_for_best_model == "reward":
         known = ", ".join(f"eval_{name}_reward" for name in eval_dataset)
         raise ValueError(f"load_best_model_at_end needs metric_for_best_model. Set it to one of {known}.")
+    if args.load_best_model_at_end and gold_scorer.names and args.metric_for_best_model == "reward":
+        args.metric_for_best_model = "gold/average"  # of the optimized reward the best may be the most hacked
     if gold_scorer.names and not named:
         raise ValueError(
             f"eval_reward_funcs ({', '.join(gold_scorer.names)}) score evaluations only, but there is no "

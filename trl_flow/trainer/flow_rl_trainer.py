@@ -4,7 +4,7 @@ and what is learned stands in an [`Algorithm`]. Methods have the names and the o
 import copy
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,20 @@ from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from transformers import TrainerCallback, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
-from transformers.utils import logging
+from transformers.trainer_utils import speed_metrics
 
 from trl_flow import sharing
 from trl_flow.algorithms import Algorithm, MicroBatch
 from trl_flow.backbones import Backbone, get_backbone
 from trl_flow.backbones.prompt_length import warn_of_long_prompts
 from trl_flow.backbones.settings import evaluation_steps
-from trl_flow.rewards.checks import RewardError, reward_names
+from trl_flow.rewards.checks import reward_names
 from trl_flow.rewards.named import as_rewards
 from trl_flow.rewards.scorer import RewardScorer
-from trl_flow.trainer import checks
+from trl_flow.trainer import checks, resuming
 from trl_flow.trainer.best_metric import check_best_metric
 from trl_flow.trainer.callbacks import FlowProgressCallback, LoopCallback, RunLogCallback
+from trl_flow.trainer.checkpoints import checkpoint_to_resume, step_of
 from trl_flow.trainer.evaluator import EvaluationResult, Evaluator, group_diversity
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.groups import of_one_reading, warn_of_prompts_left_out
@@ -41,17 +41,17 @@ from trl_flow.trainer.policy import Policy, prepare_module
 from trl_flow.trainer.prompt_cache import PromptCache
 from trl_flow.trainer.publisher import Publisher
 from trl_flow.trainer.rollout_buffer import RolloutBuffer
-from trl_flow.trainer.run_state import RunState, checkpoint_to_resume, step_of, writing_checkpoint
+from trl_flow.trainer.run_folder import RunFolder
+from trl_flow.trainer.run_state import RunState
 from trl_flow.trainer.sampler import Sampler
-from trl_flow.trainer.trl_compat import GroupTrainer, identity
+from trl_flow.trainer.saving import SavingTrainer
+from trl_flow.trainer.trl_compat import identity
 
-
-logger = logging.get_logger(__name__)
 
 RewardFunc = Callable[..., list[float | None]] | str
 
 
-class FlowRLTrainer(GroupTrainer):
+class FlowRLTrainer(SavingTrainer):
     """
     Base of the trainers: everything but what is learned, which [`create_algorithm`] of a subclass says.
 
@@ -86,7 +86,6 @@ class FlowRLTrainer(GroupTrainer):
     loss_is_scaled_for_ga = True
     _tag_names = ["trl_flow"]
     config_class: type[FlowRLConfig] = FlowRLConfig
-    resume_hint = "train(resume_from_checkpoint={!r})"  # what to do, in messages; a command says it in its own words
 
     def create_algorithm(self) -> Algorithm:
         """What is learned; `args`, `backbone` and `reward_weights` are there when it is called."""
@@ -169,7 +168,9 @@ class FlowRLTrainer(GroupTrainer):
         given = self.policy, self.sampler, self.scorer, self.reward_weights, self.gold_scorer, args
         self.evaluator = Evaluator(*given, save=lambda to: self.save_model(os.fspath(to), _internal_call=True))
         stateful = {"policy": self.policy, "algorithm": self.algorithm, "evaluator": self.evaluator}
-        self.run_state = RunState(args, stateful)
+        about = {"reward_funcs": self.scorer.names, "prompts": len(train_dataset), "model": self.model_id}
+        self.run_state = RunState(args, stateful, about)
+        self.run_folder = RunFolder(args)
         self.optimizer_modes = OptimizerModes(lambda: self.optimizer)
         self.metrics = Metrics(self.accelerator)
         self.sample_log = SampleLog(args, self.scorer.names)
@@ -177,7 +178,6 @@ class FlowRLTrainer(GroupTrainer):
         self._run_log = RunLogCallback()
         self.add_callback(self._run_log)
         self.add_callback(LoopCallback(self._before_training, self._after_update))
-        self._saved: tuple[int, str] | None = None  # the step at which the run was last saved, or resumed, and where
         self._train_step_time = 0.0
 
     # ---- Training ----
@@ -188,31 +188,36 @@ class FlowRLTrainer(GroupTrainer):
         `"no"`. `resume_from_checkpoint` is a checkpoint's folder, or `True` for the last complete one in `output_dir`.
 
         Raises:
-            ValueError: if there is no complete checkpoint to resume from, or it was written with other batches.
+            ValueError: if there is no complete checkpoint to resume from, it was written with other batches or another
+                adapter, or another process trains into `output_dir`.
             OSError: if a reward's model cannot be loaded; nothing has been sampled then.
-            RewardError: if a reward function fails. Updates are saved first, whatever `save_strategy` is.
+            RewardError: if a reward function fails. Updates are saved first, whatever `save_strategy` is; so they are,
+                unless it is `"no"`, when a single process is interrupted or fails in another way.
         """
-        self.accelerator.wait_for_everyone()  # the main process may still be writing the checkpoint to resume from
-        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args)
-        callbacks = self.callback_handler.callbacks  # those that were added after the constructor, too
-        checks.check_over_optimization(callbacks, self.gold_scorer.names, self.eval_dataset, self.args)
-        self.run_state.parts |= OverOptimizationCallback.by_name(callbacks)
-        self.run_state.reset()
-        self.metrics.clear()
-        self._saved, self._train_step_time, self.publisher.best_step = None, 0.0, None
-        if checkpoint is not None:
-            self.run_state.check(Path(checkpoint))
-            self._saved = step_of(checkpoint), checkpoint
-        for scorer in (self.scorer, self.gold_scorer):
-            scorer.load()  # a model that cannot be loaded is found out now, and not after the first sampling phase
-        try:
+        with self.run_folder.locked(), self._saving_what_is_trained():
+            self.accelerator.wait_for_everyone()  # the main process may still be writing the checkpoint to resume from
+            checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args)
+            callbacks = self.callback_handler.callbacks  # those that were added after the constructor, too
+            checks.check_over_optimization(callbacks, self.gold_scorer.names, self.eval_dataset, self.args)
+            self.run_state.parts |= OverOptimizationCallback.by_name(callbacks)
+            self.run_state.reset()
+            self.metrics.clear()
+            self._train_step_time, self.publisher.best_step = 0.0, None
+            if checkpoint is not None:
+                self.run_state.check(Path(checkpoint))
+                resuming.check_adapter(self.policy.module, Path(checkpoint))
+                resuming.take_over(self.args, self.run_state.about, Path(checkpoint))
+                self._saved = step_of(checkpoint), checkpoint
+            for scorer in (self.scorer, self.gold_scorer):
+                scorer.load()  # a model that cannot be loaded is found out now, and not after the first sampling phase
+            self.run_folder.claim(checkpoint)
+            self.accelerator.wait_for_everyone()
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
-        except RewardError as error:
-            raise RewardError(f"{error} {self._save_after_failure()}") from error
-        self.optimizer_modes.eval()
-        if self.args.save_strategy != "no":
-            self.save_model(_internal_call=True)
-            self.save_state()
+            self.optimizer_modes.eval()
+            if self.args.save_strategy != "no":
+                self.save_model(_internal_call=True)
+                self.save_state()
+                self.accelerator.print(self.publisher.where(self.policy.is_adapter, self.state))
         return output
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -271,6 +276,12 @@ class FlowRLTrainer(GroupTrainer):
 
     def _before_training(self) -> None:
         warn_of_prompts_left_out(self._num_prompts, self.state.max_steps, self.args)
+        self._watch_steps()
+        self.state.compute_steps(self.args, self.state.max_steps)  # transformers keeps the checkpoint's
+        if self._saved is not None and (best := self.state.best_model_checkpoint) is not None:
+            # That of the run that is resumed: its folder may have been moved, and another run's be there
+            best = Path(self._saved[1]).parent / Path(best).name
+            self.state.best_model_checkpoint = str(best) if best.is_dir() else None
         # All evaluation sets are scored by the base model, which is logged as update 0
         if self.gold_scorer.reward_funcs:
             for name, dataset in checks.chosen_eval_datasets(None, self.eval_dataset).items():
@@ -283,8 +294,11 @@ class FlowRLTrainer(GroupTrainer):
                         result = self.evaluator.evaluate(dataset, self.state, name)
                     self._log_evaluation(result, prefix, start)
         self.evaluator.is_untrained = False
+        if self.run_state.evaluation_due and self.args.eval_strategy != "no":
+            self._evaluate_saved()
 
     def _after_update(self) -> None:
+        self._counted_at = self.state.global_step
         self.policy.after_update()
         self.run_state.after_update()
         self.metrics.append(self.algorithm.after_update(self.policy))
@@ -358,6 +372,8 @@ class FlowRLTrainer(GroupTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         output_dir = self.args.output_dir if output_dir is None else output_dir
         if self.args.should_save:
+            if Path(output_dir) == Path(self.args.output_dir):
+                self.run_folder.claim()
             os.makedirs(output_dir, exist_ok=True)
             self.policy.save(output_dir, base_model=self.model_id, state_dict=state_dict)
             Path(output_dir, "training_args.json").write_text(self.args.shown())
@@ -368,34 +384,8 @@ class FlowRLTrainer(GroupTrainer):
             super().save_model(output_dir, _internal_call=_internal_call)
 
     def _save_checkpoint(self, model, trial):
-        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.args.push_to_hub and self.args.hub_strategy != "end":
-            self.create_model_card()
-        with writing_checkpoint(folder, self.args), self.optimizer_modes.evaluating():
-            self.run_state.save(folder)
-            self.accelerator.wait_for_everyone()
+        with self.optimizer_modes.evaluating():
             super()._save_checkpoint(model, trial)
-        if not self.args.save_only_model:
-            self._saved = self.state.global_step, str(folder)
-
-    def _save_after_failure(self) -> str:
-        """When a reward has failed, on all processes: saves a checkpoint of the last update, unless there is one, and
-        says for the error message where it is and how to go on."""
-        step = self.state.global_step
-        if step == 0:
-            return "No update had been made, so there is nothing to save."
-        if self._saved is None or self._saved[0] != step:
-            self.run_state.rewind()
-            only_model, self.args.save_only_model = self.args.save_only_model, False
-            try:
-                self._save_checkpoint(self.model, trial=None)
-                self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-            except Exception as error:  # the reward's is the one to raise
-                return f"The run as it was after update {step} could not be saved: {error}"
-            finally:
-                self.args.save_only_model = only_model
-        where = f"The run is saved as it was after update {step}, the last one, in {self._saved[1]}."
-        return f"{where} With the cause removed, go on with {self.resume_hint.format(self._saved[1])}."
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -404,6 +394,7 @@ class FlowRLTrainer(GroupTrainer):
 
     def _load_best_model(self) -> None:
         self.optimizer_modes.eval()  # which would change the weights that are loaded
+        self._is_training = False
         self._load_from_checkpoint(self.state.best_model_checkpoint)
         # The average is what was found best, and what will be saved
         self.run_state.load_part("policy", Path(self.state.best_model_checkpoint))
@@ -434,9 +425,11 @@ class FlowRLTrainer(GroupTrainer):
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
+        include: Sequence[str] = (),
         **kwargs,
     ):
-        """Saves the model, writes its card (which gets `kwargs`) and uploads both, with curves and images, to
+        """Saves the model, writes its card (which gets `kwargs`) and uploads both, with the images that the card shows
+        and nothing else but what matches `include` (patterns in `output_dir`, such as `["images/*.png"]`), to
         `args.hub_model_id`, by default the name of `output_dir`. `token`, `revision` and `private` default to the
         `hub_` fields of the config. Raises `PushError` if the Hub refuses or cannot be reached; nothing is lost."""
         if self.hub_model_id is None:
@@ -445,7 +438,7 @@ class FlowRLTrainer(GroupTrainer):
         if not self.is_world_process_zero():
             return None
         self.create_model_card(**kwargs)
-        where = {"token": token, "revision": revision, "private": private}
+        where = {"token": token, "revision": revision, "private": private, "include": include}
         return self.publisher.push(self.hub_model_id, commit_message=commit_message, blocking=blocking, **where)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

@@ -3,11 +3,9 @@
 import math
 from collections import defaultdict
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
@@ -18,6 +16,7 @@ from trl_flow.algorithms import Algorithm, LossOutput, StepSums
 from trl_flow.evaluation.grids import image_grid
 from trl_flow.rewards.scorer import RewardLogs
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
+from trl_flow.trainer.trackers import log_image
 
 
 class Metrics:
@@ -115,10 +114,4 @@ class SampleLog:
         number, tag = self.args.num_images_to_log, name.rsplit("-", 1)[0]
         path = Path(self.args.output_dir, "images", f"{name}.png")
         grid = image_grid(images[:number], captions[:number], path=path)
-        for tracker in {"wandb", "trackio"} & set(self.args.report_to):
-            module = import_module(tracker)
-            if tracker == "trackio" or module.run is not None:
-                module.log({f"images/{tag}": module.Image(grid)})
-        for callback in handler.callbacks:
-            if (writer := getattr(callback, "tb_writer", None)) is not None:
-                writer.add_image(f"images/{tag}", np.asarray(grid), state.global_step, dataformats="HWC")
+        log_image(grid, f"images/{tag}", self.args.report_to, state, handler)

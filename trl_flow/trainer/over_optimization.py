@@ -10,7 +10,7 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.utils import logging
 
 from trl_flow.evaluation.gold import GoldScore, gold_difference
-from trl_flow.evaluation.outputs import write_json
+from trl_flow.evaluation.outputs import read_json, write_json
 from trl_flow.trainer.evaluator import EvaluationResult
 
 
@@ -127,7 +127,7 @@ class OverOptimizationCallback(TrainerCallback):
         if self._count < self.patience:
             return control
         if state.is_world_process_zero and (self._count == self.patience or self.stop):
-            logger.warning(self._message(evaluation, state.global_step, difference, error, args.output_dir))
+            logger.warning(self._message(evaluation, state.global_step, difference, error, args))
         if self.stop:
             control.should_training_stop = True
         return control
@@ -144,20 +144,35 @@ class OverOptimizationCallback(TrainerCallback):
         content |= {"gold": _finite(gold.scores), "gold_relative_to_base": _finite(gold.relative)}
         write_json(folder / SCORES_NAME, content)
 
-    def _message(self, evaluation: EvaluationResult, step: int, difference: float, error: float, output_dir: str):
+    def _message(self, evaluation: EvaluationResult, step: int, difference: float, error: float, args) -> str:
         of = "the base model" if self._best_step == 0 else f"update {self._best_step}"
         message = (
             f"Over-optimization: at update {step} the optimized reward is {evaluation.reward:.4g}, above "
             f"{self._best_reward:.4g} of {of}, while the gold average is {evaluation.gold.average:.4g}, below "
-            f"{self._best.average:.4g} (difference {difference:+.2g} ± {error:.1g}), and so in {self._count} "
-            "evaluations in a row. What is learned is the reward's blind spots. "
+            f"{self._best.average:.4g} (difference {difference:+.2g}, with a standard error over the prompts of "
+            f"{error:.1g}), and so in {self._count} evaluations in a row. What is learned is the reward's blind "
+            "spots. "
         )
         if self._kept_step is not None:
-            best = f"{self._kept_average:.4g} at update {self._kept_step}, is in {Path(output_dir, BEST_FOLDER)}"
+            best = f"{self._kept_average:.4g} at update {self._kept_step}, is in {Path(args.output_dir, BEST_FOLDER)}"
             message += f"The trained model with the highest gold average, {best}. "
-        message += "Training stops here. " if self.stop else ""
-        helps = "GuardConfig, beta > 0, a lower learning_rate, or a reward that sees what the gold functions see"
-        return f"{message}Look at the images in output_dir/images. What helps: {helps}."
+        if self.stop:
+            weights = "those of the best checkpoint" if args.load_best_model_at_end else "these, the last ones"
+            message += f"Training stops here; the weights in {args.output_dir} will be {weights}. "
+        helps = ["a lower learning_rate", "a reward that sees what the gold functions see"]
+        if not getattr(args, "beta", 1):
+            helps.insert(0, "beta > 0")
+        if getattr(args, "importance_ratio", None) == "standard":
+            helps.insert(0, "GuardConfig")
+        message += f"Look at the images in {Path(args.output_dir, 'images')}. "
+        return f"{message}What helps: {', '.join(helps[:-1])}, or {helps[-1]}."
+
+
+def better_kept(output_dir: str, step: int) -> dict[str, Any] | None:
+    """The scores of the model in `best_gold`, if it is of another update than `step`."""
+    path = Path(output_dir, BEST_FOLDER, SCORES_NAME)
+    scores = read_json(path) if path.is_file() else {}
+    return scores if scores.get("step", step) != step else None
 
 
 def _finite(values: dict[str, float]) -> dict[str, float | None]:

@@ -1,5 +1,6 @@
 """What the trainer shares: a model card for diffusers users, and uploads to the Hub."""
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from trl_flow import sharing
 from trl_flow.backbones import Backbone
 from trl_flow.sharing.card_facts import name_of
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
+from trl_flow.trainer.over_optimization import BEST_FOLDER, better_kept
 
 
 logger = logging.get_logger(__name__)
@@ -41,6 +43,27 @@ class Publisher:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trl_flow-upload")
         self._uploads: list[Future[CommitInfo]] = []
 
+    def where(self, is_lora: bool, state: TrainerState) -> str:
+        """For the end of a run: where its result is, and whether a better one is elsewhere."""
+        folder = self.args.output_dir
+        load = f", which pipeline.load_lora_weights({folder!r}) loads" if is_lora else ""
+        said = f"Trained {state.global_step} updates. The {'adapter' if is_lora else 'model'} is in {folder}{load}."
+        return f"{said} {self._of_another_update(state, f'in {Path(folder, BEST_FOLDER)}')}".rstrip()
+
+    def _of_another_update(self, state: TrainerState, where: str) -> str:
+        """Of which update the weights in the output folder are, if they are not the best by gold."""
+        step = state.global_step
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            step = state.best_global_step
+        better = better_kept(self.args.output_dir, step)
+        if better is None:
+            return ""
+        average = f"{better['gold_average']:.4g} (the base model has 1)"
+        return (
+            f"These are the weights of update {step}. The gold average was highest after update {better['step']}: "
+            f"{average}. That model is {where}."
+        )
+
     def write_card(
         self, model: torch.nn.Module, state: TrainerState, hub_model_id: str | None, *, model_name: str | None = None,
         dataset_name: str | None = None, tags: str | list[str] | None = None,
@@ -63,6 +86,7 @@ class Publisher:
             settings |= {"lora_r": lora.r, "lora_alpha": lora.lora_alpha}
         about = {"backbone": self.backbone, "base_model": self.model_id, "repo_id": hub_model_id}
         about |= {"model_name": model_name, "dataset_name": dataset_name or self.dataset_name, "prompt": self.prompt}
+        about["note"] = self._of_another_update(state, "not here; it is in the run's folder, in `best_gold`")
         loading = self.args.model_init_kwargs or {}
         about["loading"] = {name: loading[name] for name in ("revision", "variant") if loading.get(name) is not None}
         about["init_adapter"] = self.args.init_adapter
@@ -75,17 +99,18 @@ class Publisher:
         sharing.create_model_card(folder, **about, **run, tags=[tags] if isinstance(tags, str) else list(tags or []))
 
     def push(
-        self, hub_model_id: str, commit_message: str = "End of training", *, blocking: bool = True, **where
+        self, hub_model_id: str, commit_message: str = "End of training", *, blocking: bool = True, include=(), **where
     ) -> CommitInfo | Future[CommitInfo]:
-        """Uploads the output folder, after the uploads that are still running; unless `blocking`, returns the upload's
-        `Future`. `where` may have `token`, `revision` and `private`. Raises `PushError` if the Hub refuses or cannot
-        be reached."""
+        """Uploads what is shared of the output folder, and what matches the patterns in `include`, after the uploads
+        that are still running; unless `blocking`, returns the upload's `Future`. `where` may have `token`, `revision`
+        and `private`. Raises `PushError` if the Hub refuses or cannot be reached."""
         self.wait()
-        upload = sharing.upload if blocking else self._in_background
-        return upload(self.args.output_dir, hub_model_id, **self._options(commit_message, **where))
+        options = self._options(commit_message, **where)
+        send = sharing.prepare_upload(self.args.output_dir, hub_model_id, include=include, **options)
+        return send() if blocking else self._in_background(send)
 
     def _options(self, commit_message: str, *, token=None, revision=None, private=None) -> dict[str, Any]:
-        """For `sharing.upload`; what is None is the config's."""
+        """For `sharing.prepare_upload`; what is None is the config's."""
         return {
             "token": token or self.args.hub_token,
             "revision": revision or self.args.hub_revision,
@@ -99,16 +124,15 @@ class Publisher:
         if strategy == "end" or (uploading and not self.args.hub_always_push):
             return
         checkpoint = Path(checkpoint_folder)
+        options = self._options(f"Training in progress, step {global_step}")
+        whole = {"checkpoint": "last-checkpoint", "all_checkpoints": checkpoint.name}.get(strategy)
         try:
-            sharing.copy_weights(checkpoint, self.args.output_dir)
+            own = sharing.prepare_upload(self.args.output_dir, hub_model_id, weights_from=checkpoint, **options)
+            self._in_background(own)
+            if whole is not None:
+                self._in_background(sharing.prepare_upload(checkpoint, hub_model_id, checkpoint_as=whole, **options))
         except OSError as error:
             logger.warning(f"The checkpoint {checkpoint} is saved, but not uploaded: {error}")
-            return
-        options = self._options(f"Training in progress, step {global_step}")
-        self._in_background(self.args.output_dir, hub_model_id, **options)
-        if strategy in ("checkpoint", "all_checkpoints"):
-            name = "last-checkpoint" if strategy == "checkpoint" else checkpoint.name
-            self._in_background(checkpoint, hub_model_id, path_in_repo=name, everything=True, **options)
 
     def wait(self) -> None:
         """Waits for uploads in the background. A failed one has been warned of, and stops nothing."""
@@ -116,11 +140,11 @@ class Publisher:
             upload.exception()
         self._uploads = []
 
-    def _in_background(self, *args: Any, **kwargs: Any) -> Future[CommitInfo]:
+    def _in_background(self, send: Callable[[], CommitInfo]) -> Future[CommitInfo]:
         def warn(upload: Future[CommitInfo]) -> None:
             if (error := upload.exception()) is not None:
                 logger.warning(str(error))
 
-        self._uploads.append(self._executor.submit(sharing.upload, *args, **kwargs))
+        self._uploads.append(self._executor.submit(send))
         self._uploads[-1].add_done_callback(warn)
         return self._uploads[-1]

@@ -1,24 +1,17 @@
 """[`RunState`]: where a run is, and one save, load and reset over all parts that have a state."""
 
-import contextlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import logging
 
 from trl_flow.algorithms import MicroBatch
+from trl_flow.evaluation.outputs import whole_file
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.rollout_buffer import load_micro_batches, save_micro_batches
 
-
-logger = logging.get_logger(__name__)
 
 # What a checkpoint holds besides transformers' own files
 STATE_NAME = "run_state.json"
@@ -28,18 +21,21 @@ TENSORS_NAME = "run_state.safetensors"
 class RunState:
     """The place in a run, as (generation, update within it), and the samples of the phase that is being trained on.
     `parts` is what else is saved, loaded and reset, by its name in the file: each has `state_dict()`, JSON values and
-    tensors by name, and `load_state_dict(state)`, which with `{}` is a new start."""
+    tensors by name, and `load_state_dict(state)`, which with `{}` is a new start. `about` is what a later run is told
+    of this one besides its config."""
 
-    def __init__(self, args: FlowRLConfig, parts: dict[str, Any]):
-        self.args, self.parts = args, parts
+    def __init__(self, args: FlowRLConfig, parts: dict[str, Any], about: dict[str, Any] | None = None):
+        self.args, self.parts, self.about = args, parts, about or {}
         self._start()
 
     def _start(self) -> None:
         self.generation = 0  # sampling phases that have been trained on to their end
         self.micro_batches: list[MicroBatch] | None = None  # of the phase at hand, once it is sampled
         self.sampling_weights: list[torch.Tensor] = []  # the trained ones when it was sampled, if the algorithm asks
+        self.evaluation_due = False  # a checkpoint is written before the evaluation that belongs to it
         self._position = 0  # micro-batches of the phase that have been trained on
-        self._last_update = (0, 0)
+        # Where the weights are, and the samples that belong there, if those at hand are not
+        self._last_update, self._spent = (0, 0), None
 
     @property
     def update(self) -> int:
@@ -59,17 +55,12 @@ class RunState:
         """After a micro-batch."""
         self._position += 1
         if self._position == self.args.steps_per_generation * self.args.num_iterations:
+            self._spent = self.micro_batches if self._last_update[1] > 0 else None
             self._position, self.micro_batches = 0, None
             self.generation += 1
 
     def after_update(self) -> None:
-        self._last_update = (self.generation, self._position)
-
-    def rewind(self) -> None:
-        """To the end of the last update, where the weights are, when sampling or a reward has failed after it."""
-        self.generation, self._position = self._last_update
-        if self._position == 0:  # in the middle of a phase, an evaluation has failed: its samples are at hand
-            self.micro_batches = None
+        self._last_update, self._spent = (self.generation, self._position), None
 
     # ---- Saving ----
 
@@ -79,29 +70,44 @@ class RunState:
             part.load_state_dict({})
 
     def save(self, folder: Path) -> None:
-        """Writes the state. To be called on all processes: in the middle of a phase each has samples of its own."""
+        """Writes the state as it was after the last update, where the weights are, wherever the run is now. To be
+        called on all processes: in the middle of a phase each has samples of its own."""
         folder.mkdir(parents=True, exist_ok=True)
-        contents = {name: part.state_dict() for name, part in self.parts.items()}  # sharded weights are gathered
+        contents = self.contents()
         if self.args.process_index == 0:
-            parts, tensors = {}, {}
+            tensors = {}
             for name, content in contents.items():
-                found = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
+                found = {k: value for k, value in content.items() if isinstance(value, torch.Tensor)}
                 tensors |= {f"{name}.{key}": value.contiguous() for key, value in found.items()}
-                parts[name] = {key: value for key, value in content.items() if key not in found}
             save_file(tensors, folder / TENSORS_NAME)
-            state = {"generation": self.generation, "update": self.update, "settings": self._settings()}
-            (folder / STATE_NAME).write_text(json.dumps({**state, "parts": parts}))
-        if self._position:
-            save_micro_batches(self.micro_batches, folder, self.args.process_index)
+            self.save_values(folder, contents)
+        if self._last_update[1] > 0:
+            samples = self.micro_batches if self._spent is None else self._spent
+            save_micro_batches(samples, folder, self.args.process_index)
             weights = {str(i): own.contiguous() for i, own in enumerate(self.sampling_weights)}
             save_file(weights, folder / f"sampling_weights-{self.args.process_index}.safetensors")
+
+    def contents(self) -> dict[str, dict[str, Any]]:
+        """The state of each part. To be called on all processes: sharded weights are gathered."""
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def save_values(self, folder: Path, contents: dict[str, dict[str, Any]]) -> None:
+        """Of [`contents`] what is no tensor: all that an evaluation may change. The file is the old or the new one."""
+        parts = {}
+        for name, content in contents.items():
+            parts[name] = {k: value for k, value in content.items() if not isinstance(value, torch.Tensor)}
+        generation, position = self._last_update
+        state = {"generation": generation, "update": position // self.args.gradient_accumulation_steps}
+        state |= {"evaluation_due": self.evaluation_due, "settings": self._settings(), "about": self.about}
+        with whole_file(folder / STATE_NAME) as file:
+            file.write(json.dumps({**state, "parts": parts}).encode())
 
     def load(self, folder: Path, device: torch.device) -> None:
         """Goes on from what [`save`] wrote, once [`check`] has passed."""
         for name in self.parts:
             self.load_part(name, folder)
         state = _read(folder)
-        self.generation = state["generation"]
+        self.generation, self.evaluation_due = state["generation"], state.get("evaluation_due", False)
         self._position = state["update"] * self.args.gradient_accumulation_steps
         self.micro_batches, self.sampling_weights = None, []
         if self._position > 0:
@@ -148,66 +154,3 @@ class RunState:
 
 def _read(folder: Path) -> dict[str, Any]:
     return json.loads((folder / STATE_NAME).read_text())
-
-
-def is_complete(checkpoint: str) -> bool:
-    # The trainer's state is written last; a process that was killed meanwhile leaves it out, or half of it
-    try:
-        json.loads(Path(checkpoint, "trainer_state.json").read_text())
-        return Path(checkpoint, STATE_NAME).is_file()
-    except (OSError, ValueError):
-        return False
-
-
-def step_of(checkpoint: str) -> int:
-    return json.loads(Path(checkpoint, "trainer_state.json").read_text())["global_step"]
-
-
-def checkpoint_to_resume(given: str | os.PathLike | bool | None, args: FlowRLConfig) -> str | None:
-    """The checkpoint that `train(resume_from_checkpoint=given)` means; `ValueError` without one to go on from."""
-    if not given:
-        return None
-    checkpoint = last_complete_checkpoint(args.output_dir) if given is True else os.fspath(given)
-    if not is_complete(checkpoint):
-        what = "is not a complete checkpoint of this trainer. Pass True to resume from the last complete one"
-        raise ValueError(f"{checkpoint!r} {what} in output_dir.")
-    # transformers would look at max_steps after one more update only
-    if 0 < args.max_steps <= (step := step_of(checkpoint)):
-        ended = f"max_steps is {args.max_steps}: the run has come to its end. Raise max_steps to go on with it."
-        raise ValueError(f"{checkpoint!r} is at update {step}, and {ended}")
-    return checkpoint
-
-
-def last_complete_checkpoint(output_dir: str) -> str:
-    """The checkpoint of the highest step that was written to its end; `ValueError` if there is none."""
-    found = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
-    steps = {path: path.name.rsplit("-", 1)[1] for path in found}
-    for path in sorted(found, key=lambda path: int(steps[path]) if steps[path].isdigit() else -1, reverse=True):
-        if is_complete(str(path)):
-            return str(path)
-        logger.warning(f"{path} is not complete (its writing was interrupted) and is passed over.")
-    raise ValueError(
-        f"resume_from_checkpoint=True, but {output_dir!r} has no complete checkpoint. Train from the start "
-        "(resume_from_checkpoint=None)."
-    )
-
-
-@contextlib.contextmanager
-def writing_checkpoint(folder: Path, args: FlowRLConfig) -> Iterator[None]:
-    """Around the writing of a checkpoint, on all processes: a failed one is removed, and a `RuntimeError` raised."""
-    is_main = args.process_index == 0
-    try:
-        # A folder left by a process that was killed while writing it would mix with this one
-        if is_main and folder.exists():
-            shutil.rmtree(folder)
-        args.distributed_state.wait_for_everyone()
-        yield
-    except Exception as error:
-        if is_main:
-            shutil.rmtree(folder, ignore_errors=True)
-        free = shutil.disk_usage(Path(args.output_dir)).free / 2**20
-        raise RuntimeError(
-            f"The checkpoint {folder} could not be written ({type(error).__name__}: {error}); {free:.0f} MiB are free "
-            "there. It is removed, and earlier checkpoints are untouched. Make room and resume with "
-            "train(resume_from_checkpoint=True)."
-        ) from error

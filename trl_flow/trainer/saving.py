@@ -1,0 +1,186 @@
+"""[`SavingTrainer`]: nothing that has been trained is lost, whatever fails or is interrupted after it."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate.utils import DistributedType
+from transformers.optimization import GreedyLR
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
+from transformers.utils import logging
+
+from trl_flow.rewards.checks import RewardError
+from trl_flow.trainer.checkpoints import STATE_FILE, CheckpointWriteError, writing_checkpoint
+from trl_flow.trainer.trl_compat import GroupTrainer
+
+
+logger = logging.get_logger(__name__)
+
+
+class SavingTrainer(GroupTrainer):
+    """When a run is saved: before its evaluation, and when it is interrupted. What is saved stands in `run_state`."""
+
+    resume_hint = "train(resume_from_checkpoint={!r})"  # what to do, in messages; a command says it in its own words
+    # The step at which the run was last saved, or resumed, and where
+    _saved: tuple[int, str] | None = None
+    # Whether the weights are those of `run_state`: not before training, nor once the best ones have been loaded
+    _is_training = False
+    # Whether the optimizer is at work, and the number of updates when it last was
+    _is_stepping, _stepped_at, _counted_at = False, None, None
+    _step_hooks: tuple = ()
+
+    # ---- Before the evaluation ----
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs):
+        """transformers evaluates first: an evaluation that is interrupted would lose what is to be saved."""
+        control = self.control
+        is_first = control.should_save and control.should_evaluate
+        # These depend on what the evaluation finds
+        is_first = is_first and self.args.save_strategy != SaveStrategy.BEST and not self._lr_follows_evaluation
+        if is_first:
+            control.should_save = control.should_evaluate = False
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        if is_first:
+            self.run_state.evaluation_due = True
+            self._save_checkpoint(model, trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+            self._evaluate_saved()
+
+    def _evaluate_saved(self) -> None:
+        """The evaluation of a run that has just been saved, or resumed from there, noted in the checkpoint."""
+        step, folder = self.state.global_step, self._get_output_dir(trial=None)
+        checkpoint = Path(folder, f"{PREFIX_CHECKPOINT_DIR}-{step}")
+        if self._saved is not None and self._saved[0] == step:
+            checkpoint = Path(self._saved[1])
+        if self._determine_best_metric(metrics=self._evaluate(None, None), trial=None):
+            self.state.best_model_checkpoint = str(checkpoint)
+        self.run_state.evaluation_due, contents = False, self.run_state.contents()
+        # One that was resumed from may lie in another run's folder
+        if not self.args.should_save or checkpoint.parent != Path(folder) or not checkpoint.is_dir():
+            return
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            name = type(callback).__name__
+            # Of several of one class transformers keeps a list
+            if isinstance(callback, ExportableState) and isinstance(self.state.stateful_callbacks.get(name), dict):
+                self.state.stateful_callbacks[name] = callback.state()
+        # Whole or not at all; if only the first is written, a resumed run evaluates again
+        temporary = checkpoint / f".{STATE_FILE}"
+        self.state.save_to_json(str(temporary))
+        os.replace(temporary, checkpoint / STATE_FILE)
+        self.run_state.save_values(checkpoint, contents)
+        best = self.state.best_model_checkpoint
+        limit = {"save_total_limit": self.args.save_total_limit, "best_model_checkpoint": best}
+        rotate_checkpoints(output_dir=folder, use_mtime=True, **limit)
+
+    @property
+    def _lr_follows_evaluation(self) -> bool:
+        return isinstance(self.lr_scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau | GreedyLR)
+
+    # ---- When it is interrupted ----
+
+    def _watch_steps(self) -> None:
+        """From now on it is known whether the weights are in the middle of an update."""
+        for hook in self._step_hooks:
+            hook.remove()
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        self._is_stepping, self._stepped_at, self._counted_at, self._is_training = False, None, None, True
+        if isinstance(optimizer, torch.optim.Optimizer):
+            before, after = self._before_step, self._after_step
+            self._step_hooks = optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)
+
+    def _before_step(self, *args) -> None:
+        self._is_stepping = True
+
+    def _after_step(self, *args) -> None:
+        self._is_stepping, self._stepped_at = False, self.state.global_step
+
+    @contextlib.contextmanager
+    def _saving_what_is_trained(self) -> Iterator[None]:
+        """Around training. A reward that fails does so on all processes; of other failures, and of Ctrl-C and SIGTERM,
+        one process may know alone, so that only a run of one process is saved then."""
+        self._saved, self._is_training = None, False
+        try:
+            with _sigterm_raises(self.args.world_size == 1):
+                yield
+        except RewardError as error:
+            raise RewardError(f"{error} {self._save_after_failure()}") from error
+        except BaseException as error:
+            is_alone = self.accelerator.distributed_type == DistributedType.NO
+            wanted = self.args.save_strategy != SaveStrategy.NO and not isinstance(error, CheckpointWriteError)
+            if self._is_training and is_alone and wanted:
+                logger.warning(f"Training ends with {type(error).__name__}. {self._save_after_failure()}")
+            raise
+        finally:
+            self._is_training = False
+
+    def _save_after_failure(self) -> str:
+        """Saves a checkpoint of the last update, unless there is one, and says where it is and how to go on."""
+        if self._is_stepping:
+            return "The weights are in the middle of an update, so that they are not saved."
+        if self._stepped_at == self.state.global_step:
+            self._count_update()
+        step = self.state.global_step
+        if step == 0:
+            return "No update had been made, so there is nothing to save."
+        if self._saved is None or self._saved[0] != step:
+            self.run_state.evaluation_due = self._misses_evaluation(step)
+            only_model, self.args.save_only_model = self.args.save_only_model, False
+            try:
+                self._save_checkpoint(self.model, trial=None)
+                self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+            except Exception as error:  # the first one is the one to raise
+                return f"The run as it was after update {step} could not be saved: {error}"
+            finally:
+                self.args.save_only_model = only_model
+        then = f"With the cause removed, go on with {self.resume_hint.format(self._saved[1])}."
+        return f"The run is saved as it was after update {step}, the last one, in {self._saved[1]}. {then}"
+
+    def _misses_evaluation(self, step: int) -> bool:
+        """Whether an evaluation belongs to this step, and has not been logged."""
+        args, logs = self.args, reversed(self.state.log_history)
+        is_due = args.eval_strategy == "steps" and step % self.state.eval_steps == 0 and step >= args.eval_delay
+        is_done = any(log["step"] == step and any(name.startswith("eval_") for name in log) for log in logs)
+        return is_due and not is_done and not self._lr_follows_evaluation
+
+    def _count_update(self) -> None:
+        """What transformers' loop does between the optimizer's step and the next, if a callback has failed there."""
+        if self._counted_at != self.state.global_step:
+            self._after_update()
+        self.lr_scheduler.step()
+        batches, each = len(self.callback_handler.train_dataloader), self.args.gradient_accumulation_steps
+        self.state.global_step += 1
+        self.state.epoch = self.state.global_step / max(-(-batches // each), 1)
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.push_to_hub and self.args.hub_strategy != "end":
+            self.create_model_card()
+        with writing_checkpoint(folder, self.args):
+            self.run_state.save(folder)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+        if not self.args.save_only_model:
+            self._saved = self.state.global_step, str(folder)
+
+
+@contextlib.contextmanager
+def _sigterm_raises(wanted: bool) -> Iterator[None]:
+    """A scheduler that takes the machine away sends SIGTERM first: as Ctrl-C, it raises where the program is."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not wanted or not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def stop(*_) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
