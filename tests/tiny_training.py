@@ -24,7 +24,8 @@ from trl_flow import (
 )
 from trl_flow.algorithms import ClippedPolicyGradient, LossOutput, MicroBatch, PhaseScores
 from trl_flow.backbones import Backbone, get_backbone
-from trl_flow.trainer.policy import Policy, prepare_module
+from trl_flow.trainer.policy import Policy
+from trl_flow.trainer.prepare import prepare_module
 from trl_flow.trainer.prompt_cache import PromptCache
 from trl_flow.trainer.rollout_buffer import RolloutBuffer
 from trl_flow.trainer.sampler import Sampler

@@ -157,7 +157,7 @@ def test_with_all_weights_the_old_policy_is_a_frozen_copy(cls, tmp_path):
     trainer = tiny(tmp_path, cls, lora=None, learning_rate=1e-3, max_steps=2, old_decay=1.0, old_decay_rate=1.0)
     start = trained_weights(trainer)
     trainer.train()
-    copy = dict(trainer.policy._old_module.named_parameters())
+    copy = dict(trainer.policy.old.module.named_parameters())
     assert distance({name: copy[name] for name in start}, start) == 0
     assert distance(trained_weights(trainer), start) > 1e-4
     assert not any(p.requires_grad for p in copy.values())

@@ -121,7 +121,7 @@ class Algorithm(ABC):
     Attributes:
         dynamics ([`FlowDynamics`] or [`DDIMDynamics`]): what samples while training; to be set by the constructor.
         needs_reference (`bool`): whether the loss asks for `policy.at("reference")`.
-        needs_old (`bool`): whether it asks for `policy.at("old")`, which it moves by `policy.move_old`.
+        needs_old (`bool`): whether it asks for `policy.at("old")`, which it moves by `policy.old.move`.
         sampled_by (`str`): the weights that sample, as a name for `policy.at`.
     """
 

@@ -127,7 +127,7 @@ class ForwardProcess(Algorithm):
         if not self.needs_old or policy.updates_since_sampling + 1 < args.updates_per_generation:
             return {}
         decay = min(max(self._num_updates - args.old_decay_start, 0) * args.old_decay_rate, args.old_decay)
-        policy.move_old(decay)
+        policy.old.move(decay)
         return {"old/decay": decay}
 
     def state_dict(self) -> dict[str, Any]:

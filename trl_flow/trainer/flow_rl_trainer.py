@@ -37,7 +37,8 @@ from trl_flow.trainer.metrics import Metrics, SampleLog
 from trl_flow.trainer.optimizer_modes import OptimizerModes
 from trl_flow.trainer.over_optimization import OverOptimizationCallback
 from trl_flow.trainer.phase_scores import PhaseScorer
-from trl_flow.trainer.policy import Policy, prepare_module
+from trl_flow.trainer.policy import Policy
+from trl_flow.trainer.prepare import prepare_module
 from trl_flow.trainer.prompt_cache import PromptCache
 from trl_flow.trainer.publisher import Publisher
 from trl_flow.trainer.rollout_buffer import RolloutBuffer

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -12,38 +11,25 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from diffusers.configuration_utils import FrozenDict
-from diffusers.training_utils import EMAModel, cast_training_params
-from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+from diffusers.training_utils import EMAModel
+from peft import PeftModel, set_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from trl_flow import sharing
 from trl_flow.backbones import Backbone
-from trl_flow.backbones.passed_in import modules_of, prepare_for_training
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
-from trl_flow.trainer.init_adapter import check_origin, with_init_adapter
+from trl_flow.trainer.init_adapter import check_origin
 from trl_flow.trainer.loading import is_quantized
-from trl_flow.trainer.lora_targets import with_adapter
+from trl_flow.trainer.old_policy import OldPolicy, local_part
 from trl_flow.trainer.prompt_cache import PromptCache
-from trl_flow.trainer.trl_compat import disable_dropout_in_model
 
 
 logger = logging.get_logger(__name__)
-
-
-class TrainerConfigDict(FrozenDict):
-    """A diffusers config with the methods that reporting callbacks call on a transformers config."""
-
-    def to_dict(self) -> dict:
-        return dict(self)
-
-    def to_json_string(self) -> str:
-        return json.dumps(self, indent=2, sort_keys=True, default=str)
 
 
 @dataclass(frozen=True)
@@ -54,55 +40,6 @@ class Condition:
     positive: dict[str, torch.Tensor]
     negative: dict[str, torch.Tensor] | None
     guidance_scale: float
-
-
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process has of a tensor that may be sharded; what is written into it counts."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that may be sharded, put together. To be called on all processes."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def prepare_module(backbone: Backbone, args: FlowRLConfig, peft_config: PeftConfig | None) -> torch.nn.Module:
-    """Freezes the pipeline, makes its transformer (or U-Net) trainable, and returns what `Trainer` trains. Raises
-    `ValueError` if a module has no values or was changed ([`prepare_for_training`]), the trained one has adapters
-    already, or `peft_config` names modules that are not there."""
-    pipeline = backbone.pipeline
-    prepare_for_training(pipeline, backbone.component, trains_adapter=peft_config is not None)
-    model = backbone.model
-    for module in modules_of(pipeline).values():
-        module.requires_grad_(False).eval()
-    if args.enable_vae_slicing:
-        pipeline.vae.enable_slicing()
-    if args.enable_vae_tiling:
-        pipeline.vae.enable_tiling()
-    if getattr(model, "peft_config", None):
-        raise ValueError(
-            f"The pipeline's {backbone.component} already has adapters ({', '.join(model.peft_config)}). "
-            "Unload them (pipeline.unload_lora_weights()), and pass a peft_config for a new one. To go on training "
-            "one, pass the pipeline without it, and its file as init_adapter."
-        )
-    config = TrainerConfigDict(model.config)
-    vars(config).update(vars(model.config))  # diffusers sets some values as attributes only
-    model._internal_dict = config
-    if args.gradient_checkpointing:
-        # transformers would call a method that diffusers' models do not have
-        model.enable_gradient_checkpointing()
-        args.gradient_checkpointing = args.activation_checkpointing = False
-    if peft_config is None:
-        policy = model.requires_grad_(True)
-        backbone.dtype = torch.float32  # what is trained is, see below
-    elif args.init_adapter is not None:
-        policy = with_init_adapter(backbone, args.init_adapter, peft_config)
-    else:
-        policy = with_adapter(model, peft_config, backbone.lora_target_modules)
-    cast_training_params(policy, dtype=torch.float32)
-    if args.disable_dropout:
-        disable_dropout_in_model(policy)
-    return policy
 
 
 class Policy:
@@ -127,7 +64,7 @@ class Policy:
         # All set by the loop: the number of the sampling phase, optimizer steps since, and the trained weights then
         self.generation = self.updates_since_sampling = 0
         self.sampling_weights: list[torch.Tensor] = []
-        self._wrapped, self.keep_old = wrapped, keep_old
+        self._wrapped = wrapped
         self.is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         copied, old_copied = ((wanted and not self.is_adapter) for wanted in (keep_reference, keep_old))
         self._goes_on = args.init_adapter is not None and args.reference == "initial"
@@ -148,10 +85,9 @@ class Policy:
             if isinstance(module, torch.nn.Module) and not elsewhere and not is_quantized(module):
                 module.to(accelerator.device)
         self._reference = copy.deepcopy(self.module).requires_grad_(False).eval() if copied else None
-        self._old_module = copy.deepcopy(self.module).requires_grad_(False).eval() if old_copied else None
-        self._old: list[torch.Tensor] = []  # of an adapter; made when first used, as sharding comes later than this
+        self.old = OldPolicy(self) if keep_old else None
         # An adapter's weights before training, where they are a reference
-        self._initial = self._copies_of(self._local_weights()) if self._goes_on and not self.is_sharded else None
+        self._initial = self._copies_of(self.local_weights()) if self._goes_on and not self.is_sharded else None
         self.ema = EMAModel(self.trained_parameters, decay=args.ema_decay) if args.use_ema else None
         self._num_updates = 0
         self._gradients_checked = False
@@ -285,7 +221,7 @@ class Policy:
     @contextlib.contextmanager
     def _moved(self, origin: list[torch.Tensor], scale: float) -> Iterator[None]:
         """The trained weights, `scale` times as far from `origin` as they are."""
-        own = self._local_weights()
+        own = self.local_weights()
         pairs = zip(own, origin, strict=True)
         moved = (start.to(weights.device, torch.float32).lerp(weights.float(), scale) for weights, start in pairs)
         with self._replaced(own, moved):
@@ -293,15 +229,15 @@ class Policy:
 
     @contextlib.contextmanager
     def _old_in_place(self) -> Iterator[None]:
-        if self._old_module is not None:
-            self._forced = self._old_module
-            try:
+        if self.old.module is None:
+            with self._replaced(self.local_weights(), map(local_part, self.old.weights())):
                 yield
-            finally:
-                self._forced = None
             return
-        with self._replaced(self._local_weights(), map(local_part, self._old_weights())):
+        self._forced = self.old.module
+        try:
             yield
+        finally:
+            self._forced = None
 
     @contextlib.contextmanager
     def _replaced(self, own: list[torch.Tensor], others: Iterable[torch.Tensor]) -> Iterator[None]:
@@ -315,29 +251,17 @@ class Policy:
                 weights.copy_(kept)
             self._forget_copies()
 
-    # ---- The old policy ----
+    # ---- Weights ----
 
-    def _old_weights(self) -> list[torch.Tensor]:
-        """Those of `at("old")`, as the parameters are sharded or not; at first the trained ones."""
-        if self._old_module is not None:
-            return list(self._old_module.parameters())
-        if not self._old:
-            self._forget_copies()
-            self._old = [p.detach().to(torch.float32, copy=True) for p in self.trained_parameters]
-        return self._old
+    def whole_or_sharded(self) -> list[torch.nn.Parameter]:
+        """The trained parameters, of which FSDP has gathered none."""
+        self._forget_copies()
+        return self.trained_parameters
 
     @torch.no_grad()
-    def move_old(self, decay: float) -> None:
-        """Moves the old policy towards the trained one: `old = decay old + (1 - decay) trained`."""
-        old = self._old_weights()
-        for weights, own in zip(map(local_part, old), self._local_weights(), strict=True):
-            weights.lerp_(own.to(weights.dtype), 1 - decay)
-
-    @torch.no_grad()
-    def _local_weights(self) -> list[torch.Tensor]:
+    def local_weights(self) -> list[torch.Tensor]:
         """The trained weights, of sharded ones this process's part; what is written into them counts."""
-        self._forget_copies()  # FSDP's gathered weights would stand in their place
-        return [p.to_local() if isinstance(p, DTensor) else p.data for p in self.trained_parameters]
+        return [p.to_local() if isinstance(p, DTensor) else p.data for p in self.whole_or_sharded()]
 
     def _forget_copies(self) -> None:
         """Of weights that were written to: autocast's in half precision, and those that FSDP has gathered."""
@@ -356,7 +280,7 @@ class Policy:
                 "The ratio's probe moves all trained weights, which DeepSpeed's ZeRO-3 splits over processes. Set "
                 "ratio_probe=0, or use ZeRO-2 or FSDP2."
             )
-        return self._copies_of(self._local_weights())
+        return self._copies_of(self.local_weights())
 
     def _copies_of(self, weights: list[torch.Tensor]) -> list[torch.Tensor]:
         # An adapter's are few; two more copies of a whole model are for the host's memory. To ask for each weight
@@ -473,24 +397,12 @@ class Policy:
         trainer's to save. To be called on all processes."""
         state = {"init_adapter": self.args.init_adapter, "reference": self.args.reference}
         state |= {f"initial.{i}": weights for i, weights in enumerate(self._initial or [])}
-        if self.keep_old:
-            state |= {f"old.{i}": whole(old.detach()) for i, old in enumerate(self._old_weights())}
+        if self.old is not None:
+            state |= self.old.state_dict()
         if self.ema is None:
             return state
         average = {f"average.{i}": parameter for i, parameter in enumerate(self.ema.shadow_params)}
         return state | {"ema_step": self.ema.optimization_step, "num_updates": self._num_updates, **average}
-
-    @torch.no_grad()
-    def _load_old(self, state: dict[str, Any]) -> None:
-        if self._old_module is not None and "old.0" not in state:
-            self._old_module.load_state_dict(self.module.state_dict())
-        self._old = []  # as the trained ones, which may not be wrapped yet
-        if "old.0" in state:
-            for i, old in enumerate(self._old_weights()):
-                saved = state[f"old.{i}"].to(old.device)
-                if isinstance(old, DTensor):
-                    saved = distribute_tensor(saved, old.device_mesh, old.placements)
-                local_part(old).copy_(local_part(saved))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what [`state_dict`] gave; of `{}` the average and the old policy begin at the weights as they are.
@@ -499,8 +411,8 @@ class Policy:
             check_origin(state, self.args)
         if state and self._initial is not None:
             self._initial = [state[f"initial.{i}"].to(weights.device) for i, weights in enumerate(self._initial)]
-        if self.keep_old:
-            self._load_old(state)
+        if self.old is not None:
+            self.old.load_state_dict(state)
         self._num_updates = state.get("num_updates", 0)
         if self.ema is None:
             return
