@@ -21,6 +21,7 @@ from trl_flow.algorithms import Algorithm, MicroBatch
 from trl_flow.backbones import Backbone, get_backbone
 from trl_flow.backbones.prompt_length import warn_of_long_prompts
 from trl_flow.backbones.settings import evaluation_steps
+from trl_flow.prompts.rows import prompts_of
 from trl_flow.rewards.checks import reward_names
 from trl_flow.rewards.named import as_rewards
 from trl_flow.rewards.scorer import RewardScorer
@@ -141,7 +142,7 @@ class FlowRLTrainer(SavingTrainer):
             args.eval_num_inference_steps = evaluation_steps(self.backbone, args.num_inference_steps)
         for name, dataset in datasets.items():
             checks.check_images(dataset, name, self.backbone)
-            warn_of_long_prompts(self.backbone, [*dataset["prompt"], args.negative_prompt or ""], name)
+            warn_of_long_prompts(self.backbone, [*prompts_of(dataset), args.negative_prompt or ""], name)
         module = prepare_module(self.backbone, args, peft_config)
         checks.probe_output_dir(args, sum(p.numel() for p in module.parameters() if p.requires_grad))
 
