@@ -21,6 +21,7 @@ from trl_flow.algorithms import Algorithm, MicroBatch
 from trl_flow.backbones import Backbone, get_backbone
 from trl_flow.backbones.prompt_length import warn_of_long_prompts
 from trl_flow.backbones.settings import evaluation_steps
+from trl_flow.prompts.rows import prompts_to_measure
 from trl_flow.rewards.checks import reward_names
 from trl_flow.rewards.named import as_rewards
 from trl_flow.rewards.scorer import RewardScorer
@@ -141,7 +142,7 @@ class FlowRLTrainer(SavingTrainer):
             args.eval_num_inference_steps = evaluation_steps(self.backbone, args.num_inference_steps)
         for name, dataset in datasets.items():
             checks.check_images(dataset, name, self.backbone)
-            warn_of_long_prompts(self.backbone, [*dataset["prompt"], args.negative_prompt or ""], name)
+            warn_of_long_prompts(self.backbone, [*prompts_to_measure(dataset), args.negative_prompt or ""], name)
         module = prepare_module(self.backbone, args, peft_config)
         checks.probe_output_dir(args, sum(p.numel() for p in module.parameters() if p.requires_grad))
 
@@ -329,7 +330,7 @@ class FlowRLTrainer(SavingTrainer):
             checks.check_dataset(dataset, "eval_dataset")
             checks.check_images(dataset, "eval_dataset", self.backbone)
             if eval_dataset is not None:  # those of the trainer were looked at when it was made
-                warn_of_long_prompts(self.backbone, dataset["prompt"], "eval_dataset")
+                warn_of_long_prompts(self.backbone, prompts_to_measure(dataset), "eval_dataset")
             start = time.time()
             with self.optimizer_modes.evaluating():
                 result = self.evaluator.evaluate(dataset, self.state, name)
