@@ -77,13 +77,7 @@ def both(pipeline):
     pipeline.transformer = torch.nn.DataParallel(torch.compile(pipeline.transformer, backend="eager"))
 
 
-def twice(pipeline):
-    for _ in range(2):
-        blocks(pipeline)
-        whole(pipeline)
-
-
-WRAPPERS = [whole, in_place, regions, blocks, blocks_in_place, forward, frozen_parts, data_parallel, both, twice]
+WRAPPERS = [whole, in_place, regions, blocks, blocks_in_place, forward, frozen_parts, data_parallel, both]
 
 
 @pytest.fixture(scope="module")

@@ -68,13 +68,14 @@ def unwrap(pipeline: DiffusionPipeline, component: str) -> None:
 def _unwrapped(module: nn.Module) -> tuple[nn.Module, bool]:
     """The module inside, with unwrapped children, and whether any of them was compiled."""
     was_compiled = False
-    while (inner := _inside(module)) is not module:
+    options = {"keep_fp32_wrapper": False, "keep_torch_compile": False}
+    while (inner := extract_model_from_parallel(module, **options)) is not module:
         was_compiled |= hasattr(module, "_orig_mod")
         module = inner
     for part in list(module.modules()):
         for name, child in part.named_children():
             if is_compiled_module(child):
-                setattr(part, name, _unwrapped(child)[0])
+                setattr(part, name, child._orig_mod)
                 was_compiled = True
         if part._compiled_call_impl is not None:  # Module.compile(), in place
             part._compiled_call_impl, was_compiled = None, True
@@ -83,13 +84,6 @@ def _unwrapped(module: nn.Module) -> tuple[nn.Module, bool]:
             del part.forward
             was_compiled = True
     return module, was_compiled
-
-
-def _inside(module: nn.Module) -> nn.Module:
-    if is_compiled_module(module):
-        # Of one that was compiled twice it is the method that computes
-        return getattr(module._orig_mod, "__self__", module._orig_mod)
-    return extract_model_from_parallel(module, keep_fp32_wrapper=False, keep_torch_compile=False)
 
 
 def _processors(model: nn.Module) -> list:

@@ -32,7 +32,7 @@ from trl_flow.trainer.checkpoints import checkpoint_to_resume, step_of
 from trl_flow.trainer.evaluator import EvaluationResult, Evaluator, group_diversity
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.groups import of_one_reading, warn_of_prompts_left_out
-from trl_flow.trainer.init_adapter import adapter_of_its_own
+from trl_flow.trainer.init_adapter import adapter_of_its_own, check_origin
 from trl_flow.trainer.loading import load_pipeline
 from trl_flow.trainer.metrics import Metrics, SampleLog
 from trl_flow.trainer.optimizer_modes import OptimizerModes
@@ -207,6 +207,7 @@ class FlowRLTrainer(SavingTrainer):
             self._train_step_time, self.publisher.best_step = 0.0, None
             if checkpoint is not None:
                 self.run_state.check(Path(checkpoint))
+                check_origin(checkpoint, self.args)
                 resuming.check_adapter(self.policy.module, Path(checkpoint))
                 resuming.take_over(self.args, self.run_state.about, Path(checkpoint))
                 self._saved = step_of(checkpoint), checkpoint
