@@ -97,7 +97,7 @@ class Policy:
     @property
     def module(self) -> torch.nn.Module:
         """What is trained, unwrapped: a `PeftModel`, or the transformer (or U-Net) itself."""
-        return self.accelerator.unwrap_model(self._wrapped())
+        return self.accelerator.unwrap_model(self._wrapped(), keep_torch_compile=False)
 
     @property
     def is_adapter(self) -> bool:
@@ -123,7 +123,7 @@ class Policy:
         """What forwards without gradients run. Sharded weights are only whole inside the wrapped forward."""
         if self._forced is not None:
             return self._forced
-        return self._wrapped() if self.is_sharded else self.module
+        return self._wrapped() if self.is_sharded else self.accelerator.unwrap_model(self._wrapped())
 
     # ---- Forwards ----
 
