@@ -42,14 +42,20 @@ def stock(image):
     return scope["to_rgb"](image)
 
 
+@pytest.mark.parametrize("convert", [to_rgb, stock])
 @pytest.mark.parametrize("dtype", ["<u2", ">u2"])
-def test_16_bits_are_scaled(dtype):
+def test_16_bits_are_scaled(dtype, convert):
     image = Image.fromarray(RAMP.astype(dtype))
     assert image.mode.startswith("I;16")
-    assert np.array_equal(np.asarray(to_rgb(image))[..., 0].ravel(), np.arange(256))
+    assert np.array_equal(np.asarray(convert(image))[..., 0].ravel(), np.arange(256))
     # to the nearest: 257 * 100 + 128 is below a half, one more is above
     between = Image.fromarray(np.array([[25828, 25829]], dtype=dtype))
-    assert np.asarray(to_rgb(between))[0, :, 1].tolist() == [100, 101]
+    assert np.asarray(convert(between))[0, :, 1].tolist() == [100, 101]
+
+
+def test_the_cards_code_scales_16_bits_that_older_releases_of_pillow_open_as_32():
+    image = Image.fromarray(RAMP)
+    assert stock(image.convert("I")).tobytes() == to_rgb(image).tobytes()
 
 
 @pytest.mark.parametrize("convert", [to_rgb, stock])

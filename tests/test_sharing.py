@@ -451,7 +451,9 @@ def test_prompts_with_quotes_newlines_pipes_and_html(run_folder):
     # In code Markdown leaves everything as it is
     prose = re.sub(r"```.*?\n```|`[^`\n]*`", "", card.text, flags=re.DOTALL)
     assert "<b>" not in prose and "\n---\n" not in card.text
-    ast.parse(python_block(card))
+    nodes = ast.walk(ast.parse(python_block(card_of(write_card(run_folder, prompt=NASTY)))))
+    # Another prompt would draw another image
+    assert NASTY in [node.value.value for node in nodes if isinstance(node, ast.keyword) and node.arg == "prompt"]
     row = next(line for line in card.text.splitlines() if line.startswith("| negative"))
     cells = [cell for cell in row.replace("\\|", "").split("|") if cell.strip()]
     assert len(cells) == 2

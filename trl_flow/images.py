@@ -7,8 +7,8 @@ from PIL import ExifTags, Image, ImageOps
 # The same in a few lines, for code that knows nothing of this package
 TO_RGB_CODE = """\
 def to_rgb(image):  # as in training: what is transparent is white, 16 bits are scaled to 8
-    if image.mode == "I;16":
-        image = image.point(lambda value: value / 257 + 0.5)
+    if image.mode.startswith("I"):
+        image = image.convert("I").point(lambda value: value / 257 + 0.5).convert("L")
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 """

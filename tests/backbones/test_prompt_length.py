@@ -46,6 +46,16 @@ def test_one_warning_says_how_many_are_cut_and_what_they_need(name):
     assert remedy in message
 
 
+def test_prompts_that_are_short_in_any_tokenizer_are_not_counted(monkeypatch):
+    backbone, counted = FAMILIES["z-image"].backbone(), []
+    count = backbone.prompt_tokens
+    monkeypatch.setattr(backbone, "prompt_tokens", lambda prompts: counted.extend(prompts) or count(prompts))
+    fits = backbone.token_limit - AROUND["z-image"]
+    with warnings_of("trl_flow") as said:
+        warn_of_long_prompts(backbone, ["x", "x" * (fits - 1), "x" * (fits + 1)], "train_dataset")
+    assert counted == ["", "x" * (fits + 1)] and "1 of 3" in said[0]
+
+
 @pytest.mark.parametrize("name", AROUND)
 def test_what_is_counted_is_what_is_read(name):
     backbone = FAMILIES[name].backbone()

@@ -175,3 +175,16 @@ def test_adapters_of_other_models_are_refused_and_leave_nothing_behind(folders, 
         ):
             check_adapter(backbone, Adapter(name, str(path)))
         assert_same_images(images(tiny_sd3), before)
+
+
+def test_an_adapter_that_the_pipeline_has_already_is_not_taken_away_in_silence(folders, tiny_sd3, backbone):
+    tiny_sd3.load_lora_weights(folders["one"])
+    drawn = images(tiny_sd3)
+    for name in ("two", "full"):
+        with pytest.raises(ValueError, match="has adapters already.*unload_lora_weights.*fuse_lora"):
+            check_adapter(backbone, Adapter(name, str(folders[name])))
+    assert_same_images(images(tiny_sd3), drawn)
+    tiny_sd3.fuse_lora()
+    tiny_sd3.unload_lora_weights()
+    check_adapter(backbone, Adapter("two", str(folders["two"])))
+    assert_same_images(images(tiny_sd3), drawn)

@@ -169,6 +169,15 @@ def test_what_a_format_has_no_names_for_is_refused(family, format, config, words
     assert not (tmp_path / "out.safetensors").exists()
 
 
+def test_an_adapter_is_not_written_over(tmp_path):
+    expected = saved_adapter("sd3", tmp_path)
+    with pytest.raises(ValueError, match="the adapter itself, which would be lost"):
+        exported("sd3", tmp_path, tmp_path / "pytorch_lora_weights.safetensors", "comfyui")
+    pipeline = FAMILIES["sd3"]()
+    load_lora(pipeline, tmp_path, "transformer")
+    assert_same_deltas(deltas(pipeline.transformer), expected)
+
+
 def test_an_adapter_of_another_model_is_refused(tmp_path):
     saved_adapter("sd", tmp_path)
     with pytest.raises(ValueError, match="is no LoRA for this StableDiffusion3Pipeline"):

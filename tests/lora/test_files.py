@@ -50,6 +50,20 @@ def test_alphas_of_a_u_net_are_honored_also_where_they_differ(alphas, tmp_path):
     assert_same_deltas(loaded("sd", tmp_path), expected)
 
 
+@pytest.mark.parametrize("alpha", [1.0, 2.0])
+def test_layers_without_an_alpha_are_not_given_that_of_others(alpha, tmp_path):
+    file = tmp_path / "lora.safetensors"
+    expected = kohya_file(file, alphas=(alpha,))
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith("to_q.alpha")]:
+        del tensors[name]
+    save_file(tensors, file)
+    for name in (name for name in expected if name.endswith("to_q")):
+        down = tensors[f"lora_unet_{name.replace('.', '_')}.lora_down.weight"]
+        expected[name] = expected[name] * len(down) / alpha
+    assert_same_deltas(loaded("sd", tmp_path), expected)
+
+
 def added(tensors, name, tensor):
     return tensors | {name: tensor}
 

@@ -16,6 +16,7 @@ from tiny_training import (
     tiny_stages,
     tiny_trainer,
     trained_weights,
+    warnings_of,
 )
 
 from trl_flow import FlowGRPOTrainer
@@ -181,8 +182,10 @@ def test_a_checkpoint_needs_the_file_no_more(adapter, tmp_path):
     unbroken.train()
     shutil.rmtree(file)
     checkpoint = str(tmp_path / "run" / "checkpoint-1")
-    resumed = going_on(tmp_path / "resumed", checkpoint, **options)
-    resumed.train(resume_from_checkpoint=checkpoint)
+    with warnings_of("trl_flow") as said:
+        resumed = going_on(tmp_path / "resumed", checkpoint, **options)
+        resumed.train(resume_from_checkpoint=checkpoint)
+    assert not [message for message in said if "init_adapter" in message]
     assert_equal(trained_weights(resumed), trained_weights(unbroken))
     kl = [[entry["kl"] for entry in run.state.log_history if "kl" in entry] for run in (unbroken, resumed)]
     np.testing.assert_allclose(kl[1], kl[0], rtol=1e-3, atol=1e-9)
@@ -198,7 +201,15 @@ def test_a_run_with_another_beginning_is_not_resumed(adapter, tmp_path):
         if "lora" in other:
             other["lora"] = LoraConfig(r=4, lora_alpha=6, **lora)
         with pytest.raises(ValueError, match="the checkpoint is of a run with init_adapter=.*and reference='initial'"):
-            going_on(tmp_path / "other", adapter, **options | other).train(resume_from_checkpoint=checkpoint)
+            going_on(tmp_path / "run", adapter, **options | other).train(resume_from_checkpoint=checkpoint)
+    assert not (tmp_path / "run" / "previous-1").exists()  # refused before anything is moved
+    other = str(shutil.copytree(adapter, tmp_path / "another"))
+    with warnings_of("trl_flow") as said:
+        resumed = going_on(tmp_path / "other", other, **options)
+        resumed.train(resume_from_checkpoint=checkpoint)
+    (message,) = [message for message in said if "init_adapter" in message]
+    assert f"init_adapter is '{other}', but the run of" in message and f"began with '{adapter}'" in message
+    assert resumed.args.init_adapter == str(adapter)
 
 
 def test_the_config_says_what_may_be_chosen(tmp_path):

@@ -5,6 +5,8 @@ import os
 import signal
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny_training import assert_equal, brightness, darkness, prompts, tiny_trainer, trained_weights, warnings_of
 from transformers import TrainerCallback
 
@@ -151,3 +153,19 @@ def test_the_best_by_gold_is_loaded_where_there_is_a_gold_score(tmp_path):
     trainer = tiny_trainer(tmp_path / "reward alone", **fields)
     trainer.train()
     assert step_of(trainer.state.best_model_checkpoint) == 3
+
+
+@pytest.mark.parametrize("lora", ["default", None], ids=["lora", "full"])
+def test_a_run_that_is_compiled_saves_what_another_does(lora, tmp_path):
+    """As accelerate wraps the model with torch_compile=True; nothing is compiled before a forward."""
+    trainer = tiny_trainer(tmp_path, lora=lora)
+    trainer.save_model(str(tmp_path / "plain"))
+    trainer.model_wrapped = torch.compile(trainer.model, backend="eager")
+    assert trainer.policy.is_adapter is (lora is not None)
+    assert trainer.policy.sampling_module is trainer.model_wrapped
+    trainer.save_model(str(tmp_path / "compiled"))
+    names = [sorted(file.name for file in (tmp_path / kind).iterdir()) for kind in ("plain", "compiled")]
+    assert names[0] == names[1]
+    for file in (tmp_path / "plain").glob("*.safetensors"):
+        saved = load_file(tmp_path / "compiled" / file.name)
+        assert_equal(saved, load_file(file))

@@ -92,6 +92,26 @@ def test_an_evaluation_reads_each_row_once_and_the_same_each_time(tmp_path):
     assert drawn[::2] == drawn[1::2] and len(set(drawn)) == 3
 
 
+def test_prompts_that_a_transform_makes_too_long_are_counted(tmp_path):
+    """Of the first rows: to make all before training may take long."""
+    made = []
+
+    def transform(batch):
+        made.extend(batch["caption"])
+        return {"prompt": [caption * 99 if caption != "a cat" else caption for caption in batch["caption"]]}
+
+    dataset = Dataset.from_dict({"caption": ["a cat"] + [f"a dog {i} " for i in range(99)]}).with_transform(transform)
+    with warnings_of("trl_flow") as said:
+        trainer = tiny_trainer(tmp_path, train_dataset=dataset, eval_dataset=prompts(1))
+        trainer.evaluate(dataset.select([0, 1]))
+    cut = [message for message in said if "are longer than the 16 tokens" in message]
+    assert [message.partition(" are longer")[0] for message in cut] == [
+        "63 of 64 different prompts of train_dataset",
+        "1 of 2 different prompts of eval_dataset",
+    ]
+    assert len(set(made)) == 64
+
+
 def test_transforms_and_precomputed_embeddings(tmp_path):
     dataset = Dataset.from_dict({"caption": ["a cat", "two dogs"]}).with_transform(
         lambda batch: {"prompt": batch["caption"]}

@@ -16,8 +16,12 @@ def warn_of_long_prompts(backbone: Backbone, prompts: Iterable[str], where: str)
     """One warning if some of `prompts`, those of `where`, are longer than the pipeline reads: how many, and what the
     longest needs."""
     prompts = [prompt for prompt in dict.fromkeys(prompts) if prompt]
-    needed, most = backbone.prompt_tokens(prompts) if prompts else None, backbone.token_limit
-    too_long = [number for number in needed or () if number > most]
+    around, most = backbone.prompt_tokens([""]), backbone.token_limit
+    if around is None:
+        return
+    # No more tokens than bytes, and one for the beginning: of tens of thousands few need to be counted
+    candidates = [prompt for prompt in prompts if len(prompt.encode(errors="replace")) >= most - around[0]]
+    too_long = [number for number in backbone.prompt_tokens(candidates) if number > most] if candidates else []
     if not too_long:
         return
     kind, longest = type(backbone.pipeline).__name__, max(too_long)

@@ -92,6 +92,7 @@ def _prepare_run(
     from trl_flow.commands import options
     from trl_flow.rewards.named import named_rewards
     from trl_flow.trainer.checkpoints import checkpoint_to_resume
+    from trl_flow.trainer.init_adapter import check_origin
 
     if script_args.ignore_bias_buffers:
         raise ValueError("ignore_bias_buffers is TRL's option for old language models. Remove it.")
@@ -104,6 +105,7 @@ def _prepare_run(
     resume = checkpoint_to_resume(True if str(resume).lower() in ("true", "last") else resume, args)
     data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "eval_reward_funcs": gold}
     if resume is not None and args.init_adapter is not None:
+        check_origin(resume, args)
         args.init_adapter = resume  # whose file may be gone; all that counts of it is in the checkpoint
     lora = options.peft_config(script_args, args, model_args)
     callbacks = options.over_optimization_callbacks(script_args)

@@ -145,6 +145,11 @@ def loaded_adapter(backbone: Backbone, adapter: Adapter | None) -> Iterator[None
         yield
         return
     pipeline, original = backbone.pipeline, backbone.model
+    if next(lora_layers(pipeline), None) is not None:
+        raise ValueError(
+            f"the pipeline has adapters already, which would count to the base model alone and not to {adapter.name!r}"
+            ". Take them out, pipeline.unload_lora_weights(), after pipeline.fuse_lora() if they belong to the base."
+        )
     try:
         try:
             if adapter.is_full:

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from trl_flow.lora.files import load_lora, lora_layers
+from trl_flow.lora.files import find_lora, load_lora, lora_layers
 
 
 FORMATS = ("comfyui", "kohya")
@@ -76,6 +76,8 @@ def export_lora(
     """
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}, but must be one of {', '.join(FORMATS)}.")
+    if Path(output).exists() and Path(adapter).exists() and Path(output).samefile(find_lora(adapter)):
+        raise ValueError(f"output is {os.fspath(output)!r}, the adapter itself, which would be lost. Name another.")
     try:
         layers, model = _layers(pipeline, component, adapter), getattr(pipeline, component)
     finally:

@@ -144,9 +144,11 @@ def _peft_config(file: Path) -> LoraConfig:
 
 def _with_alphas(tensors: dict[str, torch.Tensor], component: str) -> dict[str, torch.Tensor]:
     """With alpha / rank multiplied into each layer's down projection, unless diffusers honors alphas itself: in a
-    U-Net it does only where all are the same, and elsewhere it forgets those of single layers."""
+    U-Net it does only where all layers have the same, and elsewhere it forgets those of single layers."""
     alphas = {name.removesuffix(".alpha"): alpha for name, alpha in tensors.items() if name.endswith(".alpha")}
-    if not alphas or (component == "unet" and len({alpha.item() for alpha in alphas.values()}) == 1):
+    layers = sum(name.endswith(_DOWN) for name in tensors)
+    are_same = len(alphas) == layers and len({alpha.item() for alpha in alphas.values()}) == 1
+    if not alphas or (component == "unet" and are_same):
         return tensors
     tensors = dict(tensors)
     for layer, alpha in alphas.items():

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
+_MEASURED = 64  # rows that a transform makes to look at their prompts
+
 
 def has_transform(dataset: "Dataset") -> bool:
     """Whether rows are made as they are read, by `set_transform` or `with_transform`, and may differ each time."""
@@ -68,6 +70,14 @@ def prompts_of(dataset: "Dataset") -> Sequence[str]:
         return dataset["prompt"]
     with unchanged_random_state():
         return [row["prompt"] for row in dataset]
+
+
+def prompts_to_measure(dataset: "Dataset") -> Sequence[str]:
+    """All prompts; of those that a transform makes the first ones, as to make all may take long."""
+    if not has_transform(dataset):
+        return dataset["prompt"]
+    with unchanged_random_state():
+        return [dataset[index]["prompt"] for index in range(min(len(dataset), _MEASURED))]
 
 
 def first_row(dataset: "Dataset") -> Row:

@@ -205,7 +205,7 @@ def _loading_code(
     settings = {**settings, **{name: value for name, value in evaluation.items() if value is not None}}
     arguments = backbone.call_arguments(effective(backbone, settings))
     # By keyword: the first argument of pipelines that edit is the image
-    call = [f"prompt={_quoted(_one_line(prompt))}", *(f"{name}={value!r}" for name, value in arguments.items())]
+    call = [f"prompt={_quoted(prompt)}", *(f"{name}={value!r}" for name, value in arguments.items())]
     if backbone.takes_image:
         imports += ["from diffusers.utils import load_image", "from PIL import Image", "", "", TO_RGB_CODE]
         call.insert(0, 'image=load_image("path/to/image.png", convert_method=to_rgb)')

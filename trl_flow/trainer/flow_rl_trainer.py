@@ -21,7 +21,7 @@ from trl_flow.algorithms import Algorithm, MicroBatch
 from trl_flow.backbones import Backbone, get_backbone
 from trl_flow.backbones.prompt_length import warn_of_long_prompts
 from trl_flow.backbones.settings import evaluation_steps
-from trl_flow.prompts.rows import prompts_of
+from trl_flow.prompts.rows import prompts_to_measure
 from trl_flow.rewards.checks import reward_names
 from trl_flow.rewards.named import as_rewards
 from trl_flow.rewards.scorer import RewardScorer
@@ -32,7 +32,7 @@ from trl_flow.trainer.checkpoints import checkpoint_to_resume, step_of
 from trl_flow.trainer.evaluator import EvaluationResult, Evaluator, group_diversity
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.groups import of_one_reading, warn_of_prompts_left_out
-from trl_flow.trainer.init_adapter import adapter_of_its_own
+from trl_flow.trainer.init_adapter import adapter_of_its_own, check_origin
 from trl_flow.trainer.loading import load_pipeline
 from trl_flow.trainer.metrics import Metrics, SampleLog
 from trl_flow.trainer.optimizer_modes import OptimizerModes
@@ -142,7 +142,7 @@ class FlowRLTrainer(SavingTrainer):
             args.eval_num_inference_steps = evaluation_steps(self.backbone, args.num_inference_steps)
         for name, dataset in datasets.items():
             checks.check_images(dataset, name, self.backbone)
-            warn_of_long_prompts(self.backbone, [*prompts_of(dataset), args.negative_prompt or ""], name)
+            warn_of_long_prompts(self.backbone, [*prompts_to_measure(dataset), args.negative_prompt or ""], name)
         module = prepare_module(self.backbone, args, peft_config)
         checks.probe_output_dir(args, sum(p.numel() for p in module.parameters() if p.requires_grad))
 
@@ -207,6 +207,7 @@ class FlowRLTrainer(SavingTrainer):
             self._train_step_time, self.publisher.best_step = 0.0, None
             if checkpoint is not None:
                 self.run_state.check(Path(checkpoint))
+                check_origin(checkpoint, self.args)
                 resuming.check_adapter(self.policy.module, Path(checkpoint))
                 resuming.take_over(self.args, self.run_state.about, Path(checkpoint))
                 self._saved = step_of(checkpoint), checkpoint
@@ -330,7 +331,7 @@ class FlowRLTrainer(SavingTrainer):
             checks.check_dataset(dataset, "eval_dataset")
             checks.check_images(dataset, "eval_dataset", self.backbone)
             if eval_dataset is not None:  # those of the trainer were looked at when it was made
-                warn_of_long_prompts(self.backbone, dataset["prompt"], "eval_dataset")
+                warn_of_long_prompts(self.backbone, prompts_to_measure(dataset), "eval_dataset")
             start = time.time()
             with self.optimizer_modes.evaluating():
                 result = self.evaluator.evaluate(dataset, self.state, name)

@@ -1,19 +1,23 @@
 """Going on from an adapter: the module that is trained, with the weights of a LoRA file."""
 
 import copy
+import json
 import os
-from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
 
 import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from transformers.utils import logging
 
 from trl_flow.backbones import Backbone
 from trl_flow.lora import LORA_WEIGHT_NAME, PEFT_FILES, check_lora_config, load_lora
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
+from trl_flow.trainer.run_state import STATE_NAME
 
+
+logger = logging.get_logger(__name__)
 
 _PREFIX = "base_model.model."  # of PEFT's names
 
@@ -121,9 +125,10 @@ def _check_agrees(layers: dict[str, dict], own: dict[str, dict], path: str) -> N
             raise ValueError(f"peft_config has {said} for {layer}, but init_adapter {path!r} has {found}. {instead}")
 
 
-def check_origin(state: Mapping[str, Any], args: FlowRLConfig) -> None:
-    """Raises `ValueError` unless a checkpoint's policy, whose state this is, began where this run does. The adapter's
-    name becomes that of the run: the checkpoint may have been given in its place."""
+def check_origin(checkpoint: str | os.PathLike, args: FlowRLConfig) -> None:
+    """Raises `ValueError` unless the checkpoint's run began where this one does. The adapter's name becomes that
+    of the run: the checkpoint may have been given in its place. Another one is warned of."""
+    state = json.loads(Path(checkpoint, STATE_NAME).read_text())["parts"].get("policy", {})
     began, reference = state.get("init_adapter"), state.get("reference")
     if (began is None) != (args.init_adapter is None) or (began is not None and reference != args.reference):
         raise ValueError(
@@ -131,4 +136,9 @@ def check_origin(state: Mapping[str, Any], args: FlowRLConfig) -> None:
             f"init_adapter={args.init_adapter!r} and reference={args.reference!r}. Use those of the run; if its file "
             "is gone, the checkpoint's folder serves as init_adapter."
         )
+    if args.init_adapter not in (began, os.fspath(checkpoint)) and args.process_index == 0:
+        what = (
+            f"init_adapter is {args.init_adapter!r}, but the run that goes on from {checkpoint} began with {began!r}"
+        )
+        logger.warning(f"{what}: it goes on with its own weights. To begin with the other one, begin a new run.")
     args.init_adapter = began

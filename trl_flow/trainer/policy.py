@@ -23,7 +23,6 @@ from transformers.utils import logging
 from trl_flow import sharing
 from trl_flow.backbones import Backbone
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
-from trl_flow.trainer.init_adapter import check_origin
 from trl_flow.trainer.loading import is_quantized
 from trl_flow.trainer.old_policy import OldPolicy, local_part
 from trl_flow.trainer.prompt_cache import PromptCache
@@ -98,7 +97,7 @@ class Policy:
     @property
     def module(self) -> torch.nn.Module:
         """What is trained, unwrapped: a `PeftModel`, or the transformer (or U-Net) itself."""
-        return self.accelerator.unwrap_model(self._wrapped())
+        return self.accelerator.unwrap_model(self._wrapped(), keep_torch_compile=False)
 
     @property
     def is_adapter(self) -> bool:
@@ -124,7 +123,7 @@ class Policy:
         """What forwards without gradients run. Sharded weights are only whole inside the wrapped forward."""
         if self._forced is not None:
             return self._forced
-        return self._wrapped() if self.is_sharded else self.module
+        return self._wrapped() if self.is_sharded else self.accelerator.unwrap_model(self._wrapped())
 
     # ---- Forwards ----
 
@@ -405,10 +404,7 @@ class Policy:
         return state | {"ema_step": self.ema.optimization_step, "num_updates": self._num_updates, **average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes what [`state_dict`] gave; of `{}` the average and the old policy begin at the weights as they are.
-        `ValueError` if the run had another reference."""
-        if state:
-            check_origin(state, self.args)
+        """Takes what [`state_dict`] gave; of `{}` the average and the old policy begin at the weights as they are."""
         if state and self._initial is not None:
             self._initial = [state[f"initial.{i}"].to(weights.device) for i, weights in enumerate(self._initial)]
         if self.old is not None:
