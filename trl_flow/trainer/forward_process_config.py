@@ -1,5 +1,6 @@
 """[`DiffusionNFTConfig`] and [`AWMConfig`]: the switches of learning on noised images."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +20,9 @@ _WHY |= dict.fromkeys(
 )
 _WHY["importance_ratio"] = (
     "GRPO-Guard's ratio is that of Gaussian transitions, and here no transition has a probability"
+)
+_WHY |= dict.fromkeys(
+    ("timestep_weighting", "epsilon", "epsilon_high"), "it is about a ratio of likelihoods, and here there are none"
 )
 
 
@@ -109,14 +113,16 @@ class ForwardProcessConfig(FlowRLConfig):
         if isinstance(self.timestep_range, tuple):  # YAML gives a list
             self.timestep_range = list(self.timestep_range)
         pair = self.timestep_range
-        ok = len(pair) == 2 and all(type(step) is int for step in pair) and 0 <= pair[0] < pair[1] <= steps
+        ok = isinstance(pair, list) and len(pair) == 2 and all(type(step) is int for step in pair)
+        ok = ok and 0 <= pair[0] < pair[1] <= steps
         self._check("timestep_range", ok, f"[first, end] with 0 <= first < end <= num_inference_steps ({steps})")
         number = pair[1] - pair[0]
         if self._given("timesteps_per_sample") is None:
             self.timesteps_per_sample = derived(max(1, min(number, steps - 1, self._MOST_TIMESTEPS)))
-        most = number if self.timestep_sampling == "schedule" else None
-        wanted = "at least 1" + (f" and at most {most}, the steps that there are to draw from" if most else "")
-        self._check("timesteps_per_sample", 1 <= self.timesteps_per_sample <= (most or 1000), wanted)
+        most, wanted = math.inf, "at least 1"
+        if self.timestep_sampling == "schedule":
+            most, wanted = number, f"at least 1 and at most {number}, the steps that there are to draw from"
+        self._check("timesteps_per_sample", 1 <= self.timesteps_per_sample <= most, wanted)
 
 
 @described
