@@ -58,7 +58,11 @@ def _field(help: str, default: Any = None, **metadata: Any) -> Any:
 class FlowScriptArguments(ScriptArguments):
     """What a training is of, and how its processes are started."""
 
-    method: str = _field("Published recipe whose defaults are used.", "flow_grpo", choices=tuple(METHODS))
+    method: str = _field(
+        "Published recipe whose defaults are used, and whose options `--method nft --help` lists.",
+        "flow_grpo",
+        choices=tuple(METHODS),
+    )
     dataset_name: str | None = _field(
         f"The prompts: a set ({', '.join(f'`{name}`' for name in PROMPT_SETS)}; `name:path` reads a copy of it), a "
         "file .jsonl, .json, .csv, .tsv, .parquet or .txt, a folder, or the id of a data set on the Hub. The name of "
