@@ -34,8 +34,7 @@ def logged(tmp_path_factory) -> set[str]:
     guard = {"cls": GuardConfig, "bf16": True, "beta": 0.1, "diagnostics_steps": 1, "eval_strategy": "steps"}
     guard |= {"eval_dataset": prompts(2), "eval_steps": 2, "eval_reward_funcs": darkness, "num_generations_eval": 2}
     vgpo = {"cls": VGPOConfig, "advantage_power": "auto", "max_steps": 4}
-    noised = {"max_steps": 1, "guidance_scale": 1.0}
-    nft, awm = {"cls": DiffusionNFTConfig} | noised, {"cls": AWMConfig} | noised
+    nft, awm = ({"cls": cls, "guidance_scale": 1.0} for cls in (DiffusionNFTConfig, AWMConfig))
     names = set()
     for name, fields in (("guard", guard), ("vgpo", vgpo), ("nft", nft), ("awm", awm)):
         trainer = tiny_trainer(folder / name, **common, **fields)

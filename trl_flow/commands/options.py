@@ -39,7 +39,6 @@ from trl_flow.trainer import (  # noqa: E402
     SLASConfig,
     VGPOConfig,
 )
-from trl_flow.trainer.forward_process_config import ForwardProcessConfig  # noqa: E402
 
 
 transformers.utils.logging.set_verbosity(_verbosity)
@@ -160,7 +159,7 @@ def _other_methods(token: str, parser: TrlParser) -> str | None:
     config = next(cls for cls in parser.dataclass_types if issubclass(cls, FlowRLConfig))
     classes = (config, *config.__bases__)  # a plan's config is derived from the method's
     own = next(method for cls in classes for method, each in METHODS.items() if each is cls)
-    why = config.why_not(name) if issubclass(config, ForwardProcessConfig) else None
+    why = config.why_not(name)
     return f"--{name} belongs to {', '.join(others)}, not to {own}" + (f": {why}." if why else ".")
 
 

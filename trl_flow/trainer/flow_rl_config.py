@@ -290,6 +290,11 @@ class FlowRLConfig(_BaseConfig):
         """Sets of the trained weights that are kept on the device besides these, for the memory estimate."""
         return {}
 
+    @classmethod
+    def why_not(cls, name: str) -> str | None:
+        """Why a setting of another method is none of this config's, where there is a reason to tell."""
+        return None
+
     def shown(self) -> str:
         """As JSON, without the token that loading the model may need: checkpoints may be published."""
         content = self.to_dict()
