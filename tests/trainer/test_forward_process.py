@@ -164,6 +164,23 @@ def test_with_all_weights_the_old_policy_is_a_frozen_copy(cls, tmp_path):
     assert not any(p.requires_grad for p in copy.values())
 
 
+@pytest.mark.parametrize(
+    ("cls", "fields", "adapter", "whole"),
+    [
+        (DiffusionNFTConfig, {}, 2, 1),
+        (AWMConfig, {}, 2, 1),
+        (AWMConfig, TWO_UPDATES, 3, 1),
+        (AWMConfig, TWO_UPDATES | {"beta_old": 0.0}, 2, 0),
+        (AWMConfig, {"beta_old": 0.0}, 0, 0),
+    ],
+)
+def test_the_memory_of_all_sets_of_weights_is_counted(cls, fields, adapter, whole, tmp_path):
+    """The old ones, those of sampling, and of an adapter the trained ones while others are in their place."""
+    config = tiny_config(tmp_path, cls=cls, **{"timesteps_per_sample": 2} | fields)
+    counts = [sum(config.kept_weights(half_precision=False, is_adapter=a).values()) for a in (True, False)]
+    assert counts == [adapter, whole]
+
+
 def test_awm_without_it_has_none(tmp_path):
     trainer = tiny(tmp_path, AWMConfig, beta_old=0.0)
     trainer.train()

@@ -187,7 +187,9 @@ class AWMConfig(ForwardProcessConfig):
 
     def kept_weights(self, *, half_precision: bool, is_adapter: bool) -> dict[str, int]:
         kept = super().kept_weights(half_precision=half_precision, is_adapter=is_adapter)
-        return kept | ({"weights of sampling": 1} if is_adapter and self.updates_per_generation > 1 else {})
+        if is_adapter and self.updates_per_generation > 1:
+            kept["weights of sampling"] = 1 if self.keeps_old else 2  # with the trained ones, put aside
+        return kept
 
     def __post_init__(self):
         super().__post_init__()
