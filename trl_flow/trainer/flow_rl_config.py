@@ -120,7 +120,7 @@ class FlowRLConfig(_BaseConfig):
         num_inference_steps (`int`, *optional*, defaults to `10`):
             Sampling steps while training (`T`).
         guidance_scale (`float`, *optional*, defaults to `4.5`):
-            Classifier-free guidance, as the pipeline defines it; 1 is none.
+            Classifier-free guidance, as the pipeline defines it; 1 is none, of Z-Image 0.
         negative_prompt (`str`, *optional*):
             Prompt to steer away from; with `None` the pipeline's own (empty) one.
         height (`int`, *optional*, defaults to `512`), width (`int`, *optional*, defaults to `512`):

@@ -33,8 +33,8 @@ class ForwardProcessConfig(FlowRLConfig):
     What [`DiffusionNFTConfig`] and [`AWMConfig`] share: [`FlowRLConfig`] and what follows. Images are sampled along
     the ODE; each is then noised to some levels, at which the model is trained.
 
-    Other defaults than in [`FlowRLConfig`]: `guidance_scale` 1.0, as both papers train without guidance, and one
-    update for each sampling phase.
+    Other defaults than in [`FlowRLConfig`]: `guidance_scale` 1.0, as both papers train without guidance (Z-Image needs
+    0.0 for none; FLUX.1-dev is told a scale, its own is 3.5), and one update for each sampling phase.
 
     Parameters:
         timestep_sampling (`str`, *optional*, defaults to `"schedule"`):
