@@ -137,9 +137,9 @@ def parse_training(parser: TrlParser, argv: Sequence[str], recipe: Recipe, *, st
     options |= {n: meant(recipe.written.get(n, options[n]), hints[n]) for n in options if n in hints}
     options |= dict.fromkeys(nulls)
     known = parser._option_string_actions
-    # `null` is the default, but no misspelled name
+    # `null` is the default, also of what only other methods have, but no misspelled name
     nothing = [name for name, value in options.items() if value is None]
-    unknown = [f"--{name}" for name in nothing if strict and f"--{name}" not in known]
+    unknown = [f"--{name}" for name in nothing if strict and f"--{name}" not in known and not _methods_with(name)]
     unknown += parser.set_defaults_with_config(**{n: value for n, value in options.items() if n not in nothing})
     if strict and unknown:
         raise ValueError(_other_methods(unknown[0], parser) or unknown_option(unknown[0], known, recipe))
@@ -150,11 +150,14 @@ def parse_training(parser: TrlParser, argv: Sequence[str], recipe: Recipe, *, st
     return *parsed, unknown + left
 
 
+def _methods_with(name: str) -> list[str]:
+    return [method for method, config in METHODS.items() if name in config.__dataclass_fields__]
+
+
 def _other_methods(token: str, parser: TrlParser) -> str | None:
     """What to say about an option that only other methods have."""
     name = token.split("=")[0].removeprefix("--").replace("-", "_")
-    others = [method for method, config in METHODS.items() if name in config.__dataclass_fields__]
-    if not others:
+    if not (others := _methods_with(name)):
         return None
     config = next(cls for cls in parser.dataclass_types if issubclass(cls, FlowRLConfig))
     classes = (config, *config.__bases__)  # a plan's config is derived from the method's
