@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 from tiny_comparisons import random_lora
 from tiny_training import PROMPTS
 
+from trl_flow import DiffusionNFTConfig
 from trl_flow.cli import main
-from trl_flow.commands.recipe import ACCELERATE_CONFIGS
+from trl_flow.commands.options import parse_training, training_parser
+from trl_flow.commands.recipe import ACCELERATE_CONFIGS, read_recipe
 
 
 @pytest.fixture
@@ -181,6 +183,14 @@ def test_methods_with_trainers_of_their_own(recipe, tmp_path, method):
 def test_options_of_other_methods_are_named(recipe, capsys, fields, options, words):
     error = mistake(capsys, "train", "--config", recipe(**fields), *options)
     assert all(word in error for word in words), error
+
+
+def test_null_takes_away_an_option_of_another_method(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("method: guard\nuse_cpu: true\noutput_dir: run\nepsilon: 1.0e-4\nsde_window_size: null\n")
+    argv, recipe = read_recipe(["--config", str(path), "--method", "nft", "--epsilon", "null"])
+    _, args, *_ = parse_training(training_parser(argv, recipe), argv, recipe)
+    assert isinstance(args, DiffusionNFTConfig)
 
 
 def test_a_recipe_goes_on_from_an_adapter_and_resumes_without_its_file(recipe, tmp_path, tiny_sd3_path, capsys):

@@ -22,6 +22,7 @@ from tiny_training import (
 from tiny_unets import tiny_sd_pipeline
 
 from trl_flow import AWMConfig, AWMTrainer, DiffusionNFTConfig, DiffusionNFTTrainer, FlowGRPOConfig, GuardConfig
+from trl_flow.algorithms import PhaseScores
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 
 
@@ -63,14 +64,14 @@ def by_hand(trainer, cls, batch) -> torch.Tensor:
         with policy.at("reference"):
             ref = policy.predict(noised.latents, noised.timestep, condition)
         if cls is DiffusionNFTConfig:
-            r = (advantage / 5).clamp(-1, 1) / 2 + 0.5
+            r = advantage / 2 + 0.5  # of their largest, 5
             errors = [noised.latents - t * ((1 - s) * old + s * v) - x_0 for s in (args.nft_beta, -args.nft_beta)]
             sizes = [error.detach().abs().mean((1, 2, 3), keepdim=True) for error in errors]
             loss = (r * errors[0] ** 2 / sizes[0] + (1 - r) * errors[1] ** 2 / sizes[1]) * 5 / args.nft_beta
         else:
             error = (v - noised.target).square().mean((1, 2, 3), keepdim=True)
             log_prob = -((error + 1e-10) ** 0.25 - 1e-10**0.25) * 4 * t
-            loss = -advantage / 5 * (log_prob - log_prob.detach()).exp() + args.beta_old * (v - old) ** 2
+            loss = -advantage * (log_prob - log_prob.detach()).exp() + args.beta_old * (v - old) ** 2
         total = total + (loss + args.beta * (v - ref) ** 2).mean()
     return total / args.timesteps_per_sample
 
@@ -163,6 +164,23 @@ def test_with_all_weights_the_old_policy_is_a_frozen_copy(cls, tmp_path):
     assert not any(p.requires_grad for p in copy.values())
 
 
+@pytest.mark.parametrize(
+    ("cls", "fields", "adapter", "whole"),
+    [
+        (DiffusionNFTConfig, {}, 2, 1),
+        (AWMConfig, {}, 2, 1),
+        (AWMConfig, TWO_UPDATES, 3, 1),
+        (AWMConfig, TWO_UPDATES | {"beta_old": 0.0}, 2, 0),
+        (AWMConfig, {"beta_old": 0.0}, 0, 0),
+    ],
+)
+def test_the_memory_of_all_sets_of_weights_is_counted(cls, fields, adapter, whole, tmp_path):
+    """The old ones, those of sampling, and of an adapter the trained ones while others are in their place."""
+    config = tiny_config(tmp_path, cls=cls, **{"timesteps_per_sample": 2} | fields)
+    counts = [sum(config.kept_weights(half_precision=False, is_adapter=a).values()) for a in (True, False)]
+    assert counts == [adapter, whole]
+
+
 def test_awm_without_it_has_none(tmp_path):
     trainer = tiny(tmp_path, AWMConfig, beta_old=0.0)
     trainer.train()
@@ -246,12 +264,19 @@ def test_guidance_gold_scores_several_rewards_and_shaping_go_along(cls, tmp_path
         eval_dataset=prompts(2), eval_strategy="steps", eval_steps=1, eval_reward_funcs=[darkness], num_iterations=2,
         beta=0.1,
     )  # fmt: skip
-    assert trainer.algorithm.largest_advantage == pytest.approx(2.0**1.5)
     trainer.train()
     logs = trainer.state.log_history
     assert any("eval_gold/average" in log for log in logs)
     updates = [log for log in logs if "loss" in log]
     assert updates[0]["kl"] < 1e-12 < updates[1]["kl"]
+
+
+@each_method
+def test_advantages_are_shares_of_the_largest(cls, tmp_path):
+    algorithm = tiny(tmp_path, cls, scale_rewards="none", advantage_clip=2.0, advantage_power=0.5).algorithm
+    rewards = torch.tensor([3.0, -3.0, 0.5, -0.5, 1.0, 1.0, 1.0, 1.0])[:, None]
+    shares, _ = algorithm.advantages(PhaseScores(rewards, ["a reward"], algorithm.plan(0)))
+    torch.testing.assert_close(shares, torch.tensor([1.0, -1.0, 0.125, -0.125, 0.0, 0.0, 0.0, 0.0]))
 
 
 def test_a_unet_learns_in_its_own_parametrization(tmp_path):
@@ -282,6 +307,7 @@ def test_a_unet_learns_in_its_own_parametrization(tmp_path):
         ({"timesteps_per_sample": 0}, ValueError, "timesteps_per_sample is 0"),
         ({"timestep_range": [3, 3]}, ValueError, r"timestep_range is \[3, 3\]"),
         ({"timestep_range": [0, 5]}, ValueError, r"timestep_range is \[0, 5\]"),
+        ({"timestep_range": 3}, ValueError, r"timestep_range is 3, but must be \[first, end\]"),
         ({"timestep_sampling": "beta"}, ValueError, "one of schedule, uniform, logit_normal"),
         ({"old_decay": 1.5}, ValueError, r"old_decay is 1.5, but must be in \[0, 1\]"),
         ({"beta": -1.0}, ValueError, "beta is -1.0"),
@@ -296,6 +322,7 @@ def test_settings_without_meaning_are_refused_by_name(cls, fields, error, messag
     ("cls", "fields", "message"),
     [
         (DiffusionNFTConfig, {"nft_beta": 0.0}, "nft_beta is 0.0"),
+        (DiffusionNFTConfig, {"epsilon": 1e-4}, "DiffusionNFTConfig has no epsilon: it is about a ratio"),
         (AWMConfig, {"huber_power": 0.0}, "huber_power is 0.0"),
         (AWMConfig, {"epsilon": 0.0}, "epsilon is 0.0"),
         (AWMConfig, {"beta_old": -0.5}, "beta_old is -0.5"),
@@ -303,8 +330,13 @@ def test_settings_without_meaning_are_refused_by_name(cls, fields, error, messag
     ],
 )
 def test_each_methods_own_settings_are_checked(cls, fields, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         tiny_config(tmp_path, cls=cls, **{"timesteps_per_sample": 2} | fields)
+
+
+def test_levels_that_are_not_steps_may_be_any_number(tmp_path):
+    fields = {"timestep_sampling": "uniform", "timesteps_per_sample": 2000}
+    assert tiny_config(tmp_path, cls=AWMConfig, **fields).timesteps_per_sample == 2000
 
 
 def test_a_config_of_another_method_is_refused(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tiny_training import brightness, darkness, prompts, tiny_trainer
 
-from trl_flow import DiffusionNFTConfig, GuardConfig, VGPOConfig
+from trl_flow import AWMConfig, DiffusionNFTConfig, GuardConfig, VGPOConfig
 
 
 PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
@@ -28,15 +28,15 @@ def watched(prompts, images, log_metric, **kwargs):
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory) -> set[str]:
-    """What three runs log that together use all that has metrics, by the names of the page."""
+    """What runs log that together use all that has metrics, by the names of the page."""
     folder = tmp_path_factory.mktemp("runs")
     common = {"reward_funcs": watched, "per_device_train_batch_size": 4, "steps_per_generation": 2}
     guard = {"cls": GuardConfig, "bf16": True, "beta": 0.1, "diagnostics_steps": 1, "eval_strategy": "steps"}
     guard |= {"eval_dataset": prompts(2), "eval_steps": 2, "eval_reward_funcs": darkness, "num_generations_eval": 2}
     vgpo = {"cls": VGPOConfig, "advantage_power": "auto", "max_steps": 4}
+    nft, awm = ({"cls": cls, "guidance_scale": 1.0} for cls in (DiffusionNFTConfig, AWMConfig))
     names = set()
-    nft = {"cls": DiffusionNFTConfig, "guidance_scale": 1.0}
-    for name, fields in (("guard", guard), ("vgpo", vgpo), ("nft", nft)):
+    for name, fields in (("guard", guard), ("vgpo", vgpo), ("nft", nft), ("awm", awm)):
         trainer = tiny_trainer(folder / name, **common, **fields)
         trainer.train()
         names |= {key for log in trainer.state.log_history for key in log}

@@ -43,8 +43,6 @@ class ForwardProcess(Algorithm):
         self.dynamics = make_dynamics(schedule, sde_type="flow", noise_level=0.0)
         self.noising = Noising(schedule, backbone)
         self.estimator = AdvantageEstimator(args, reward_weights)
-        # The largest advantage, as it is after SLAS's shaping
-        self.largest_advantage = args.advantage_clip ** (1 + args.advantage_power)
         self._num_updates = 0
 
     @property
@@ -62,7 +60,10 @@ class ForwardProcess(Algorithm):
         return {"clean": rollout.final}
 
     def advantages(self, scores: PhaseScores) -> tuple[torch.Tensor, dict[str, float]]:
-        return self.estimator(scores)
+        """As shares of the largest: a run that goes on with other settings reads a phase's as they were meant."""
+        advantages, metrics = self.estimator(scores)
+        # The largest as it is after SLAS's shaping
+        return advantages / self.args.advantage_clip ** (1 + self.args.advantage_power), metrics
 
     # ---- Noise levels ----
 
@@ -145,7 +146,7 @@ class NegativeAwareFinetuning(ForwardProcess):
     sampled_by = "old"
 
     def policy_loss(self, prediction, others, noised, batch):
-        args, share = self.args, optimality(batch.advantages, clip=self.largest_advantage)
+        args, share = self.args, optimality(batch.advantages, clip=1.0)
         loss = nft_loss(
             prediction, others["old"], noised.scaled, batch.tensors["clean"], noised.scale, share,
             beta=args.nft_beta, self_normalized=args.self_normalized,
@@ -174,10 +175,9 @@ class AdvantageWeightedMatching(ForwardProcess):
     def policy_loss(self, prediction, others, noised, batch):
         args, log_prob = self.args, self._log_prob(prediction, noised)
         sampled = self._log_prob(others["probe"], noised) if "probe" in others else log_prob.detach()
-        log_ratio, advantages = log_prob - sampled, batch.advantages / self.largest_advantage
-        clip_range = {"epsilon": args.epsilon, "epsilon_high": args.epsilon_high}
-        stats = ratio_statistics(log_ratio.detach(), advantages, **clip_range)
-        return clipped_loss(log_ratio, advantages, **clip_range), stats
+        log_ratio, clip_range = log_prob - sampled, {"epsilon": args.epsilon, "epsilon_high": args.epsilon_high}
+        stats = ratio_statistics(log_ratio.detach(), batch.advantages, **clip_range)
+        return clipped_loss(log_ratio, batch.advantages, **clip_range), stats
 
     def _log_prob(self, prediction: torch.Tensor, noised: NoisedLatents) -> torch.Tensor:
         log_prob = generalized_huber(matching_log_prob(prediction, noised.target), self.args.huber_power)

@@ -39,7 +39,6 @@ from trl_flow.trainer import (  # noqa: E402
     SLASConfig,
     VGPOConfig,
 )
-from trl_flow.trainer.forward_process_config import ForwardProcessConfig  # noqa: E402
 
 
 transformers.utils.logging.set_verbosity(_verbosity)
@@ -58,7 +57,11 @@ def _field(help: str, default: Any = None, **metadata: Any) -> Any:
 class FlowScriptArguments(ScriptArguments):
     """What a training is of, and how its processes are started."""
 
-    method: str = _field("Published recipe whose defaults are used.", "flow_grpo", choices=tuple(METHODS))
+    method: str = _field(
+        "Published recipe whose defaults are used, and whose options `--method nft --help` lists.",
+        "flow_grpo",
+        choices=tuple(METHODS),
+    )
     dataset_name: str | None = _field(
         f"The prompts: a set ({', '.join(f'`{name}`' for name in PROMPT_SETS)}; `name:path` reads a copy of it), a "
         "file .jsonl, .json, .csv, .tsv, .parquet or .txt, a folder, or the id of a data set on the Hub. The name of "
@@ -134,9 +137,9 @@ def parse_training(parser: TrlParser, argv: Sequence[str], recipe: Recipe, *, st
     options |= {n: meant(recipe.written.get(n, options[n]), hints[n]) for n in options if n in hints}
     options |= dict.fromkeys(nulls)
     known = parser._option_string_actions
-    # `null` is the default, but no misspelled name
+    # `null` is the default, also of what only other methods have, but no misspelled name
     nothing = [name for name, value in options.items() if value is None]
-    unknown = [f"--{name}" for name in nothing if strict and f"--{name}" not in known]
+    unknown = [f"--{name}" for name in nothing if strict and f"--{name}" not in known and not _methods_with(name)]
     unknown += parser.set_defaults_with_config(**{n: value for n, value in options.items() if n not in nothing})
     if strict and unknown:
         raise ValueError(_other_methods(unknown[0], parser) or unknown_option(unknown[0], known, recipe))
@@ -147,16 +150,19 @@ def parse_training(parser: TrlParser, argv: Sequence[str], recipe: Recipe, *, st
     return *parsed, unknown + left
 
 
+def _methods_with(name: str) -> list[str]:
+    return [method for method, config in METHODS.items() if name in config.__dataclass_fields__]
+
+
 def _other_methods(token: str, parser: TrlParser) -> str | None:
     """What to say about an option that only other methods have."""
     name = token.split("=")[0].removeprefix("--").replace("-", "_")
-    others = [method for method, config in METHODS.items() if name in config.__dataclass_fields__]
-    if not others:
+    if not (others := _methods_with(name)):
         return None
     config = next(cls for cls in parser.dataclass_types if issubclass(cls, FlowRLConfig))
     classes = (config, *config.__bases__)  # a plan's config is derived from the method's
     own = next(method for cls in classes for method, each in METHODS.items() if each is cls)
-    why = config.why_not(name) if issubclass(config, ForwardProcessConfig) else None
+    why = config.why_not(name)
     return f"--{name} belongs to {', '.join(others)}, not to {own}" + (f": {why}." if why else ".")
 
 

@@ -79,7 +79,9 @@ def reward_curves(log_history: Run, path: str | os.PathLike | None = None) -> Fi
 def ratio_distribution(runs: Runs, path: str | os.PathLike | None = None, *, last: int | None = None) -> Figure:
     """Mean and spread of the importance ratio at each trained step (GRPO-Guard, Figure 2): left the mean less 1, with
     bars of one standard deviation, right the standard deviation alone. Refused where all ratios are exactly 1."""
-    rows = _off_policy_rows(runs, "ratio_std", last, "no importance ratios: nothing was trained yet")
+    rows = _off_policy_rows(
+        runs, "ratio_std", last, "no importance ratios of single steps: nothing was trained yet, or not on steps"
+    )
     figure = new_figure(9.0, 3.6)
     mean, std = figure.subplots(1, 2)
     for label, steps, found, offset in _side_by_side(rows, 0.12):
@@ -102,8 +104,8 @@ def ratio_histograms(runs: Runs, path: str | os.PathLike | None = None, *, last:
     found = {label: step_histograms(history, last=last) for label, history in _histories(runs).items()}
     for label, counts in found.items():
         if not counts:
-            what = "no histograms of the ratio, which are of updates after the first of each sampling phase"
-            raise ValueError(not_logged(label, f"{what}. {_MORE_UPDATES}"))
+            what = "no histograms of single steps' ratios, which are of updates after the first of each sampling phase"
+            raise ValueError(not_logged(label, f"{what}. {_MORE_UPDATES}, by a method that trains on steps"))
     edges, figure = np.array(RATIO_BIN_EDGES), new_figure(1.4 + 4.6 * len(found), 3.8)
     centers = np.concatenate([[edges[0] - 0.5], (edges[:-1] + edges[1:]) / 2, [edges[-1] + 0.5]])
     scale = ScalarMappable(Normalize(0, max(1, *(step for counts in found.values() for step in counts))), "viridis")
@@ -140,7 +142,9 @@ def gradient_norms(runs: Runs, path: str | os.PathLike | None = None, *, last: i
 def clip_shares(runs: Runs, path: str | os.PathLike | None = None, *, last: int | None = None) -> Figure:
     """Share of importance ratios below and above the clip range at each trained step, whatever the advantage's sign
     (GRPO-Guard's supplement, Figure 4). Refused where all ratios are exactly 1."""
-    rows = _off_policy_rows(runs, "clip_low", last, "no clip shares: nothing was trained yet")
+    rows = _off_policy_rows(
+        runs, "clip_low", last, "no clip shares of single steps: nothing was trained yet, or not on steps"
+    )
     figure = new_figure(9.0, 3.6)
     low, high = figure.subplots(1, 2, sharey=True)
     width = 0.8 / len(rows)

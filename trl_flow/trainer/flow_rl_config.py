@@ -120,7 +120,7 @@ class FlowRLConfig(_BaseConfig):
         num_inference_steps (`int`, *optional*, defaults to `10`):
             Sampling steps while training (`T`).
         guidance_scale (`float`, *optional*, defaults to `4.5`):
-            Classifier-free guidance, as the pipeline defines it; 1 is none.
+            Classifier-free guidance, as the pipeline defines it; 1 is none, of Z-Image 0.
         negative_prompt (`str`, *optional*):
             Prompt to steer away from; with `None` the pipeline's own (empty) one.
         height (`int`, *optional*, defaults to `512`), width (`int`, *optional*, defaults to `512`):
@@ -289,6 +289,11 @@ class FlowRLConfig(_BaseConfig):
     def kept_weights(self, *, half_precision: bool, is_adapter: bool) -> dict[str, int]:
         """Sets of the trained weights that are kept on the device besides these, for the memory estimate."""
         return {}
+
+    @classmethod
+    def why_not(cls, name: str) -> str | None:
+        """Why a setting of another method is none of this config's, where there is a reason to tell."""
+        return None
 
     def shown(self) -> str:
         """As JSON, without the token that loading the model may need: checkpoints may be published."""

@@ -1,5 +1,6 @@
 """[`DiffusionNFTConfig`] and [`AWMConfig`]: the switches of learning on noised images."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +21,9 @@ _WHY |= dict.fromkeys(
 _WHY["importance_ratio"] = (
     "GRPO-Guard's ratio is that of Gaussian transitions, and here no transition has a probability"
 )
+_WHY |= dict.fromkeys(
+    ("timestep_weighting", "epsilon", "epsilon_high"), "it is about a ratio of likelihoods, and here there are none"
+)
 
 
 @described
@@ -29,8 +33,8 @@ class ForwardProcessConfig(FlowRLConfig):
     What [`DiffusionNFTConfig`] and [`AWMConfig`] share: [`FlowRLConfig`] and what follows. Images are sampled along
     the ODE; each is then noised to some levels, at which the model is trained.
 
-    Other defaults than in [`FlowRLConfig`]: `guidance_scale` 1.0, as both papers train without guidance, and one
-    update for each sampling phase.
+    Other defaults than in [`FlowRLConfig`]: `guidance_scale` 1.0, as both papers train without guidance (Z-Image needs
+    0.0 for none; FLUX.1-dev is told a scale, its own is 3.5), and one update for each sampling phase.
 
     Parameters:
         timestep_sampling (`str`, *optional*, defaults to `"schedule"`):
@@ -109,14 +113,16 @@ class ForwardProcessConfig(FlowRLConfig):
         if isinstance(self.timestep_range, tuple):  # YAML gives a list
             self.timestep_range = list(self.timestep_range)
         pair = self.timestep_range
-        ok = len(pair) == 2 and all(type(step) is int for step in pair) and 0 <= pair[0] < pair[1] <= steps
+        ok = isinstance(pair, list) and len(pair) == 2 and all(type(step) is int for step in pair)
+        ok = ok and 0 <= pair[0] < pair[1] <= steps
         self._check("timestep_range", ok, f"[first, end] with 0 <= first < end <= num_inference_steps ({steps})")
         number = pair[1] - pair[0]
         if self._given("timesteps_per_sample") is None:
             self.timesteps_per_sample = derived(max(1, min(number, steps - 1, self._MOST_TIMESTEPS)))
-        most = number if self.timestep_sampling == "schedule" else None
-        wanted = "at least 1" + (f" and at most {most}, the steps that there are to draw from" if most else "")
-        self._check("timesteps_per_sample", 1 <= self.timesteps_per_sample <= (most or 1000), wanted)
+        most, wanted = math.inf, "at least 1"
+        if self.timestep_sampling == "schedule":
+            most, wanted = number, f"at least 1 and at most {number}, the steps that there are to draw from"
+        self._check("timesteps_per_sample", 1 <= self.timesteps_per_sample <= most, wanted)
 
 
 @described
@@ -181,7 +187,9 @@ class AWMConfig(ForwardProcessConfig):
 
     def kept_weights(self, *, half_precision: bool, is_adapter: bool) -> dict[str, int]:
         kept = super().kept_weights(half_precision=half_precision, is_adapter=is_adapter)
-        return kept | ({"weights of sampling": 1} if is_adapter and self.updates_per_generation > 1 else {})
+        if is_adapter and self.updates_per_generation > 1:
+            kept["weights of sampling"] = 1 if self.keeps_old else 2  # with the trained ones, put aside
+        return kept
 
     def __post_init__(self):
         super().__post_init__()
