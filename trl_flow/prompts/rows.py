@@ -51,7 +51,7 @@ def check_prompts(dataset: "Dataset") -> None:
             )
             raise ValueError(f"{what}: rows have {names}. Return it too, or take it off: dataset.with_format(None).")
         raise ValueError(f"has no column 'prompt' in {names}. Use dataset.rename_column(old, 'prompt').")
-    for index, prompt in enumerate([first_row(dataset)["prompt"]] if has_transform(dataset) else dataset["prompt"]):
+    for index, prompt in enumerate(known_prompts(dataset)):
         check_prompt(prompt, index)
 
 
@@ -60,6 +60,11 @@ def check_prompt(prompt: Any, index: int) -> None:
     if not isinstance(prompt, str) or not prompt.strip():
         remedy = f"{OF_A_CONVERSATION}." if is_conversation(prompt) else "Filter such rows out, or convert them."
         raise ValueError(f"has prompt {prompt!r} in row {index}, but prompts must be non-empty strings. {remedy}")
+
+
+def known_prompts(dataset: "Dataset") -> Sequence[str]:
+    """All prompts, but of those that a transform makes the first alone: each reading has its cost, and may differ."""
+    return [first_row(dataset)["prompt"]] if has_transform(dataset) else dataset["prompt"]
 
 
 def prompts_of(dataset: "Dataset") -> Sequence[str]:

@@ -21,6 +21,7 @@ from trl_flow.algorithms import Algorithm, MicroBatch
 from trl_flow.backbones import Backbone, get_backbone
 from trl_flow.backbones.prompt_length import warn_of_long_prompts
 from trl_flow.backbones.settings import evaluation_steps
+from trl_flow.prompts.rows import known_prompts
 from trl_flow.rewards.checks import reward_names
 from trl_flow.rewards.named import as_rewards
 from trl_flow.rewards.scorer import RewardScorer
@@ -141,7 +142,7 @@ class FlowRLTrainer(SavingTrainer):
             args.eval_num_inference_steps = evaluation_steps(self.backbone, args.num_inference_steps)
         for name, dataset in datasets.items():
             checks.check_images(dataset, name, self.backbone)
-            warn_of_long_prompts(self.backbone, [*dataset["prompt"], args.negative_prompt or ""], name)
+            warn_of_long_prompts(self.backbone, [*known_prompts(dataset), args.negative_prompt or ""], name)
         module = prepare_module(self.backbone, args, peft_config)
         checks.probe_output_dir(args, sum(p.numel() for p in module.parameters() if p.requires_grad))
 
@@ -211,7 +212,7 @@ class FlowRLTrainer(SavingTrainer):
                 self._saved = step_of(checkpoint), checkpoint
             for scorer in (self.scorer, self.gold_scorer):
                 scorer.load()  # a model that cannot be loaded is found out now, and not after the first sampling phase
-            self.run_folder.claim(checkpoint)
+            self.run_folder.begin(checkpoint)
             self.accelerator.wait_for_everyone()
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
             self.optimizer_modes.eval()
@@ -329,7 +330,7 @@ class FlowRLTrainer(SavingTrainer):
             checks.check_dataset(dataset, "eval_dataset")
             checks.check_images(dataset, "eval_dataset", self.backbone)
             if eval_dataset is not None:  # those of the trainer were looked at when it was made
-                warn_of_long_prompts(self.backbone, dataset["prompt"], "eval_dataset")
+                warn_of_long_prompts(self.backbone, known_prompts(dataset), "eval_dataset")
             start = time.time()
             with self.optimizer_modes.evaluating():
                 result = self.evaluator.evaluate(dataset, self.state, name)
@@ -373,7 +374,7 @@ class FlowRLTrainer(SavingTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         output_dir = self.args.output_dir if output_dir is None else output_dir
         if self.args.should_save:
-            if Path(output_dir) == Path(self.args.output_dir):
+            if Path(output_dir).resolve() == self.run_folder.path.resolve():
                 self.run_folder.claim()
             os.makedirs(output_dir, exist_ok=True)
             self.policy.save(output_dir, base_model=self.model_id, state_dict=state_dict)
@@ -416,6 +417,7 @@ class FlowRLTrainer(SavingTrainer):
         papers. `model_name` is its title, `dataset_name` the Hub id or name of the prompts, `None`: what they were
         loaded from."""
         if self.is_world_process_zero():
+            self.run_folder.claim()
             names = {"model_name": model_name, "dataset_name": dataset_name, "tags": tags}
             self.publisher.write_card(self.policy.module, self.state, self.hub_model_id, **names)
 
