@@ -25,7 +25,7 @@ def messages(model, tmp_path) -> list[str]:
     with pytest.raises(ValueError) as training:
         tiny_trainer(tmp_path / "out", pipeline=model)
     with pytest.raises(ValueError) as evaluation:
-        loaded_backbone(model, DrawingOptions(), None)
+        loaded_backbone(model, DrawingOptions(), None, [], {})
     return [str(training.value), str(evaluation.value)]
 
 

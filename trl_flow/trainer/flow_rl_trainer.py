@@ -19,6 +19,7 @@ from transformers.trainer_utils import speed_metrics
 from trl_flow import sharing
 from trl_flow.algorithms import Algorithm, MicroBatch
 from trl_flow.backbones import Backbone, get_backbone
+from trl_flow.backbones.contract import scheduled
 from trl_flow.backbones.prompt_length import warn_of_long_prompts
 from trl_flow.backbones.settings import evaluation_steps
 from trl_flow.prompts.rows import known_prompts
@@ -140,6 +141,7 @@ class FlowRLTrainer(SavingTrainer):
         checks.check_backbone(self.backbone, args, peft_config)
         if args.eval_num_inference_steps is None:
             args.eval_num_inference_steps = evaluation_steps(self.backbone, args.num_inference_steps)
+        scheduled(self.backbone, args.eval_num_inference_steps)
         for name, dataset in datasets.items():
             checks.check_images(dataset, name, self.backbone)
             warn_of_long_prompts(self.backbone, [*known_prompts(dataset), args.negative_prompt or ""], name)
