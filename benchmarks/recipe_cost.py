@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     pipeline = empty_pipeline(fetch_configs(given.model or model_args.model_name_or_path)).to(torch.float32)
     sizes = {"height": args.height, "width": args.width, "max_sequence_length": args.max_sequence_length}
     backbone = get_backbone(pipeline, **sizes)
-    backbone.dtype, policy, lora = torch.float32, backbone.model, peft_config(script, model_args)
+    backbone.dtype, policy, lora = torch.float32, backbone.model, peft_config(script, args, model_args)
     if args.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
     if lora is not None:

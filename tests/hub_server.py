@@ -47,9 +47,13 @@ class HubServer:
         """Undoes `fail`."""
         self._failures.clear()
 
+    def tag(self, repo_id: str, name: str) -> None:
+        """Gives the main branch, as it is, another name."""
+        self.repos[f"{repo_id}@{name}"] = self.repos[repo_id]
+
     def revision(self, repo_id: str) -> str:
-        """The commit that a repository is at: a hash of its files."""
-        digest = hashlib.sha1(repo_id.encode())
+        """The commit that a repository, or a branch of it, is at: a hash of its files."""
+        digest = hashlib.sha1(repo_id.partition("@")[0].encode())
         for path, content in sorted(self.repos[repo_id].items()):
             digest.update(path.encode() + hashlib.sha256(content).digest())
         return digest.hexdigest()

@@ -319,7 +319,7 @@ def test_the_bundled_models_size_is_its_default_and_can_be_changed():
         ({}, ["--learning-rat", "1"], "Did you mean --learning-rate?"),
         ({}, ["--num_gen", "8"], "there is no option --num_gen"),
         ({}, ["--num_processes", "2"], "there is no option --num_processes"),
-        ({"method": "gard"}, [], "must be one of flow_grpo, guard, slas, vgpo. Did you mean guard?"),
+        ({"method": "gard"}, [], "must be one of flow_grpo, guard, slas, vgpo, nft, awm. Did you mean guard?"),
         ({}, ["--num_generations", "three"], "invalid int value: 'three'"),
         ({"sde_type": "flwo"}, [], "sde_type is 'flwo'"),
         ({"num_generations": 3}, [], "not divisible by num_generations (3)"),

@@ -186,7 +186,7 @@ def test_a_lora_that_could_not_be_loaded_again_is_refused(painter, tmp_path):
     [
         ({}, tiny_lora(), "PainterPipeline has no save_lora_weights"),
         ({"gradient_checkpointing": True}, None, "Painter does not support. Set gradient_checkpointing=False"),
-        ({"negative_prompt": "night"}, None, "'night', but PainterBackbone takes none"),
+        ({"negative_prompt": "night"}, None, "'night', but PainterPipeline takes none"),
     ],
     ids=["lora", "checkpointing", "negative"],
 )

@@ -59,6 +59,7 @@ def test_the_full_size(guidance_embeds, parameters):
     # FLUX.1's transformer has diffusers' default config; on the meta device, beside a VAE that makes images 8 times
     # smaller as the released one does
     components = tiny_flux_components(seed=0, guidance_embeds=guidance_embeds, vae_levels=4)
+    components["vae"].register_to_config(latent_channels=16)
     with torch.device("meta"):
         model = FluxTransformer2DModel(guidance_embeds=guidance_embeds)
     pipeline = FluxPipeline(**components | {"transformer": model})

@@ -207,7 +207,7 @@ def needs_depth(prompts, images, depth, **kwargs):
         ({"prompts": DATASET.rename_column("prompt", "caption")}, "no column `prompt`"),
         ({"prompts": Dataset.from_dict({"prompt": ["a", None]})}, "row 1"),
         ({"gold": needs_depth}, "depth"),
-        ({"gold": ["pickscore"]}, "must be a callable"),
+        ({"gold": ["pickscor"]}, "there is no reward function 'pickscor'"),
         ({"model": "{tmp}"}, "model_index.json"),
         ({"model": "no/model-of-this-name"}, "could not be loaded"),
         ({"model": 7}, "is a int"),

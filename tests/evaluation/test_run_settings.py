@@ -40,7 +40,7 @@ def run_folder(lora: Path, folder: Path, **settings) -> str:
 
 def decided(pipeline, *runs: str, **options):
     adapters = [Adapter(Path(run).name, run) for run in runs]
-    return loaded_backbone(pipeline, DrawingOptions(**options), None, adapters)[1:]
+    return loaded_backbone(pipeline, DrawingOptions(**options), None, adapters, {})[1:]
 
 
 def test_settings_are_those_of_the_evaluations_beside_the_weights(lora, tmp_path):

@@ -83,7 +83,7 @@ def test_conditions_have_the_shapes_that_encoding_gives(name, monkeypatch):
 
 def check_condition_shapes(name):
     pipeline = FAMILIES[name]()
-    backbone = get_backbone(pipeline, height=32, width=32, max_sequence_length=16)
+    backbone = get_backbone(pipeline, height=32, width=32, max_sequence_length=24)
     image = [Image.new("RGB", (32, 32))] if backbone.takes_image else []
     condition = backbone.encode_prompt("a cat", *image)
     shapes = {key: tuple(value.shape[1:]) for key, value in condition.items()}

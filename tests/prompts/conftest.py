@@ -47,8 +47,8 @@ def dataset_hub(hub_server, monkeypatch, tmp_path):
         ("GET", rf"{repo}(?:/revision/{rev})?", "repo_info"),
         ("GET", rf"{repo}/tree/{rev}(?:/(.+?))?/?", "dataset_tree"),
         ("POST", rf"{repo}/paths-info/{rev}", "dataset_paths"),
-        ("GET", r"/datasets/([^/]+/[^/]+)/resolve/[^/]+/(.+)", "resolve"),
-        ("HEAD", r"/datasets/([^/]+/[^/]+)/resolve/[^/]+/(.+)", "resolve"),
+        ("GET", r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
+        ("HEAD", r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
     ]
     monkeypatch.setattr(handler, "routes", [*routes, *handler.routes])
     monkeypatch.setattr(handler, "dataset_tree", _dataset_tree, raising=False)

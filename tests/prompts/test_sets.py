@@ -199,6 +199,7 @@ def test_hpdv2_from_the_hub(dataset_hub):
     dataset_hub.repos["ymhao/HPDv2"] = {name: content.encode() for name, content in HPDV2.items()}
     assert load_hpdv2()[:] == {"prompt": ["x", "y"]}  # each once, whatever number of pairs was made of it
     assert load_hpdv2("test")[:] == {"prompt": ["z"]}
+    dataset_hub.tag("ymhao/HPDv2", "v1")
     benchmark = load_prompts("hpdv2", "benchmark", revision="v1")
     assert benchmark["style"][:] == ["anime"] * 2 + ["concept-art"] * 2 + ["paintings"] * 2 + ["photo"] * 2
     assert benchmark["prompt"][-1] == "photo two"

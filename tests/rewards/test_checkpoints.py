@@ -49,6 +49,7 @@ def test_rewards_load_from_private_repositories_at_a_revision(name, folder, hub_
     kind = "hps" if name.startswith("hpsv2") else kind
     for part in {kind, "clip"}:
         upload(hub_server, f"tester/{part}", folder / part)
+        hub_server.tag(f"tester/{part}", "v1")
     # `make_reward` puts ids together as it does paths
     reward = make_reward(name, Path("tester"), revision="v1", token=hub_server.token)
     expected = make_reward(name, folder)(["a cat"], [picture(0)])
@@ -69,6 +70,8 @@ def test_geneval_loads_its_two_models_from_private_repositories_at_their_revisio
     for name, save in (("detector", save_tiny_mask2former), ("colors", save_tiny_clip)):
         save(tmp_path / name)
         upload(hub_server, f"tester/{name}", tmp_path / name)
+    hub_server.tag("tester/detector", "v1")
+    hub_server.tag("tester/colors", "v2")
     columns = {"tag": ["single_object"], "include": [[{"class": "dog", "count": 1}]]}
     models = {"model": "tester/detector", "clip_model": "tester/colors"}
     with GenEvalReward(**models, revision="v1", clip_revision="v2", token=hub_server.token) as reward:

@@ -197,7 +197,7 @@ def needs_a_column(prompts, images, objects, **kwargs):
     ("reward_funcs", "error", "parts"),
     [
         ([], ValueError, ["reward_funcs is empty"]),
-        ("brightness", TypeError, ["callable", "'brightness'"]),
+        ("brightness", ValueError, ["there is no reward function", "'brightness'"]),
         ([brightness, 3], TypeError, ["callable", "int"]),
         (positional, TypeError, ["'positional'", "**kwargs"]),
         (needs_a_column, ValueError, ["'needs_a_column'", "'objects'", "column"]),

@@ -216,7 +216,7 @@ def test_batches_by_hand(fields, steps_per_generation, generation_batch_size):
         ({"reward_timeout": 0.0}, ["reward_timeout is 0.0"]),
         ({"reward_weights": [0.0, 0.0]}, ["reward_weights is [0.0, 0.0]", "not all 0"]),
         ({"reward_weights": [1.0, math.nan]}, ["reward_weights is [1.0, nan]", "finite"]),
-        ({"reward_weights": ["1"]}, ["reward_weights is ['1']", "finite numbers"]),
+        ({"reward_weights": ["one"]}, ["reward_weights is ['one']", "finite numbers"]),
         ({"reward_weights": 1.0}, ["reward_weights is 1.0", "a list"]),
         ({"diagnostics_steps": -1}, ["diagnostics_steps is -1"]),
         # batches

@@ -257,7 +257,7 @@ def test_the_cards_code_edits_an_image_as_training_did(tmp_path):
         height=16,
         width=16,
         max_area=256,
-        num_inference_steps=4,
+        num_inference_steps=2,  # as evaluations draw
         guidance_scale=2.0,
         max_sequence_length=16,
     ).images[0]

@@ -47,7 +47,7 @@ def by_the_card(family: Family, backbone: Backbone, run: Path, folder: Path, edi
         generators = [sample_generator(SEED, RandomStream.EVALUATION, index)]
         noise = draw_noise(backbone.latent_shape(), generators, torch.device("cpu"))
         scope = {"latents": family.latents(backbone, noise)}
-        exec(code.replace('"a prompt"', f'"{prompt}", latents=latents'), scope)
+        exec(code.replace(f'prompt="{PROMPTS[0]}"', f'prompt="{prompt}", latents=latents'), scope)
         images.append(scope["image"])
     return images
 

@@ -303,7 +303,7 @@ def test_functions_are_checked_before_a_model_is_loaded(tmp_path):
     fields = {"pipeline": "nowhere", "eval_dataset": {"held_out": prompts(2)}}
     with pytest.raises(ValueError, match=r"eval_dataset\['held_out'\]: .*'needs' needs a column 'answer'"):
         tiny_trainer(tmp_path, eval_reward_funcs=needs, **fields)
-    with pytest.raises(TypeError, match="must be a callable"):
+    with pytest.raises(ValueError, match="there is no reward function 'darkness'"):
         tiny_trainer(tmp_path, eval_reward_funcs=["darkness"], **fields)
     with pytest.raises(ValueError, match="called 'average'"):
         tiny_trainer(tmp_path, eval_reward_funcs=average, **fields)

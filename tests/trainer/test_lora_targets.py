@@ -7,6 +7,7 @@ from tiny_models import tiny_sd3_pipeline
 from tiny_qwen import tiny_qwen_image_pipeline
 from tiny_training import tiny_lora, tiny_trainer, warnings_of
 
+from trl_flow import FlowGRPOConfig
 from trl_flow.commands.options import FlowScriptArguments, peft_config
 from trl_flow.memory.estimate import Plan, estimate
 from trl_flow.trainer.lora_targets import check_lora_targets
@@ -83,10 +84,11 @@ def test_one_target_of_a_recipe_is_a_name_as_several_are(given, expected):
     # TRL makes a text of a list of one, and PEFT a regular expression of a text
     from trl import ModelConfig
 
+    others = FlowScriptArguments(), FlowGRPOConfig("out", use_cpu=True)
     model_args = ModelConfig(use_peft=True, lora_target_modules=given, lora_task_type=None)
-    assert peft_config(FlowScriptArguments(), model_args).target_modules == expected
+    assert peft_config(*others, model_args).target_modules == expected
     model_args = ModelConfig(use_peft=True, lora_target_modules=[r".*\.to_q"])
-    assert peft_config(FlowScriptArguments(), model_args).target_modules == r".*\.to_q"
+    assert peft_config(*others, model_args).target_modules == r".*\.to_q"
 
 
 # ---- Gradients ----

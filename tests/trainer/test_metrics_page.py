@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tiny_training import brightness, darkness, prompts, tiny_trainer
 
-from trl_flow import GuardConfig, VGPOConfig
+from trl_flow import DiffusionNFTConfig, GuardConfig, VGPOConfig
 
 
 PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
@@ -28,14 +28,15 @@ def watched(prompts, images, log_metric, **kwargs):
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory) -> set[str]:
-    """What two runs log that together use all that has metrics, by the names of the page."""
+    """What three runs log that together use all that has metrics, by the names of the page."""
     folder = tmp_path_factory.mktemp("runs")
     common = {"reward_funcs": watched, "per_device_train_batch_size": 4, "steps_per_generation": 2}
     guard = {"cls": GuardConfig, "bf16": True, "beta": 0.1, "diagnostics_steps": 1, "eval_strategy": "steps"}
     guard |= {"eval_dataset": prompts(2), "eval_steps": 2, "eval_reward_funcs": darkness, "num_generations_eval": 2}
     vgpo = {"cls": VGPOConfig, "advantage_power": "auto", "max_steps": 4}
     names = set()
-    for name, fields in (("guard", guard), ("vgpo", vgpo)):
+    nft = {"cls": DiffusionNFTConfig, "guidance_scale": 1.0}
+    for name, fields in (("guard", guard), ("vgpo", vgpo), ("nft", nft)):
         trainer = tiny_trainer(folder / name, **common, **fields)
         trainer.train()
         names |= {key for log in trainer.state.log_history for key in log}

@@ -167,4 +167,4 @@ def test_metrics_of_an_evaluation_are_those_that_can_be_watched(tmp_path):
     with pytest.raises(ValueError) as raised:
         tiny_trainer(tmp_path / "out", **fields)
     known = str(raised.value).partition("evaluations have ")[2].rstrip(".").split(", ")
-    assert {f"eval_{name}" for name in known} == found
+    assert {f"eval_{name}" for name in known} == found - {"eval_rewards/brightness/frac_none"}  # nothing to watch

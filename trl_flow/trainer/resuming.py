@@ -20,7 +20,7 @@ KEPT = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsil
 # By which the samples of a phase were drawn and are read: none may change in its middle
 SAMPLED_WITH = (
     *("num_generations", "num_inference_steps", "guidance_scale", "negative_prompt", "height", "width"),
-    *("max_sequence_length", "sde_type", "noise_level", "importance_ratio", "ratio_probe", "dense_rewards"),
+    *("max_sequence_length", "sde_type", "noise_level", "importance_ratio", "dense_rewards"),
     *("bf16", "fp16"),
 )
 # Of where and how often things are written, which changes nothing in the training
