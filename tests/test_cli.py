@@ -247,7 +247,7 @@ def test_rewards_of_ones_own_get_the_columns(recipe, tmp_path):
 def test_gold_scores(recipe, tmp_path):
     (tmp_path / "gold_for_cli.py").write_text("def two(prompts, images, **kwargs):\n    return [2.0] * len(prompts)\n")
     fields = {"dataset_test_split": "train", "eval_strategy": "steps", "eval_steps": 1}
-    path = recipe(eval_reward_funcs=["gold_for_cli.two"], **fields)
+    path = recipe(eval_reward_funcs=["gold_for_cli.two"], resume_from_checkpoint=False, **fields)
     assert main(["train", "--config", path, "--max_steps", "1", "--eval_num_inference_steps", "2"]) == 0
     log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     assert [(e["step"], e["eval_gold/two"]) for e in log if "eval_gold/average" in e] == [(0, 2.0), (1, 2.0)]

@@ -483,8 +483,9 @@ def test_stopping_needs_something_that_watches(recipes, capsys):
     assert "over_optimization_patience is not set" in mistake(capsys, "train", "--config", recipes(one=options))
 
 
-def test_a_run_stops_when_the_gold_score_falls(recipes, prompts):
-    """The reward rises with every update, the gold score falls: two such evaluations end the run."""
+def test_a_run_stops_when_the_gold_score_falls(recipes, prompts, capsys):
+    """The reward rises with every update, the gold score falls: two such evaluations end the run, which says where the
+    better model is, though only the last one is saved."""
     Path("own_falling.py").write_text(
         "calls = {'reward': 0, 'gold': 0}\n"
         "def reward(prompts, images, **kwargs):\n    calls['reward'] += 1\n"
@@ -501,6 +502,8 @@ def test_a_run_stops_when_the_gold_score_falls(recipes, prompts):
     assert main(["train", "--config", recipes(one=options)]) == 0
     logged = [json.loads(line) for line in Path("out", "log_history.jsonl").read_text().splitlines()]
     assert max(entry["step"] for entry in logged) == 2
+    said = capsys.readouterr().out
+    assert "These are the weights of update 2" in said and str(Path("out", "best_gold")) in said
     assert json.loads(Path("out", "best_gold", "scores.json").read_text())["step"] == 1
     again = ["train", "--config", str(Path("deeper", "one.yaml")), "--eval-strategy", "no", "--max_steps", "1"]
     assert main(again) == 0

@@ -609,7 +609,9 @@ def test_a_card_that_links_elsewhere_takes_nothing_along(hub_server, finished_ru
     Image.new("RGB", (8, 8)).save(tmp_path / "private.png")
     (finished_run / "linked.png").symlink_to(tmp_path / "private.png")
     links = "../private.png", "linked.png", str(tmp_path / "private.png"), "notes.txt", "https://host/x.png"
-    (finished_run / "README.md").write_text("".join(f"![x]({link})\n" for link in links))
+    (finished_run / "mine.png").write_bytes((tmp_path / "private.png").read_bytes())
+    in_code = '```python\npipeline(prompt="a ![x](mine.png)")\n```\n'
+    (finished_run / "README.md").write_text("".join(f"![x]({link})\n" for link in links) + in_code)
     upload(finished_run, "tester/tuned")
     assert hub_server.repos["tester/tuned"].keys() - {".gitattributes"} == LORA_FILES | {"README.md"}
 

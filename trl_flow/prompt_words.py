@@ -33,14 +33,15 @@ def dimension_of(testpoint: str) -> str:
 
 
 # Straight, English, Swedish, German, French and East Asian quotation marks, each with the mark that closes it. Behind
-# a digit the two that look like inches are inches
+# a digit or a fraction the two that look like inches are inches
+_NO_INCH = r"(?<![\d¼-¾⅐-⅞])"
 _QUOTED = re.compile(
-    r'(?<!\d)"([^"]*)"|“([^“”]*)”|(?<!\d)”([^“”]*)”|„([^„“”]*)[“”]|«([^«»]*)»|»([^«»]*)«|「([^「」]*)」|『([^『』]*)』'
+    rf'{_NO_INCH}"([^"]*)"|“([^“”]*)”|{_NO_INCH}”([^“”]*)”|„([^„“”]*)[“”]|«([^«»]*)»|»([^«»]*)«|「([^「」]*)」|『([^『』]*)』'
 )
 # Single ones stand around words: an apostrophe has a letter (or foot, a digit) before or behind it, or begins a word
 # that is cut short. East Asian letters do not count, since there are no spaces between words
 _LETTER = r"[^\W\u2e80-\U0010ffff]"
-_CUT_SHORT = r"(?:n['’]|(?:\d0s|tis|twas|til|em)\b(?!['’]))"
+_CUT_SHORT = r"(?:n['’]|(?:\d0s|(?i:tis|twas|til|em))\b(?!['’]))"
 _QUOTED_SINGLY = re.compile(
     rf"(?<!{_LETTER})(?<!['’])(?:''(?!['\s])(.+?)(?<!['\s])''|'(?!['\s]|{_CUT_SHORT})(.+?)(?<!['\s])'"
     rf"|[‘’](?![’\s]|{_CUT_SHORT})(.+?)(?<!\s)’|‚(.+?)[‘’]|‹(.+?)›|›(.+?)‹)(?!{_LETTER})",

@@ -10,6 +10,7 @@ from family_checks import (
 from tiny_qwen import tiny_qwen_image_pipeline
 
 from trl_flow.backbones import QwenImageBackbone, get_backbone
+from trl_flow.evaluation.drawing import draw
 
 
 # 25 and 16 tokens with the end of the template
@@ -43,6 +44,12 @@ def drawn_by_the_pipeline(backbone, guidance_scale: float, output_type: str, neg
         output_type=output_type,
         **guided,
     ).images
+
+
+def test_a_single_step_has_no_noise_levels():
+    pipeline = tiny_qwen_image_pipeline()
+    with pytest.raises(ValueError, match="1 step.s. are not finite.*take two or more"):
+        draw(pipeline, PROMPTS, seed=0, height=16, width=16, num_inference_steps=1)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

@@ -128,6 +128,7 @@ def test_an_empty_target_has_no_score(target):
         ('two\nlines "a\nb"', "a\nb"),
         # inches
         ('a 27" monitor that says "HELLO"', "HELLO"),
+        ('a ½" pipe and a 1⅜” one that say "HELLO"', "HELLO"),
         ("a 27” monitor beside a 32” one that says “HELLO”", "HELLO"),
         ('a 5"x7" card and a 6\'2" man: "Route 66"', "Route 66"),
         ('"Route 66" on a 27" screen', "Route 66"),

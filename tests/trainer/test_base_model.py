@@ -63,6 +63,9 @@ def test_the_variant_of_its_files(tmp_path):
         evaluate_models(base, output_dir=tmp_path / "out", **given)
     evaluate_models(base, [tmp_path / "run"], output_dir=tmp_path / "out", **given)
     evaluate_models(base, variant="fp16", output_dir=tmp_path / "other", **given)
+    # Another copy of the model has not the files that were trained with
+    copy = str(folder_of(tmp_path / "copy"))
+    evaluate_models(copy, [tmp_path / "run"], output_dir=tmp_path / "of_copy", **given)
     with pytest.raises(ValueError, match="variant cannot be given for a loaded pipeline"):
         evaluate_models(tiny_sd3_pipeline(), variant="fp16", output_dir=tmp_path / "third", **given)
 

@@ -50,29 +50,45 @@ def test_who_goes_on_from_an_earlier_checkpoint_does_not_leave_later_ones_of_the
     assert messages == []
 
 
-def test_a_trainers_second_run_goes_on_in_its_folder(tmp_path):
-    trainer = tiny_trainer(tmp_path, max_steps=1, **FIELDS)
+def test_a_trainers_second_run_is_another_run(tmp_path):
+    """Else its checkpoints would stand among later ones of the first, of which the last would be gone on with."""
+    trainer = tiny_trainer(tmp_path, max_steps=3, **FIELDS)
     with warnings_of(LOGGER) as messages:
         trainer.train()
+        trainer.save_model()
+        trainer.create_model_card()
+        assert messages == []
+        trainer.args.max_steps = 1
         trainer.train()
-    assert messages == [] and not (tmp_path / "previous-1").exists()
-    # but later checkpoints than the one that it goes back to are another branch's
+    assert "previous-1" in messages[0] and list(complete_checkpoints(tmp_path)) == [1]
+    assert list(complete_checkpoints(tmp_path / "previous-1")) == [1, 2, 3]
+    # Later checkpoints than the one that it goes back to are another branch's
     trainer.args.max_steps = 3
-    trainer.train()
+    trainer.train(resume_from_checkpoint=True)
     with warnings_of(LOGGER) as messages:
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert "checkpoint-2, checkpoint-3" in messages[0]
 
 
-def test_a_trainer_that_has_not_trained_does_not_replace_an_adapter(tmp_path):
+def test_a_trainer_that_has_not_trained_does_not_replace_a_card(tmp_path):
+    trained(tmp_path, 1)[0].create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    with warnings_of(LOGGER) as messages:
+        tiny_trainer(tmp_path).create_model_card()
+    assert "previous-1" in messages[0] and (tmp_path / "previous-1" / "README.md").read_text() == card
+
+
+@pytest.mark.parametrize("named", ["as it is", "otherwise"])
+def test_a_trainer_that_has_not_trained_does_not_replace_an_adapter(tmp_path, named):
     """As `push_to_hub` and `save_model` in a new session would."""
+    write_to = tmp_path if named == "as it is" else tmp_path / ".." / tmp_path.name
     trained(tmp_path, 1)
     adapter = (tmp_path / ADAPTER).read_bytes()
     other = tiny_trainer(tmp_path, eval_dataset=prompts(2))
     with warnings_of(LOGGER) as messages:
         other.evaluate()
         assert messages == []
-        other.save_model()
+        other.save_model(str(write_to))
     assert "previous-1" in messages[0] and (tmp_path / "previous-1" / ADAPTER).read_bytes() == adapter
 
 

@@ -46,6 +46,11 @@ def _say(variant: str) -> str:
     )
 
 
+def variants_in(folder: str | Path) -> set[str | None]:
+    """The variants of which a pipeline's folder has weights, `None` for those without one."""
+    return {match["variant"] for file in Path(folder).glob("*/*") if (match := _WEIGHTS.fullmatch(file.name))}
+
+
 def _only_variants(folder: Path) -> list[str]:
     """The variants of the weights of a part of the pipeline that has none without a variant."""
     for part in sorted(path for path in folder.glob("*") if path.is_dir()):

@@ -28,6 +28,11 @@ class Schedule:
                 f"A Schedule of T steps has sigmas of shape (T + 1,), the data's 0 at their end, and timesteps of "
                 f"shape (T,), but these are sigmas of shape {shapes}."
             )
+        if not self.sigmas.isfinite().all():
+            raise ValueError(
+                f"The scheduler's noise levels for {self.num_steps} step(s) are not finite: {self.sigmas.tolist()}. "
+                "With shift_terminal, as Qwen-Image has it, a single step has none: take two or more."
+            )
 
     @property
     def num_steps(self) -> int:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl_flow.commands import UsageError
 from trl_flow.commands.recipe import option, read_accelerate_config, read_recipe, unknown_option, without_nulls
+from trl_flow.commands.yaml_values import BOOLEANS
 
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def _prepare_run(
     bundled, evaluate = model_args.model_name_or_path in options.BUNDLED_MODELS, args.eval_strategy != "no"
     train_dataset, eval_dataset = load_datasets(script_args, mixture_args, bundled=bundled, evaluate=evaluate)
     resume = args.resume_from_checkpoint
-    resume = checkpoint_to_resume(True if str(resume).lower() in ("true", "last") else resume, args)
+    resume = checkpoint_to_resume((BOOLEANS | {"last": True}).get(str(resume).lower(), resume), args)
     data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "eval_reward_funcs": gold}
     if resume is not None and args.init_adapter is not None:
         check_origin(resume, args)
@@ -136,7 +137,7 @@ def _run(trainer: "FlowRLTrainer", resume: str | None, dataset_name: str | None)
         raise KeyboardInterrupt(where) from None
     if trainer.args.save_strategy == "no":
         trainer.save_model(folder, _internal_call=True)  # the push below is the only one
-        trainer.accelerator.print(f"Saved to {folder}.")
+        trainer.accelerator.print(trainer.publisher.where(trainer.policy.is_adapter, trainer.state))
     if trainer.args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
         trainer.accelerator.print(f"Pushed to {trainer.hub_model_id}.")

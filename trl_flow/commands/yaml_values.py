@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 
-_BOOLEANS = dict.fromkeys(("yes", "true", "on"), True) | dict.fromkeys(("no", "false", "off"), False)
+BOOLEANS = dict.fromkeys(("yes", "true", "on"), True) | dict.fromkeys(("no", "false", "off"), False)
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _HEX = re.compile(r"0x[0-9a-fA-F]+")
 # Of the keyword arguments of `from_pretrained`, whose types are not known here
@@ -56,8 +56,8 @@ def guessed(value: Any) -> Any:
         return {_key(key): str(item) if key in texts else guessed(item) for key, item in value.items()}
     if not isinstance(value, Plain):
         return value
-    if value.lower() in _BOOLEANS and value in (value.lower(), value.upper(), value.title()):
-        return _BOOLEANS[value.lower()]
+    if value.lower() in BOOLEANS and value in (value.lower(), value.upper(), value.title()):
+        return BOOLEANS[value.lower()]
     number = _number(value)
     return str(value) if number is None else number
 
@@ -79,8 +79,8 @@ def meant(value: Any, hint: Any) -> Any:
         return None  # Python's null
     if lists and str not in kinds and not choices:
         return [meant(value, lists[0][0])]
-    if (bool in kinds or choices) and value.lower() in _BOOLEANS:
-        truth = _BOOLEANS[value.lower()]
+    if (bool in kinds or choices) and value.lower() in BOOLEANS:
+        truth = BOOLEANS[value.lower()]
         return "no" if not truth and "no" in choices else truth
     if (int in kinds or float in kinds) and (number := _number(value)) is not None:
         if float in kinds or isinstance(number, int):

@@ -15,7 +15,8 @@ from diffusers import DiffusionPipeline
 
 from trl_flow.backbones import Backbone, get_backbone
 from trl_flow.backbones.base import SAMPLING_SETTINGS
-from trl_flow.backbones.model_files import loading_hint
+from trl_flow.backbones.contract import scheduled
+from trl_flow.backbones.model_files import loading_hint, variants_in
 from trl_flow.backbones.settings import check_settings, effective, with_own_settings
 from trl_flow.evaluation.adapters import Adapter
 from trl_flow.evaluation.image_folder import PromptList
@@ -134,6 +135,7 @@ def loaded_backbone(
         decided["max_sequence_length"] = backbone.fixed_sequence_length
     notes = differences({name: effective(backbone, own) for name, own in runs.items()}, decided, given)
     decided |= {"dtype": str(model.dtype).removeprefix("torch."), "device": torch.device(model.device).type}
+    scheduled(backbone, decided["num_inference_steps"])
     return backbone, replace(options, **decided), notes
 
 
@@ -159,7 +161,9 @@ def loading_options(
     if len(set(found["revision"].values())) > 1 and "revision" not in given and not os.path.isdir(model):
         said = ", ".join(f"{name}: {value or 'main'}" for name, value in found["revision"].items())
         raise ValueError(f"the adapters were trained on different revisions of {model} ({said}). Choose by revision.")
-    # Variants differ by rounding
+    # Variants differ by rounding, and another copy of the model may not have the one that was trained with
+    if os.path.isdir(model):
+        found["variant"] = {n: value for n, value in found["variant"].items() if value in variants_in(model)}
     return {n: value for n, values in found.items() for value in values.values() if value is not None} | given
 
 

@@ -16,6 +16,7 @@ from trl_flow.sharing.weights import weight_files
 CARD = "README.md"
 # Begins with an underscore, as all that is being written: no upload takes it
 _SNAPSHOT = "_uploading-"
+_CODE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^()\s]+\.(?:png|jpe?g|webp|gif))\)", re.IGNORECASE)
 
 
@@ -29,7 +30,9 @@ def published(folder: str | os.PathLike, include: Sequence[str] = ()) -> list[Pa
     may leave it: prompts, logs, optimizer states, and whatever else the user keeps there."""
     folder = Path(folder)
     card = folder / CARD
-    shown = _LINK.findall(card.read_text(encoding="utf-8")) if card.is_file() else []
+    # In code stands a prompt, which may look like a link
+    text = _CODE.sub("", card.read_text(encoding="utf-8")) if card.is_file() else ""
+    shown = _LINK.findall(text)
     found = [card, *(folder / unquote(link) for link in shown)]
     found += [path for pattern in include for path in folder.glob(pattern)]
     inside = [path for path in found if path.is_file() and path.resolve().is_relative_to(folder.resolve())]

@@ -19,6 +19,7 @@ from transformers.trainer_utils import speed_metrics
 from trl_flow import sharing
 from trl_flow.algorithms import Algorithm, MicroBatch
 from trl_flow.backbones import Backbone, get_backbone
+from trl_flow.backbones.contract import scheduled
 from trl_flow.backbones.prompt_length import warn_of_long_prompts
 from trl_flow.backbones.settings import evaluation_steps
 from trl_flow.prompts.rows import prompts_to_measure
@@ -140,6 +141,7 @@ class FlowRLTrainer(SavingTrainer):
         checks.check_backbone(self.backbone, args, peft_config)
         if args.eval_num_inference_steps is None:
             args.eval_num_inference_steps = evaluation_steps(self.backbone, args.num_inference_steps)
+        scheduled(self.backbone, args.eval_num_inference_steps)
         for name, dataset in datasets.items():
             checks.check_images(dataset, name, self.backbone)
             warn_of_long_prompts(self.backbone, [*prompts_to_measure(dataset), args.negative_prompt or ""], name)
@@ -213,7 +215,7 @@ class FlowRLTrainer(SavingTrainer):
                 self._saved = step_of(checkpoint), checkpoint
             for scorer in (self.scorer, self.gold_scorer):
                 scorer.load()  # a model that cannot be loaded is found out now, and not after the first sampling phase
-            self.run_folder.claim(checkpoint)
+            self.run_folder.begin(checkpoint)
             self.accelerator.wait_for_everyone()
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
             self.optimizer_modes.eval()
@@ -375,7 +377,7 @@ class FlowRLTrainer(SavingTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         output_dir = self.args.output_dir if output_dir is None else output_dir
         if self.args.should_save:
-            if Path(output_dir) == Path(self.args.output_dir):
+            if Path(output_dir).resolve() == self.run_folder.path.resolve():
                 self.run_folder.claim()
             os.makedirs(output_dir, exist_ok=True)
             self.policy.save(output_dir, base_model=self.model_id, state_dict=state_dict)
@@ -418,6 +420,7 @@ class FlowRLTrainer(SavingTrainer):
         papers. `model_name` is its title, `dataset_name` the Hub id or name of the prompts, `None`: what they were
         loaded from."""
         if self.is_world_process_zero():
+            self.run_folder.claim()
             names = {"model_name": model_name, "dataset_name": dataset_name, "tags": tags}
             self.publisher.write_card(self.policy.module, self.state, self.hub_model_id, **names)
 

@@ -47,7 +47,8 @@ class Publisher:
         """For the end of a run: where its result is, and whether a better one is elsewhere."""
         folder = self.args.output_dir
         load = f", which pipeline.load_lora_weights({folder!r}) loads" if is_lora else ""
-        said = f"Trained {state.global_step} updates. The {'adapter' if is_lora else 'model'} is in {folder}{load}."
+        updates = f"{state.global_step} update{'' if state.global_step == 1 else 's'}"
+        said = f"Trained {updates}. The {'adapter' if is_lora else 'model'} is in {folder}{load}."
         return f"{said} {self._of_another_update(state, f'in {Path(folder, BEST_FOLDER)}')}".rstrip()
 
     def _of_another_update(self, state: TrainerState, where: str) -> str:

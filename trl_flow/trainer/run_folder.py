@@ -37,16 +37,22 @@ class RunFolder:
         with locked(self.path, "training") if self._writes else contextlib.nullcontext():
             yield
 
-    def claim(self, checkpoint: str | None = None) -> None:
-        """Before the first thing is written. Unless it goes on from a `checkpoint` in this folder, what another run
-        left here is moved to `previous-1` (or -2 ...); if it does, checkpoints of later updates are. Both are warned
-        of. A trainer's second run goes on in its first one's folder."""
+    def begin(self, checkpoint: str | None) -> None:
+        """Before a run. Unless it goes on from a `checkpoint` in this folder, what another run left here, be it of the
+        same trainer, is moved to `previous-1` (or -2 ...); if it does, checkpoints of later updates are. Both are
+        warned of."""
         goes_on = checkpoint is not None and Path(checkpoint).parent.resolve() == self.path.resolve()
         if goes_on and self._writes:
             self._move_later_than(checkpoint)
-        elif self._writes and not self._is_own:
+        elif self._writes:
             self._move_another_run()
         self._is_own = True
+
+    def claim(self) -> None:
+        """Before a model or a card is written outside of training: as for a run, unless one of this trainer's has
+        been here."""
+        if not self._is_own:
+            self.begin(None)
 
     def _move_another_run(self) -> None:
         weights = weight_files(self.path)
