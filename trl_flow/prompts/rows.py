@@ -53,7 +53,8 @@ def check_prompts(dataset: "Dataset") -> None:
             )
             raise ValueError(f"{what}: rows have {names}. Return it too, or take it off: dataset.with_format(None).")
         raise ValueError(f"has no column 'prompt' in {names}. Use dataset.rename_column(old, 'prompt').")
-    for index, prompt in enumerate(prompts_to_measure(dataset)):
+    prompts = [first_row(dataset)["prompt"]] if has_transform(dataset) else dataset["prompt"]
+    for index, prompt in enumerate(prompts):
         check_prompt(prompt, index)
 
 
