@@ -55,7 +55,7 @@ def form(prompts, images, *, columns=None, rewards=None, kind="image/png", name=
 @pytest.fixture(scope="module")
 def server(server_parent):
     options = ["--max-images", "4", "--max-image-bytes", "20000", "--max-pixels", "5000", "--max-json-bytes", "3000"]
-    options += ["--max-body-bytes", "100000", "--upload-timeout", "1", "--max-waiting", "3"]
+    options += ["--max-body-bytes", "100000", "--upload-timeout", "2", "--max-waiting", "3"]
     rewards = "served_rewards.brightness,served_rewards.as_told,jpeg_incompressibility,served_rewards.weighted"
     server = server_parent.start(*options, rewards=rewards, token=TOKEN)
     yield server
