@@ -406,8 +406,8 @@ def test_an_upload_that_is_too_slow(server, lives):
     started = time.monotonic()
     body = valid_body()
     head = f"{HEAD}Content-Length: {len(body)}\r\n\r\n".encode()
-    answer = raw(server, head, *[body[i : i + 1] for i in range(14)], pause=0.1)
-    assert b" 408 " in answer.split(b"\r\n")[0] and b"after 1 seconds" in answer
+    answer = raw(server, head, *[body[i : i + 1] for i in range(24)], pause=0.1)
+    assert b" 408 " in answer.split(b"\r\n")[0] and b"after 2 seconds" in answer
     assert time.monotonic() - started < 14  # the connection is closed, too
 
 
