@@ -117,7 +117,7 @@ def draw(runs: dict[str, list[Rows]], cost: dict[str, float], target: float, pat
         axes.plot(grid, np.mean([np.interp(grid, *curve) for curve in curves], axis=0), color=color, lw=2.2, label=arm)
     axes.axhline(target, color="0.4", linewidth=1, linestyle="--")
     axes.set(xlabel="processor time of training, seconds", ylabel="held-out score: soft + 0.5 fidelity")
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="upper right")
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
