@@ -104,6 +104,14 @@ class StepSums:
         count, total, squares = self._total(name, unit)
         return max(squares / count - (total / count) ** 2, 0.0) ** 0.5
 
+    def ratio_metrics(self) -> dict[str, float]:
+        """Of what `functional.ratio_statistics` gives: spread of the ratios, and the share that clipping acts on."""
+        low, high = self.mean("low"), self.mean("high")
+        metrics = {"ratio/mean": 1 + self.mean("deviation"), "ratio/std": self.std("deviation")}
+        return metrics | {
+            "clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high,
+        }  # fmt: skip
+
     def units_of(self, name: str) -> list[int]:
         """The units that have values of this name."""
         return [unit for unit in self.units if self._sums[unit].get(name, [0])[0] > 0]

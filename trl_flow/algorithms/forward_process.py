@@ -19,17 +19,13 @@ from trl_flow.functional import (
     optimality,
     ratio_statistics,
 )
+from trl_flow.functional._tensors import latent_mean
 from trl_flow.rollout import RandomStream, Rollout, StepPlan, draw_noise, sample_generator
 
 
 if TYPE_CHECKING:
     from trl_flow.trainer.forward_process_config import AWMConfig, DiffusionNFTConfig, ForwardProcessConfig
     from trl_flow.trainer.policy import Condition, Policy
-
-
-def mean_square(difference: torch.Tensor) -> torch.Tensor:
-    """`(B, ...)` to `(B,)`."""
-    return difference.flatten(1).square().mean(1)
 
 
 class ForwardProcess(Algorithm):
@@ -96,7 +92,7 @@ class ForwardProcess(Algorithm):
         regularization = None
         for name, beta, key in (("reference", self.args.beta, "kl"), ("old", self._beta_old, "old/kl")):
             if name in others:
-                kl = mean_square(prediction - others[name])
+                kl = latent_mean((prediction - others[name]).square())
                 stats[key] = kl.detach()
                 if beta > 0:
                     regularization = beta * kl if regularization is None else regularization + beta * kl
@@ -184,7 +180,4 @@ class AdvantageWeightedMatching(ForwardProcess):
         return noised.level * log_prob if self.args.timestep_weighting == "t" else log_prob
 
     def summarize(self, sums: StepSums) -> dict[str, float]:
-        low, high = sums.mean("low"), sums.mean("high")
-        metrics = {"ratio/mean": 1 + sums.mean("deviation"), "ratio/std": sums.std("deviation")}
-        metrics |= {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
-        return metrics | {name: sums.mean(name) for name in ("kl", "old/kl") if name in sums.names}
+        return sums.ratio_metrics() | {name: sums.mean(name) for name in ("kl", "old/kl") if name in sums.names}

@@ -218,9 +218,7 @@ class ClippedPolicyGradient(Algorithm):
     def summarize(self, sums: StepSums) -> dict[str, float]:
         """`clip_ratio/low_mean` and `high_mean` count the ratios that the clipping acts on (TRL's); those of a step
         all ratios outside of the range, whatever the advantage's sign (Guard's supplement, Fig. 4)."""
-        low, high = sums.mean("low"), sums.mean("high")
-        metrics = {"ratio/mean": 1 + sums.mean("deviation"), "ratio/std": sums.std("deviation")}
-        metrics |= {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
+        metrics = sums.ratio_metrics()
         metrics |= {"kl": sums.mean("kl")} if "kl" in sums.names else {}
         for step in sums.units_of("rounding"):
             metrics[f"ratio/noise_floor_step_{step}"] = sums.root_mean_square("rounding", step)

@@ -211,11 +211,8 @@ class Policy:
                 finally:
                     self._reshard()
             return
-        self._forced = self._reference
-        try:
+        with self._forcing(self._reference):
             yield
-        finally:
-            self._forced = None
 
     @contextlib.contextmanager
     def _moved(self, origin: list[torch.Tensor], scale: float) -> Iterator[None]:
@@ -232,7 +229,13 @@ class Policy:
             with self._replaced(self.local_weights(), map(local_part, self.old.weights())):
                 yield
             return
-        self._forced = self.old.module
+        with self._forcing(self.old.module):
+            yield
+
+    @contextlib.contextmanager
+    def _forcing(self, module: torch.nn.Module) -> Iterator[None]:
+        """A frozen copy in place of the trained model."""
+        self._forced = module
         try:
             yield
         finally:
