@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from trl_flow.images import TO_RGB_CODE, to_rgb
+from trl_flow.images import TO_RGB_CODE, frame_of, frames_of, to_rgb
 
 
 ROOT = Path(__file__).parents[1]
@@ -110,3 +110,10 @@ def test_there_is_no_other_way_to_rgb():
     files = [*ROOT.glob("trl_flow/**/*.py"), *ROOT.glob("examples/**/*.py")]
     pattern = re.compile(r"""\.convert\(\s*(?:mode=)?["']RGB["']""")
     assert [file.name for file in files if pattern.search(file.read_text(encoding="utf-8"))] == ["images.py"]
+
+
+def test_a_frame_stands_for_a_video_and_an_image_for_itself():
+    frames = [Image.new("RGB", (2, 2), (value, 0, 0)) for value in range(5)]
+    assert [frame_of(frames, which) for which in ("first", "middle", "last")] == [frames[0], frames[2], frames[4]]
+    assert frame_of(frames[:4]) is frames[2] and frames_of(frames) is frames
+    assert frame_of(frames[1], "last") is frames[1] and frames_of(frames[1]) == [frames[1]]

@@ -1,7 +1,16 @@
-"""The one way from an image of any mode to RGB: a picture is the same to trainer, rewards, servers and grids."""
+"""What is drawn: images, videos as lists of frames, and the one way from any mode to RGB: a picture is the same
+to trainer, rewards, servers and grids."""
+
+from typing import Literal
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
+
+
+# What a backbone decodes one sample to: an image, or the frames of a video in their order
+Sample = Image.Image | list[Image.Image]
+# The frame that stands for a video where one image is wanted
+Frame = Literal["first", "middle", "last"]
 
 
 # The same in a few lines, for code that knows nothing of this package
@@ -46,3 +55,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("LA") if image.mode == "La" else image
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
+
+
+def frames_of(sample: Sample) -> list[Image.Image]:
+    """The frames of a video; of an image, itself."""
+    return sample if isinstance(sample, list) else [sample]
+
+
+def frame_of(sample: Sample, frame: Frame = "middle") -> Image.Image:
+    """The frame that stands for a video, of an even number the later of the two in the middle; of an image, itself."""
+    frames = frames_of(sample)
+    return frames[{"first": 0, "middle": len(frames) // 2, "last": -1}[frame]]
