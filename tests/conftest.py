@@ -54,6 +54,20 @@ def tiny_sd3(tiny_sd3_path) -> StableDiffusion3Pipeline:
 
 
 @pytest.fixture
+def reduced(monkeypatch, tmp_path, tiny_sd3_path):
+    """An empty working folder, in which trainers are tiny."""
+    from reduced_trainers import TRAINERS, Reduced
+
+    import trl_flow.trainer
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Reduced, "tiny_path", tiny_sd3_path)
+    for trainer in TRAINERS:
+        monkeypatch.setattr(trl_flow.trainer, trainer.__name__, trainer)
+    return tmp_path
+
+
+@pytest.fixture
 def hub_server(monkeypatch, tmp_path):
     """
     A Hub on the loopback interface, to which every call of huggingface_hub in this process goes during the test.

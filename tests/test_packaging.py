@@ -23,7 +23,7 @@ PACKAGE = ROOT / "trl_flow"
 # Where the module that is imported is not called like the distribution that brings it
 DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "python_multipart": "python-multipart"}
 # Extras for what is no part of the package's own use of other packages
-NOT_IMPORTED = {"dev", "lint", "quantization", "test"}
+NOT_IMPORTED = {"dev", "docs", "lint", "quantization", "test"}
 
 
 def run_python(*arguments: str) -> str:
@@ -138,9 +138,10 @@ def test_every_requirement_has_a_lower_bound_and_only_trl_an_upper_one(setup_cfg
         assert ("<" in line) == (name == "trl"), line
 
 
-def test_ruff_accepts_the_version_that_is_installed_for_it(setup_cfg):
+def test_ci_installs_what_the_extras_ask_for(setup_cfg):
     script = (ROOT / ".ci" / "run").read_text()
-    assert requirements(setup_cfg["options.extras_require"]["lint"])["ruff"] in script
+    for extra in ("docs", "lint"):
+        assert all(f'"{line}"' in script for line in requirements(setup_cfg["options.extras_require"][extra]).values())
     assert "\nrequired-version = " in (ROOT / ".ruff.toml").read_text()
 
 

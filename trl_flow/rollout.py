@@ -37,6 +37,14 @@ class StepPlan:
         kept (`tuple[int, ...]`): those whose latents and means are kept, ascending; all of them stochastic.
         kept_per_sample (`int`, *optional*): each sample keeps only so many of them, drawn by its own generator.
         project (`bool`): whether the predicted clean latents after each step are kept.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.algorithms import StepPlan
+    >>> StepPlan(stochastic=(0, 1, 2, 3), kept=(1, 2))  # noise in the first four steps, of which two are trained
+    StepPlan(stochastic=(0, 1, 2, 3), kept=(1, 2), kept_per_sample=None, project=False)
+    ```
     """
 
     stochastic: tuple[int, ...] = ()

@@ -172,7 +172,7 @@ def _ratios(output: Path, folder: Path, scale: Scale) -> list[str]:
         "## Ratios and gradients on the same rollouts",
         "",
         "*The papers' claim: standard ratios drift below 1 with a spread that differs over steps, and RatioNorm "
-        "centres them (Guard, Figure 2); gradient norms differ about 20 times over steps, Guard's about 2.5 times "
+        "centers them (Guard, Figure 2); gradient norms differ about 20 times over steps, Guard's about 2.5 times "
         "(Figure 3); Flow-GRPO clips below 1 and never above, Guard both alike (supplement, Figure 4).*",
         "",
         "One batch is sampled, the policy is moved by unclipped updates on it, and then every variant is computed at "

@@ -346,6 +346,13 @@ def test_the_advised_batch_is_accepted(batch, groups, advice, times):
     assert other.updates_per_generation == start.args.updates_per_generation
 
 
+@pytest.mark.parametrize("on", [True, False])
+def test_a_changed_plan_has_the_changed_checkpointing(on):
+    """transformers has two names for it, of which the newer wins."""
+    changed = plan(gradient_checkpointing=not on).changed(gradient_checkpointing=on)
+    assert changed.args.gradient_checkpointing is on
+
+
 def test_what_is_refused_is_not_advised():
     def refuses_windows(other: Plan) -> Estimate:
         if other.args.sde_window_size is not None:

@@ -29,6 +29,16 @@ class MicroBatch:
         images (`list[PIL.Image.Image]` or `None`): the images that are edited, RGB, length `B`.
         samples (`tuple[int, ...]`): their indices among the samples of all processes, length `B`: what random numbers
             are drawn by, so that neither processes nor micro-batches change them.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.algorithms import MicroBatch
+    >>> batch = MicroBatch(["a cat"], steps=(0,), tensors={"clean": torch.zeros(1, 4)}, advantages=torch.ones(1))
+    >>> batch.tensors["clean"].shape
+    torch.Size([1, 4])
+    ```
     """
 
     prompts: list[str]
@@ -50,6 +60,16 @@ class PhaseScores:
         plan ([`StepPlan`]): by which the samples were drawn.
         instant (`torch.Tensor` or `None`): with `plan.project`, rewards of the images that were predicted after each
             of the `T` steps, `(N, T, K)`, NaN as above; of the last step they are `rewards_per_func`.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.algorithms import PhaseScores, StepPlan
+    >>> scores = PhaseScores(torch.tensor([[0.2], [0.9]]), names=["pickscore"], plan=StepPlan())
+    >>> scores.rewards_per_func.mean()
+    tensor(0.5500)
+    ```
     """
 
     rewards_per_func: torch.Tensor
@@ -63,7 +83,19 @@ class LossOutput:
     """A `loss` to be minimized, `(B,)`; `stats` without gradients to sum up over samples for the metrics, each `(B,)`,
     or `(B, K)` for counts that only the run's own log is to have; `regularization`, what of the loss is not the
     policy's, such as a KL, `(B,)`; and `counted`, where the samples' stats belong to several units, for each of these
-    whether a sample's do, bool, `(B,)`."""
+    whether a sample's do, bool, `(B,)`.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.algorithms import LossOutput
+    >>> loss, kl = torch.tensor([0.5, 0.3]), torch.tensor([0.1, 0.1])
+    >>> output = LossOutput(loss, stats={"kl": kl}, regularization=kl)
+    >>> output.policy_loss
+    tensor([0.4000, 0.2000])
+    ```
+    """
 
     loss: torch.Tensor
     stats: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -77,7 +109,17 @@ class LossOutput:
 
 
 class StepSums:
-    """Sums of the samples' statistics: for each unit and name the number of values, their sum, and that of squares."""
+    """Sums of the samples' statistics: for each unit and name the number of values, their sum, and that of squares.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.algorithms import StepSums
+    >>> sums = StepSums({0: {"kl": (2, 0.4, 0.1)}, 1: {"kl": (2, 0.8, 0.4)}})  # number, sum, sum of squares
+    >>> round(sums.mean("kl"), 3), round(sums.mean("kl", unit=0), 3)
+    (0.3, 0.2)
+    ```
+    """
 
     def __init__(self, sums: Mapping[int, Mapping[str, Sequence[float]]]):
         self._sums = sums
@@ -131,6 +173,28 @@ class Algorithm(ABC):
         needs_reference (`bool`): whether the loss asks for `policy.at("reference")`.
         needs_old (`bool`): whether it asks for `policy.at("old")`, which it moves by `policy.old.move`.
         sampled_by (`str`): the weights that sample, as a name for `policy.at`.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.algorithms import Algorithm, LossOutput, StepPlan
+    >>> class BestOnly(Algorithm):  # learns only from images above the mean
+    ...     def plan(self, generation):
+    ...         return StepPlan()
+    ...
+    ...     def keep(self, rollout):
+    ...         return {"clean": rollout.final}
+    ...
+    ...     def advantages(self, scores):
+    ...         rewards = scores.rewards_per_func.nansum(dim=1)
+    ...         return (rewards > rewards.mean()).float(), {}
+    ...
+    ...     def loss(self, policy, batch, unit, condition):
+    ...         return LossOutput(batch.advantages * 0.0)
+    ...
+    >>> BestOnly().plan(generation=0).kept
+    ()
+    ```
     """
 
     dynamics: Dynamics

@@ -31,7 +31,16 @@ if TYPE_CHECKING:
 class ForwardProcess(Algorithm):
     """What DiffusionNFT and AWM share: images are sampled along the ODE, of which the finished latents alone are kept.
     In the update each is noised to a few levels, the units, and a loss is taken of the prediction there. An old policy
-    follows the trained one slowly. On schedule and latents of a backbone, with weights `(K,)` of the rewards."""
+    follows the trained one slowly. On schedule and latents of a backbone, with weights `(K,)` of the rewards.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.algorithms import AdvantageWeightedMatching, ForwardProcess, NegativeAwareFinetuning
+    >>> issubclass(AdvantageWeightedMatching, ForwardProcess), issubclass(NegativeAwareFinetuning, ForwardProcess)
+    (True, True)
+    ```
+    """
 
     def __init__(self, args: "ForwardProcessConfig", backbone: Backbone, reward_weights: torch.Tensor):
         self.args = args
@@ -136,7 +145,23 @@ class ForwardProcess(Algorithm):
 
 class NegativeAwareFinetuning(ForwardProcess):
     """DiffusionNFT (arXiv:2509.16117): the old policy samples, and the trained one is drawn to good images and away
-    from bad ones."""
+    from bad ones.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow import DiffusionNFTConfig
+    >>> from trl_flow.algorithms import NegativeAwareFinetuning
+    >>> from trl_flow.backbones import get_backbone
+    >>> from trl_flow.shapes import load_pipeline
+    >>> args = DiffusionNFTConfig("run", use_cpu=True, bf16=False)
+    >>> backbone = get_backbone(load_pipeline(), height=32, width=32, max_sequence_length=16)
+    >>> algorithm = NegativeAwareFinetuning(args, backbone, reward_weights=torch.ones(1))
+    >>> algorithm.plan(generation=0).stochastic  # sampling follows the ODE
+    ()
+    ```
+    """
 
     args: "DiffusionNFTConfig"
     sampled_by = "old"
@@ -152,7 +177,23 @@ class NegativeAwareFinetuning(ForwardProcess):
 
 
 class AdvantageWeightedMatching(ForwardProcess):
-    """AWM (arXiv:2509.25050): GRPO's clipped objective, with the loss of pre-training for the log-likelihood."""
+    """AWM (arXiv:2509.25050): GRPO's clipped objective, with the loss of pre-training for the log-likelihood.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow import AWMConfig
+    >>> from trl_flow.algorithms import AdvantageWeightedMatching
+    >>> from trl_flow.backbones import get_backbone
+    >>> from trl_flow.shapes import load_pipeline
+    >>> args = AWMConfig("run", use_cpu=True, bf16=False, timesteps_per_sample=4)
+    >>> backbone = get_backbone(load_pipeline(), height=32, width=32, max_sequence_length=16)
+    >>> algorithm = AdvantageWeightedMatching(args, backbone, reward_weights=torch.ones(1))
+    >>> algorithm.args.timesteps_per_sample
+    4
+    ```
+    """
 
     args: "AWMConfig"
 

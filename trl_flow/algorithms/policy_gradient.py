@@ -41,7 +41,23 @@ REFERENCE_DIM = 16 * 64 * 64
 class ClippedPolicyGradient(Algorithm):
     """GRPO's clipped objective on the transitions of sampling (Flow-GRPO Eq. 5, GRPO-Guard Eq. 12), on schedule and
     latents of a backbone, with weights `(K,)` of the reward functions. Raises `ValueError` if no step of the
-    schedule can be trained, or too few for the window."""
+    schedule can be trained, or too few for the window.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow import GuardConfig
+    >>> from trl_flow.algorithms import ClippedPolicyGradient
+    >>> from trl_flow.backbones import get_backbone
+    >>> from trl_flow.shapes import load_pipeline
+    >>> args = GuardConfig("run", use_cpu=True, bf16=False, sde_window_size=2, sde_window_range=[0, 2])
+    >>> backbone = get_backbone(load_pipeline(), height=32, width=32, max_sequence_length=16)
+    >>> algorithm = ClippedPolicyGradient(args, backbone, reward_weights=torch.ones(1))
+    >>> algorithm.plan(generation=0).kept
+    (0, 1)
+    ```
+    """
 
     def __init__(self, args: "FlowGRPOConfig", backbone: Backbone, reward_weights: torch.Tensor):
         self.args = args

@@ -17,7 +17,6 @@ __all__ += ["QwenImageBackbone", "QwenImageEditBackbone", "QwenImageEditPlusBack
 __all__ += ["StableDiffusion3Backbone", "StableDiffusionBackbone", "StableDiffusionXLBackbone", "ZImageBackbone"]
 __all__ += ["get_backbone"]
 
-# The name of the pipeline's class -> the backbone
 BACKBONES: dict[str, type[Backbone]] = {
     "Flux2KleinPipeline": Flux2KleinBackbone,
     "FluxKontextPipeline": FluxKontextBackbone,
@@ -30,6 +29,7 @@ BACKBONES: dict[str, type[Backbone]] = {
     "StableDiffusionXLPipeline": StableDiffusionXLBackbone,
     "ZImagePipeline": ZImageBackbone,
 }
+"""The backbone for each pipeline class, by the name of the class."""
 
 
 def get_backbone(
@@ -48,6 +48,16 @@ def get_backbone(
 
     Raises:
         ValueError: if no backbone is written for the pipeline's class, or it refuses the settings.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.backbones import get_backbone
+    >>> from trl_flow.shapes import load_pipeline
+    >>> backbone = get_backbone(load_pipeline(), height=32, width=32, max_sequence_length=16)
+    >>> type(backbone).__name__, backbone.schedule(4).num_steps
+    ('StableDiffusion3Backbone', 4)
+    ```
     """
     for cls in type(pipeline).__mro__:
         if cls.__name__ in BACKBONES:

@@ -60,6 +60,18 @@ class Backbone(ABC):
     Raises:
         ValueError: if the pipeline cannot draw images of this size or read prompts of this length, a part that
             sampling needs is missing, or one was changed so that it computes something else ([`unwrap`]).
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.backbones import BACKBONES, Backbone, get_backbone
+    >>> from trl_flow.shapes import load_pipeline
+    >>> backbone: Backbone = get_backbone(load_pipeline(), height=32, width=32)
+    >>> backbone.latent_shape(), backbone.component
+    ((4, 16, 16), 'transformer')
+    >>> type(backbone) is BACKBONES["StableDiffusion3Pipeline"]
+    True
+    ```
     """
 
     component = "transformer"  # the pipeline's module that is trained

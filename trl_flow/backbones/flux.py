@@ -18,6 +18,14 @@ class FluxBackbone(PackedBackbone):
     `guidance_scale` is the pipeline's argument of this name: dev, which was distilled from guided samples, takes the
     scale as an input and runs one forward; in schnell, which has no such input, it has no effect. The pipeline's
     `true_cfg_scale`, guidance by a second forward, is left at 1, and so there is no negative prompt.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.backbones import FluxBackbone
+    >>> FluxBackbone.default_sequence_length
+    512
+    ```
     """
 
     # Flow-GRPO's choice: the attention of all blocks, and the feed-forward layers of those with two streams
@@ -92,6 +100,14 @@ class FluxKontextBackbone(EditingBackbone, FluxBackbone):
     closest to its own. The transformer takes batches of one shape only, so all images to edit must lead to the same
     size as the drawn ones would. `height` and `width` are those of the drawn images; the pipeline draws them at
     `max_area=height * width`.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.backbones import FluxKontextBackbone
+    >>> FluxKontextBackbone.takes_image
+    True
+    ```
     """
 
     def _input_size(self, height: int, width: int) -> tuple[int, int]:

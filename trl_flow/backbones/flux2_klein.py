@@ -18,6 +18,14 @@ class Flux2KleinBackbone(PackedBackbone):
 
     The base models are guided away from the empty prompt, the only negative one that the pipeline has; the distilled
     ones (`is_distilled` in the pipeline's config) are not guided, whatever `guidance_scale` is.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.backbones import Flux2KleinBackbone
+    >>> Flux2KleinBackbone.takes_negative_prompt
+    False
+    ```
     """
 
     # The attention of the blocks with two streams, and the layer of the others that attention and feed-forward share

@@ -24,6 +24,14 @@ class QwenImageBackbone(PackedBackbone):
     Raises:
         ValueError: in addition to the causes of [`Backbone`], for a transformer with `guidance_embeds`, which
             diffusers' `QwenImageTransformer2DModel` can be configured with but not run.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.backbones import QwenImageBackbone
+    >>> QwenImageBackbone.guidance_argument
+    'true_cfg_scale'
+    ```
     """
 
     # The attention of both streams but for the text's way out (`attn.to_add_out`): that of the last block leads
@@ -115,6 +123,14 @@ class QwenImageEditBackbone(EditingBackbone, QwenImageBackbone):
     only. So all images to edit must have the aspect ratio of the drawn ones (to 32 pixels in about a thousand).
 
     `max_sequence_length` counts the tokens of the prompt alone; the pipeline takes prompts of any length.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.backbones import QwenImageEditBackbone
+    >>> QwenImageEditBackbone.takes_image
+    True
+    ```
     """
 
     # Pixels to which the pipeline scales the image for the VAE, and for the text encoder
@@ -158,7 +174,16 @@ class QwenImageEditBackbone(EditingBackbone, QwenImageBackbone):
 
 
 class QwenImageEditPlusBackbone(QwenImageEditBackbone):
-    """[`~diffusers.QwenImageEditPlusPipeline`] (2509, 2511): the text encoder sees the image at a smaller size."""
+    """[`~diffusers.QwenImageEditPlusPipeline`] (2509, 2511): the text encoder sees the image at a smaller size.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.backbones import QwenImageEditPlusBackbone
+    >>> QwenImageEditPlusBackbone.takes_image
+    True
+    ```
+    """
 
     input_area = pipeline_qwenimage_edit_plus.VAE_IMAGE_SIZE
     seen_area = pipeline_qwenimage_edit_plus.CONDITION_IMAGE_SIZE

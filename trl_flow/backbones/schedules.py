@@ -16,6 +16,16 @@ class Schedule:
     Attributes:
         sigmas (`torch.Tensor`): noise levels `t`, from the noisiest down to the data's, float32, shape `(T + 1,)`.
         timesteps (`torch.Tensor`): the model's input at each step, shape `(T,)`.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.backbones import Schedule
+    >>> schedule = Schedule(sigmas=torch.tensor([1.0, 0.6, 0.0]), timesteps=torch.tensor([1000.0, 600.0]))
+    >>> schedule.num_steps
+    2
+    ```
     """
 
     sigmas: Tensor
@@ -71,6 +81,16 @@ class DDIMSchedule:
             next one; not always, as diffusers' `DDIMScheduler` rounds the timesteps.
         timesteps (`torch.Tensor`): the U-Net's input at each step, shape `(T,)`.
         prediction_type (`str`): `"epsilon"` or `"v_prediction"`, what the U-Net predicts.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.backbones import DDIMSchedule
+    >>> before, after = torch.tensor([0.1, 0.5]), torch.tensor([0.5, 1.0])
+    >>> DDIMSchedule(before, after, timesteps=torch.tensor([801, 401])).num_steps
+    2
+    ```
     """
 
     alphas_cumprod: Tensor

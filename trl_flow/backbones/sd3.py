@@ -10,7 +10,16 @@ from trl_flow.backbones.schedules import Schedule, dynamic_shift
 
 
 class StableDiffusion3Backbone(Backbone):
-    """[`~diffusers.StableDiffusion3Pipeline`]: three text encoders, a joint transformer, rectified flow."""
+    """[`~diffusers.StableDiffusion3Pipeline`]: three text encoders, a joint transformer, rectified flow.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.backbones import StableDiffusion3Backbone
+    >>> StableDiffusion3Backbone.lora_target_modules[:2]
+    ['attn.add_k_proj', 'attn.add_q_proj']
+    ```
+    """
 
     lora_target_modules = JOINT_ATTENTION  # Flow-GRPO's choice
     default_sequence_length = 256

@@ -33,6 +33,14 @@ class StableDiffusionBackbone(Backbone):
             the predicted data, or the U-Net takes another input than the prompt, such as the guidance scale (distilled
             LCM) or a class, or does not say its own size. From `schedule`, if it begins at pure noise and the U-Net
             predicts the noise.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.backbones import StableDiffusionBackbone
+    >>> StableDiffusionBackbone.component
+    'unet'
+    ```
     """
 
     component = "unet"
@@ -166,6 +174,14 @@ class StableDiffusionXLBackbone(StableDiffusionBackbone):
     The released model draws well near 1024 x 1024 only. The empty prompt stands for none:
     where the pipeline's `force_zeros_for_empty_prompt` is set, it has embeddings of zeros, as in the pipeline without
     a negative prompt. No watermark is applied.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.backbones import StableDiffusionXLBackbone
+    >>> StableDiffusionXLBackbone.component
+    'unet'
+    ```
     """
 
     _known_additions = ["text_time"]

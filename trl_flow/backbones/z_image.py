@@ -18,6 +18,14 @@ class ZImageBackbone(Backbone):
 
     Guidance is the pipeline's, `c + guidance_scale (c - u)`: it is off at a scale of 0, not 1. As by default there, it
     is neither normalized nor cut short.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.backbones import ZImageBackbone
+    >>> ZImageBackbone.default_sequence_length
+    512
+    ```
     """
 
     # The attention of all blocks, the refiners' too

@@ -38,6 +38,17 @@ def compare_scores(
 
     Raises:
         ValueError: if the shapes do not fit each other.
+
+    Example:
+
+    ```pycon
+    >>> import numpy as np
+    >>> from trl_flow.evaluation import compare_scores
+    >>> base, trained = np.array([0.2, 0.4, 0.6, 0.8]), np.array([0.3, 0.6, 0.7, 0.8])
+    >>> found = compare_scores({"base": {"soft": base}, "run": {"soft": trained}}, gold=["soft"])
+    >>> round(found["differences"]["run"]["soft"]["difference"], 3), round(found["gold"]["run"]["average"], 3)
+    (0.1, 1.2)
+    ```
     """
     base, number = next(iter(scores)), num_images_per_prompt
     means: dict[str, dict] = {}

@@ -43,6 +43,15 @@ class GoldAtProxy:
         standard_error (`float`): of `gold`: over the prompts of the evaluation set, not over seeds. Between two
             evaluations it is interpolated, too, which is never too small. NaN if none was logged.
         start (`float`), highest (`float`): the first and the highest proxy of the run.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.evaluation import GoldAtProxy
+    >>> point = GoldAtProxy("guard", level=1.6, update=30, gold=1.15, standard_error=0.02, start=1.0, highest=1.8)
+    >>> round(point.half_width, 3)  # of the 95% interval
+    0.039
+    ```
     """
 
     run: str
@@ -120,6 +129,19 @@ def gold_at_proxy(
     Raises:
         ValueError: with fewer than two runs; if a run has no gold scores, or those of other functions than the first;
             if no run reaches a level; without `levels`, if some run has never risen above where another one starts.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.evaluation import gold_at_proxy
+    >>> def run(rewards, gold):  # or the folder of a run
+    ...     keys = ("eval_reward", "eval_gold/average")
+    ...     return [{"step": i, **dict(zip(keys, pair))} for i, pair in enumerate(zip(rewards, gold))]
+    ...
+    >>> runs = {"guard": run([1.0, 1.4, 1.8], [1.0, 1.1, 1.2]), "plain": run([1.0, 1.6, 2.0], [1.0, 0.9, 0.8])}
+    >>> [(point.run, round(point.gold, 3)) for point in gold_at_proxy(runs, levels=[1.6])]
+    [('guard', 1.15), ('plain', 0.9)]
+    ```
     """
     if len(runs) < 2:
         raise ValueError(f"There are {len(runs)} runs, but a comparison at equal proxy needs two or more.")
@@ -159,6 +181,19 @@ def equal_proxy_table(points: Sequence[GoldAtProxy]) -> str:
     """
     What [`gold_at_proxy`] gives as a Markdown table. The difference is to the first run; its interval takes the errors
     of both for independent, which is too wide rather than too narrow where the prompts are the same.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.evaluation import GoldAtProxy, equal_proxy_table
+    >>> guard = GoldAtProxy("guard", 1.6, 30, 1.15, 0.02, 1.0, 1.8)
+    >>> plain = GoldAtProxy("plain", 1.6, 12, 0.90, 0.03, 1.0, 2.0)
+    >>> print(equal_proxy_table([guard, plain]))
+    | proxy | run | update | gold | difference to guard |
+    | ---: | --- | ---: | ---: | ---: |
+    | 1.6 | guard | 30 | 1.150 ± 0.039 | – |
+    | 1.6 | plain | 12 | 0.900 ± 0.059 | -0.250 ± 0.071 |
+    ```
     """
     first, base = points[0].run, {point.level: point for point in points if point.run == points[0].run}
     lines = [f"| proxy | run | update | gold | difference to {_cell(first)} |", "| ---: | --- | ---: | ---: | ---: |"]

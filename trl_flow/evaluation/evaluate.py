@@ -58,6 +58,18 @@ class Comparison:
     `folder` has `results.json`, `results.md`, `comparison.html`, `grid-{set}.png` and the images. `results` is what
     `results.json` holds; `results["sets"][name]` is from [`compare_scores`]. `scores[set][model][reward]` is float64
     `(N,)`, NaN where a reward does not apply; the images of one prompt are next to each other.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.evaluation import Comparison, evaluate_models
+    >>> from trl_flow.shapes import load_prompts, pipeline_path
+    >>> prompts = load_prompts("test").select(range(2))
+    >>> asked = {"prompts": prompts, "gold": "shapes_soft", "output_dir": "comparison", "progress": False}
+    >>> comparison: Comparison = evaluate_models(pipeline_path(), **asked)
+    >>> comparison.scores["prompts"]["base"]["shapes_soft"].shape
+    (2,)
+    ```
     """
 
     folder: Path
@@ -120,6 +132,23 @@ def evaluate_models(
     Raises:
         ValueError: if something does not fit, before anything is drawn or written.
         RewardError: if a reward function fails.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.evaluation import evaluate_models
+    >>> from trl_flow.shapes import load_prompts, pipeline_path
+    >>> comparison = evaluate_models(
+    ...     pipeline_path(),
+    ...     adapters={},  # {"my run": "outputs/my-run"}
+    ...     prompts=load_prompts("test").select(range(2)),
+    ...     gold="shapes_strict",
+    ...     output_dir="comparison",
+    ...     progress=False,
+    ... )
+    >>> sorted(path.name for path in comparison.folder.glob("[a-z]*.*"))
+    ['comparison.html', 'grid-prompts.png', 'results.json', 'results.md', 'scores.json', 'settings.json']
+    ```
     """
     # What needs no model is checked before one is loaded
     if grid_prompts < 1:

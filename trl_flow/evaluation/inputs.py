@@ -39,6 +39,15 @@ class DrawingOptions:
     An image's noise depends on the non-negative `seed` and on the image's index alone. `batch_size`, images at a time,
     changes images by rounding only, but all must be drawn with one. `dtype` and `device` are filled in when the
     pipeline is loaded.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.evaluation import DrawingOptions
+    >>> options = DrawingOptions(seed=1, num_inference_steps=28, guidance_scale=4.5, batch_size=4)
+    >>> options.num_images_per_prompt
+    1
+    ```
     """
 
     seed: int = 0

@@ -60,6 +60,20 @@ def predict_steps(
 
     Returns:
         `list[PIL.Image.Image]`: one for each of the `num_inference_steps` steps, the noisiest first.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.backbones import get_backbone
+    >>> from trl_flow.evaluation import predict_steps
+    >>> from trl_flow.shapes import load_pipeline
+    >>> pipeline = load_pipeline()
+    >>> pipeline.set_progress_bar_config(disable=True)
+    >>> backbone = get_backbone(pipeline, height=32, width=32, max_sequence_length=16)
+    >>> images = predict_steps(backbone, "a red circle", seed=0, num_inference_steps=4, guidance_scale=2.0)
+    >>> len(images), images[-1].size
+    (4, (32, 32))
+    ```
     """
     edited = [] if image is None else [to_rgb(image)]
     negative = None
@@ -104,6 +118,15 @@ def steps_grid(
 
     Raises:
         ValueError: if something does not fit, before anything is drawn.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.evaluation import steps_grid
+    >>> from trl_flow.shapes import load_prompts, pipeline_path
+    >>> prompts = load_prompts("test").select(range(2))
+    >>> grid = steps_grid(pipeline_path(), prompts=prompts, path="steps.png", num_prompts=2, progress=False)
+    ```
     """
     adapters, sets = parse_adapters(adapters), prompt_sets(prompts)
     loading = loading_options(model, adapters)

@@ -60,6 +60,20 @@ class VoteServer:
     `folder` is an evaluation's. The first of the `models` (names; by default all, the base model first) is compared
     with each of the others, on `pairs` prompts of each set. `seed` is of the choice of pairs, their order and their
     sides; port 0 is any that is free. `ValueError` if there is nothing to vote on, or the port is taken.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.evaluation import VoteServer, evaluate_models
+    >>> from trl_flow.shapes import load_pipeline, load_prompts, pipeline_path
+    >>> load_pipeline().transformer.save_pretrained("run")  # stands for a trained one
+    >>> asked = {"prompts": load_prompts("test").select(range(2)), "output_dir": "comparison", "progress": False}
+    >>> _ = evaluate_models(pipeline_path(), {"run": "run"}, **asked)
+    >>> server = VoteServer("comparison", pairs=2)
+    >>> len(server.pairs)  # server.serve_forever() asks at server.url
+    2
+    >>> server.close()
+    ```
     """
 
     def __init__(self, folder: str | os.PathLike, *, models: Sequence[str] | None = None, pairs=100, seed=0, port=0):

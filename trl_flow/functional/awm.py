@@ -28,6 +28,16 @@ def matching_log_prob(prediction: Tensor, target: Tensor, *, weight: Tensor | No
 
     Raises:
         ValueError: a shape does not fit.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.functional import matching_log_prob
+    >>> prediction, target = torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0, 0.0]])
+    >>> matching_log_prob(prediction, target)
+    tensor([-0.2500])
+    ```
     """
     check_shapes("(B, ...)", prediction=prediction, target=target)
     v, v_target = promote(prediction, target)
@@ -52,6 +62,15 @@ def generalized_huber(log_prob: Tensor, power: float) -> Tensor:
 
     Raises:
         ValueError: `log_prob` is not `(B,)`, or `power` is out of its domain.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.functional import generalized_huber
+    >>> generalized_huber(torch.tensor([-1.0, -16.0]), power=0.25)
+    tensor([-3.9874, -7.9874])
+    ```
     """
     check_shapes("(B,)", log_prob=log_prob)
     check_number("power", power, 0, 1)

@@ -47,6 +47,16 @@ def clipped_loss(
 
     Raises:
         ValueError: a shape is not `(B,)`, or a clip range is negative.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.functional import clipped_loss
+    >>> log_ratio = torch.tensor([0.0, 0.5, 0.5])
+    >>> clipped_loss(log_ratio, torch.tensor([1.0, 1.0, -1.0]), epsilon=0.2)  # the second is clipped
+    tensor([-1.0000, -1.2000,  1.6487])
+    ```
     """
     check_shapes("(B,)", log_ratio=log_ratio, advantages=advantages, weight=weight)
     high = epsilon if epsilon_high is None else epsilon_high
@@ -75,6 +85,17 @@ def ratio_statistics(
 
     Raises:
         ValueError: a shape is not `(B,)`.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.functional import ratio_statistics
+    >>> log_ratio, advantages = torch.tensor([0.0, 0.5, -0.5]), torch.tensor([1.0, 1.0, -1.0])
+    >>> found = ratio_statistics(log_ratio, advantages, epsilon=0.2)
+    >>> found["high"], found["low"]  # where the clipping acts
+    (tensor([0., 1., 0.]), tensor([0., 0., 1.]))
+    ```
     """
     check_shapes("(B,)", log_ratio=log_ratio, advantages=advantages)
     log_r, a = promote(log_ratio, advantages)
@@ -101,6 +122,16 @@ def ratio_histogram(log_ratio: Tensor, *, epsilon: float, epsilon_high: float | 
 
     Raises:
         ValueError: a shape is not `(B,)`.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.functional import ratio_histogram
+    >>> bins = ratio_histogram(torch.tensor([0.0, 0.0, 3e-4]), epsilon=1e-4)
+    >>> bins.sum(dim=0).nonzero().flatten()  # two ratios of 1 in the middle bin, one above it
+    tensor([23, 37])
+    ```
     """
     check_shapes("(B,)", log_ratio=log_ratio)
     (log_r,) = promote(log_ratio)
@@ -129,6 +160,16 @@ def gaussian_kl(mean: Tensor, ref_mean: Tensor, diffusion: Number) -> Tensor:
 
     Raises:
         ValueError: a shape does not fit.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.functional import gaussian_kl
+    >>> mean, ref_mean = torch.full((2, 4), 0.3), torch.zeros(2, 4)
+    >>> gaussian_kl(mean, ref_mean, diffusion=0.5)
+    tensor([0.1800, 0.1800])
+    ```
     """
     check_shapes("(B, ...)", mean=mean, ref_mean=ref_mean)
     current, reference = promote(mean, ref_mean)
@@ -151,6 +192,16 @@ def transition_kl(mean: Tensor, old_mean: Tensor, std: Number) -> Tensor:
 
     Raises:
         ValueError: a shape does not fit; a `std` on the CPU is not above 0.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.functional import transition_kl
+    >>> mean, old_mean = torch.full((2, 4), 0.3), torch.zeros(2, 4)
+    >>> transition_kl(mean, old_mean, std=0.1)
+    tensor([4.5000, 4.5000])
+    ```
     """
     check_shapes("(B, ...)", mean=mean, old_mean=old_mean)
     current, previous = promote(mean, old_mean)
@@ -188,6 +239,18 @@ def group_advantages(
     Raises:
         ValueError: `rewards` is not `(N,)`, does not split into groups, or holds infinity (this check waits for an
             accelerator); `scale_rewards` is unknown.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.functional import group_advantages
+    >>> rewards = torch.tensor([0.0, 1.0, 10.0, 12.0])  # two prompts, two images each
+    >>> group_advantages(rewards, num_generations=2, scale_rewards="none")
+    tensor([-0.5000,  0.5000, -1.0000,  1.0000])
+    >>> group_advantages(rewards, num_generations=2, scale_rewards="group")
+    tensor([-0.7070,  0.7070, -0.7071,  0.7071])
+    ```
     """
     check_shapes("(N,)", rewards=rewards)
     check_choice("scale_rewards", scale_rewards, ("group", "batch", "batch_centered", "none"))

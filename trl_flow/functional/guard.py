@@ -52,6 +52,19 @@ def log_ratio(
 
     Raises:
         ValueError: a shape does not fit; `kind` is unknown; a `std` on the CPU is not above 0.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.functional import log_ratio
+    >>> old_mean = torch.zeros(2, 4)
+    >>> sample = old_mean + 0.1  # one standard deviation of noise
+    >>> log_ratio(sample, old_mean, old_mean, 0.1, kind="ratio_norm")  # before the first update
+    tensor([0., 0.])
+    >>> log_ratio(sample, old_mean + 0.02, old_mean, 0.1, kind="ratio_norm")
+    tensor([0.0200, 0.0200])
+    ```
     """
     check_shapes("(B, ...)", sample=sample, mean=mean, old_mean=old_mean)
     check_choice("kind", kind, ("standard", "mean_revised", "ratio_norm"))
@@ -86,6 +99,17 @@ def probed_mean(mean: Tensor, probe_mean: Tensor, old_mean: Tensor, *, scale: fl
 
     Raises:
         ValueError: a shape does not fit.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.functional import probed_mean
+    >>> old_mean = torch.zeros(1, 4)
+    >>> mean = old_mean + 0.0117  # an update of 0.01, with rounding
+    >>> probed_mean(mean, old_mean + 0.1617, old_mean, scale=16)  # the same rounding, divided by 16
+    tensor([[0.0101, 0.0101, 0.0101, 0.0101]])
+    ```
     """
     check_shapes("(B, ...)", mean=mean, probe_mean=probe_mean, old_mean=old_mean)
     current, probed, previous = promote(mean, probe_mean, old_mean)
@@ -114,6 +138,14 @@ def rounding_and_curvature(near: float, far: float, *, scale: float) -> tuple[fl
 
     Returns:
         `(v, c^2)`, both at least 0. The noise floor of a log-ratio without a probe is `sqrt(2 v)`.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.functional import rounding_and_curvature
+    >>> rounding_and_curvature(near=2.75e-11, far=3e-14, scale=16)  # no curvature shows
+    (1e-12, 0.0)
+    ```
     """
     variance = near / NEAR_VARIANCE
     return variance, max(far - 9 * variance / scale**2, 0.0) * 4 / scale**2
@@ -125,6 +157,16 @@ def probe_error(scale: float, variance: float, curvature: float) -> float:
     Args:
         scale: `k`, at least 1, which is no probe.
         variance, curvature: `v` and `c^2`, from `rounding_and_curvature`.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.functional import probe_error
+    >>> f"{probe_error(1, variance=1e-12, curvature=0.0):.1e}"  # without a probe
+    '1.4e-06'
+    >>> f"{probe_error(16, variance=1e-12, curvature=0.0):.1e}"
+    '8.8e-08'
+    ```
     """
     return math.sqrt(2 * variance / scale**2 + (scale - 1) ** 2 * curvature)
 
@@ -134,6 +176,16 @@ def best_probe_scale(variance: float, curvature: float) -> float:
 
     Args:
         variance, curvature: `v` and `c^2`, from `rounding_and_curvature`.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.functional import best_probe_scale
+    >>> best_probe_scale(variance=1e-12, curvature=1e-16)
+    16.0
+    >>> best_probe_scale(variance=1e-12, curvature=0.0)
+    128.0
+    ```
     """
     return min((2.0**n for n in range(8)), key=lambda scale: probe_error(scale, variance, curvature))
 
@@ -170,6 +222,15 @@ def timestep_weight(
 
     Raises:
         ValueError: a shape does not fit; `kind` is unknown; `beta` or `gain` is missing.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.functional import timestep_weight
+    >>> timestep_weight("inverse_dt", std=torch.tensor([0.2, 0.3]), dt=torch.tensor([0.1, 0.25]))
+    tensor([10.,  4.])
+    ```
     """
     check_shapes("(B,)", std=std)
     check_choice("kind", kind, ("none", "temp", "inverse_dt", "beta_over_dt", "inverse_beta_dt", "inverse_gain"))

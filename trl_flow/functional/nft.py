@@ -24,6 +24,15 @@ def optimality(advantages: Tensor, *, clip: float) -> Tensor:
 
     Raises:
         ValueError: `advantages` is not `(B,)`, or `clip` is not above 0.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.functional import optimality
+    >>> optimality(torch.tensor([-5.0, 0.0, 2.5]), clip=5.0)
+    tensor([0.0000, 0.5000, 0.7500])
+    ```
     """
     check_shapes("(B,)", advantages=advantages)
     check_number("clip", clip, 0)
@@ -48,6 +57,16 @@ def implicit_policies(prediction: Tensor, old_prediction: Tensor, *, beta: float
 
     Raises:
         ValueError: the shapes differ, or `beta` is not above 0.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.functional import implicit_policies
+    >>> prediction, old_prediction = torch.tensor([[1.0]]), torch.tensor([[0.0]])
+    >>> implicit_policies(prediction, old_prediction, beta=0.5)
+    (tensor([[0.5000]]), tensor([[-0.5000]]))
+    ```
     """
     check_shapes("(B, ...)", prediction=prediction, old_prediction=old_prediction)
     check_number("beta", beta, 0)
@@ -93,6 +112,21 @@ def nft_loss(
 
     Raises:
         ValueError: a shape does not fit, `beta` or a sigma on the CPU is not above 0.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.functional import nft_loss, optimality
+    >>> clean, noise = torch.zeros(2, 3), torch.ones(2, 3)
+    >>> noised = 0.5 * clean + 0.5 * noise
+    >>> old = torch.full((2, 3), 0.8)
+    >>> prediction = old.clone().requires_grad_()
+    >>> loss = nft_loss(prediction, old, noised, clean, 0.5, optimality(torch.tensor([5.0, -5.0]), clip=5.0), beta=1.0)
+    >>> loss.sum().backward()
+    >>> prediction.grad[:, 0]  # towards the velocity of 1 for the good image, away from it for the bad one
+    tensor([-0.3333,  0.3333])
+    ```
     """
     check_shapes("(B, ...)", prediction=prediction, old_prediction=old_prediction, noised=noised, clean=clean)
     check_shapes("(B,)", optimality=optimality)

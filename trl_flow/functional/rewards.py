@@ -19,6 +19,16 @@ def combine_rewards(rewards_per_func: Tensor, weights: Tensor) -> Tensor:
 
     Raises:
         ValueError: `weights` is not `(K,)`.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.functional import combine_rewards
+    >>> rewards = torch.tensor([[1.0, 0.5], [2.0, float("nan")]])  # NaN: does not apply
+    >>> combine_rewards(rewards, weights=torch.tensor([1.0, 2.0]))
+    tensor([2., 2.])
+    ```
     """
     rewards, factors = _rewards_and_weights(rewards_per_func, weights)
     return (rewards * factors).nansum(dim=-1).masked_fill((rewards.isnan() | (factors == 0)).all(dim=-1), torch.nan)
@@ -49,6 +59,16 @@ def normalize_then_sum(rewards: Tensor, weights: Tensor, num_generations: int) -
     Raises:
         ValueError: `rewards` is not `(N, K)`, does not split into groups, or holds infinity (this check waits for an
             accelerator); `weights` is not `(K,)`.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.functional import normalize_then_sum
+    >>> rewards = torch.tensor([[0.0, 100.0], [1.0, 300.0]])  # one group; the units differ
+    >>> normalize_then_sum(rewards, torch.tensor([1.0, 1.0]), num_generations=2)
+    tensor([-0.7071,  0.7071])
+    ```
     """
     check_shapes("(N, K)", rewards=rewards)
     values, factors = _rewards_and_weights(rewards, weights)
@@ -75,6 +95,16 @@ def fill_missing(rewards: Tensor, num_generations: int) -> Tensor:
 
     Raises:
         ValueError: `rewards` does not split into groups.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.functional import fill_missing
+    >>> fill_missing(torch.tensor([[1.0, 3.0], [2.0, float("nan")]]), num_generations=2)
+    tensor([[1., 3.],
+            [2., 3.]])
+    ```
     """
     grouped = in_groups("rewards", rewards, num_generations)
     mean = grouped.nanmean(dim=1, keepdim=True).nan_to_num(nan=0.0)
@@ -95,6 +125,15 @@ def frac_zero_std(rewards: Tensor, num_generations: int) -> Tensor:
 
     Raises:
         ValueError: `rewards` does not split into groups.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.functional import frac_zero_std
+    >>> frac_zero_std(torch.tensor([1.0, 1.0, 0.0, 2.0]), num_generations=2)
+    tensor(0.5000)
+    ```
     """
     grouped = in_groups("rewards", rewards[:, None].flatten(1), num_generations)
     highest, lowest = grouped.nan_to_num(nan=-torch.inf).amax(dim=1), grouped.nan_to_num(nan=torch.inf).amin(dim=1)

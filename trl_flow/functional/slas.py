@@ -25,6 +25,15 @@ def super_linear(advantages: Tensor, power: float) -> Tensor:
 
     Raises:
         ValueError: `power` is negative or not finite.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.functional import super_linear
+    >>> super_linear(torch.tensor([-2.0, 0.5, 1.0, 4.0]), power=0.5)
+    tensor([-2.8284,  0.3536,  1.0000,  8.0000])
+    ```
     """
     check_number("power", power, 0)
     (values,) = promote(advantages)
@@ -44,6 +53,17 @@ def effective_sample_share(advantages: Tensor) -> Tensor:
 
     Returns:
         A scalar tensor; 0 where all advantages are 0.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.functional import effective_sample_share
+    >>> effective_sample_share(torch.tensor([1.0, -1.0, 1.0, -1.0]))
+    tensor(1.)
+    >>> effective_sample_share(torch.tensor([3.0, 0.0, 0.0, 0.0]))
+    tensor(0.2500)
+    ```
     """
     (values,) = promote(advantages)
     squares = values.numel() * values.square().sum()
@@ -66,6 +86,14 @@ def adapt_power(power: float, kl: float, target_kl: float, *, gain: float, max_p
 
     Returns:
         The power of the next update.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.functional import adapt_power
+    >>> round(adapt_power(0.25, kl=1e-4, target_kl=2e-4, gain=0.2, max_power=1.0), 3)
+    0.389
+    ```
     """
     distance = math.log(target_kl / kl) if kl > 0 else math.inf
     return min(max(power + gain * min(max(distance, -1.0), 1.0), 0.0), max_power)
@@ -97,6 +125,17 @@ def max_advantage_power(
 
     Raises:
         ValueError: there are no advantages, one is NaN or infinite, or a number is out of its domain.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.functional import max_advantage_power
+    >>> advantages = torch.tensor([-1.5, -0.5, 0.5, 1.5])
+    >>> bounds = {"grad_sq_norm": 1.0, "fisher_eigenvalue": 1.0, "learning_rate": 0.1, "max_kl": 0.02}
+    >>> round(max_advantage_power(advantages, **bounds), 3)
+    1.56
+    ```
     """
     log_limit = _log_limit(grad_sq_norm, fisher_eigenvalue, learning_rate, max_kl)
     check_finite("advantages", advantages)
@@ -145,6 +184,15 @@ def max_advantage_power_bounded(
 
     Raises:
         ValueError: a number is out of its domain.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.functional import max_advantage_power_bounded
+    >>> bounds = {"grad_sq_norm": 1.0, "fisher_eigenvalue": 1.0, "learning_rate": 0.01, "max_kl": 0.02}
+    >>> round(max_advantage_power_bounded(5.0, **bounds), 3)  # advantages are clamped to 5
+    0.861
+    ```
     """
     check_number("bound", bound, 0)
     log_limit = _log_limit(grad_sq_norm, fisher_eigenvalue, learning_rate, max_kl)
@@ -184,6 +232,15 @@ def max_advantage_power_sub_gaussian(
 
     Raises:
         ValueError: a number is out of its domain.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.functional import max_advantage_power_sub_gaussian
+    >>> bounds = {"grad_sq_norm": 1.0, "fisher_eigenvalue": 1.0, "learning_rate": 0.01, "max_kl": 0.02}
+    >>> round(max_advantage_power_sub_gaussian((8 / 3) ** 0.5, **bounds), 3)  # Gaussian advantages
+    1.364
+    ```
     """
     check_number("norm", norm, 1e-100, 1e100)
     check_number("constant", constant, 1e-50, 1e50)

@@ -27,6 +27,17 @@ class Transition(NamedTuple):
         mean: `(B, ...)`, the shape of the latents; float32 (float64 from float64 input). Differentiable in the model's
             prediction.
         std: `(B,)`, the same dtype; one standard deviation per sample. 0 where the step is deterministic.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.functional import Transition, gaussian_log_prob
+    >>> transition = Transition(mean=torch.zeros(1, 3), std=torch.tensor([0.5]))
+    >>> next_latents = transition.mean + transition.std[:, None] * torch.ones(1, 3)
+    >>> gaussian_log_prob(next_latents, transition)
+    tensor([-0.7258])
+    ```
     """
 
     mean: Tensor
@@ -57,6 +68,17 @@ def flow_sde_transition(
     Raises:
         ValueError: a shape does not fit; `noise_level` is negative; sigmas on the CPU are out of order or out of
             `[0, 1]`.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.functional import flow_sde_transition
+    >>> latents, velocity = torch.ones(1, 2), torch.full((1, 2), 2.0)
+    >>> transition = flow_sde_transition(velocity, latents, 0.8, 0.6, noise_level=0.7, sigma_max=0.9)
+    >>> transition.mean, transition.std
+    (tensor([[0.2570, 0.2570]]), tensor([0.6261]))
+    ```
     """
     check_number("noise_level", noise_level, 0)
     x, v, t, t_next = _prepare(velocity, latents, sigma, sigma_next)
@@ -84,6 +106,17 @@ def dance_sde_transition(
 
     Raises:
         ValueError: as `flow_sde_transition`.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.functional import dance_sde_transition
+    >>> latents, velocity = torch.ones(1, 2), torch.full((1, 2), 2.0)
+    >>> transition = dance_sde_transition(velocity, latents, 0.8, 0.6, noise_level=0.3)
+    >>> transition.mean, transition.std
+    (tensor([[0.5843, 0.5843]]), tensor([0.1342]))
+    ```
     """
     check_number("noise_level", noise_level, 0)
     x, v, t, t_next = _prepare(velocity, latents, sigma, sigma_next)
@@ -117,6 +150,17 @@ def cps_transition(
 
     Raises:
         ValueError: as `flow_sde_transition`; `noise_level` is not in `[0, 1]`.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.functional import cps_transition
+    >>> latents, velocity = torch.ones(1, 2), torch.full((1, 2), 2.0)
+    >>> transition = cps_transition(velocity, latents, 0.8, 0.6, noise_level=0.8)
+    >>> transition.mean, transition.std
+    (tensor([[0.0196, 0.0196]]), tensor([0.5706]))
+    ```
     """
     check_number("noise_level", noise_level, 0, 1)
     x, v, t, t_next = _prepare(velocity, latents, sigma, sigma_next)
@@ -136,6 +180,17 @@ def ode_transition(velocity: Tensor, latents: Tensor, sigma: Number, sigma_next:
 
     Raises:
         ValueError: as `flow_sde_transition`.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.functional import ode_transition
+    >>> latents, velocity = torch.ones(1, 2), torch.full((1, 2), 2.0)
+    >>> transition = ode_transition(velocity, latents, 0.8, 0.6)
+    >>> transition.mean, transition.std
+    (tensor([[0.6000, 0.6000]]), tensor([0.]))
+    ```
     """
     x, v, t, t_next = _prepare(velocity, latents, sigma, sigma_next)
     return Transition(x - v * over_latent(t - t_next, x), torch.zeros_like(t))
@@ -172,6 +227,17 @@ def ddim_transition(
 
     Raises:
         ValueError: a shape does not fit; `noise_level` is not in `[0, 1]`; `prediction_type` is unknown.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.functional import ddim_transition
+    >>> latents, noise_pred = torch.ones(1, 2), torch.full((1, 2), 0.5)
+    >>> transition = ddim_transition(noise_pred, latents, 0.5, 0.8, noise_level=1.0)
+    >>> transition.mean, transition.std
+    (tensor([[0.9295, 0.9295]]), tensor([0.3873]))
+    ```
     """
     check_number("noise_level", noise_level, 0, 1)
     check_choice("prediction_type", prediction_type, ("epsilon", "v_prediction"))
@@ -206,6 +272,16 @@ def gaussian_log_prob(sample: Tensor, transition: Transition) -> Tensor:
     Raises:
         ValueError: a shape does not fit; a `std` on the CPU is not above 0: a deterministic step has no
             log-probability. On an accelerator, which is not made to wait, the result is NaN or infinite instead.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.functional import Transition, gaussian_log_prob
+    >>> transition = Transition(mean=torch.zeros(2, 3), std=torch.ones(2))
+    >>> gaussian_log_prob(torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]), transition)
+    tensor([-0.9189, -1.4189])
+    ```
     """
     check_shapes("(B, ...)", sample=sample, mean=transition.mean)
     x, mean = promote(sample, transition.mean)
@@ -227,6 +303,17 @@ def project_to_data(latents: Tensor, sigma: Number, velocity: Tensor) -> Tensor:
 
     Raises:
         ValueError: a shape does not fit.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.functional import project_to_data
+    >>> data, noise = torch.zeros(1, 3), torch.ones(1, 3)
+    >>> latents = 0.4 * data + 0.6 * noise
+    >>> project_to_data(latents, 0.6, noise - data)
+    tensor([[0., 0., 0.]])
+    ```
     """
     check_shapes("(B, ...)", velocity=velocity, latents=latents)
     x, v = promote(latents, velocity)

@@ -22,6 +22,16 @@ def cumulative_values(instant_rewards: Tensor, discount: float) -> Tensor:
 
     Raises:
         ValueError: `instant_rewards` is not `(B, T)`; `discount` is out of its domain.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.functional import cumulative_values
+    >>> instant_rewards = torch.tensor([[0.2, 0.4, 1.0]])
+    >>> cumulative_values(instant_rewards, discount=0.5)
+    tensor([[0.6500, 0.9000, 1.0000]])
+    ```
     """
     check_shapes("(B, T)", instant_rewards=instant_rewards)
     check_number("discount", discount, 0)
@@ -49,6 +59,16 @@ def value_weights(values: Tensor) -> Tensor:
     Raises:
         ValueError: `values` is not `(B, T)`, or holds NaN, infinity or a negative value (these checks wait for an
             accelerator).
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.functional import value_weights
+    >>> value_weights(torch.tensor([[0.65, 0.90, 1.0], [0.0, 0.0, 0.0]]))
+    tensor([[0.7647, 1.0588, 1.1765],
+            [1.0000, 1.0000, 1.0000]])
+    ```
     """
     check_shapes("(B, T)", values=values)
     check_finite("values", values)
@@ -87,6 +107,20 @@ def dual_advantages(values: Tensor, num_generations: int, *, scale: Number) -> T
     Raises:
         ValueError: `values` is not `(B, T)`, does not split into groups, or holds infinity or a negative value (these
             checks wait for an accelerator); `scale` is negative or has another shape.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.functional import dual_advantages
+    >>> values = torch.tensor([[1.0, 1.0], [1.0, 1.0]])  # a group in which no image is better
+    >>> dual_advantages(values, num_generations=2, scale=0.0)
+    tensor([[0., 0.],
+            [0., 0.]])
+    >>> dual_advantages(values, num_generations=2, scale=0.1)  # the absolute part is left
+    tensor([[0.1000, 0.1000],
+            [0.1000, 0.1000]])
+    ```
     """
     relative, absolute = _dual_parts(values, num_generations, scale)
     return relative + absolute
@@ -105,6 +139,15 @@ def value_share(values: Tensor, num_generations: int, *, scale: Number) -> Tenso
 
     Raises:
         ValueError: as `dual_advantages`.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.functional import value_share
+    >>> value_share(torch.tensor([[1.0, 1.0], [1.0, 1.0]]), num_generations=2, scale=0.1)
+    tensor(1.)
+    ```
     """
     relative, absolute = (part.abs().sum() for part in _dual_parts(values, num_generations, scale))
     return absolute / (absolute + relative).clamp(min=torch.finfo(relative.dtype).tiny)

@@ -9,7 +9,9 @@ from peft import LoraConfig, PeftConfig
 
 
 LORA_WEIGHT_NAME = "pytorch_lora_weights.safetensors"
-PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")  # what PEFT needs to go on training
+"""The adapter's file, as `load_lora_weights` looks for it."""
+PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
+"""The files that PEFT needs to continue training."""
 
 # Fields of LoraConfig that the exported adapter reproduces exactly (the choice of modules is written out name by
 # name), or that have no use after training. Any other field, of this PEFT or a later one, must be at its default.
@@ -29,6 +31,20 @@ def check_lora_config(peft_config: PeftConfig) -> None:
     """
     Refuses an adapter that a stock diffusers pipeline could not load with the same result, before it is trained:
     `ValueError` if `peft_config` is no `LoraConfig`, or has an option that diffusers' LoRA format cannot hold.
+
+    Example:
+
+    ```pycon
+    >>> from peft import LoraConfig
+    >>> from trl_flow.lora import check_lora_config
+    >>> check_lora_config(LoraConfig(r=32, lora_alpha=64))
+    >>> try:
+    ...     check_lora_config(LoraConfig(r=32, bias="all"))
+    ... except ValueError as error:
+    ...     print("bias='all'" in str(error))
+    ...
+    True
+    ```
     """
     if not isinstance(peft_config, LoraConfig):
         raise ValueError(
@@ -52,7 +68,22 @@ def write_diffusers_file(
     pipeline_class: type[DiffusionPipeline], folder: Path, config: LoraConfig, weights: dict[str, torch.Tensor],
     component: str,
 ) -> Path:  # fmt: skip
-    """Writes an adapter's tensors, by PEFT's names in its module, as the file that `load_lora_weights` reads."""
+    """Writes an adapter's tensors, by PEFT's names in its module, as the file that `load_lora_weights` reads.
+
+    Example:
+
+    ```pycon
+    >>> from pathlib import Path
+    >>> from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+    >>> from trl_flow.lora import write_diffusers_file
+    >>> from trl_flow.shapes import load_pipeline
+    >>> pipeline, config = load_pipeline(), LoraConfig(r=4, target_modules=["attn.to_q"])
+    >>> tensors = get_peft_model_state_dict(get_peft_model(pipeline.transformer, config))
+    >>> weights = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+    >>> write_diffusers_file(type(pipeline), Path("adapter"), config, weights, "transformer").name
+    'pytorch_lora_weights.safetensors'
+    ```
+    """
     given = {f"{component}_lora_layers": weights, f"{component}_lora_adapter_metadata": _metadata(config, weights)}
     pipeline_class.save_lora_weights(folder, weight_name=LORA_WEIGHT_NAME, **given)
     return folder / LORA_WEIGHT_NAME

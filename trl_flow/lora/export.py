@@ -15,6 +15,7 @@ from trl_flow.lora.files import find_lora, load_lora, lora_layers
 
 
 FORMATS = ("comfyui", "kohya")
+"""The formats that [`export_lora`] writes."""
 
 # By the model's class: names in the code that it was first released with, for modules of each of diffusers' blocks,
 # with diffusers' names of their parts. ComfyUI knows both; sd-scripts (and musubi-tuner for FLUX.2) knows these.
@@ -73,6 +74,20 @@ def export_lora(
 
     Raises:
         ValueError: if the adapter does not fit the pipeline, or the format cannot hold it.
+
+    Example:
+
+    ```pycon
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from trl_flow.lora import FORMATS, export_lora
+    >>> from trl_flow.shapes import load_pipeline
+    >>> from trl_flow.sharing import save_lora
+    >>> pipeline = load_pipeline()
+    >>> model = get_peft_model(pipeline.transformer, LoraConfig(r=4, target_modules=["attn.to_q"]))
+    >>> _ = save_lora(type(pipeline), model, "adapter")
+    >>> [export_lora(load_pipeline(), "transformer", "adapter", name, f"{name}.safetensors") for name in FORMATS]
+    [4, 4]
+    ```
     """
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}, but must be one of {', '.join(FORMATS)}.")

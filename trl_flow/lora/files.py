@@ -29,7 +29,22 @@ _PEFT_PREFIX = "base_model.model."
 
 def find_lora(path: str | os.PathLike) -> Path:
     """The `.safetensors` file of a LoRA: `path` itself, that of a folder, or that of a hub id. `ValueError` if there
-    is none, or there are several; errors of the Hub's client are left as they are."""
+    is none, or there are several; errors of the Hub's client are left as they are.
+
+    Example:
+
+    ```pycon
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from trl_flow.lora import LORA_WEIGHT_NAME, find_lora
+    >>> from trl_flow.shapes import load_pipeline
+    >>> from trl_flow.sharing import save_lora
+    >>> pipeline = load_pipeline()
+    >>> model = get_peft_model(pipeline.transformer, LoraConfig(r=4, target_modules=["attn.to_q"]))
+    >>> _ = save_lora(type(pipeline), model, "adapter")
+    >>> find_lora("adapter").name == LORA_WEIGHT_NAME
+    True
+    ```
+    """
     path = os.fspath(path)
     if os.path.isfile(path):
         if not path.endswith(".safetensors"):
@@ -58,7 +73,22 @@ def _chosen(names: list[str], path: str) -> str:
 
 def adapter_config(path: str | os.PathLike) -> dict[str, Any]:
     """What `adapter_config.json` beside an adapter says, of a hub id too: its base model and that one's revision
-    among others. Empty where there is none."""
+    among others. Empty where there is none.
+
+    Example:
+
+    ```pycon
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from trl_flow.lora import PEFT_FILES, adapter_config
+    >>> from trl_flow.shapes import load_pipeline
+    >>> from trl_flow.sharing import save_lora
+    >>> pipeline = load_pipeline()
+    >>> model = get_peft_model(pipeline.transformer, LoraConfig(r=4, target_modules=["attn.to_q"]))
+    >>> _ = save_lora(type(pipeline), model, "adapter")
+    >>> adapter_config("adapter")["r"], PEFT_FILES[1]
+    (4, 'adapter_config.json')
+    ```
+    """
     path = Path(path)
     file = (path if path.is_dir() else path.parent) / PEFT_FILES[1]
     with suppress(Exception):  # errors of the network, of a hub id that is none
@@ -86,6 +116,22 @@ def load_lora(
 
     Raises:
         ValueError: if a tensor or an alpha of the file would be lost, or the file changes more than weights.
+
+    Example:
+
+    ```pycon
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from trl_flow.lora import load_lora
+    >>> from trl_flow.shapes import load_pipeline
+    >>> from trl_flow.sharing import save_lora
+    >>> pipeline = load_pipeline()
+    >>> model = get_peft_model(pipeline.transformer, LoraConfig(r=4, target_modules=["attn.to_q"]))
+    >>> _ = save_lora(type(pipeline), model, "adapter")
+    >>> fresh = load_pipeline()
+    >>> tensors = load_lora(fresh, "adapter", "transformer")
+    >>> sorted(tensors)[0]
+    'transformer.transformer_blocks.0.attn.to_q.lora_A.weight'
+    ```
     """
     file = find_lora(path)
     with _readable(file, pipeline, component) as readable:
@@ -105,7 +151,24 @@ def load_lora(
 
 
 def lora_layers(pipeline: DiffusionPipeline) -> Iterator[tuple[str, LoraLayer]]:
-    """The layers of a pipeline that have a LoRA, by their names."""
+    """The layers of a pipeline that have a LoRA, by their names.
+
+    Example:
+
+    ```pycon
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from trl_flow.lora import load_lora, lora_layers
+    >>> from trl_flow.shapes import load_pipeline
+    >>> from trl_flow.sharing import save_lora
+    >>> pipeline = load_pipeline()
+    >>> model = get_peft_model(pipeline.transformer, LoraConfig(r=4, target_modules=["attn.to_q"]))
+    >>> _ = save_lora(type(pipeline), model, "adapter")
+    >>> fresh = load_pipeline()
+    >>> _ = load_lora(fresh, "adapter", "transformer")
+    >>> len(dict(lora_layers(fresh))) == len(load_pipeline().transformer.transformer_blocks)  # one `to_q` a block
+    True
+    ```
+    """
     for name, component in sorted(pipeline.components.items()):
         if isinstance(component, torch.nn.Module):
             for layer, module in component.named_modules(prefix=name):

@@ -46,6 +46,17 @@ class Plan:
         sharding (`str`): `"none"`, `"gradients"` (with the optimizer's state: ZeRO-2) or `"weights"` (all: FSDP,
             ZeRO-3), over the processes of `args`.
         dry_runs (`dict`): peaks of activations that were found for this plan and those that were changed from it.
+
+    Example:
+
+    ```pycon
+    >>> from peft import LoraConfig
+    >>> from trl_flow import GuardConfig
+    >>> from trl_flow.memory import Plan
+    >>> plan = Plan(GuardConfig("run", bf16=False, use_cpu=True), LoraConfig(r=32))
+    >>> plan.changed(gradient_checkpointing=False).args.gradient_checkpointing
+    False
+    ```
     """
 
     args: FlowRLConfig
@@ -56,6 +67,9 @@ class Plan:
     def changed(self, **fields) -> "Plan":
         """The same with other values of fields of `args`, for what-if questions; `ValueError` if they do not go
         together."""
+        if "gradient_checkpointing" in fields and hasattr(self.args, "activation_checkpointing"):
+            # transformers' newer name for it, which wins and would keep the old value
+            fields["activation_checkpointing"] = fields["gradient_checkpointing"]
         return replace(self, args=replace(self.args, **fields))
 
     @property
@@ -85,6 +99,18 @@ class Estimate:
         resident (`dict[str, int]`): what is there all the time, by what it is.
         phases (`dict[str, int]`): the most that each phase of a step takes in addition.
         allowance (`int`): for the driver and for what the allocator cannot use; a rule of thumb.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.memory import GIB, Estimate
+    >>> found = Estimate(
+    ...     parameters={"transformer": 2 * 10**9}, trained_parameters=10**7, resident={"transformer weights": 4 * GIB},
+    ...     phases={"sampling": 12 * GIB, "updating": 20 * GIB}, allowance=GIB,
+    ... )
+    >>> found.total / GIB  # the largest phase counts
+    25.0
+    ```
     """
 
     parameters: dict[str, int]
@@ -110,6 +136,20 @@ def estimate(model: str | Path | Backbone, plan: Plan) -> Estimate:
 
     Raises:
         ValueError: if the pipeline cannot be built from its configuration files, or cannot be trained so.
+
+    Example:
+
+    ```pycon
+    >>> from peft import LoraConfig
+    >>> from trl_flow import GuardConfig
+    >>> from trl_flow.memory import GIB, Plan, estimate
+    >>> from trl_flow.shapes import pipeline_path
+    >>> args = GuardConfig("run", height=32, width=32, max_sequence_length=16, bf16=False, use_cpu=True)
+    >>> plan = Plan(args, LoraConfig(r=4))
+    >>> found = estimate(pipeline_path(), plan)
+    >>> found.trained_parameters, found.total < 2 * GIB
+    (31744, True)
+    ```
     """
     backbone = _without_data(model) if isinstance(model, Backbone) else _from_configs(str(model), plan)
     modules, base_model = _modules(backbone.pipeline), backbone.model
@@ -177,7 +217,17 @@ def estimate(model: str | Path | Backbone, plan: Plan) -> Estimate:
 
 def fetch_configs(model: str | os.PathLike, revision: str | None = None, token: str | None = None) -> Path:
     """The folder with the configuration files of a pipeline, `model`, which is a hub id or a folder. Of a model on the
-    Hub only these are downloaded; `ValueError` if there is none, it is gated, or the Hub cannot be reached."""
+    Hub only these are downloaded; `ValueError` if there is none, it is gated, or the Hub cannot be reached.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.memory import fetch_configs
+    >>> from trl_flow.shapes import pipeline_path
+    >>> (fetch_configs(pipeline_path()) / "model_index.json").is_file()
+    True
+    ```
+    """
     folder, name = Path(model), os.fspath(model)
     if folder.is_file():
         raise ValueError(
@@ -203,6 +253,16 @@ def empty_pipeline(folder: str | os.PathLike) -> DiffusionPipeline:
     Builds a pipeline on the meta device, where modules have shapes and dtypes but no data, from a folder with
     `model_index.json`, and `config.json` in a folder for each part. It has no tokenizers. `ValueError` if a file is
     missing or unfit, or the pipeline is not a supported one of diffusers.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.memory import empty_pipeline
+    >>> from trl_flow.shapes import pipeline_path
+    >>> pipeline = empty_pipeline(pipeline_path())
+    >>> pipeline.transformer.device.type
+    'meta'
+    ```
     """
     index = read_json(Path(folder, INDEX))
     class_name = index.get("_class_name")

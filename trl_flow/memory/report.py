@@ -8,18 +8,50 @@ from typing import Any
 from trl_flow.memory.estimate import Estimate, Plan
 
 
-CARDS = (24, 40, 80)  # memory of common cards, GiB
+CARDS = (24, 40, 80)
+"""Memory of common cards, in GiB."""
 GIB = 2**30
+"""Bytes in a GiB."""
 ROOM = 0.9  # share of a card up to which a run fits: what the estimate does not know has to fit, too
 
 
 def fits(estimate: Estimate, card: int) -> bool:
+    """Whether a run fits on a card of so many GiB: what the estimate does not know has to fit, too.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.memory import CARDS, GIB, Estimate, fits
+    >>> found = Estimate(
+    ...     parameters={"transformer": 2 * 10**9}, trained_parameters=10**7, resident={"transformer weights": 4 * GIB},
+    ...     phases={"sampling": 12 * GIB, "updating": 20 * GIB}, allowance=GIB,
+    ... )
+    >>> [fits(found, card) for card in CARDS]
+    [False, True, True]
+    ```
+    """
     return estimate.total <= ROOM * card * GIB
 
 
 def savings(plan: Plan, now: Estimate, again: Callable[[Plan], Estimate]) -> list[tuple[str, int]]:
     """What can be changed in a run that needs as much as `now`, and how many bytes each change alone would save, the
-    most first; `again` estimates a changed plan."""
+    most first; `again` estimates a changed plan.
+
+    Example:
+
+    ```pycon
+    >>> from peft import LoraConfig
+    >>> from trl_flow import GuardConfig
+    >>> from trl_flow.memory import GIB, Estimate, Plan, savings
+    >>> plan = Plan(GuardConfig("run", gradient_checkpointing=False, bf16=False, use_cpu=True), LoraConfig(r=32))
+    >>> def again(plan):  # in place of estimate(model, plan)
+    ...     size = 10 if plan.args.gradient_checkpointing else 30
+    ...     return Estimate({}, 0, {"weights": GIB}, {"updating": size * GIB}, 0)
+    ...
+    >>> [(text, saved / GIB) for text, saved in savings(plan, again(plan), again)]
+    [('gradient_checkpointing: true', 20.0)]
+    ```
+    """
     args, lora, batch = plan.args, plan.peft_config is not None, plan.args.per_device_train_batch_size
     sliced = {"enable_vae_slicing": True} if batch > 1 else {}
     tiling = "enable_vae_tiling: true" + (", with slicing" if batch > 1 else "")
@@ -68,7 +100,20 @@ def savings(plan: Plan, now: Estimate, again: Callable[[Plan], Estimate]) -> lis
 
 
 def as_json(estimate: Estimate, found: list[tuple[str, int]]) -> dict[str, Any]:
-    """All numbers in bytes."""
+    """All numbers in bytes.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.memory import GIB, Estimate, as_json
+    >>> found = Estimate(
+    ...     parameters={"transformer": 2 * 10**9}, trained_parameters=10**7, resident={"transformer weights": 4 * GIB},
+    ...     phases={"sampling": 12 * GIB, "updating": 20 * GIB}, allowance=GIB,
+    ... )
+    >>> as_json(found, [])["fits"]
+    {'24': False, '40': True, '80': True}
+    ```
+    """
     return {
         "total": estimate.total,
         **asdict(estimate),
@@ -78,7 +123,20 @@ def as_json(estimate: Estimate, found: list[tuple[str, int]]) -> dict[str, Any]:
 
 
 def as_text(estimate: Estimate, plan: Plan, found: list[tuple[str, int]]) -> str:
-    """A table for people."""
+    """A table for people.
+
+    Example:
+
+    ```pycon
+    >>> from peft import LoraConfig
+    >>> from trl_flow import GuardConfig
+    >>> from trl_flow.memory import GIB, Estimate, Plan, as_text
+    >>> found = Estimate({}, 10**7, {"transformer weights": 4 * GIB}, {"updating": 16 * GIB}, allowance=GIB)
+    >>> plan = Plan(GuardConfig("run", bf16=False, use_cpu=True), LoraConfig(r=32))
+    >>> [line.split() for line in as_text(found, plan, []).splitlines() if "total" in line]
+    [['total', '21.00', 'GiB']]
+    ```
+    """
     processes, head = plan.args.world_size, "Memory of the device"
     if processes > 1:
         sharded = {"gradients": ", gradients and optimizer state sharded", "weights": ", all weights sharded"}

@@ -55,6 +55,16 @@ def read_prompts(
     Raises:
         ValueError: if the file is missing, empty, of another kind, malformed (with the line), without the column (with
             those that it has), or holds a prompt that is empty or no text (with its line, or its row counted from 0).
+
+    Example:
+
+    ```pycon
+    >>> from pathlib import Path
+    >>> from trl_flow.prompts import read_prompts
+    >>> _ = Path("animals.jsonl").write_text('{"prompt": "a bird", "legs": 2}')
+    >>> read_prompts("animals.jsonl")[0]
+    {'prompt': 'a bird', 'legs': 2}
+    ```
     """
     path = Path(path)
     try:

@@ -55,6 +55,15 @@ def generate_geneval_prompts(
     Raises:
         ValueError: if `num_prompts` is below 1, a task is unknown, no share is positive, or a task has no prompts
             outside of the benchmark.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.prompts import generate_geneval_prompts
+    >>> prompts = generate_geneval_prompts(1000, tasks=["counting", "colors"])
+    >>> sorted(set(prompts["tag"]))
+    ['colors', 'counting']
+    ```
     """
     if isinstance(num_prompts, bool) or not isinstance(num_prompts, int) or num_prompts < 1:
         raise ValueError(f"num_prompts is {num_prompts!r}, but must be a whole number of at least 1.")
@@ -74,6 +83,14 @@ def geneval_benchmark() -> Dataset:
     GenEval's own 553 prompts, in its order: what published scores are measured on. They are drawn again, as
     `create_prompts.py` drew them: 80 of single objects, 99 of two, 80 of counting, 94 of colors, 100 each of position
     and color attribution. Columns as from [`generate_geneval_prompts`].
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.prompts import geneval_benchmark
+    >>> len(geneval_benchmark()), geneval_benchmark()[0]["prompt"]
+    (553, 'a photo of a bench')
+    ```
     """
     return _dataset(_benchmark_rows())
 

@@ -44,7 +44,20 @@ _UNIGENBENCH_KEYS = {
 
 
 class UnknownSplitError(ValueError):
-    """A prompt set has no such split, only `splits` (`tuple[str, ...]`)."""
+    """A prompt set has no such split, only `splits` (`tuple[str, ...]`).
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.prompts import UnknownSplitError, load_drawbench
+    >>> try:
+    ...     load_drawbench("train")
+    ... except UnknownSplitError as error:
+    ...     print(error)
+    ...
+    the data set 'drawbench' has no split 'train', only test.
+    ```
+    """
 
     def __init__(self, name: str, split: str, splits: tuple[str, ...]):
         super().__init__(f"the data set {name!r} has no split {split!r}, only {', '.join(splits)}.")
@@ -55,7 +68,17 @@ class UnknownSplitError(ValueError):
 class PromptSet:
     """What to know of a prompt set: where it comes from, its license as its publishers state it, where it was
     published, how many prompts each of its splits has, its columns, which rewards it is for, and what loads it:
-    `load(split, path=None, revision=None)`."""
+    `load(split, path=None, revision=None)`.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.prompts import PROMPT_SETS, PromptSet
+    >>> known: PromptSet = PROMPT_SETS["pickscore"]
+    >>> dict(known.splits), known.license
+    ({'train': 'about 25,000', 'test': 'about 2,000'}, "MIT (Flow-GRPO's repository and Pick-a-Pic)")
+    ```
+    """
 
     source: str
     license: str
@@ -74,6 +97,17 @@ def load_geneval(split: str = "train", *, path: Source = None, revision: str | N
     Splits: `"train"` and `"test"`. Columns: `prompt`, `tag` (`str`: `single_object`, `two_object`, `counting`,
     `colors`, `position` or `color_attr`), `include` and `exclude` (lists of objects with `class`, `count`, and `color`
     or `position` where they matter; `None` where the file has none).
+
+    Example:
+
+    ```pycon
+    >>> from pathlib import Path
+    >>> from trl_flow.prompts import load_geneval
+    >>> row = '{"prompt": "a photo of a cat", "tag": "single_object", "include": [{"class": "cat", "count": 1}]}'
+    >>> _ = Path("train_metadata.jsonl").write_text(row)
+    >>> load_geneval(path="train_metadata.jsonl")[0]["tag"]  # without a path it is downloaded
+    'single_object'
+    ```
     """
     dataset = _flow_grpo_prompts("geneval", split, path, revision)
     _check_column("geneval", dataset, "include")
@@ -87,6 +121,16 @@ def load_ocr(split: str = "train", *, path: Source = None, revision: str | None 
     test on. Each quotes the text that the image must show.
 
     Splits: `"train"` and `"test"`. Columns: `prompt` and `text`, the quoted text (both `str`).
+
+    Example:
+
+    ```pycon
+    >>> from pathlib import Path
+    >>> from trl_flow.prompts import load_ocr
+    >>> _ = Path("train.txt").write_text('A sign that says "OPEN"')
+    >>> load_ocr(path="train.txt")[0]["text"]  # without a path it is downloaded
+    'OPEN'
+    ```
     """
     prompts = _flow_grpo_prompts("ocr", split, path, revision)["prompt"][:]
     texts = []
@@ -107,6 +151,16 @@ def load_pickscore(
     without them, which Flow-GRPO's authors recommend.
 
     Splits: `"train"` and `"test"`. Column: `prompt` (`str`).
+
+    Example:
+
+    ```pycon
+    >>> from pathlib import Path
+    >>> from trl_flow.prompts import load_pickscore
+    >>> _ = Path("train.txt").write_text('a castle in the clouds')
+    >>> load_pickscore(path="train.txt")[0]["prompt"]  # without a path it is downloaded
+    'a castle in the clouds'
+    ```
     """
     return _prompts(_flow_grpo_prompts("pickscore_sfw" if sfw else "pickscore", split, path, revision)["prompt"][:])
 
@@ -118,6 +172,16 @@ def load_hpdv2(split: str = "train", *, path: Source = None, revision: str | Non
     Splits: `"train"` (the different prompts of the training pairs, some 100,000), `"test"` (the 400 of the test pairs)
     and `"benchmark"` (3,200, 800 in each of the styles). Columns: `prompt` (`str`), and for `"benchmark"` `style`
     (`str`: `anime`, `concept-art`, `paintings` or `photo`).
+
+    Example:
+
+    ```pycon
+    >>> from pathlib import Path
+    >>> from trl_flow.prompts import load_hpdv2
+    >>> _ = Path("test.json").write_text('[{"prompt": "a lighthouse at dusk"}]')
+    >>> load_hpdv2("test", path="test.json")[0]  # without a path it is downloaded
+    {'prompt': 'a lighthouse at dusk'}
+    ```
     """
     _check_split("hpdv2", split)
     if split != "benchmark":
@@ -137,6 +201,16 @@ def load_drawbench(split: str = "test", *, path: Source = None, revision: str | 
     DrawBench, the 200 prompts of Imagen's paper (https://arxiv.org/abs/2205.11487).
 
     Split: `"test"`. Columns: `prompt` and `category` (`str`, one of 11 such as `Colors`; `None` in copies without).
+
+    Example:
+
+    ```pycon
+    >>> from pathlib import Path
+    >>> from trl_flow.prompts import load_drawbench
+    >>> _ = Path("test.txt").write_text("A red colored car.")
+    >>> load_drawbench(path="test.txt")[0]["prompt"]  # without a path it is downloaded
+    'A red colored car.'
+    ```
     """
     from datasets import load_dataset
 
@@ -163,6 +237,16 @@ def load_unigenbench(
     Splits: `"test"`, and `"train"` of the short English prompts. Columns: `prompt` (`str`), and for `"test"` also
     `theme` and `subtheme` (`str`), `dimensions`, `testpoints` and `testpoint_descriptions` (`list[str]`): a test point
     such as "Attribute - Color" belongs to the dimension "Attribute"; each has one description, what it is here.
+
+    Example:
+
+    ```pycon
+    >>> from pathlib import Path
+    >>> from trl_flow.prompts import load_unigenbench
+    >>> _ = Path("train_prompt.txt").write_text("a glass fox in the snow")
+    >>> load_unigenbench(path="train_prompt.txt")[0]  # without a path it is downloaded
+    {'prompt': 'a glass fox in the snow'}
+    ```
     """
     if language not in _UNIGENBENCH_KEYS:
         raise ValueError(f"language is {language!r}, but must be one of {', '.join(_UNIGENBENCH_KEYS)}.")
@@ -277,8 +361,8 @@ _LOADERS = {
     "unigenbench_zh": partial(load_unigenbench, language="zh"),
     "unigenbench_zh_long": partial(load_unigenbench, language="zh", long=True),
 }  # fmt: skip
-# The names under which `load_prompts` and the command line have them
 PROMPT_SETS: dict[str, PromptSet] = {
     name: PromptSet(**about, load=_LOADERS[name])
     for name, about in json.loads(Path(__file__).with_name("sets.json").read_text(encoding="utf-8")).items()
 }
+"""What is known of each prompt set, by the name that `load_prompts` and the command line take."""

@@ -48,6 +48,15 @@ def load_prompts(
     Raises:
         UnknownSplitError: if there is no such split; it names those that there are.
         ValueError: if the prompts cannot be had, saying why and what to do, or an argument does not fit.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.prompts import load_prompts
+    >>> prompts = load_prompts("generated_geneval", split="test", seed=0, limit=100)
+    >>> prompts.column_names
+    ['tag', 'include', 'prompt', 'exclude']
+    ```
     """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ValueError(f"limit is {limit!r}, but must be a whole number of at least 1.")

@@ -45,6 +45,16 @@ class AestheticReward(HubReward):
         clip (`str`, defaults to `"openai/clip-vit-large-patch14"`): Hub id or folder of the CLIP model.
         clip_revision (`str`, *optional*): Branch, tag or commit of CLIP on the Hub.
         revision, token, device, dtype, batch_size: As in [`HubReward`].
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.rewards import AestheticReward
+    >>> reward = AestheticReward(dtype=torch.bfloat16, batch_size=32)  # loads its model at the first call
+    >>> reward.info.typical
+    '4 to 7, on a scale from 1 to 10'
+    ```
     """
 
     info = RewardInfo.of("AestheticReward")

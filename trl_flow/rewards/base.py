@@ -57,7 +57,21 @@ class RewardInfo:
 
 
 class CheckpointError(OSError):
-    """Weights of a reward model that cannot be found, read or fitted to the model."""
+    """Weights of a reward model that cannot be found, read or fitted to the model.
+
+    Example:
+
+    ```pycon
+    >>> from PIL import Image
+    >>> from trl_flow.rewards import CheckpointError, PickScoreReward
+    >>> try:
+    ...     PickScoreReward(model="no/such-model")(prompts=["a cat"], images=[Image.new("RGB", (8, 8))])
+    ... except CheckpointError as error:
+    ...     print("not loaded:", "no/such-model" in str(error))
+    ...
+    not loaded: True
+    ```
+    """
 
 
 @dataclass(eq=False)

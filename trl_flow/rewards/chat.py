@@ -17,7 +17,21 @@ from trl_flow.rewards.base import check_whole_number, png_file, require
 
 
 class JudgeError(RuntimeError):
-    """The server of a judge cannot be reached, refuses, or answers with something that cannot be read."""
+    """The server of a judge cannot be reached, refuses, or answers with something that cannot be read.
+
+    Example:
+
+    ```pycon
+    >>> import asyncio
+    >>> from trl_flow.rewards import ChatModel, JudgeError
+    >>> try:
+    ...     asyncio.run(ChatModel(base_url="http://localhost:9/v1", max_retries=0).check())
+    ... except JudgeError as error:
+    ...     print("no judge:", "localhost:9" in str(error))
+    ...
+    no judge: True
+    ```
+    """
 
 
 @dataclass
@@ -47,6 +61,19 @@ class ChatModel:
     Raises:
         ImportError: if the openai package is missing.
         ValueError: if there is no `base_url`, or a number is out of range.
+
+    Example:
+
+    ```pycon
+    >>> import asyncio
+    >>> from trl_flow.rewards import ChatModel
+    >>> chat = ChatModel(base_url="http://localhost:8001/v1")
+    >>> asyncio.run(chat.check())  # the model that the server has
+    'judge-7b'
+    >>> choice = asyncio.run(chat.answer(["What is 3 + 4?"], max_tokens=16, temperature=0.0))
+    >>> choice.message.content
+    '7'
+    ```
     """
 
     def __init__(

@@ -90,6 +90,15 @@ class CLIPScoreReward(CLIPReward):
         processor (`str`, *optional*): Hub id or folder of the image processor and tokenizer; by default `model`.
         processor_revision (`str`, *optional*): Branch, tag or commit of `processor`, if there is one.
         revision, token, device, dtype, batch_size: As in [`HubReward`].
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.rewards import CLIPScoreReward
+    >>> reward = CLIPScoreReward(batch_size=32)  # loads its model at the first call
+    >>> reward.info.range
+    (0.0, 100.0)
+    ```
     """
 
     info = RewardInfo.of("CLIPScoreReward")
@@ -118,6 +127,15 @@ class PickScoreReward(CLIPReward):
         processor (`str`, defaults to `"laion/CLIP-ViT-H-14-laion2B-s32B-b79K"`), processor_revision (`str`,
             *optional*): Hub id or folder of its image processor and tokenizer, and their branch, tag or commit.
         revision, token, device, dtype, batch_size: As in [`HubReward`].
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.rewards import PickScoreReward
+    >>> reward = PickScoreReward(device="cpu")  # loads its model at the first call
+    >>> reward.info.license
+    'weights: not stated; the CLIP that they were tuned from: MIT'
+    ```
     """
 
     info = RewardInfo.of("PickScoreReward")

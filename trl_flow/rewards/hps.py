@@ -68,6 +68,15 @@ class HPSv2Reward(HubReward):
 
     Raises:
         ValueError: if `version` is neither of the two.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.rewards import HPSv2Reward
+    >>> reward = HPSv2Reward("v2.1")  # loads its model at the first call
+    >>> reward.__name__
+    'hpsv2.1'
+    ```
     """
 
     info = RewardInfo.of("HPSv2Reward")

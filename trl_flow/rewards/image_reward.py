@@ -80,6 +80,15 @@ class ImageReward(HubReward):
         tokenizer (`str`, defaults to `"google-bert/bert-base-uncased"`): Hub id or folder of the tokenizer.
         tokenizer_revision (`str`, *optional*): Branch, tag or commit of the tokenizer on the Hub.
         revision, token, device, dtype, batch_size: As in [`HubReward`].
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.rewards import ImageReward
+    >>> reward = ImageReward(batch_size=16)  # loads its model at the first call
+    >>> reward.info.paper
+    'https://huggingface.co/papers/2304.05977'
+    ```
     """
 
     info = RewardInfo.of("ImageReward")

@@ -20,6 +20,17 @@ class JPEGIncompressibilityReward:
 
     Args:
         quality (`int`, defaults to 95): JPEG quality from 1 to 100. 95 is DDPO's.
+
+    Example:
+
+    ```pycon
+    >>> from PIL import Image
+    >>> from trl_flow.rewards import JPEGIncompressibilityReward
+    >>> flat, noise = Image.new("RGB", (64, 64)), Image.effect_noise((64, 64), 100)
+    >>> scores = JPEGIncompressibilityReward()(prompts=["a wall", "sand"], images=[flat, noise])
+    >>> scores[0] < scores[1]
+    True
+    ```
     """
 
     info = RewardInfo.of("JPEGIncompressibilityReward")
@@ -49,6 +60,17 @@ class JPEGCompressibilityReward(JPEGIncompressibilityReward):
     Args:
         quality (`int`, defaults to 95): JPEG quality from 1 to 100. 95 is DDPO's.
         offset (`float`, defaults to 0.0): Added to every reward, in kilobytes.
+
+    Example:
+
+    ```pycon
+    >>> from PIL import Image
+    >>> from trl_flow.rewards import JPEGCompressibilityReward
+    >>> flat, noise = Image.new("RGB", (64, 64)), Image.effect_noise((64, 64), 100)
+    >>> scores = JPEGCompressibilityReward()(prompts=["a wall", "sand"], images=[flat, noise])
+    >>> scores[0] > scores[1]
+    True
+    ```
     """
 
     info = RewardInfo.of("JPEGCompressibilityReward")

@@ -22,7 +22,23 @@ UnifiedRewardScore = Literal["overall", "overall_with_elements", "alignment", "c
 
 
 class UnreadableAnswer(ValueError):
-    """A judge's answer holds no score or preference; the message is the answer."""
+    """A judge's answer holds no score or preference; the message is the answer.
+
+    Example:
+
+    ```pycon
+    >>> import asyncio
+    >>> from PIL import Image
+    >>> from trl_flow.rewards import UnreadableAnswer, VLMComparer
+    >>> better = VLMComparer("Which is better?", parse=lambda answer: None, base_url="http://localhost:8001/v1")
+    >>> try:
+    ...     asyncio.run(better("a cat", Image.new("RGB", (8, 8)), Image.new("RGB", (8, 8))))
+    ... except UnreadableAnswer as error:
+    ...     print("the judge said:", error)
+    ...
+    the judge said: 2
+    ```
+    """
 
 
 class Question:
@@ -84,6 +100,22 @@ class VLMJudgeReward(Question):
         TypeError: if `prompt_template` is no text or `parse` no callable, and on a call if a prompt is no text or an
             image no `PIL.Image.Image`.
         JudgeError: on a call, if the server cannot be reached, refuses, or gives no answer that can be read.
+
+    Example:
+
+    ```pycon
+    >>> import asyncio
+    >>> from PIL import Image
+    >>> from trl_flow.rewards import VLMJudgeReward
+    >>> judge = VLMJudgeReward(
+    ...     "How well does this image show '{prompt}', from 0 to 10? Answer with a number.",
+    ...     parse=float,
+    ...     range=(0, 10),
+    ...     base_url="http://localhost:8001/v1",
+    ... )
+    >>> asyncio.run(judge(prompts=["a red wall"], images=[Image.new("RGB", (64, 64), "red")]))
+    [7.0]
+    ```
     """
 
     info: ClassVar[RewardInfo] = RewardInfo.of("VLMJudgeReward")
@@ -134,6 +166,15 @@ class UnifiedReward(VLMJudgeReward):
     Raises:
         ValueError: if `score` is none of these.
         ImportError, ValueError, JudgeError: as [`VLMJudgeReward`].
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.rewards import UnifiedReward
+    >>> reward = UnifiedReward("alignment", base_url="http://localhost:8001/v1")
+    >>> reward.__name__, reward.info.range
+    ('unifiedreward_alignment', (1.0, 5.0))
+    ```
     """
 
     info = RewardInfo.of("UnifiedReward")
@@ -167,6 +208,15 @@ class DeQAReward(VLMJudgeReward):
 
     Raises:
         ImportError, ValueError, JudgeError: as [`VLMJudgeReward`].
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.rewards import DeQAReward
+    >>> reward = DeQAReward(base_url="http://localhost:8001/v1", max_concurrency=16)
+    >>> reward.info.range
+    (1.0, 5.0)
+    ```
     """
 
     info = RewardInfo.of("DeQAReward")

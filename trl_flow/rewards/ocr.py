@@ -48,6 +48,17 @@ class OCRReward(ModelReward):
         ImportError: if RapidOCR, ONNX Runtime or rapidfuzz is missing.
         ValueError: if `num_threads` is below 1, and on a call if a prompt has no quoted text.
         TypeError: on a call, if an entry of the column `text` is neither a text nor None.
+
+    Example:
+
+    ```pycon
+    >>> from PIL import Image, ImageDraw
+    >>> from trl_flow.rewards import OCRReward
+    >>> image = Image.new("RGB", (256, 64), "white")
+    >>> ImageDraw.Draw(image).text((20, 15), "OPEN", fill="black", font_size=32)
+    >>> OCRReward()(prompts=["a sign"], images=[image], text=["OPEN"])
+    [1.0]
+    ```
     """
 
     info = RewardInfo.of("OCRReward")

@@ -40,6 +40,22 @@ class VLMComparer(Question):
         TypeError: if `prompt_template` is no text or `parse` no callable.
         JudgeError: on a call, if the server cannot be reached or refuses.
         UnreadableAnswer: on a call, if the second answer cannot be read either.
+
+    Example:
+
+    ```pycon
+    >>> import asyncio
+    >>> from PIL import Image
+    >>> from trl_flow.rewards import VLMComparer
+    >>> better = VLMComparer(
+    ...     "Which image shows '{prompt}' better, 1 or 2?",
+    ...     parse=lambda answer: {"1": "a", "2": "b"}.get(answer.strip()),
+    ...     base_url="http://localhost:8001/v1",
+    ... )
+    >>> images = [Image.new("RGB", (64, 64), color) for color in ("blue", "red")]
+    >>> asyncio.run(better("a red wall", *images))
+    'b'
+    ```
     """
 
     async def __call__(self, prompt: str, image_a: Image.Image, image_b: Image.Image) -> Outcome:
@@ -60,6 +76,15 @@ class UnifiedRewardComparer(VLMComparer):
             and may be a tie. Where vLLM does not take two images in a request by itself, start it with
             `--limit-mm-per-prompt.image 2`.
         max_tokens, server: as in [`VLMComparer`].
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.rewards import UnifiedRewardComparer, WinRateReward
+    >>> comparer = UnifiedRewardComparer(think=False, base_url="http://localhost:8001/v1")
+    >>> WinRateReward(comparer).__name__
+    'win_rate'
+    ```
     """
 
     def __init__(self, think: bool = True, **server: Any):
@@ -96,6 +121,20 @@ class WinRateReward:
         ValueError: on a call, if there are not as many prompts as images, or the comparer returns something else.
         TypeError: on a call, if a prompt is no text or an image no `PIL.Image.Image`.
         JudgeError: on a call, as [`VLMComparer`], and if no answer at all can be read.
+
+    Example:
+
+    ```pycon
+    >>> import asyncio
+    >>> from PIL import Image
+    >>> from trl_flow.rewards import WinRateReward
+    >>> def brighter(prompt, image_a, image_b):
+    ...     return "a" if image_a.getpixel((0, 0)) > image_b.getpixel((0, 0)) else "b"
+    ...
+    >>> images = [Image.new("L", (8, 8), level) for level in (10, 200, 90)]
+    >>> asyncio.run(WinRateReward(brighter)(prompts=["light"] * 3, images=images))
+    [0.0, 1.0, 0.5]
+    ```
     """
 
     info: ClassVar[RewardInfo] = RewardInfo.of("WinRateReward")

@@ -30,7 +30,20 @@ logger = logging.getLogger(__name__)
 
 
 class RewardServerError(ConnectionError, RuntimeError):
-    """No reward server is left that answers, or one refuses what it is asked. The message names the servers."""
+    """No reward server is left that answers, or one refuses what it is asked. The message names the servers.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.rewards import RemoteReward, RewardServerError
+    >>> try:
+    ...     RemoteReward("http://localhost:9", timeout=1, retries=0)
+    ... except RewardServerError as error:
+    ...     print("no server:", "localhost:9" in str(error))
+    ...
+    no server: True
+    ```
+    """
 
 
 class _Failed(Exception):
@@ -85,6 +98,20 @@ class RemoteReward:
         ImportError: if the httpx2 package is missing.
         ValueError: if an argument is out of range, no server offers the function, or not all offer the same.
         RewardServerError: if no server answers, or one refuses the token or what it is sent.
+
+    Example:
+
+    ```pycon
+    >>> import asyncio
+    >>> from PIL import Image
+    >>> from trl_flow.rewards import RemoteReward
+    >>> reward = RemoteReward("http://localhost:8000")  # trl-flow serve-rewards --rewards jpeg_compressibility
+    >>> reward.__name__
+    'jpeg_compressibility'
+    >>> scores = asyncio.run(reward(prompts=["a wall"], images=[Image.new("RGB", (64, 64))]))
+    >>> len(scores)
+    1
+    ```
     """
 
     def __init__(

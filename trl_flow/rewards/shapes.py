@@ -25,6 +25,17 @@ class ShapesReward:
     Raises:
         ValueError: if `score` is none of the three, and on a call without `objects` if a prompt is not a caption of
             the bundled world.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.rewards import ShapesReward
+    >>> from trl_flow.shapes import PlacedShape, render
+    >>> image = render([PlacedShape("red", "circle", x=16, y=16, size=10)])
+    >>> rows = {"prompts": ["a red circle", "a blue circle"], "images": [image, image]}
+    >>> ShapesReward("strict")(**rows)
+    [1.0, 0.0]
+    ```
     """
 
     info = RewardInfo.of("ShapesReward")

@@ -37,6 +37,15 @@ class UniGenBenchReward(Question):
     Raises:
         ImportError, ValueError, JudgeError: as [`VLMJudgeReward`]. A `ValueError` on a call also if a row's test
             points are no list of texts, or have another number of descriptions.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.rewards import UniGenBenchReward
+    >>> reward = UniGenBenchReward(base_url="http://localhost:8001/v1")
+    >>> reward.info.range  # the share of an image's test points that it passes
+    (0.0, 1.0)
+    ```
     """
 
     info: ClassVar[RewardInfo] = RewardInfo.of("UniGenBenchReward")

@@ -22,7 +22,16 @@ DRAWING_SETTINGS = {
 
 
 def pipeline_path() -> str:
-    """Folder of the bundled `StableDiffusion3Pipeline`; `FileNotFoundError` where the package has no data."""
+    """Folder of the bundled `StableDiffusion3Pipeline`; `FileNotFoundError` where the package has no data.
+
+    Example:
+
+    ```pycon
+    >>> from diffusers import StableDiffusion3Pipeline
+    >>> from trl_flow.shapes import pipeline_path
+    >>> pipeline = StableDiffusion3Pipeline.from_pretrained(pipeline_path())
+    ```
+    """
     folder = Path(__file__).parent / "pipeline"
     if not (folder / "model_index.json").is_file():
         train = f"`python examples/bundled_model/train.py --output-dir {folder}` of a clone"
@@ -36,7 +45,20 @@ def is_bundled(path: str | os.PathLike | None) -> bool:
 
 
 def load_pipeline() -> "StableDiffusion3Pipeline":
-    """The bundled text-to-image model, in float32 on the CPU, as diffusers loads it from [`pipeline_path`]."""
+    """The bundled text-to-image model, in float32 on the CPU, as diffusers loads it from [`pipeline_path`].
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.shapes import IMAGE_SIZE, load_pipeline
+    >>> pipeline = load_pipeline()
+    >>> pipeline.set_progress_bar_config(disable=True)
+    >>> drawing = {"height": IMAGE_SIZE, "width": IMAGE_SIZE, "num_inference_steps": 4}
+    >>> image = pipeline("two red circles", guidance_scale=2.0, **drawing).images[0]
+    >>> image.size
+    (32, 32)
+    ```
+    """
     from diffusers import StableDiffusion3Pipeline
 
     return StableDiffusion3Pipeline.from_pretrained(pipeline_path())

@@ -49,7 +49,17 @@ _FREE_ERROR, _ERROR_SCALE = 0.04, 0.08
 class Detection:
     """What the checker sees: the `shapes`, each as the best fitting one; whether each is `recognized`, that is
     overlaps that shape by at least 0.75 (intersection over union); and the gray level of the `ground`, moved into the
-    nearest range that the world uses."""
+    nearest range that the world uses.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.shapes import Detection, PlacedShape, detect, render
+    >>> seen: Detection = detect(render([PlacedShape("red", "circle", x=16, y=16, size=10)], ground=0.95))
+    >>> seen.recognized, round(seen.ground, 2)
+    ((True,), 0.95)
+    ```
+    """
 
     shapes: tuple[PlacedShape, ...]
     recognized: tuple[bool, ...]
@@ -72,6 +82,16 @@ class CheckResult:
         attribute (`float`): part, the same for (color, shape) pairs: is each shape in its own color?
         relation (`float` or `None`): part, 1 when some first object stands in it to some second; `None` without one.
         detection (`Detection`): what was seen.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.shapes import CheckResult, PlacedShape, check, parse_caption, render
+    >>> image = render([PlacedShape("red", "circle", x=16, y=16, size=10)])
+    >>> result: CheckResult = check(image, *parse_caption("two red circles"))
+    >>> result.count, result.color, result.strict
+    (0.5, 0.5, 0.0)
+    ```
     """
 
     soft: float
@@ -103,6 +123,17 @@ def check(image: Image.Image, objects: Sequence[dict], relation: str | None = No
     Raises:
         TypeError: when `image` is not a PIL image.
         ValueError: when `objects` is empty, or a relation is asked for without two objects.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.shapes import PlacedShape, check, parse_caption, render
+    >>> image = render([PlacedShape("red", "circle", x=16, y=16, size=10)])
+    >>> check(image, *parse_caption("a red circle")).strict
+    1.0
+    >>> check(image, *parse_caption("a red square")).parts
+    {'count': 1.0, 'color': 1.0, 'shape': 0.0, 'attribute': 0.0}
+    ```
     """
     if not objects:
         raise ValueError("`objects` is empty: there is nothing to check the image against")
@@ -140,7 +171,17 @@ def check(image: Image.Image, objects: Sequence[dict], relation: str | None = No
 
 
 def detect(image: Image.Image) -> Detection:
-    """Find the colored shapes in an image; the argument is as for [`check`]."""
+    """Find the colored shapes in an image; the argument is as for [`check`].
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.shapes import PlacedShape, detect, render
+    >>> seen = detect(render([PlacedShape("red", "circle", x=16, y=16, size=10)]))
+    >>> [(shape.color, shape.shape) for shape in seen.shapes]
+    [('red', 'circle')]
+    ```
+    """
     return _detect(_as_array(image))
 
 

@@ -38,7 +38,18 @@ _PAIR = re.compile(rf"a {_NOUN} (and|{'|'.join(RELATIONS)}) a {_NOUN}")
 
 def make_caption(objects: list[dict], relation: str | None = None) -> str:
     """Caption of a target, the inverse of [`parse_caption`]: of one object with a count of 1 to 3, or two with a count
-    of 1 and the relation of the first to the second, if any; `ValueError` when there is no caption for them."""
+    of 1 and the relation of the first to the second, if any; `ValueError` when there is no caption for them.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.shapes import COLORS, make_caption
+    >>> make_caption([{"count": 2, "color": "red", "shape": "circle"}])
+    'two red circles'
+    >>> [make_caption([{"count": 1, "color": color, "shape": "square"}]) for color in COLORS][:2]
+    ['a red square', 'a yellow square']
+    ```
+    """
     nouns = [f"{item['color']} {item['shape']}" for item in objects]
     counts = [item["count"] for item in objects]
     if len(objects) == 1 and relation is None and counts[0] in _COUNT_WORDS:
@@ -65,6 +76,15 @@ def parse_caption(prompt: str) -> tuple[list[dict], str | None]:
     Returns:
         `(objects, relation)`: `objects` is a list of dicts with the keys `count`, `color` and `shape`; `relation` is
         one of `RELATIONS`, of the first object to the second, or `None`.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.shapes import RELATIONS, parse_caption
+    >>> objects, relation = parse_caption("a red circle left of a blue square")
+    >>> objects[1], relation in RELATIONS
+    ({'count': 1, 'color': 'blue', 'shape': 'square'}, True)
+    ```
     """
     if match := _GROUP.fullmatch(prompt):
         word, color, shape, plural = match.groups()
@@ -95,7 +115,16 @@ def is_held_out(objects: list[dict]) -> bool:
 
 
 def prompt_kind(objects: list[dict], relation: str | None) -> str:
-    """Kind of a target: `"single"`, `"count"`, `"pair"` or `"relation"`."""
+    """Kind of a target: `"single"`, `"count"`, `"pair"` or `"relation"`.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.shapes import parse_caption, prompt_kind
+    >>> prompt_kind(*parse_caption("three blue squares"))
+    'count'
+    ```
+    """
     if len(objects) == 1:
         return "single" if objects[0]["count"] == 1 else "count"
     return "pair" if relation is None else "relation"
@@ -122,6 +151,15 @@ def load_prompts(split: str) -> "Dataset":
     The prompt set, in a fixed shuffled order: `"train"` (216 prompts) or `"test"` (108 prompts of held-out
     combinations); `ValueError` for another split. Columns: `prompt` (`str`), `objects` (list of dicts with `count`,
     `color` and `shape`) and `relation` (`str` or `None`).
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.shapes import load_prompts
+    >>> prompts = load_prompts("test")
+    >>> len(prompts), prompts[0]["prompt"]
+    (108, 'a red triangle right of a yellow circle')
+    ```
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; the prompt set has {' and '.join(SPLITS)}")

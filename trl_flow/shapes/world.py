@@ -14,16 +14,19 @@ from PIL import Image
 
 
 IMAGE_SIZE = 32
+"""Width and height of the images, in pixels."""
 CENTERS = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5
 
-# Six hues, 60 degrees apart, all with a chroma (largest minus smallest channel) of COLOR_CHROMA.
 COLORS: dict[str, tuple[float, float, float]] = {
     "red": (0.92, 0.08, 0.08), "yellow": (0.92, 0.92, 0.08), "green": (0.08, 0.92, 0.08),
     "cyan": (0.08, 0.92, 0.92), "blue": (0.08, 0.08, 0.92), "magenta": (0.92, 0.08, 0.92),
 }  # fmt: skip
+"""Six hues, 60 degrees apart, all with the same chroma (largest minus smallest channel). RGB from 0 to 1."""
 COLOR_CHROMA = 0.84
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle")
+"""The shapes of the world."""
 RELATIONS: tuple[str, ...] = ("left of", "right of", "above", "below")
+"""The relations of a first object to a second."""
 # A ground is gray; each of the two kinds is a range of lightness.
 DARK_GROUND = (0.02, 0.10)
 LIGHT_GROUND = (0.90, 0.98)
@@ -44,7 +47,17 @@ _SIZES, _GAP, _MARGIN = {1: (8.5, 13.0), 2: (8.0, 11.5), 3: (7.5, 10.0)}, 2.0, 1
 @dataclass(frozen=True)
 class PlacedShape:
     """One shape in a scene, in pixels: a key of `COLORS`, one of `SHAPES` (squares are upright, triangles equilateral
-    with a point up), the center of mass from the left and the top edge, and the square root of the area."""
+    with a point up), the center of mass from the left and the top edge, and the square root of the area.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.shapes import SHAPES, PlacedShape
+    >>> row = [PlacedShape("blue", shape, x=6 + 10 * i, y=16, size=8) for i, shape in enumerate(SHAPES)]
+    >>> row[0].shape, row[1].box()
+    ('circle', (12.0, 12.0, 20.0, 20.0))
+    ```
+    """
 
     color: str
     shape: str
@@ -93,7 +106,17 @@ def render_array(shapes: Sequence[PlacedShape], ground: float) -> np.ndarray:
 
 def render(shapes: Sequence[PlacedShape], ground: float = 0.05) -> Image.Image:
     """A scene as an 8 bit RGB image of 32 x 32 pixels: the shapes, which may be none, later ones over earlier ones, on
-    a ground of the gray level `ground`; `ValueError` when that is outside 0 (black) to 1 (white)."""
+    a ground of the gray level `ground`; `ValueError` when that is outside 0 (black) to 1 (white).
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.shapes import PlacedShape, render
+    >>> image = render([PlacedShape("red", "circle", x=16, y=16, size=10)], ground=0.05)
+    >>> image.getpixel((16, 16))
+    (235, 20, 20)
+    ```
+    """
     return Image.fromarray(np.round(render_array(shapes, ground) * 255).astype(np.uint8))
 
 

@@ -21,7 +21,20 @@ _LINK = re.compile(r"\]\(([^()\s]+\.(?:png|jpe?g|webp|gif))\)", re.IGNORECASE)
 
 
 class PushError(RuntimeError):
-    """An upload to the Hub that did not succeed. Nothing is lost: the message names the local folder."""
+    """An upload to the Hub that did not succeed. Nothing is lost: the message names the local folder.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.sharing import PushError, upload
+    >>> try:
+    ...     upload("run", "someone-else/my-model")
+    ... except PushError:
+    ...     print("not uploaded")
+    ...
+    not uploaded
+    ```
+    """
 
 
 def published(folder: str | os.PathLike, include: Sequence[str] = ()) -> list[Path]:
@@ -40,7 +53,21 @@ def published(folder: str | os.PathLike, include: Sequence[str] = ()) -> list[Pa
 
 
 def upload(folder: str | os.PathLike, repo_id: str, **options) -> CommitInfo:
-    """[`prepare_upload`], and the upload at once."""
+    """[`prepare_upload`], and the upload at once.
+
+    Example:
+
+    ```pycon
+    >>> from pathlib import Path
+    >>> from trl_flow.shapes import load_pipeline
+    >>> from trl_flow.sharing import save_full, upload
+    >>> save_full(load_pipeline().transformer, "run")
+    >>> _ = Path("run", "README.md").write_text("# My model")
+    >>> commit = upload("run", "my-model", private=True, commit_message="First run")
+    >>> commit.commit_message
+    'First run'
+    ```
+    """
     return prepare_upload(folder, repo_id, **options)()
 
 
@@ -68,6 +95,20 @@ def prepare_upload(
     Raises:
         FileNotFoundError: if `weights_from` holds no weights. What is returned raises `PushError` if the Hub refuses
             or cannot be reached.
+
+    Example:
+
+    ```pycon
+    >>> from pathlib import Path
+    >>> from trl_flow.shapes import load_pipeline
+    >>> from trl_flow.sharing import save_full, prepare_upload
+    >>> save_full(load_pipeline().transformer, "run")
+    >>> _ = Path("run", "README.md").write_text("# My model")
+    >>> send = prepare_upload("run", "my-model")  # checks, and copies what will be sent
+    >>> commit = send()  # may run in a thread while training continues
+    >>> commit.commit_message
+    'End of training'
+    ```
     """
     folder = Path(folder)
     if checkpoint_as is not None:

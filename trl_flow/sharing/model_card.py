@@ -41,7 +41,17 @@ _SETTINGS = (
 @dataclass(frozen=True)
 class Paper:
     """A paper to cite. Its `tag` on the Hub is its BibTeX key too; `name` is the method's, `arxiv` the number there,
-    which begins with year and month; `authors` are full names."""
+    which begins with year and month; `authors` are full names.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.sharing import PAPERS, Paper
+    >>> paper: Paper = PAPERS["grpo-guard"]
+    >>> paper.arxiv, paper.bibtex.splitlines()[0]
+    ('2510.22319', '@article{grpo-guard,')
+    ```
+    """
 
     tag: str
     name: str
@@ -60,11 +70,21 @@ class Paper:
 
 _FILE = Path(__file__).with_name("papers.json")
 PAPERS = {tag: Paper(tag, **fields) for tag, fields in json.loads(_FILE.read_text(encoding="utf-8")).items()}
+"""The papers that model cards cite, by tag."""
 
 
 def papers_behind(settings: Mapping[str, object]) -> list[Paper]:
     """The papers whose methods a run used, by its config's fields, of which missing ones count as off: none for an
-    algorithm with fields of its own."""
+    algorithm with fields of its own.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.sharing import papers_behind
+    >>> [paper.name for paper in papers_behind({"sde_type": "flow", "importance_ratio": "ratio_norm"})]
+    ['Flow-GRPO', 'GRPO-Guard']
+    ```
+    """
     ratio, weighting = settings.get("importance_ratio"), settings.get("timestep_weighting")
     guards = {"mean_revised", "ratio_norm", "inverse_dt", "beta_over_dt", "inverse_beta_dt"}
     used = {
@@ -84,7 +104,18 @@ def papers_behind(settings: Mapping[str, object]) -> list[Paper]:
 
 def training_settings(args: object) -> dict[str, object]:
     """The values of a config that belong into a model card, by field name; fields that it lacks, or that are unset,
-    are left out."""
+    are left out.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow import GuardConfig
+    >>> from trl_flow.sharing import training_settings
+    >>> settings = training_settings(GuardConfig("run", bf16=False, use_cpu=True))
+    >>> settings["importance_ratio"], settings["num_generations"]
+    ('ratio_norm', 8)
+    ```
+    """
     return {name: getattr(args, name) for name in _SETTINGS if getattr(args, name, None) is not None}
 
 
@@ -124,6 +155,24 @@ def create_model_card(
 
     Raises:
         ValueError: if an image lies outside `folder`, where the card could not show it.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.backbones import get_backbone
+    >>> from trl_flow.shapes import load_pipeline
+    >>> from trl_flow.sharing import create_model_card
+    >>> card = create_model_card(
+    ...     "run",
+    ...     backbone=get_backbone(load_pipeline(), height=32, width=32),
+    ...     base_model="stabilityai/stable-diffusion-3.5-medium",
+    ...     settings={"sde_type": "flow", "importance_ratio": "ratio_norm"},
+    ...     is_lora=True,
+    ...     reward_names=["pickscore"],
+    ... )
+    >>> card.name
+    'README.md'
+    ```
     """
     folder = Path(folder)
     name = model_name or (repo_id or folder.resolve().name).split("/")[-1]

@@ -24,7 +24,18 @@ _ADAPTER = "default"  # the adapter's name in PEFT
 
 
 def hub_model_id(name_or_path: str | os.PathLike | None) -> str | None:
-    """The id `owner/name` if `name_or_path` is one and no local file or folder, else `None`."""
+    """The id `owner/name` if `name_or_path` is one and no local file or folder, else `None`.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.sharing import hub_model_id
+    >>> hub_model_id("stabilityai/stable-diffusion-3.5-medium")
+    'stabilityai/stable-diffusion-3.5-medium'
+    >>> hub_model_id("./my-model") is None
+    True
+    ```
+    """
     name = "" if name_or_path is None else os.fspath(name_or_path)
     with suppress(HFValidationError):
         validate_repo_id(name)
@@ -59,6 +70,18 @@ def save_lora(
         ValueError: if the adapter is one that `check_lora_config` refuses.
         RuntimeError: if there are no LoRA weights, or only empty shards of them.
         OSError: if the folder cannot be written, or the disk is full.
+
+    Example:
+
+    ```pycon
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from trl_flow.shapes import load_pipeline
+    >>> from trl_flow.sharing import save_lora
+    >>> pipeline = load_pipeline()
+    >>> model = get_peft_model(pipeline.transformer, LoraConfig(r=4, target_modules=["attn.to_q"]))
+    >>> save_lora(type(pipeline), model, "adapter").name  # for pipeline.load_lora_weights("adapter")
+    'pytorch_lora_weights.safetensors'
+    ```
     """
     config = model.peft_config[_ADAPTER]
     check_lora_config(config)
@@ -79,6 +102,19 @@ def save_adapter(
     Writes PEFT's own two files, `adapter_model.safetensors` and `adapter_config.json`, from which training goes on,
     without the card of `PeftModel.save_pretrained`. `save_lora` writes them too; alone they are for weights that are
     not shared, when an average of them is. Arguments and errors are those of `save_lora`.
+
+    Example:
+
+    ```pycon
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from trl_flow.shapes import load_pipeline
+    >>> from trl_flow.sharing import save_adapter, weight_files
+    >>> pipeline = load_pipeline()
+    >>> model = get_peft_model(pipeline.transformer, LoraConfig(r=4, target_modules=["attn.to_q"]))
+    >>> save_adapter(model, "adapter")
+    >>> [file.name for file in weight_files("adapter")]
+    ['adapter_model.safetensors', 'adapter_config.json']
+    ```
     """
     _adapter_weights(model, state_dict)
     with _staged(Path(output_dir)) as staging:
@@ -129,6 +165,16 @@ def save_full(
     Raises:
         RuntimeError: if `state_dict` has other names than the model's weights.
         OSError: if the folder cannot be written, or the disk is full.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.shapes import load_pipeline
+    >>> from trl_flow.sharing import save_full, weight_files
+    >>> save_full(load_pipeline().transformer, "run")
+    >>> [file.name for file in weight_files("run")]
+    ['config.json', 'diffusion_pytorch_model.safetensors']
+    ```
     """
     state_dict = model.state_dict() if state_dict is None else state_dict
     if wrong := sorted(model.state_dict().keys() ^ state_dict.keys()):
@@ -144,7 +190,18 @@ def save_full(
 
 def load_full(model: ModelMixin, folder: str | os.PathLike) -> None:
     """Loads what `save_full` wrote into `model`, in place, to go on training. `FileNotFoundError` if the folder holds
-    no such weights, `RuntimeError` if they are not this model's."""
+    no such weights, `RuntimeError` if they are not this model's.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.shapes import load_pipeline
+    >>> from trl_flow.sharing import load_full, save_full
+    >>> pipeline = load_pipeline()
+    >>> save_full(pipeline.transformer, "run")
+    >>> load_full(pipeline.transformer, "run")
+    ```
+    """
     single = Path(folder, SAFETENSORS_WEIGHTS_NAME)
     files = [single] if single.is_file() else sorted(Path(folder).glob(f"{_FULL_STEM}-*-of-*.safetensors"))
     if not files:
@@ -153,7 +210,21 @@ def load_full(model: ModelMixin, folder: str | os.PathLike) -> None:
 
 
 def weight_files(folder: str | os.PathLike) -> list[Path]:
-    """The files in `folder` that `save_lora` or `save_full` wrote."""
+    """The files in `folder` that `save_lora` or `save_full` wrote.
+
+    Example:
+
+    ```pycon
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from trl_flow.shapes import load_pipeline
+    >>> from trl_flow.sharing import save_lora, weight_files
+    >>> pipeline = load_pipeline()
+    >>> model = get_peft_model(pipeline.transformer, LoraConfig(r=4, target_modules=["attn.to_q"]))
+    >>> _ = save_lora(type(pipeline), model, "adapter")
+    >>> [file.name for file in weight_files("adapter")]
+    ['pytorch_lora_weights.safetensors', 'adapter_model.safetensors', 'adapter_config.json']
+    ```
+    """
     names = (LORA_WEIGHT_NAME, *PEFT_FILES, "config.json", f"{_FULL_STEM}*.safetensors", f"{_FULL_STEM}*.index.json")
     return [file for name in names for file in sorted(Path(folder).glob(name))]
 

@@ -82,6 +82,15 @@ class FlowGRPOConfig(FlowRLConfig):
         value_scale (`float` or `list[float]`, *optional*, defaults to `0.0`):
             VGPO's k: share of the absolute value in the advantage, or a list with one for each of the
             `num_inference_steps`. Needs `dense_rewards`.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow import FlowGRPOConfig
+    >>> args = FlowGRPOConfig("outputs/run", num_inference_steps=10, sde_window_size=2, use_cpu=True)
+    >>> args.sde_window_range  # the last step is not trained
+    [0, 9]
+    ```
     """
 
     sde_type: Literal["flow", "dance", "cps"] = "flow"
@@ -235,6 +244,15 @@ class GuardConfig(FlowGRPOConfig):
     The weight is the paper's: `"inverse_dt"` for `sde_type="flow"`, `"beta_over_dt"` for `"dance"`. For `"cps"`, which
     the paper has not, it is `"inverse_gain"`. For U-Nets (Stable Diffusion 1, 2 and XL) these are the same. The clip
     range belongs to latents of 65,536 dimensions and is scaled to the model's own by `scale_epsilon`.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow import GuardConfig
+    >>> args = GuardConfig("outputs/run", sde_type="dance", use_cpu=True)
+    >>> args.importance_ratio, args.timestep_weighting
+    ('ratio_norm', 'beta_over_dt')
+    ```
     """
 
     importance_ratio: Literal["standard", "mean_revised", "ratio_norm"] = "ratio_norm"
@@ -262,6 +280,15 @@ class SLASConfig(FlowGRPOConfig):
     The power of 0.25 is ours, from experiments on the bundled model: the paper's text does not say which it had. Nor
     does it say whether the standard deviation is that of the raw rewards (`"batch"`, as here) or of rewards less their
     group's mean (`"batch_centered"`).
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow import SLASConfig
+    >>> args = SLASConfig("outputs/run", advantage_power="auto", use_cpu=True)
+    >>> args.sde_type, args.noise_level
+    ('dance', 0.3)
+    ```
     """
 
     sde_type: Literal["flow", "dance", "cps"] = "dance"
@@ -282,6 +309,15 @@ class VGPOConfig(FlowGRPOConfig):
 
     The discount of 0.9 and the scale of 0.05 are ours, from experiments on the bundled model: the paper's text does
     not say which it had.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow import VGPOConfig
+    >>> args = VGPOConfig("outputs/run", value_discount=0.8, use_cpu=True)
+    >>> args.dense_rewards, args.value_discount
+    (True, 0.8)
+    ```
     """
 
     dense_rewards: bool = True

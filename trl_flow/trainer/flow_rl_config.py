@@ -171,6 +171,15 @@ class FlowRLConfig(_BaseConfig):
             metrics are logged, and to the trackers of `report_to` that take images.
         num_images_to_log (`int`, *optional*, defaults to `16`):
             Images in such a grid.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow import FlowRLConfig
+    >>> args = FlowRLConfig("outputs/run", num_generations=12, per_device_train_batch_size=12, use_cpu=True)
+    >>> args.generation_batch_size
+    24
+    ```
     """
 
     _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs"]

@@ -84,6 +84,20 @@ class FlowRLTrainer(SavingTrainer):
 
     Raises:
         TypeError, ValueError: for anything that would make training fail later; nothing has been written then.
+
+    Example:
+
+    ```python
+    from trl_flow import FlowGRPOConfig, FlowRLTrainer
+    from trl_flow.algorithms import ClippedPolicyGradient
+
+    class MyTrainer(FlowRLTrainer):  # takes the arguments below
+        _name = "mine"
+        config_class = FlowGRPOConfig
+
+        def create_algorithm(self):  # or an algorithm of your own
+            return ClippedPolicyGradient(self.args, self.backbone, self.reward_weights)
+    ```
     """
 
     loss_is_scaled_for_ga = True

@@ -139,6 +139,15 @@ class DiffusionNFTConfig(ForwardProcessConfig):
             smaller, the larger the step that is aimed at: 0.1 for OCR and several rewards.
         self_normalized (`bool`, *optional*, defaults to `True`):
             Whether the loss compares predicted and sampled latents, divided by their distance, rather than velocities.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow import DiffusionNFTConfig
+    >>> args = DiffusionNFTConfig("outputs/run", num_inference_steps=10, use_cpu=True)
+    >>> args.guidance_scale, args.timesteps_per_sample
+    (1.0, 9)
+    ```
     """
 
     beta: float = 1e-4
@@ -168,6 +177,15 @@ class AWMConfig(ForwardProcessConfig):
             Clip range of the ratio, which is 1 in the first update of a sampling phase.
         epsilon_high (`float`, *optional*):
             Upper clip range; `None` means `epsilon`.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow import AWMConfig
+    >>> args = AWMConfig("outputs/run", num_inference_steps=10, use_cpu=True)
+    >>> args.guidance_scale, args.timesteps_per_sample
+    (1.0, 6)
+    ```
     """
 
     _MOST_TIMESTEPS = 6

@@ -38,7 +38,26 @@ class DiffusionNFTTrainer(FlowRLTrainer):
 
 class AWMTrainer(FlowRLTrainer):
     """Trainer for AWM, Advantage Weighted Matching (arXiv:2509.25050). Its arguments are those of [`FlowRLTrainer`],
-    its configuration is an [`AWMConfig`]; used as [`DiffusionNFTTrainer`]."""
+    its configuration is an [`AWMConfig`]; used as [`DiffusionNFTTrainer`].
+
+    Example:
+
+    ```python
+    from peft import LoraConfig
+    from trl_flow import AWMConfig, AWMTrainer
+    from trl_flow.prompts import generate_geneval_prompts
+    from trl_flow.rewards import JPEGCompressibilityReward
+
+    trainer = AWMTrainer(
+        model="stabilityai/stable-diffusion-3.5-medium",
+        reward_funcs=JPEGCompressibilityReward(),
+        args=AWMConfig(output_dir="sd35-awm", per_device_train_batch_size=8),
+        train_dataset=generate_geneval_prompts(1000),
+        peft_config=LoraConfig(r=32, lora_alpha=64),
+    )
+    trainer.train()
+    ```
+    """
 
     _name = "AWM"
     config_class = AWMConfig

@@ -40,6 +40,31 @@ class OverOptimizationCallback(TrainerCallback):
         eval_name (`str`, *optional*): which of several evaluation sets to watch; default: the first.
 
     Raises `ValueError` if `patience` or `num_standard_errors` makes no sense.
+
+    Example:
+
+    ```python
+    from peft import LoraConfig
+    from trl_flow import FlowGRPOTrainer, GuardConfig, OverOptimizationCallback
+    from trl_flow.shapes import load_prompts, pipeline_path
+
+    args = GuardConfig(
+        "outputs/watched", height=32, width=32, max_sequence_length=1, guidance_scale=1.0, num_inference_steps=4,
+        num_generations=4, per_device_train_batch_size=8, max_steps=2, eval_strategy="steps", eval_steps=1,
+        use_cpu=True,
+    )
+    trainer = FlowGRPOTrainer(
+        model=pipeline_path(),
+        reward_funcs="shapes_soft",
+        eval_reward_funcs="shapes_fidelity",  # gold: never optimized
+        args=args,
+        train_dataset=load_prompts("train"),
+        eval_dataset=load_prompts("test").select(range(4)),
+        peft_config=LoraConfig(r=4),
+        callbacks=[OverOptimizationCallback(patience=3, stop=True)],
+    )
+    trainer.train()
+    ```
     """
 
     STATE_KEY = "over_optimization"

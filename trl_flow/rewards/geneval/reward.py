@@ -62,6 +62,18 @@ class GenEvalReward(HubReward):
         ValueError: if `score`, a threshold or `max_objects` is out of range. On a call, if a row is not GenEval's
             metadata, or the detector or color classifier returns something else than described above.
         TypeError: if `detector` or `color_classifier` is no callable.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.prompts import geneval_benchmark
+    >>> from trl_flow.rewards import GenEvalReward
+    >>> row = geneval_benchmark()[0]
+    >>> row["prompt"], row["include"][0]["class"]  # the reward reads the columns, not the prompt
+    ('a photo of a bench', 'bench')
+    >>> GenEvalReward("strict").info.range  # its models load at the first call
+    (0.0, 1.0)
+    ```
     """
 
     # The range is that of the default score: one object is wanted and 16, the most that are counted, are found
