@@ -146,7 +146,9 @@ def test_what_fails_later_is_told_without_a_traceback_of_the_program(
     assert main(["evaluate", *command, "--proxy", "my_failing_rewards.broken"]) == 2
     error = capsys.readouterr().err
     assert "1 / 0" in error and "scorer.py" not in error and "cli.py" not in error
-    assert "'broken' raised ZeroDivisionError" in error and "The same command goes on from there" in error
+    assert (
+        "'broken' raised ZeroDivisionError" in error and "Run the same command again to continue from there" in error
+    )
     # A folder that another user owns, here one that cannot be made
     assert "cannot be written" in refused(capsys, *command[:5], "/proc/nowhere", *SAMPLING)
 

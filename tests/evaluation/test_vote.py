@@ -122,7 +122,7 @@ def test_a_vote_is_on_disk_before_the_answer_and_a_new_server_goes_on(serve, run
     assert (state["done"], state["total"], state["pair"]["prompt"]) == (1, 4, second["pair"]["prompt"])
     assert state["pair"]["token"] != second["pair"]["token"]
     status, answer = post(again, "vote", voter="me", pair=second["pair"]["token"], answers=LEFT)
-    assert status == 409 and "started anew" in answer["error"]
+    assert status == 409 and "restarted" in answer["error"]
     assert ask(again, "GET", second["pair"]["left"])[0] == 404
 
 

@@ -209,7 +209,7 @@ def test_a_run_with_another_beginning_is_not_resumed(adapter, tmp_path):
         resumed.train(resume_from_checkpoint=checkpoint)
     (message,) = [message for message in said if "init_adapter" in message]
     assert (
-        f"init_adapter is '{other}', but the run that goes on from {checkpoint}" in message
+        f"init_adapter is '{other}', but the run resumed from {checkpoint}" in message
         and f"began with '{adapter}'" in message
     )
     assert resumed.args.init_adapter == str(adapter)

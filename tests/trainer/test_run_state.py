@@ -361,5 +361,5 @@ def test_splits_whose_updates_are_made_of_other_samples_are_refused(before, afte
 def test_a_run_that_has_come_to_its_end_is_not_trained_further(tmp_path):
     fields = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
     tiny_trainer(tmp_path, **fields).train()
-    with pytest.raises(ValueError, match="is at update 3, and max_steps is 3: the run has come to its end"):
+    with pytest.raises(ValueError, match="is at update 3, and max_steps is 3: the run is complete"):
         tiny_trainer(tmp_path, **fields).train(resume_from_checkpoint=True)

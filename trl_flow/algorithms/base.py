@@ -239,5 +239,5 @@ class Algorithm(ABC):
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes what [`state_dict`] gave; `{}` when training starts anew."""
+        """Takes what [`state_dict`] gave; `{}` when training starts over."""
         return

@@ -152,7 +152,7 @@ class Backbone(ABC):
         if taken != drawn:
             raise ValueError(
                 f"The {self.component} takes {taken} channels, but the VAE's latents have {drawn}: it is made for "
-                "inpainting, editing or control, and gets a mask or an image besides, which nobody gives it here. "
+                "inpainting, editing or control, and also takes a mask or an image, which is not supported here. "
                 "Load a model that draws from the prompt alone."
             )
         return taken

@@ -35,7 +35,7 @@ def loading_hint(path: str, error: Exception | None = None) -> str:
     return (
         f" {name} is a single file. Make a folder of it, once: StableDiffusion3Pipeline.from_single_file({name!r})"
         ".save_pretrained('folder'), with the class of the model's own pipeline, and give the folder. An adapter is "
-        "no model: it is given besides its base model."
+        "no model: pass it together with its base model."
     )
 
 

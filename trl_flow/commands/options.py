@@ -174,7 +174,7 @@ def trainer_of(args: Any) -> type[FlowRLTrainer]:
 def peft_config(script_args: FlowScriptArguments, args: FlowRLConfig, model_args: ModelConfig) -> LoraConfig | None:
     """The LoRA that is asked for, if one is; what an adapter to go on from decides may be `None`."""
     if args.init_adapter is not None and not model_args.use_peft:
-        what = "use_peft is False, which trains all weights, but init_adapter is an adapter to go on from"
+        what = "use_peft is False, which trains all weights, but init_adapter is an adapter to start from"
         raise ValueError(f"{what}. Leave one of them out.")
     config = get_peft_config(model_args)
     targets = None if config is None else config.target_modules

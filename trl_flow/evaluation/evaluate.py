@@ -106,7 +106,7 @@ def evaluate_models(
     Compares a base model and adapters on prompts and rewards, and writes tables, images and a page to look at them.
 
     All models draw from the same noise, as the trainer's `evaluate` does. Images are saved as they are drawn: when
-    a run is killed, the same call goes on where it stopped. Everything that is passed is checked before the first
+    a run is killed, the same call continues where it stopped. Everything that is passed is checked before the first
     image is drawn. Reward functions with a `close()` are closed when they have scored.
 
     Args:
@@ -285,7 +285,7 @@ class _Run:
             if callable(close := getattr(func, "close", None)):
                 close()
         if reused and self.progress:
-            tqdm.write(f"{reused} columns of scores are those of an earlier run (--rescore computes them anew).")
+            tqdm.write(f"{reused} columns of scores are those of an earlier run (--rescore recomputes them).")
         scores: ModelScores = {name: {model: {} for model in self.models} for name in self.sets}
         points: TestPoints = {name: {} for name in self.sets}
         for name, model in itertools.product(self.sets, self.models):

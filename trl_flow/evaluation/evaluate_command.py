@@ -30,7 +30,7 @@ evaluates, score the images, and write tables, an image grid and a page to look 
       --table_rewards unifiedreward@http://localhost:8000/v1 --output_dir guard-table
   trl-flow evaluate --vote comparison
 
-Killed, the same command goes on where it stopped. Adapters, prompt sets and rewards may be added to a folder.
+If it is killed, run the same command again to continue. Adapters, prompt sets and rewards may be added to a folder.
 """
 
 BUNDLED = ("bundled", "shapes")
@@ -73,7 +73,7 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     from trl_flow.rewards.checks import RewardError
     from trl_flow.rewards.scorer import print_failure
 
-    kept = f"The images and scores so far are in {folder}. The same command goes on from there."
+    kept = f"The images and scores so far are in {folder}. Run the same command again to continue from there."
 
     def run() -> None:
         from trl_flow.evaluation.evaluate import PAGE, REPORT, RESULTS, STEPS, evaluate_models
@@ -203,7 +203,7 @@ def _serve(server: "VoteServer") -> None:
     try:
         server.serve_forever()
     except KeyboardInterrupt:
-        print("\nThe vote has ended. What was voted is saved, and the same command goes on with it.")
+        print("\nThe vote has ended. All votes are saved, and the same command continues it.")
     finally:
         server.close()
     results = vote_results(server.ballots.voters())

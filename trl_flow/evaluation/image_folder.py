@@ -107,7 +107,7 @@ class ImageFolder:
             with Image.open(path) as image:
                 return to_rgb(image)
         except (OSError, SyntaxError) as error:
-            hint = "Delete it and evaluate again: it is drawn anew."
+            hint = "Delete it and evaluate again: it will be redrawn."
             raise ValueError(f"The image {path} is missing or damaged ({error}). {hint}") from error
 
     def scores(self, rewards: Mapping[str, str], columns: Mapping[str, str]) -> ScoreLists:

@@ -25,7 +25,7 @@ def score_images(
     Scores of images by reward functions, called as in training, with the data set's columns.
 
     `images` are `N`: `K` for each row of `dataset`, those of one row next to each other. `timeout` is in seconds, for
-    each function; `None`: for ever. `extras` is given what the functions pass to `log_extra`, `N` values by column.
+    each function; `None`: forever. `extras` is given what the functions pass to `log_extra`, `N` values by column.
 
     Returns:
         `dict[str, np.ndarray]`: for each function float64 of shape `(N,)`, NaN where it does not apply.

@@ -112,7 +112,7 @@ class VoteServer:
         """Ends `serve_forever`, frees the port and brings the report up to date."""
         with self._lock:
             self._closed = True
-        if self._serving:  # else `shutdown` would wait for ever
+        if self._serving:  # else `shutdown` would wait forever
             self._server.shutdown()
         self._server.server_close()
         self.write_report()
@@ -145,7 +145,7 @@ class VoteServer:
     def _vote(self, voter: str, request: dict[str, Any]) -> None:
         pair = next((pair for pair in self.pairs if self._token(voter, pair) == request.get("pair")), None)
         if pair is None:
-            raise ValueError("This pair is not from this vote: the server has been started anew since.")
+            raise ValueError("This pair is not from this vote: the server has been restarted since.")
         self.ballots.add(voter, pair, self._left(voter, pair), request.get("answers"))
 
     def _state(self, voter: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""VGPO: a value for every step in place of one reward at the end, and advantages that keep its absolute size."""
+"""VGPO: a value for every step instead of one reward at the end, and advantages that keep its absolute size."""
 
 import torch
 from torch import Tensor

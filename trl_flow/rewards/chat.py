@@ -53,7 +53,7 @@ class ChatModel:
     Args:
         model (`str`, *optional*): name of the model on the server; by default the only one that it serves.
         base_url (`str`, *optional*): such as `http://localhost:8000/v1`; default: the environment's `OPENAI_BASE_URL`.
-        api_key (`str`, *optional*): default: the environment's `OPENAI_API_KEY`; one's own servers seldom need one.
+        api_key (`str`, *optional*): default: the environment's `OPENAI_API_KEY`; your own servers seldom need one.
         max_concurrency (`int`, defaults to 32): requests under way at a time, in each process.
         timeout (`float`, defaults to 120): seconds to wait for one answer.
         max_retries (`int`, defaults to 8): how often a request is sent again. Eight take about 40 seconds of pauses.
@@ -103,7 +103,7 @@ class ChatModel:
 
         Args:
             content (`list[str | PIL.Image.Image]`): texts and images in their order. Images are sent as RGB PNG.
-            answer_prefix (`str`, *optional*): what the answer begins with, where the server can go on from there.
+            answer_prefix (`str`, *optional*): what the answer begins with, where the server can continue from there.
             options: further fields of the request, such as `max_tokens` and `temperature`.
 
         Raises:

@@ -79,10 +79,10 @@ class VLMJudgeReward(Question):
     """
     The score that a vision-language model gives each image, asked by a prompt of your own.
 
-    An asynchronous reward function: all images of a call are judged at the same time, and besides the other reward
-    functions, by greedy decoding. An answer that cannot be read is asked for once more, at temperature 0.7. If that
-    cannot be read either the score is `None`, a warning shows the answer, and the share of such images is logged as
-    `{name}/unreadable`. If no answer to two images or more can be read, that is an error.
+    An asynchronous reward function: all images of a call are judged at the same time, in parallel with the other
+    reward functions, by greedy decoding. An answer that cannot be read is asked for once more, at temperature 0.7. If
+    that cannot be read either the score is `None`, a warning shows the answer, and the share of such images is logged
+    as `{name}/unreadable`. If no answer to two images or more can be read, that is an error.
 
     Args:
         prompt_template (`str`): what the model is asked, after the image; `{prompt}` stands for its prompt.

@@ -200,7 +200,7 @@ class RemoteReward:
             except (_Failed, self._http.TransportError) as error:
                 server.note(error)
                 busy = error.busy if isinstance(error, _Failed) else None
-                # One that is busy has not failed: others are being served. But it is not waited for for ever either
+                # One that is busy has not failed: others are being served. But it is not waited for forever either
                 failed[server] += busy is None or time.monotonic() > patient_until
                 if busy is not None:
                     server.rest(busy)

@@ -70,7 +70,7 @@ class RewardScorer:
     Args:
         reward_funcs (`Iterable[Callable]`): Reward functions, sync or async.
         timeout (`float`, *optional*): Seconds to wait for each sync function and then, from the end of the last, for
-            all async ones; `None` waits for ever. With a limit a sync function runs in a thread of its own: one that
+            all async ones; `None` waits forever. With a limit a sync function runs in a thread of its own: one that
             hangs is left behind, and keeps the process from ending for at most five seconds.
         names (`list[str]`, *optional*): What they are called, all different; by default [`reward_names`].
     """
@@ -283,7 +283,7 @@ def _run_sync(func: RewardFunc, name: str, arguments: dict[str, Any], timeout: f
         except BaseException as error:  # Ctrl-C and sys.exit() belong to the thread that asked
             future.set_exception(error)
 
-    # Not an executor's: Python waits for those when the process ends, for ever if the function hangs
+    # Not an executor's: Python waits for those when the process ends, forever if the function hangs
     thread = threading.Thread(target=fulfil, name=f"reward {name}", daemon=True)
     thread.start()
     try:

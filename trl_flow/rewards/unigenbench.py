@@ -19,7 +19,7 @@ class UniGenBenchReward(Question):
     Needs the columns `testpoints` and `testpoint_descriptions`, as from [`trl_flow.prompts.load_unigenbench`]. A row
     without test points (`None` or an empty list) has the score `None`. The model is asked once for each image, about
     all of its test points, and answers with a list of 0 and 1 as in the benchmark's own program; the prompt asks for
-    the same in words of our own. Papers' scores are by Gemini 2.5 Pro; the authors' model for one's own server is
+    the same in our own words. The papers' scores are by Gemini 2.5 Pro; the authors' model for your own server is
     `CodeGoat24/UniGenBench-EvalModel-qwen-72b-v1`.
 
     An answer without such a list, or with another number of entries, is asked for once more at temperature 0.7 (the

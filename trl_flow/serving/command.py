@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--device", help="such as cuda:1; default: the accelerator if there is one")
     model.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: each function's own")
     model.add_argument("--batch-size", type=int, metavar="N", help="images at a time; default: each function's own")
-    limits = parser.add_argument_group("limits", "what is beyond them is refused, and the server goes on")
+    limits = parser.add_argument_group("limits", "requests beyond them are refused, and the server keeps running")
     for field in fields(Limits):
         kind, option = type(field.default), "--" + field.name.replace("_", "-")
         text = f"{field.metadata['help']} (default: {field.default})"

@@ -35,7 +35,7 @@ def pipeline_path() -> str:
     folder = Path(__file__).parent / "pipeline"
     if not (folder / "model_index.json").is_file():
         train = f"`python examples/bundled_model/train.py --output-dir {folder}` of a clone"
-        raise FileNotFoundError(f"No bundled pipeline in {folder}. Reinstall trl_flow, or train it anew with {train}.")
+        raise FileNotFoundError(f"No bundled pipeline in {folder}. Reinstall trl_flow, or retrain it with {train}.")
     return str(folder)
 
 

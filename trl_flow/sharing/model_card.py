@@ -149,7 +149,7 @@ def create_model_card(
         samples (`Sequence[tuple[str | os.PathLike, str | None]]`): images inside `folder`, each with its prompt, or
             `None` for a grid of several. Those with a prompt also become the Hub's gallery.
         loading (`Mapping[str, str]`, *optional*): `revision` and `variant` of the base model.
-        init_adapter (`str`, *optional*): the adapter that training went on from.
+        init_adapter (`str`, *optional*): the adapter that training started from.
 
         note (`str`): Markdown that a reader has to know of these weights, such as that they are not the best ones.
 

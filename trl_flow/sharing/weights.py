@@ -99,7 +99,7 @@ def save_adapter(
     revision: str | None = None,
 ) -> None:  # fmt: skip
     """
-    Writes PEFT's own two files, `adapter_model.safetensors` and `adapter_config.json`, from which training goes on,
+    Writes PEFT's own two files, `adapter_model.safetensors` and `adapter_config.json`, from which training continues,
     without the card of `PeftModel.save_pretrained`. `save_lora` writes them too; alone they are for weights that are
     not shared, when an average of them is. Arguments and errors are those of `save_lora`.
 
@@ -189,8 +189,8 @@ def save_full(
 
 
 def load_full(model: ModelMixin, folder: str | os.PathLike) -> None:
-    """Loads what `save_full` wrote into `model`, in place, to go on training. `FileNotFoundError` if the folder holds
-    no such weights, `RuntimeError` if they are not this model's.
+    """Loads what `save_full` wrote into `model`, in place, to train it further. `FileNotFoundError` if the folder
+    holds no such weights, `RuntimeError` if they are not this model's.
 
     Example:
 

@@ -50,7 +50,7 @@ def missing_in(checkpoint: str | os.PathLike, rank: int) -> str | None:
             return f"{min(missing)} is missing"
     if not any(name.startswith(("optimizer", "global_step")) for name in names):
         return (
-            "it holds the model alone (save_only_model=True), not the optimizer's state, with which a run goes on. "
+            "it holds the model alone (save_only_model=True), not the optimizer's state, which resuming needs. "
             "Train without save_only_model, or begin a new run from these weights (of an adapter: init_adapter)"
         )
     wanted = set() if "latest" in names else {"scheduler.pt"}  # DeepSpeed may hold it in a file of its own
@@ -116,7 +116,7 @@ def checkpoint_to_resume(given: str | os.PathLike | bool | None, args: FlowRLCon
             raise ValueError(f"{checkpoint!r} {what} in output_dir.")
     # transformers would look at max_steps after one more update only
     if 0 < args.max_steps <= (step := step_of(checkpoint)):
-        ended = f"max_steps is {args.max_steps}: the run has come to its end. Raise max_steps to go on with it."
+        ended = f"max_steps is {args.max_steps}: the run is complete. Raise max_steps to continue it."
         raise ValueError(f"{checkpoint!r} is at update {step}, and {ended}")
     return checkpoint
 

@@ -36,7 +36,7 @@ class FlowGRPOConfig(FlowRLConfig):
         sde_window_range (`list[int]`, *optional*):
             `[first, end]`: the window lies in steps `first ... end - 1`. `None`: anywhere.
         sde_window_schedule (`str`, *optional*, defaults to `"random"`):
-            Where in that range the window begins: `"random"`, drawn anew for each generation batch (Flow-GRPO-Fast),
+            Where in that range the window begins: `"random"`, drawn again for each generation batch (Flow-GRPO-Fast),
             or `"progressive"`, from the noisiest steps on to the last, where it stays (MixGRPO).
         sde_window_interval (`int`, *optional*):
             Generation batches after which a progressive window moves on; `None`: 25 (MixGRPO's shift interval).
@@ -44,7 +44,7 @@ class FlowGRPOConfig(FlowRLConfig):
             Steps by which a progressive window moves; `None`: 1.
         timestep_fraction (`float`, *optional*, defaults to `1.0`):
             Share of the stochastic steps that are trained, in (0, 1], rounded down to whole steps, at least one, drawn
-            anew for each generation batch.
+            again for each generation batch.
         timestep_fraction_per_sample (`bool`, *optional*, defaults to `False`):
             Whether each sample draws its own steps of this share (DanceGRPO).
 

@@ -73,7 +73,7 @@ class FlowRLConfig(_BaseConfig):
             default the frozen parts are loaded in the dtype that is trained in (`bf16`, `fp16`), the VAE and a fully
             trained transformer in float32. `{"dtype": ...}` decides for all parts, or for each with a dictionary.
         init_adapter (`str`, *optional*):
-            LoRA to go on from: a folder, a `.safetensors` file or a hub id, in diffusers', PEFT's or kohya's form.
+            LoRA to start from: a folder, a `.safetensors` file or a hub id, in diffusers', PEFT's or kohya's form.
             Rank, alpha and target modules are its own; a `peft_config` that says otherwise is refused.
         reference (`str`, *optional*, defaults to `"initial"`):
             What the KL of `beta` leads back to, and what gold scores are relative to: `"initial"`, the model as it was
@@ -138,7 +138,7 @@ class FlowRLConfig(_BaseConfig):
         reward_weights (`list[float]`, *optional*):
             Weight of each reward function; `None`: 1 each. One with a weight of 0 is only logged.
         reward_timeout (`float`, *optional*):
-            Seconds after which a reward function that has not returned ends training; `None`: wait for ever.
+            Seconds after which a reward function that has not returned ends training; `None`: wait forever.
         overlap_rewards (`bool`, *optional*, defaults to `True`):
             Whether to compute rewards in a thread while the rest of the sampling phase is sampled, group by group, in
             every phase but the first. The results are the same. Nothing overlaps where `steps_per_generation` is 1,

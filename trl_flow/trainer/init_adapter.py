@@ -23,7 +23,7 @@ _PREFIX = "base_model.model."  # of PEFT's names
 
 
 def adapter_of_its_own(init_adapter: str | None, peft_config: LoraConfig | None) -> LoraConfig | None:
-    """With an adapter to go on from, a config that leaves everything to it, unless there is one."""
+    """With an adapter to start from, a config that leaves everything to it, unless there is one."""
     return LoraConfig(r=None, lora_alpha=None) if init_adapter is not None and peft_config is None else peft_config
 
 
@@ -137,8 +137,6 @@ def check_origin(checkpoint: str | os.PathLike, args: FlowRLConfig) -> None:
             "is gone, the checkpoint's folder serves as init_adapter."
         )
     if args.init_adapter not in (began, os.fspath(checkpoint)) and args.process_index == 0:
-        what = (
-            f"init_adapter is {args.init_adapter!r}, but the run that goes on from {checkpoint} began with {began!r}"
-        )
-        logger.warning(f"{what}: it goes on with its own weights. To begin with the other one, begin a new run.")
+        what = f"init_adapter is {args.init_adapter!r}, but the run resumed from {checkpoint} began with {began!r}"
+        logger.warning(f"{what}: it keeps its own weights. To start from the other one, start a new run.")
     args.init_adapter = began

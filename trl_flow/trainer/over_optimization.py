@@ -23,14 +23,14 @@ SCORES_NAME = "scores.json"
 
 class OverOptimizationCallback(TrainerCallback):
     """
-    Watches for over-optimization: the optimized reward (the proxy) goes on rising while the gold score falls.
+    Watches for over-optimization: the optimized reward (the proxy) keeps rising while the gold score falls.
 
     Each evaluation is compared with the one that had the highest gold average so far, at first the base model: if its
     reward is higher and its gold average is lower by more than `num_standard_errors` standard errors (of the
     difference, paired over the prompts), for `patience` evaluations in a row, a warning is given, and training stops
     with `stop`. The model with the highest gold average is kept in `output_dir/best_gold`, in diffusers' format, with
     its scores in `scores.json`. Needs `eval_reward_funcs` and an evaluation set of two or more prompts. A resumed run
-    goes on counting where its checkpoint stood.
+    keeps counting from its checkpoint.
 
     Args:
         patience (`int`): evaluations in a row, at least 1.

@@ -41,7 +41,7 @@ def prepare_module(backbone: Backbone, args: FlowRLConfig, peft_config: PeftConf
     if getattr(model, "peft_config", None):
         raise ValueError(
             f"The pipeline's {backbone.component} already has adapters ({', '.join(model.peft_config)}). "
-            "Unload them (pipeline.unload_lora_weights()), and pass a peft_config for a new one. To go on training "
+            "Unload them (pipeline.unload_lora_weights()), and pass a peft_config for a new one. To continue training "
             "one, pass the pipeline without it, and its file as init_adapter."
         )
     config = TrainerConfigDict(model.config)

@@ -105,7 +105,7 @@ class PromptEmbedStore:
         except FileNotFoundError:
             return None
         except (SafetensorError, OSError, ValueError) as error:
-            logger.warning(f"{path} is damaged ({error}): its prompt is encoded anew.")
+            logger.warning(f"{path} is damaged ({error}): its prompt is encoded again.")
             return None
 
     def save(self, prompt: str, image: str | None, condition: dict[str, torch.Tensor]) -> None:

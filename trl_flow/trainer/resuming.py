@@ -57,7 +57,7 @@ def check_adapter(model: torch.nn.Module, checkpoint: Path) -> None:
     if different:
         before, now = (", ".join(f"{n}={pair[i]}" for n, pair in different.items()) for i in (0, 1))
         raise ValueError(
-            f"The adapter in {checkpoint} has {before}, but the trainer's has {now}. A run goes on with the adapter "
+            f"The adapter in {checkpoint} has {before}, but the trainer's has {now}. A run resumes with the adapter "
             f"that it began with: use these settings ({PEFT_FILES[1]} there), or begin a new run."
         )
 
@@ -96,7 +96,7 @@ def take_over(args: FlowRLConfig, about: dict[str, Any], checkpoint: Path) -> No
             said.append(
                 f"The optimizer's state holds others, which do not: {what}. For another value begin a new run."
             )
-        logger.warning(f"The run goes on from {checkpoint} with changed settings. {' '.join(said)}")
+        logger.warning(f"The run resumes from {checkpoint} with changed settings. {' '.join(said)}")
 
 
 def _family(optim: str) -> str:

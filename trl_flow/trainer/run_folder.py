@@ -63,8 +63,8 @@ class RunFolder:
             return
         to = move_aside(self.path, [*_OF_A_RUN, *(path.name for path in [*weights, *checkpoints])])
         last = list(complete_checkpoints(to).values())[-1:]
-        go_on = f" To go on with it: resume_from_checkpoint={str(last[0])!r}." if last else ""
-        logger.warning(f"{self.path} held another run, which is moved to {to}: this one begins anew.{go_on}")
+        go_on = f" To resume it: resume_from_checkpoint={str(last[0])!r}." if last else ""
+        logger.warning(f"{self.path} held another run, which is moved to {to}: a new run starts.{go_on}")
 
     def _move_later_than(self, checkpoint: str) -> None:
         steps = {path: path.name.rsplit("-", 1)[1] for path in self.path.glob("checkpoint-*")}
@@ -72,7 +72,7 @@ class RunFolder:
         # One whose writing was interrupted is written over
         if later := sorted(path.name for path in later if missing_in(path, 0) is None):
             to = move_aside(self.path, later)
-            what = f"Later checkpoints than {checkpoint}, from which this run goes on, are moved to {to}"
+            what = f"Later checkpoints than {checkpoint}, from which this run resumes, are moved to {to}"
             logger.warning(f"{what}: {', '.join(later)}.")
 
 

@@ -138,7 +138,7 @@ class RunState:
         steps = [(s["steps_per_generation"], s["gradient_accumulation_steps"]) for s in (own, saved)]
         names = ["generation_batch_size", "updates_per_generation", "num_iterations"]
         reason = (
-            "A run goes on with as many images a sampling phase and as many updates with them as it began with, "
+            "A resumed run needs as many images in a sampling phase, and as many updates with them, as it began with, "
             "however they are split over processes and micro-batches. Use these settings."
         )
         if state["update"] > 0 or any(max(pair) % min(pair) for pair in steps):

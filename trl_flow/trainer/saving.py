@@ -137,7 +137,7 @@ class SavingTrainer(GroupTrainer):
                 return f"The run as it was after update {step} could not be saved: {error}"
             finally:
                 self.args.save_only_model = only_model
-        then = f"With the cause removed, go on with {self.resume_hint.format(self._saved[1])}."
+        then = f"Once the cause is fixed, resume with {self.resume_hint.format(self._saved[1])}."
         return f"The run is saved as it was after update {step}, the last one, in {self._saved[1]}. {then}"
 
     def _misses_evaluation(self, step: int) -> bool:
