@@ -9,12 +9,14 @@ from trl_flow.backbones.qwen_image import QwenImageBackbone, QwenImageEditBackbo
 from trl_flow.backbones.schedules import DDIMSchedule, Schedule
 from trl_flow.backbones.sd3 import StableDiffusion3Backbone
 from trl_flow.backbones.stable_diffusion import StableDiffusionBackbone, StableDiffusionXLBackbone
+from trl_flow.backbones.wan import WanBackbone, WanImageToVideoBackbone
 from trl_flow.backbones.z_image import ZImageBackbone
 
 
 __all__ = ["BACKBONES", "Backbone", "DDIMSchedule", "Flux2KleinBackbone", "FluxBackbone", "FluxKontextBackbone"]
 __all__ += ["QwenImageBackbone", "QwenImageEditBackbone", "QwenImageEditPlusBackbone", "Schedule"]
-__all__ += ["StableDiffusion3Backbone", "StableDiffusionBackbone", "StableDiffusionXLBackbone", "ZImageBackbone"]
+__all__ += ["StableDiffusion3Backbone", "StableDiffusionBackbone", "StableDiffusionXLBackbone"]
+__all__ += ["WanBackbone", "WanImageToVideoBackbone", "ZImageBackbone"]
 __all__ += ["get_backbone"]
 
 BACKBONES: dict[str, type[Backbone]] = {
@@ -27,24 +29,21 @@ BACKBONES: dict[str, type[Backbone]] = {
     "StableDiffusion3Pipeline": StableDiffusion3Backbone,
     "StableDiffusionPipeline": StableDiffusionBackbone,
     "StableDiffusionXLPipeline": StableDiffusionXLBackbone,
+    "WanImageToVideoPipeline": WanImageToVideoBackbone,
+    "WanPipeline": WanBackbone,
     "ZImagePipeline": ZImageBackbone,
 }
 """The backbone for each pipeline class, by the name of the class."""
 
 
-def get_backbone(
-    pipeline: DiffusionPipeline,
-    *,
-    height: int | None = None,
-    width: int | None = None,
-    max_sequence_length: int | None = None,
-) -> Backbone:
+def get_backbone(pipeline: DiffusionPipeline, **settings: int | float | str | None) -> Backbone:
     """
     The backbone for a loaded pipeline, chosen by its class (or a base class of it).
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]): a loaded pipeline.
-        height, width, max_sequence_length (`int`, *optional*): as for [`Backbone`]; `None` is the pipeline's default.
+        settings: `height`, `width`, `max_sequence_length`, and of some families others, as for their [`Backbone`];
+            `None` is the pipeline's default.
 
     Raises:
         ValueError: if no backbone is written for the pipeline's class, or it refuses the settings.
@@ -61,9 +60,11 @@ def get_backbone(
     """
     for cls in type(pipeline).__mro__:
         if cls.__name__ in BACKBONES:
-            return BACKBONES[cls.__name__](
-                pipeline, height=height, width=width, max_sequence_length=max_sequence_length
-            )
+            backbone = BACKBONES[cls.__name__]
+            given = {name: value for name, value in settings.items() if value is not None}
+            for name in given.keys() - set(backbone.settings):
+                raise ValueError(f"{name} is {given[name]!r}, but {cls.__name__} takes none. Leave {name} out.")
+            return backbone(pipeline, **given)
     raise ValueError(
         f"{type(pipeline).__name__} is not supported. Supported pipelines: {', '.join(sorted(BACKBONES))}. "
         "Load the model as one of these, or write a backbone (one file, see trl_flow/backbones/sd3.py)."
