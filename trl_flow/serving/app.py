@@ -21,7 +21,7 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.requests import ClientDisconnect
 
-from trl_flow.rewards.base import Images, ModelReward, RewardInfo, check_callable
+from trl_flow.rewards.base import Images, RewardInfo, check_callable, model_of
 from trl_flow.rewards.checks import RewardError, RewardFunc, check_reward_func, is_dense, needs_group
 from trl_flow.rewards.named import as_rewards
 from trl_flow.rewards.remote import PROTOCOL
@@ -269,7 +269,7 @@ def _card(name: str, func: RewardFunc) -> dict[str, Any]:
         "name": name,
         "dense": is_dense(func),
         "needs_group": needs_group(func),
-        "dtype": str(func.dtype).removeprefix("torch.") if isinstance(func, ModelReward) else None,
+        "dtype": str(func.dtype).removeprefix("torch.") if model_of(func) else None,
         "info": None if info is None else RewardInfo.to_json(info),
     }
 
