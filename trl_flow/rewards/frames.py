@@ -32,9 +32,6 @@ class FrameReward:
         ValueError: if it takes videos itself or compares the images of a group, or a number is below 1.
     """
 
-    def __new__(cls, reward: RewardFunc, **options: Any) -> "FrameReward":
-        return super().__new__(_AsyncFrameReward if is_async(reward) else cls)
-
     def __init__(self, reward: RewardFunc, *, every: int = 4, num_frames: int | None = None):
         check_callable("reward", reward, " of prompts and images")
         for name, value in (("every", every), ("num_frames", num_frames)):
@@ -47,6 +44,8 @@ class FrameReward:
         self.reward, self.every, self.num_frames = reward, every, num_frames
         self.dense = is_dense(reward)
         self.__name__ = f"{name}_frames"
+        if is_async(reward):  # which is seen by the class's __call__
+            self.__class__ = _AsyncFrameReward
 
     def __getattr__(self, name: str) -> Any:
         if name == "reward":  # not there yet, as in a copy
