@@ -6,15 +6,11 @@ from enum import IntEnum
 
 import numpy as np
 import torch
-from PIL import Image
 
 from trl_flow.backbones import Backbone
 from trl_flow.backbones.contract import decoded
 from trl_flow.dynamics import Dynamics
-
-
-# Images decoded at a time: decoding takes far more memory than a step, and gains nothing from a large batch
-DECODED_AT_ONCE = 16
+from trl_flow.images import Sample
 
 
 class RandomStream(IntEnum):
@@ -59,7 +55,7 @@ class Rollout:
         latents (`torch.Tensor`): `x_t` before each kept step, `(B, S, ...)`.
         next_latents (`torch.Tensor`): the sampled `x_{t'}`, `(B, S, ...)`.
         means (`torch.Tensor`): mean of the transition at sampling time, `(B, S, ...)`.
-        final (`torch.Tensor`): latents of the finished images, `(B, ...)`.
+        final (`torch.Tensor`): latents of the finished samples, `(B, ...)`.
         pred_original_samples (`torch.Tensor` or `None`): the predicted clean latents after each of the `T` steps,
             `(B, T, ...)`; the last is `final`. Of a part of the steps, those that its predictions give.
         chosen (`torch.Tensor` or `None`): with `plan.kept_per_sample`, the places in `steps` of those that each sample
@@ -90,11 +86,11 @@ def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator], devi
 
 
 @torch.inference_mode()
-def decode(backbone: Backbone, latents: torch.Tensor) -> list[Image.Image]:
-    """Images of final latents `(B, ...)`, which may be on any device. Raises `FloatingPointError` if the VAE's pixels
-    are not finite, and `TypeError` if the backbone makes no images."""
-    parts = latents.split(DECODED_AT_ONCE)
-    return [image for part in parts for image in decoded(backbone, part.to(backbone.device))]
+def decode(backbone: Backbone, latents: torch.Tensor) -> list[Sample]:
+    """Images, or videos, of final latents `(B, ...)`, which may be on any device. Raises `FloatingPointError` if the
+    VAE's pixels are not finite, and `TypeError` if the backbone makes neither."""
+    parts = latents.split(backbone.decoded_at_once)
+    return [sample for part in parts for sample in decoded(backbone, part.to(backbone.device))]
 
 
 @torch.no_grad()

@@ -32,28 +32,25 @@ BACKBONES: dict[str, type[Backbone]] = {
 }
 
 
-def get_backbone(
-    pipeline: DiffusionPipeline,
-    *,
-    height: int | None = None,
-    width: int | None = None,
-    max_sequence_length: int | None = None,
-) -> Backbone:
+def get_backbone(pipeline: DiffusionPipeline, **settings: int | float | str | None) -> Backbone:
     """
     The backbone for a loaded pipeline, chosen by its class (or a base class of it).
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]): a loaded pipeline.
-        height, width, max_sequence_length (`int`, *optional*): as for [`Backbone`]; `None` is the pipeline's default.
+        settings: `height`, `width`, `max_sequence_length`, and of some families others, as for their [`Backbone`];
+            `None` is the pipeline's default.
 
     Raises:
         ValueError: if no backbone is written for the pipeline's class, or it refuses the settings.
     """
     for cls in type(pipeline).__mro__:
         if cls.__name__ in BACKBONES:
-            return BACKBONES[cls.__name__](
-                pipeline, height=height, width=width, max_sequence_length=max_sequence_length
-            )
+            backbone = BACKBONES[cls.__name__]
+            given = {name: value for name, value in settings.items() if value is not None}
+            for name in given.keys() - set(backbone.settings):
+                raise ValueError(f"{name} is {given[name]!r}, but {cls.__name__} takes none. Leave {name} out.")
+            return backbone(pipeline, **given)
     raise ValueError(
         f"{type(pipeline).__name__} is not supported. Supported pipelines: {', '.join(sorted(BACKBONES))}. "
         "Load the model as one of these, or write a backbone (one file, see trl_flow/backbones/sd3.py)."

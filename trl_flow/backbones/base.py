@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
 from PIL import Image
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch.nn import functional
 from trl_flow.backbones.contract import check_prediction
 from trl_flow.backbones.passed_in import device_of, unwrap
 from trl_flow.backbones.schedules import DDIMSchedule, Schedule, dynamic_shift
+from trl_flow.images import Sample
 
 
 Tensors = dict[str, Tensor]
@@ -32,8 +34,10 @@ JOINT_ATTENTION = [
 # Settings of the sampling that have these names in most pipelines' calls
 SAMPLING_SETTINGS = (
     *("num_inference_steps", "guidance_scale", "negative_prompt"),
-    *("height", "width", "max_sequence_length"),
+    *("height", "width", "num_frames", "max_sequence_length", "guidance_scale_2"),
 )
+# Settings that a backbone is made with, by the names of its arguments; not every family takes all
+BACKBONE_SETTINGS = ("height", "width", "max_sequence_length", "num_frames", "guidance_scale_2", "component")
 
 
 def padded(embeds: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -71,6 +75,12 @@ class Backbone(ABC):
     default_sequence_length = 512  # the pipeline's own default for `max_sequence_length`
     sequence_length_limit: int | None = None  # the longest `max_sequence_length` that the pipeline takes
     fixed_sequence_length: int | None = None  # tokens of every prompt, where the pipeline's call takes no length
+    # Of videos: how fast they play, and their frames; `None`: it draws images
+    frames_per_second: float | None = None
+    num_frames: int | None = None
+    guidance_scale_2: float | None = None  # that of the second of two models that take steps in turns, if it has any
+    decoded_at_once = 16  # samples: decoding takes far more memory than a step, and gains nothing from a large batch
+    settings: tuple[str, ...] = ("height", "width", "max_sequence_length")  # those of `BACKBONE_SETTINGS` it takes
     # Code for the model card that gives `pipeline` the scheduler that training sampled with, if it is not its own
     scheduler_code: str | None = None
 
@@ -191,9 +201,10 @@ class Backbone(ABC):
         `v = x_1 - x_0` of a flow model, or what a U-Net predicts, the noise or v, as the `prediction_type` of its
         [`DDIMSchedule`] says."""
 
-    def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Images of final latents `(B, ...)`; unless a family says otherwise, `(B, C, H, W)` scaled and shifted as the
-        VAE's config says. Raises `FloatingPointError` if the VAE gives NaN or infinite pixels."""
+    def decode(self, latents: Tensor) -> list[Sample]:
+        """Images of final latents `(B, ...)`, or with `frames_per_second` videos, each the list of its frames; unless
+        a family says otherwise, `(B, C, H, W)` scaled and shifted as the VAE's config says. Raises
+        `FloatingPointError` if the VAE gives NaN or infinite pixels."""
         config = self.pipeline.vae.config
         return self._decode(latents / config.scaling_factor + (config.get("shift_factor") or 0))
 
@@ -210,7 +221,11 @@ class Backbone(ABC):
                 "float32: model_init_kwargs={'dtype': {'vae': 'float32', 'default': 'bfloat16'}}, or pipeline.vae.to("
                 "torch.float32); in trl-flow evaluate, --dtype float32. If it is, its weights are damaged."
             )
-        return self.pipeline.image_processor.postprocess(pixels.float(), output_type="pil")
+        return self._processor.postprocess(pixels.float(), output_type="pil")
+
+    @property
+    def _processor(self) -> VaeImageProcessor:
+        return self.pipeline.image_processor
 
     def guided_prediction(
         self,
@@ -262,9 +277,8 @@ class Backbone(ABC):
         The keyword arguments with which the pipeline's own call draws what sampling settings mean.
 
         Args:
-            settings (`Mapping[str, Any]`): `num_inference_steps`, `guidance_scale`, `negative_prompt`, `height`,
-                `width`, `max_sequence_length`. Others, those that are `None` and those that the call does not take are
-                left out.
+            settings (`Mapping[str, Any]`): those of `SAMPLING_SETTINGS`. Others, those that are `None` and those that
+                the call does not take are left out.
         """
         accepted = signature(type(self.pipeline).__call__).parameters
         # The empty negative prompt is none, as in training: a pipeline may treat it as a prompt of its own

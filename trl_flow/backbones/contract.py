@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from trl_flow.backbones.schedules import DDIMSchedule, Schedule
+from trl_flow.images import Sample
 
 
 if TYPE_CHECKING:
@@ -17,11 +18,16 @@ def _refused(backbone: "Backbone", method: str, returned: Any, expected: str) ->
     if isinstance(returned, torch.Tensor):
         kind += f" of shape {tuple(returned.shape)}"
     elif isinstance(returned, list | tuple):
-        kind += f" of {len(returned)} ({', '.join(dict.fromkeys(type(value).__name__ for value in returned))})"
+        kind += f" of {len(returned)} ({', '.join(dict.fromkeys(map(_kind, returned)))})"
     elif isinstance(returned, dict):
         shown = {name: getattr(value, "shape", type(value).__name__) for name, value in returned.items()}
         kind += f" of { {name: tuple(v) if isinstance(v, torch.Size) else v for name, v in shown.items()} }"
     return TypeError(f"{type(backbone).__name__}.{method} returned a {kind}, but must return {expected}.")
+
+
+def _kind(value: Any) -> str:
+    inside = f" of {', '.join(dict.fromkeys(type(v).__name__ for v in value))}" if isinstance(value, list) else ""
+    return type(value).__name__ + inside
 
 
 def encoded(backbone: "Backbone", prompt: str, *image: Image.Image) -> dict[str, torch.Tensor]:
@@ -42,19 +48,28 @@ def encoded(backbone: "Backbone", prompt: str, *image: Image.Image) -> dict[str,
     return condition
 
 
-def decoded(backbone: "Backbone", latents: torch.Tensor) -> list[Image.Image]:
-    """Images of final latents `(B, ...)`. Raises `TypeError` if they are none, and `FloatingPointError` if the latents
-    are not finite."""
+def _is_sample(value: Any, *, video: bool) -> bool:
+    frames = value if video else [value]
+    return isinstance(frames, list) and len(frames) > 0 and all(isinstance(frame, Image.Image) for frame in frames)
+
+
+def decoded(backbone: "Backbone", latents: torch.Tensor) -> list[Sample]:
+    """Images of final latents `(B, ...)`, or videos as lists of their frames, as the backbone's `frames_per_second`
+    says. Raises `TypeError` if they are none, and `FloatingPointError` if the latents are not finite."""
     if not latents.isfinite().all():
         raise FloatingPointError(
             f"The {backbone.component}, in {backbone.dtype}, gave NaN or infinite latents. Use bfloat16 or float32. "
             "If it has been trained, it has diverged: take an earlier checkpoint."
         )
-    images = backbone.decode(latents)
-    is_list = isinstance(images, list) and len(images) == len(latents)
-    if not is_list or not all(isinstance(image, Image.Image) for image in images):
-        raise _refused(backbone, "decode", images, f"a list of PIL images, one for each of {len(latents)} latents")
-    return images
+    samples, video = backbone.decode(latents), backbone.frames_per_second is not None
+    is_list = isinstance(samples, list) and len(samples) == len(latents)
+    if not is_list or not all(_is_sample(sample, video=video) for sample in samples):
+        expected = f"a list of PIL images, one for each of {len(latents)} latents"
+        expected += " (of videos lists of them; its frames_per_second, which is None, then says how fast they play)"
+        if video:
+            expected = f"a list of videos, each a list of PIL images, one for each of {len(latents)} latents"
+        raise _refused(backbone, "decode", samples, expected)
+    return samples
 
 
 def check_prediction(backbone: "Backbone", prediction: Any, latents: torch.Tensor) -> None:

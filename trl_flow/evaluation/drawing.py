@@ -14,7 +14,7 @@ from trl_flow.backbones.passed_in import check_weights
 from trl_flow.backbones.prompt_length import warn_of_long_prompts
 from trl_flow.backbones.settings import check_settings, with_own_settings
 from trl_flow.dynamics import make_dynamics
-from trl_flow.images import to_rgb
+from trl_flow.images import Sample, to_rgb
 from trl_flow.rollout import RandomStream, StepPlan, decode, draw_noise, rollout, sample_generator
 
 
@@ -33,7 +33,7 @@ def draw_batch(
     guidance_scale: float,
     on_step: Callable[[int], None] | None = None,
     predictions: list[torch.Tensor] | None = None,
-) -> list[Image.Image]:
+) -> list[Sample]:
     """
     Draws one batch along the ODE (for U-Nets by deterministic DDIM): the one way in which evaluations draw.
 
@@ -66,15 +66,17 @@ def draw(
     num_images_per_prompt: int = 1,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
+    guidance_scale_2: float | None = None,
     negative_prompt: str | None = None,
     height: int | None = None,
     width: int | None = None,
+    num_frames: int | None = None,
     max_sequence_length: int | None = None,
     images: Sequence[Image.Image] | None = None,
     batch_size: int = 16,
     first_index: int = 0,
     progress: str | None = None,
-) -> list[Image.Image]:
+) -> list[Sample]:
     """
     Draws images as the trainer's `evaluate` does with the same settings.
 
@@ -83,29 +85,32 @@ def draw(
     change a pixel by one level of 255: compare runs of the same `batch_size`.
 
     Args:
-        pipeline: one of a supported family, or a backbone, which has its own height, width and `max_sequence_length`.
+        pipeline: one of a supported family, or a backbone, which has its own height, width, `num_frames`,
+            `max_sequence_length` and `guidance_scale_2`.
         prompts: each is encoded once, by itself.
         seed: non-negative.
         num_images_per_prompt: `K`.
-        num_inference_steps, guidance_scale, negative_prompt, height, width, max_sequence_length: as in the trainer's
-            config; `None` is the pipeline's own default. Whether guidance runs the negative prompt is the family's
-            rule.
+        num_inference_steps, guidance_scale, guidance_scale_2, negative_prompt, height, width, num_frames,
+            max_sequence_length: as in the trainer's config; `None` is the pipeline's own default. Whether guidance
+            runs the negative prompt is the family's rule.
         images: one for each prompt, for pipelines that edit images.
         batch_size: images at a time.
         first_index: index of the first image, where these are a part of a larger set.
         progress: what the progress bar is called; `None` shows none.
 
     Returns:
-        `list[PIL.Image.Image]`: `len(prompts) * K` images, those of one prompt next to each other.
+        `list[Sample]`: `len(prompts) * K` images (or videos, as lists of frames), those of one prompt next to each
+            other.
 
     Raises:
         ValueError: if the family is not supported, `images` do not fit, a backbone is given with a size, or a setting
             has no effect.
     """
     sizes = {"height": height, "width": width, "max_sequence_length": max_sequence_length}
-    if isinstance(pipeline, Backbone) and any(size is not None for size in sizes.values()):
-        raise ValueError("height, width and max_sequence_length are the backbone's own. Leave them out.")
-    backbone = pipeline if isinstance(pipeline, Backbone) else get_backbone(pipeline, **sizes)
+    own = sizes | {"num_frames": num_frames, "guidance_scale_2": guidance_scale_2}
+    if isinstance(pipeline, Backbone) and any(value is not None for value in own.values()):
+        raise ValueError(f"{', '.join(own)} are the backbone's own. Leave them out.")
+    backbone = pipeline if isinstance(pipeline, Backbone) else get_backbone(pipeline, **own)
     check_weights(backbone.pipeline)
     if backbone.takes_image and images is None:
         raise ValueError(f"{type(backbone.pipeline).__name__} edits images. Give one image for each prompt.")
@@ -136,7 +141,7 @@ def draw_images(
     batch_size: int,
     first_index: int,
     progress: str | None = None,
-) -> list[Image.Image]:
+) -> list[Sample]:
     """[`draw`] of what has been checked."""
 
     # Holds the conditions of two batches: rows are drawn in order, and the negative prompt is in every batch
@@ -149,7 +154,7 @@ def draw_images(
         each = [encode(text, None if images is None else row) for text, row in zip(texts, rows, strict=True)]
         return {name: torch.cat([condition[name] for condition in each]) for name in each[0]}
 
-    drawn: list[Image.Image] = []
+    drawn: list[Sample] = []
     guided = backbone.uses_guidance(guidance_scale)
     total = len(prompts) * num_images_per_prompt
     with tqdm(total=total, desc=progress, unit="image", disable=progress is None) as bar:

@@ -20,14 +20,15 @@ from trl_flow.backbones.model_files import loading_hint, variants_in
 from trl_flow.backbones.settings import check_settings, effective, with_own_settings
 from trl_flow.evaluation.adapters import Adapter
 from trl_flow.evaluation.image_folder import PromptList
-from trl_flow.evaluation.run_settings import differences, run_settings
+from trl_flow.evaluation.run_settings import differences, run_settings, trained_component
 from trl_flow.images import to_rgb
 from trl_flow.lora import adapter_config
 from trl_flow.prompts.rows import columns_of_rows, has_transform
 from trl_flow.shapes.bundled import DRAWING_SETTINGS, is_bundled
 
 
-_SIZES = ("height", "width", "max_sequence_length")
+_SIZES = ("height", "width", "num_frames", "max_sequence_length")
+_OWN = (*_SIZES, "guidance_scale_2")  # what a backbone is made with
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,11 @@ class DrawingOptions:
     num_images_per_prompt: int = 1
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    guidance_scale_2: float | None = None
     negative_prompt: str | None = None
     height: int | None = None
     width: int | None = None
+    num_frames: int | None = None
     max_sequence_length: int | None = None
     batch_size: int = 8
     dtype: str | None = None
@@ -60,9 +63,10 @@ class DrawingOptions:
             value, smallest = getattr(self, name), int(name != "seed")
             if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
                 raise ValueError(f"{name} is {value!r}, but must be a whole number of at least {smallest}.")
-        scale = 1.0 if self.guidance_scale is None else self.guidance_scale
-        if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-            raise ValueError(f"guidance_scale is {scale!r}, but must be a finite number.")
+        for name in ("guidance_scale", "guidance_scale_2"):
+            scale = 1.0 if getattr(self, name) is None else getattr(self, name)
+            if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+                raise ValueError(f"{name} is {scale!r}, but must be a finite number.")
         if self.dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype is {self.dtype!r}, but must be float32, bfloat16 or float16.")
 
@@ -124,13 +128,14 @@ def loaded_backbone(
     known = DRAWING_SETTINGS if is_bundled(model.config.get("_name_or_path")) else {}
     decided = known | next(filter(None, runs.values()), {}) | given
     if backbone is None:
-        backbone = get_backbone(model, **{name: decided.get(name) for name in _SIZES})
-    elif any(given.get(name) not in (None, getattr(backbone, name)) for name in _SIZES):
-        raise ValueError(f"the options are {given}, but backbone has its own {', '.join(_SIZES)}. Leave them out.")
+        own = {name: decided.get(name) for name in _OWN}
+        backbone = get_backbone(model, **own, component=trained_component(adapters))
+    elif any(given.get(name) not in (None, getattr(backbone, name)) for name in _OWN):
+        raise ValueError(f"the options are {given}, but backbone has its own {', '.join(_OWN)}. Leave them out.")
     scale = with_own_settings(backbone, decided)["guidance_scale"]
     check_settings(backbone, given, [scale])
     decided = {"negative_prompt": None, **effective(backbone, decided | {"guidance_scale": scale})}
-    decided |= with_own_settings(backbone, decided) | {name: getattr(backbone, name) for name in _SIZES}
+    decided |= with_own_settings(backbone, decided) | {name: getattr(backbone, name) for name in _OWN}
     if backbone.fixed_sequence_length is not None:
         decided["max_sequence_length"] = backbone.fixed_sequence_length
     notes = differences({name: effective(backbone, own) for name, own in runs.items()}, decided, given)

@@ -1,6 +1,6 @@
 """How the runs that adapters come from were evaluated, by the settings that stand beside their weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,29 @@ RUN_SETTINGS = "training_args.json"
 def run_settings(adapter: Adapter) -> dict[str, Any]:
     """Settings of a run's evaluations, by the names of drawing options; empty if nothing says them (an adapter of the
     Hub's or of another program)."""
-    path = Path(adapter.path)
-    path = (path.parent if path.is_file() else path) / RUN_SETTINGS
-    if not path.is_file():
+    if not (args := _args(adapter)):
         return {}
-    args = read_json(path)
     found = {name: args.get(name) for name in SAMPLING_SETTINGS} | {"num_inference_steps": None}
     for name in ("num_inference_steps", "guidance_scale"):
         if args.get(f"eval_{name}") is not None:
             found[name] = args[f"eval_{name}"]
     return {name: value for name, value in found.items() if value not in (None, "")}
+
+
+def _args(adapter: Adapter) -> dict[str, Any]:
+    path = Path(adapter.path)
+    path = (path.parent if path.is_file() else path) / RUN_SETTINGS
+    return read_json(path) if path.is_file() else {}
+
+
+def trained_component(adapters: Sequence[Adapter]) -> str | None:
+    """The pipeline's module that the adapters are for, as their runs say; `None` is the family's own. `ValueError` if
+    they are for several."""
+    found = {adapter.name: _args(adapter).get("component") for adapter in adapters}
+    if len(set(found.values())) > 1:
+        said = ", ".join(f"{name}: {value or 'the first'}" for name, value in found.items())
+        raise ValueError(f"the adapters are for different modules of the pipeline ({said}). Compare those of one.")
+    return next(iter(found.values()), None)
 
 
 def differences(

@@ -19,6 +19,7 @@ from huggingface_hub import snapshot_download
 from peft import PeftConfig
 
 from trl_flow.backbones import BACKBONES, Backbone, get_backbone
+from trl_flow.backbones.base import BACKBONE_SETTINGS
 from trl_flow.backbones.model_files import loading_hint
 from trl_flow.evaluation.outputs import read_json
 from trl_flow.memory.dry_run import GPUKernels, checkpoint, peak_bytes
@@ -32,7 +33,6 @@ from trl_flow.trainer.lora_targets import with_adapter
 INDEX = "model_index.json"
 CONTEXT = 2**29  # what the driver and torch take before the first tensor
 FRAGMENTATION = 0.05  # what the allocator cannot use of the rest
-DECODED_AT_ONCE = 16  # images that the trainer decodes at once
 
 
 @dataclass(frozen=True)
@@ -270,8 +270,7 @@ def _from_configs(folder: str, plan: Plan) -> Backbone:
             keeps = (is_diffusers or dtype == torch.float16) and any(part in kept for part in key.split("."))
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(torch.float32 if keeps else dtype)
-    sizes = {name: getattr(args, name) for name in ("height", "width", "max_sequence_length")}
-    backbone = get_backbone(pipeline, **sizes)
+    backbone = get_backbone(pipeline, **{name: getattr(args, name) for name in BACKBONE_SETTINGS})
     check_sampling(backbone, args)
     return backbone
 
@@ -378,7 +377,7 @@ def _decoding_bytes(backbone: Backbone, plan: Plan) -> int:
         vae.enable_slicing()
     if plan.args.enable_vae_tiling:
         vae.enable_tiling()
-    latents_shape = (min(plan.args.per_device_train_batch_size, DECODED_AT_ONCE), *backbone.latent_shape())
+    latents_shape = (min(plan.args.per_device_train_batch_size, backbone.decoded_at_once), *backbone.latent_shape())
 
     @torch.no_grad()
     def run(kernels: GPUKernels) -> None:

@@ -21,7 +21,7 @@ import torch
 RewardFunc = Callable[..., Any]
 
 # What every reward function is given besides the columns of the data set
-RESERVED_COLUMNS = ("prompts", "images", "trainer_state", "log_metric", "log_extra")
+RESERVED_COLUMNS = ("prompts", "images", "videos", "trainer_state", "log_metric", "log_extra")
 
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -85,16 +85,17 @@ def _flag(func: RewardFunc, name: str, default: bool, expected: str) -> bool:
     return value
 
 
-def check_reward_func(func: RewardFunc, columns: Iterable[str]) -> None:
+def check_reward_func(func: RewardFunc, columns: Iterable[str], *, videos: bool | None = None) -> None:
     """
     Refuses a reward function that could not be called with a data set of these columns, of which `prompt` is passed as
-    `prompts`, all others under their own names. One without a readable signature (some built in C) is let through.
+    `prompts`, all others under their own names, and `videos` if the model draws such (`None`: that is not known yet).
+    One without a readable signature (some built in C) is let through.
 
     Raises:
         TypeError: if `func` is no callable, is a class, does not take the keywords it is called with, or has an
             attribute `dense` or `needs_group` that is not True or False.
-        ValueError: if `func` needs a column that is missing, or a column has the name of something that every reward
-            function is given.
+        ValueError: if `func` needs a column that is missing, or videos of a model that draws images, or a column has
+            the name of something that every reward function is given.
     """
     if inspect.isclass(func):
         advice = f"pass {func.__name__}(...) instead of {func.__name__}"
@@ -117,7 +118,7 @@ def check_reward_func(func: RewardFunc, columns: Iterable[str]) -> None:
         parameters, filled = inspect.signature(func).parameters.values(), _filled(func)
     except (TypeError, ValueError):
         return
-    name, given = reward_name(func), [*RESERVED_COLUMNS, *columns]
+    name, given = reward_name(func), [name for name in [*RESERVED_COLUMNS, *columns] if videos or name != "videos"]
     if taken := [column for column in given if column in filled]:
         what = f"is called with '{taken[0]}', which is filled already, by the object itself or by a partial"
         rename = f"Rename the column: dataset.rename_column({taken[0]!r}, 'my_{taken[0]}')."
@@ -129,7 +130,13 @@ def check_reward_func(func: RewardFunc, columns: Iterable[str]) -> None:
             why = "reward functions are called by keyword: reward(prompts=..., images=..., ...)"
             advice = "Remove the '/' from its signature."
             raise TypeError(f"The reward function '{name}' takes '{p.name}' by position only, but {why}. {advice}")
-        if p.name not in given:
+        if p.name == "videos" and videos is False:
+            raise ValueError(
+                f"The reward function '{name}' needs videos, but this model draws images, which are passed as images. "
+                "Score images by another one, give its parameter a default (videos=None), or take a model that draws "
+                "videos."
+            )
+        if p.name not in given and p.name != "videos":
             raise ValueError(
                 f"The reward function '{name}' needs a column '{p.name}', which the data set does not have. "
                 f"Its columns besides 'prompt' are {columns}. Add the column, or give the parameter a default."

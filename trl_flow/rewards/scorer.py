@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from trl_flow.rewards.base import Columns, Images, model_of
+from trl_flow.images import Frame, Sample, frame_of
+from trl_flow.rewards.base import Columns, model_of
 from trl_flow.rewards.chat import JudgeError
 from trl_flow.rewards.checks import RewardError, RewardFunc, check_reward_func, check_rewards, is_async, reward_names
 
@@ -73,21 +74,23 @@ class RewardScorer:
             all async ones; `None` waits for ever. With a limit a sync function runs in a thread of its own: one that
             hangs is left behind, and keeps the process from ending for at most five seconds.
         names (`list[str]`, *optional*): What they are called, all different; by default [`reward_names`].
+        frame (`str`): Which frame of a video they get as its image: `"first"`, `"middle"` or `"last"`.
     """
 
     def __init__(
-        self, reward_funcs: Iterable[RewardFunc], *, timeout: float | None = None, names: list[str] | None = None
-    ):
+        self, reward_funcs: Iterable[RewardFunc], *, timeout: float | None = None, names: list[str] | None = None,
+        frame: Frame = "middle",
+    ):  # fmt: skip
         self.reward_funcs = list(reward_funcs)
-        self.timeout = timeout
+        self.timeout, self.frame = timeout, frame
         self.names = reward_names(self.reward_funcs) if names is None else list(names)
         self._models = [model for model in map(model_of, self.reward_funcs) if model is not None]
 
-    def check(self, columns: Iterable[str]) -> None:
+    def check(self, columns: Iterable[str], *, videos: bool | None = None) -> None:
         """Refuses functions that cannot be called with these columns: see [`check_reward_func`]."""
         columns = list(columns)
         for func in self.reward_funcs:
-            check_reward_func(func, columns)
+            check_reward_func(func, columns, videos=videos)
 
     def load(self) -> None:
         """Loads the models of all reward functions that have one, now instead of at the first call."""
@@ -100,12 +103,13 @@ class RewardScorer:
             func.close()
 
     def score(
-        self, prompts: list[str], images: Images, columns: Columns, *, trainer_state: Any = None,
+        self, prompts: list[str], samples: Sequence[Sample], columns: Columns, *, trainer_state: Any = None,
         only: Sequence[int] | None = None,
     ) -> Scores:  # fmt: skip
         """
-        Scores `N` samples: as many `prompts`, `images` and entries of each of the data set's other `columns`. The
-        functions are handed `trainer_state`; `only` has the indices of those that are asked, by default all.
+        Scores `N` samples: as many `prompts`, images or videos, and entries of each of the data set's other `columns`.
+        The functions are handed `images`, of videos one frame each, and then `videos`, the lists of all frames, and
+        `trainer_state`; `only` has the indices of those that are asked, by default all.
 
         Raises:
             RewardError: if a function raises, does not answer in time, or returns anything but one finite number or
@@ -116,7 +120,10 @@ class RewardScorer:
 
         def arguments() -> dict[str, Any]:
             own = {name: list(values) for name, values in columns.items()}
-            own.update(prompts=list(prompts), images=[image.copy() for image in images], trainer_state=trainer_state)
+            images = [frame_of(sample, self.frame).copy() for sample in samples]
+            own.update(prompts=list(prompts), images=images, trainer_state=trainer_state)
+            if any(isinstance(sample, list) for sample in samples):
+                own["videos"] = [[frame.copy() for frame in sample] for sample in samples]
             return {**own, "log_metric": collected.log_metric, "log_extra": collected.log_extra}
 
         started: dict[int, Future] = {}
@@ -183,12 +190,12 @@ class ScoringSession:
         """Whether a call in the background has not ended yet."""
         return any(not call.done() for call in self._calls)
 
-    def submit(self, prompts: list[str], images: Images, columns: Columns) -> None:
+    def submit(self, prompts: list[str], samples: Sequence[Sample], columns: Columns) -> None:
         """
         Scores a part, or has it scored when those before it have been. Errors are kept for [`raise_error`] and
         [`result`]; without a thread those that are no `RewardError`, such as Ctrl-C, are raised at once.
         """
-        call = functools.partial(self._score, prompts, images, columns)
+        call = functools.partial(self._score, prompts, samples, columns)
         if self._executor is None:
             call()
         else:
@@ -209,11 +216,11 @@ class ScoringSession:
             rewards = torch.cat([rewards, part.rewards])
         return Scores(rewards, logs)
 
-    def _score(self, prompts: list[str], images: Images, columns: Columns) -> None:
+    def _score(self, prompts: list[str], samples: Sequence[Sample], columns: Columns) -> None:
         if self._error is not None:
             return
         try:
-            self._parts.append(self._scorer.score(prompts, images, columns, trainer_state=self._trainer_state))
+            self._parts.append(self._scorer.score(prompts, samples, columns, trainer_state=self._trainer_state))
         except BaseException as error:
             self._error = error
             if self.background and isinstance(error.__cause__, torch.OutOfMemoryError):

@@ -86,6 +86,10 @@ def check_backbone(backbone: Any, args: FlowRLConfig, peft_config: PeftConfig | 
     kind = type(backbone).__name__
     if not isinstance(backbone, Backbone):
         raise TypeError(f"backbone is a {kind}, but must be a trl_flow.backbones.Backbone. Subclass it: one file.")
+    for name in ("num_frames", "guidance_scale_2", "component"):  # a backbone of one's own has its own
+        if getattr(args, name) not in (None, getattr(backbone, name)):
+            own = f"{name} is {getattr(args, name)!r}, but the backbone's is {getattr(backbone, name)!r}"
+            raise ValueError(f"{own}. Leave {name} out, or make the backbone with it.")
     latent_shape(backbone)
     scheduled(backbone, args.num_inference_steps)
     pipeline, model = backbone.pipeline, backbone.model
@@ -199,17 +203,19 @@ def check_images(dataset: Dataset, name: str, backbone: Backbone) -> None:
 
 
 def check_rewards(
-    scorer: RewardScorer, gold_scorer: RewardScorer, train_dataset: Dataset, eval_dataset: Any, args: FlowRLConfig
-) -> None:
-    """Raises `TypeError` or `ValueError` for reward functions that cannot be called, or unfit weights."""
+    scorer: RewardScorer, gold_scorer: RewardScorer, train_dataset: Dataset, eval_dataset: Any, args: FlowRLConfig,
+    *, videos: bool | None = None,
+) -> None:  # fmt: skip
+    """Raises `TypeError` or `ValueError` for reward functions that cannot be called, or unfit weights. `videos` says
+    whether the model draws such, if that is known yet."""
     if not scorer.reward_funcs:
         raise ValueError("reward_funcs is empty. Pass at least one reward function.")
-    scorer.check([] if args.remove_unused_columns else columns_of_rows(train_dataset))
+    scorer.check([] if args.remove_unused_columns else columns_of_rows(train_dataset), videos=videos)
     named = named_eval_datasets(eval_dataset)
     for name, dataset in named.items():
         for each in (scorer, gold_scorer):
             try:
-                each.check(columns_of_rows(dataset))
+                each.check(columns_of_rows(dataset), videos=videos)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}: {error}") from error
     if args.load_best_model_at_end and isinstance(eval_dataset, dict) and args.metric_for_best_model == "reward":

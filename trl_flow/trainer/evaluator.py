@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from PIL import Image
 from transformers import TrainerState
 from transformers.utils import logging
 
@@ -20,7 +19,7 @@ from trl_flow.evaluation.diversity import mean_pairwise_distance, pixel_features
 from trl_flow.evaluation.drawing import draw_batch
 from trl_flow.evaluation.gold import GoldScore, check_base, gold_score
 from trl_flow.functional import combine_rewards
-from trl_flow.images import to_rgb
+from trl_flow.images import Sample, frame_of, to_rgb
 from trl_flow.prompts.rows import read_rows, unchanged_random_state
 from trl_flow.rewards.checks import needs_group
 from trl_flow.rewards.scorer import RewardScorer
@@ -68,7 +67,7 @@ class EvaluationResult:
         name (`str` or `None`): the data set's, where there are several.
         metrics (`dict[str, float | None]`): `reward`, `rewards/{name}/mean`, `gold/average` and so on; `None` for a
             mean over no image.
-        images (`list[PIL.Image.Image]`), prompts (`list[str]`): of this process; none if nothing had to be drawn.
+        images (`list[Sample]`), prompts (`list[str]`): of this process; none if nothing had to be drawn.
         key (`str`): equal for evaluations that can be compared prompt by prompt.
         reward (`float`), base_reward (`float`): mean of the optimized reward, and the base model's.
         gold ([`~trl_flow.evaluation.gold.GoldScore`] or `None`): of the model as it is.
@@ -79,7 +78,7 @@ class EvaluationResult:
 
     name: str | None
     metrics: dict[str, float | None]
-    images: list[Image.Image]
+    images: list[Sample]
     prompts: list[str]
     key: str
     reward: float
@@ -179,9 +178,9 @@ class Evaluator:
         about = {"key": self._key(dataset), "num_samples": len(dataset) * number, "save": self.save}
         return EvaluationResult(name, metrics, images, prompts, **scored, **about)
 
-    def _draw(self, rows: list[dict[str, Any]], indices: list[int]) -> list[Image.Image]:
+    def _draw(self, rows: list[dict[str, Any]], indices: list[int]) -> list[Sample]:
         size, num_steps = self.args.per_device_eval_batch_size, self.args.eval_num_inference_steps
-        images: list[Image.Image] = []
+        images: list[Sample] = []
         for first in range(0, len(rows), size):
             part = rows[first : first + size]
             prompts, stage = [row["prompt"] for row in part], f"evaluating {first + 1}/{len(rows)}, step "
@@ -198,7 +197,7 @@ class Evaluator:
             return self.policy.sampling_module(*args, **kwargs)
 
     def _scored(
-        self, scorer: RewardScorer, rows: list[dict], images: list[Image.Image], total: int, state: TrainerState
+        self, scorer: RewardScorer, rows: list[dict], images: list[Sample], total: int, state: TrainerState
     ) -> torch.Tensor:
         """The rewards `(total, K)` of all processes' images, each of which is scored once."""
         own = min(max(total - self.policy.accelerator.process_index * len(rows), 0), len(rows))
@@ -225,6 +224,10 @@ class Evaluator:
         names = ["seed", "num_generations_eval", "eval_num_inference_steps", "negative_prompt"]
         names += ["height", "width", "max_sequence_length"]
         settings |= {name: getattr(self.args, name) for name in names}
+        of_videos = {name: getattr(self.args, name) for name in ("num_frames", "guidance_scale_2")}
+        settings |= {name: value for name, value in of_videos.items() if value is not None}
+        if self.args.reward_frame != "middle":
+            settings["reward_frame"] = self.args.reward_frame
         if self.policy.backbone.takes_image and "image" in dataset.column_names:
             settings["images"] = [image_fingerprint(to_rgb(row["image"])) for row in dataset]
         return hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()[:16]
@@ -239,9 +242,9 @@ class Evaluator:
         self._base_scores |= {key: BaseScores.from_json(base) for key, base in state.get("base_scores", {}).items()}
 
 
-def group_diversity(accelerator: Accelerator, images: list[Image.Image], group_size: int, total: int) -> float:
+def group_diversity(accelerator: Accelerator, images: list[Sample], group_size: int, total: int) -> float:
     """Diversity within the groups of all processes' images, of which the first `total` count."""
     # A group may be split over processes; reduced images are small enough to be gathered
-    thumbs = torch.from_numpy(thumbnails(images)).to(accelerator.device)
+    thumbs = torch.from_numpy(thumbnails([frame_of(image) for image in images])).to(accelerator.device)
     thumbs = accelerator.gather(thumbs)[:total].cpu().numpy()
     return mean_pairwise_distance(pixel_features(thumbs), group_size)

@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from transformers.utils import is_torch_bf16_gpu_available
 
+from trl_flow.images import Frame
 from trl_flow.trainer.trl_compat import _BaseConfig
 
 
@@ -125,8 +126,16 @@ class FlowRLConfig(_BaseConfig):
             Prompt to steer away from; with `None` the pipeline's own (empty) one.
         height (`int`, *optional*, defaults to `512`), width (`int`, *optional*, defaults to `512`):
             Size of the images in pixels.
+        num_frames (`int`, *optional*):
+            Frames of each video; `None`: the pipeline's own number. Models of images take none.
         max_sequence_length (`int`, *optional*, defaults to `128`):
             Prompt tokens for the pipelines that take this argument (T5 in Stable Diffusion 3).
+        component (`str`, *optional*):
+            The pipeline's module that is trained, where it can be one of two: in Wan 2.2 with two experts
+            `"transformer"`, which takes the noisier steps (and is the default), or `"transformer_2"`, which takes
+            the others. The steps of the other one are sampled with it as it is.
+        guidance_scale_2 (`float`, *optional*):
+            In Wan 2.2 with two experts, guidance in the steps of `transformer_2`; `None` means `guidance_scale`.
         share_initial_noise (`bool`, *optional*, defaults to `False`):
             Whether all images of a group start from the same noise.
         eval_num_inference_steps (`int`, *optional*):
@@ -137,6 +146,8 @@ class FlowRLConfig(_BaseConfig):
 
         reward_weights (`list[float]`, *optional*):
             Weight of each reward function; `None`: 1 each. One with a weight of 0 is only logged.
+        reward_frame (`str`, *optional*, defaults to `"middle"`):
+            The frame of a video, `"first"`, `"middle"` or `"last"`, that reward functions get as its image.
         reward_timeout (`float`, *optional*):
             Seconds after which a reward function that has not returned ends training; `None`: wait for ever.
         overlap_rewards (`bool`, *optional*, defaults to `True`):
@@ -206,11 +217,15 @@ class FlowRLConfig(_BaseConfig):
     negative_prompt: str | None = None
     height: int = 512
     width: int = 512
+    num_frames: int | None = None
     max_sequence_length: int = 128
+    component: str | None = None
+    guidance_scale_2: float | None = None
     share_initial_noise: bool = False
     eval_num_inference_steps: int | None = None
     eval_guidance_scale: float | None = None
     reward_weights: list[float] | None = None
+    reward_frame: Frame = "middle"
     reward_timeout: float | None = None
     overlap_rewards: bool = True
     scale_rewards: Literal["group", "batch", "batch_centered", "none"] = "batch"
@@ -249,6 +264,8 @@ class FlowRLConfig(_BaseConfig):
         self._check("eval_num_inference_steps", steps is None or steps >= 1, "at least 1, or None")
         self._check("num_generations", self.num_generations >= 2, "at least 2: advantages compare a prompt's images")
         self._check("guidance_scale", self.guidance_scale >= 0, "0 or more")
+        self._check("guidance_scale_2", (self.guidance_scale_2 or 0) >= 0, "0 or more, or None")
+        self._check("num_frames", self.num_frames is None or self.num_frames >= 1, "at least 1, or None")
         self._check("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
         self._check("advantage_clip", self.advantage_clip > 0, "above 0")
         self._check("reward_timeout", self.reward_timeout is None or self.reward_timeout > 0, "above 0, or None")

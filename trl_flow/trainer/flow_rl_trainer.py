@@ -19,6 +19,7 @@ from transformers.trainer_utils import speed_metrics
 from trl_flow import sharing
 from trl_flow.algorithms import Algorithm, MicroBatch
 from trl_flow.backbones import Backbone, get_backbone
+from trl_flow.backbones.base import BACKBONE_SETTINGS
 from trl_flow.backbones.contract import scheduled
 from trl_flow.backbones.prompt_length import warn_of_long_prompts
 from trl_flow.backbones.settings import evaluation_steps
@@ -64,7 +65,8 @@ class FlowRLTrainer(SavingTrainer):
         reward_funcs (`Callable`, `str` or a list of them):
             Functions, or their names as in recipes (`"pickscore"`, `"my_rewards.brightness"`). Called by keyword as
             `func(prompts=..., images=..., **columns, trainer_state=..., log_metric=..., log_extra=...)`, with lists of
-            one entry for each image; return a list of numbers, `None` where they do not apply. May be `async`.
+            one entry for each sample (of a video `images` has a frame, and `videos` the list of all); return a list of
+            numbers, `None` where they do not apply. May be `async`.
         args ([`FlowRLConfig`], *optional*):
             Configuration; defaults to that of `config_class` with `"{name of the model}-{method}"` as `output_dir`.
         train_dataset ([`~datasets.Dataset`]):
@@ -117,12 +119,14 @@ class FlowRLTrainer(SavingTrainer):
         # Data and rewards first: they are cheap to check, a model is not cheap to load
         reward_funcs, eval_reward_funcs = as_rewards(reward_funcs), as_rewards(eval_reward_funcs)
         names, number = reward_names([*reward_funcs, *eval_reward_funcs]), len(reward_funcs)
-        self.scorer = RewardScorer(reward_funcs, timeout=args.reward_timeout, names=names[:number])
-        self.gold_scorer = RewardScorer(eval_reward_funcs, timeout=args.reward_timeout, names=names[number:])
+        options = {"timeout": args.reward_timeout, "frame": args.reward_frame}
+        self.scorer = RewardScorer(reward_funcs, names=names[:number], **options)
+        self.gold_scorer = RewardScorer(eval_reward_funcs, names=names[number:], **options)
         datasets = {"train_dataset": train_dataset, **checks.named_eval_datasets(eval_dataset)}
         for name, dataset in datasets.items():
             checks.check_dataset(dataset, name)
-        checks.check_rewards(self.scorer, self.gold_scorer, train_dataset, eval_dataset, args)
+        scored = self.scorer, self.gold_scorer, train_dataset, eval_dataset, args
+        checks.check_rewards(*scored)
         check_best_metric(args, self.scorer.names, self.gold_scorer.names, eval_dataset)
         checks.check_over_optimization(callbacks or [], self.gold_scorer.names, eval_dataset, args)
         self.reward_weights = torch.tensor(args.reward_weights or [1.0] * number, dtype=torch.float32)
@@ -135,10 +139,11 @@ class FlowRLTrainer(SavingTrainer):
         set_seed(args.seed)
         self.pipeline = load_pipeline(model, args, peft_config) if is_path else model
         self.pipeline.set_progress_bar_config(disable=True)
-        size = {"height": args.height, "width": args.width, "max_sequence_length": args.max_sequence_length}
-        self.backbone = backbone or get_backbone(self.pipeline, **size)
+        settings = {name: getattr(args, name) for name in BACKBONE_SETTINGS}
+        self.backbone = backbone or get_backbone(self.pipeline, **settings)
         self.model_id = str(model) if is_path else self.pipeline.config.get("_name_or_path")
         checks.check_backbone(self.backbone, args, peft_config)
+        checks.check_rewards(*scored, videos=self.backbone.frames_per_second is not None)
         if args.eval_num_inference_steps is None:
             args.eval_num_inference_steps = evaluation_steps(self.backbone, args.num_inference_steps)
         scheduled(self.backbone, args.eval_num_inference_steps)

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from transformers import TrainerState
 from transformers.trainer_callback import CallbackHandler
 
 from trl_flow.algorithms import Algorithm, LossOutput, StepSums
 from trl_flow.evaluation.grids import image_grid
+from trl_flow.images import Sample, frame_of
 from trl_flow.rewards.scorer import RewardLogs
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.trackers import log_image
@@ -84,12 +84,10 @@ class SampleLog:
 
     def __init__(self, args: FlowRLConfig, reward_names: list[str]):
         self.args, self.reward_names = args, reward_names
-        self._images: list[Image.Image] = []
+        self._images: list[Sample] = []
         self._captions: list[str] = []
 
-    def take(
-        self, rows: list[dict[str, Any]], images: list[Image.Image], rewards: torch.Tensor, logs: RewardLogs
-    ) -> None:
+    def take(self, rows: list[dict[str, Any]], images: list[Sample], rewards: torch.Tensor, logs: RewardLogs) -> None:
         """Keeps images from as many groups as fit; `rewards` is `(N, K)`, of this process's samples."""
         by_group = sorted(range(len(images)), key=lambda i: (i % self.args.num_generations, i))
         self._images, self._captions = [], []
@@ -106,12 +104,12 @@ class SampleLog:
             self._images, self._captions = [], []
 
     def write(
-        self, images: list[Image.Image], captions: list[str], name: str, state: TrainerState, handler: CallbackHandler
+        self, images: list[Sample], captions: list[str], name: str, state: TrainerState, handler: CallbackHandler
     ) -> None:
         """A grid of images as `output_dir/images/{name}.png` and in the trackers."""
         if not self.args.log_images or not state.is_world_process_zero:
             return
         number, tag = self.args.num_images_to_log, name.rsplit("-", 1)[0]
         path = Path(self.args.output_dir, "images", f"{name}.png")
-        grid = image_grid(images[:number], captions[:number], path=path)
+        grid = image_grid([frame_of(image) for image in images[:number]], captions[:number], path=path)
         log_image(grid, f"images/{tag}", self.args.report_to, state, handler)

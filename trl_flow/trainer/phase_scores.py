@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from PIL import Image
 from transformers import TrainerState
 from transformers.utils import logging
 
 from trl_flow.algorithms import PhaseScores
 from trl_flow.functional import combine_rewards, frac_zero_std
+from trl_flow.images import Sample
 from trl_flow.rewards.checks import RewardError, is_dense
 from trl_flow.rewards.scorer import RewardLogs, RewardScorer, ScoringSession
 from trl_flow.rollout import StepPlan, decode
@@ -109,7 +109,7 @@ class ScoringPhase:
     state: TrainerState
     session: ScoringSession
     is_first: bool = False  # of this run of the program
-    images: list[Image.Image] = field(default_factory=list)
+    images: list[Sample] = field(default_factory=list)
     logs: RewardLogs = field(default_factory=RewardLogs)
     metrics: dict[str, float] = field(default_factory=dict)
     _submitted: int = 0

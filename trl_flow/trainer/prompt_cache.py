@@ -48,14 +48,14 @@ def encoding_fingerprint(backbone: Backbone) -> str:
         "backbone": f"{type(backbone).__module__}.{type(backbone).__qualname__}",
         "pipeline": type(pipeline).__name__,
         "max_sequence_length": backbone.max_sequence_length,
-        "size": [backbone.height, backbone.width],
+        "size": [backbone.height, backbone.width, *([] if backbone.num_frames is None else [backbone.num_frames])],
         "device": backbone.device.type,
         "versions": [diffusers.__version__, torch.__version__, transformers.__version__],
         "config": {key: v for key, v in config.items() if isinstance(v, bool | int | float | str | None)},
     }
     digest.update(json.dumps(settings, sort_keys=True).encode())
     for name, component in sorted(pipeline.components.items()):
-        if component is backbone.model:
+        if component is backbone.model or name.startswith("transformer"):
             continue
         if isinstance(component, torch.nn.Module):
             _add(digest, component.state_dict(), prefix=f"{name}.")

@@ -19,8 +19,9 @@ logger = logging.get_logger(__name__)
 KEPT = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args")
 # By which the samples of a phase were drawn and are read: none may change in its middle
 SAMPLED_WITH = (
-    *("num_generations", "num_inference_steps", "guidance_scale", "negative_prompt", "height", "width"),
-    *("max_sequence_length", "sde_type", "noise_level", "importance_ratio", "dense_rewards"),
+    *("num_generations", "num_inference_steps", "guidance_scale", "negative_prompt", "height", "width", "num_frames"),
+    *("max_sequence_length", "component", "guidance_scale_2", "reward_frame"),
+    *("sde_type", "noise_level", "importance_ratio", "dense_rewards"),
     *("bf16", "fp16"),
 )
 # Of where and how often things are written, which changes nothing in the training

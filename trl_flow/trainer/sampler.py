@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from trl_flow.dynamics import Dynamics
-from trl_flow.images import to_rgb
+from trl_flow.images import Sample, to_rgb
 from trl_flow.rollout import RandomStream, Rollout, StepPlan, decode, draw_noise, rollout, sample_generator
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.policy import Policy
@@ -18,11 +18,11 @@ from trl_flow.trainer.policy import Policy
 
 @dataclass(frozen=True)
 class SampledPart:
-    """Samples with their finished images; `first` is the first one's index among those of this process."""
+    """Samples with their finished images (or videos); `first` is the first one's index among those of this process."""
 
     first: int
     rollout: Rollout
-    images: list[Image.Image]
+    images: list[Sample]
 
 
 @dataclass(eq=False)
