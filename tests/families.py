@@ -9,6 +9,14 @@ from tiny_models import CLIP_TOKENS, tiny_sd3_pipeline
 from tiny_qwen import tiny_qwen_edit_pipeline, tiny_qwen_image_pipeline, tiny_z_image_pipeline
 from tiny_sd35 import tiny_sd35_pipeline
 from tiny_unets import tiny_sd_pipeline, tiny_sdxl_pipeline
+from tiny_wan import (
+    FRAMES,
+    tiny_wan_5b_pipeline,
+    tiny_wan_experts_pipeline,
+    tiny_wan_i2v_experts_pipeline,
+    tiny_wan_i2v_pipeline,
+    tiny_wan_pipeline,
+)
 
 
 def unpacked(backbone, noise):
@@ -22,6 +30,8 @@ UNET = {"size": (32, 32), "other_size": (24, 40), "max_sequence_length": CLIP_TO
 UNET |= {"atol": 1e-4}
 KLEIN = {"max_sequence_length": 34, "latents": unpacked, "guidance_scale": 4.0}
 EDIT = {"size": (64, 64), "other_size": (96, 32), "max_sequence_length": 20, "in_batches": False}
+WAN = {"size": (16, 32), "other_size": (48, 16), "settings": {"num_frames": FRAMES}}
+LOW = WAN | {"settings": WAN["settings"] | {"component": "transformer_2", "guidance_scale_2": 1.5}}
 FAMILIES = {
     "sd3": Family(tiny_sd3_pipeline, **SD3),
     "sd35-medium": Family(partial(tiny_sd35_pipeline, "medium"), **SD35),
@@ -40,4 +50,10 @@ FAMILIES = {
     "qwen-image-edit-plus": Family(partial(tiny_qwen_edit_pipeline, QwenImageEditPlusPipeline), **EDIT),
     # Captions of up to 42 tokens, which the transformer fills up to 32 or 64
     "z-image": Family(tiny_z_image_pipeline, max_sequence_length=48, unguided=0.0),
+    "wan21": Family(tiny_wan_pipeline, **WAN),
+    "wan22-5b": Family(tiny_wan_5b_pipeline, **WAN | {"size": (32, 64), "other_size": (64, 32)}),
+    "wan22-high": Family(tiny_wan_experts_pipeline, **WAN),
+    "wan22-low": Family(tiny_wan_experts_pipeline, **LOW),
+    "wan21-i2v": Family(tiny_wan_i2v_pipeline, **WAN, in_batches=False),
+    "wan22-i2v": Family(tiny_wan_i2v_experts_pipeline, **LOW, in_batches=False),
 }

@@ -1,7 +1,7 @@
 """What every family must show, on a tiny pipeline of its own: each check is one claim, called by a family's test."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from tiny_training import PROMPTS, distance, prompts, tiny_trainer, trained_weig
 from trl_flow import FlowGRPOConfig, FlowGRPOTrainer
 from trl_flow.backbones import Backbone, get_backbone
 from trl_flow.dynamics import make_dynamics
+from trl_flow.images import Sample, frames_of
 from trl_flow.rollout import StepPlan, draw_noise, rollout, sample_generator
 from trl_flow.sharing import create_model_card, save_lora
 
@@ -41,6 +42,7 @@ class Family:
         atol (`float`): how far final latents may be from the pipeline's own. Prompts are encoded one by one here, and
             guidance is computed in another order.
         in_batches (`bool`): whether the pipeline takes several prompts at once, with their images.
+        settings (`dict`): further ones of the backbone, by the names of the config's fields.
     """
 
     make_pipeline: Callable[[], DiffusionPipeline]
@@ -52,6 +54,7 @@ class Family:
     latents: Callable[[Backbone, torch.Tensor], torch.Tensor] = _plain
     atol: float = 1e-5
     in_batches: bool = True
+    settings: dict = field(default_factory=dict)
 
     def backbone(self, size: Size | None = None, pipeline: DiffusionPipeline | None = None) -> Backbone:
         height, width = self.size if size is None else size
@@ -60,6 +63,7 @@ class Family:
             height=height,
             width=width,
             max_sequence_length=self.max_sequence_length,
+            **self.settings,
         )
 
 
@@ -121,6 +125,7 @@ def drawn_by_the_pipeline(
         "num_inference_steps": STEPS,
         "max_sequence_length": backbone.max_sequence_length,
         "guidance_scale": guidance_scale,
+        **family.settings,
     } | settings
     call = backbone.call_arguments(settings)
 
@@ -139,24 +144,28 @@ def drawn_by_the_pipeline(
             own |= {"prompt": texts[first], **({"image": images[first]} if backbone.takes_image else {})}
         elif "negative_prompt" in call:
             own["negative_prompt"] = [call["negative_prompt"]] * number
-        drawn += pipeline(**call | own, callback_on_step_end=keep).images
+        own |= {} if backbone.frames_per_second is None else {"output_type": "pil"}
+        drawn += pipeline(**call | own, callback_on_step_end=keep)[0]
     return torch.cat(final), drawn
 
 
-def assert_same_images(images: Iterable[Image.Image], expected: Iterable[Image.Image], size: Size) -> None:
+def assert_same_images(images: Iterable[Sample], expected: Iterable[Sample], size: Size) -> None:
     """
-    Images of `size` (height, width) that are the same to rounding: no value differs by more than two levels of 255,
-    and they differ by less than 0.05 on average. Another prompt, seed or adapter moves them by whole levels.
+    Images, or frames of videos, of `size` (height, width) that are the same to rounding: no value differs by more than
+    two levels of 255, and they differ by less than 0.05 on average. Another prompt, seed or adapter moves them by
+    whole levels.
     """
+    images, expected = ([frame for sample in samples for frame in frames_of(sample)] for samples in (images, expected))
     for image, other in zip(images, expected, strict=True):
         assert image.size == size[::-1]
         assert np.abs(np.asarray(image, dtype=int) - np.asarray(other, dtype=int)).max() <= 2
         assert image_distance(image, other) < 0.05
 
 
-def image_distance(image: Image.Image, other: Image.Image) -> float:
+def image_distance(image: Sample, other: Sample) -> float:
     """Mean absolute difference of all values, in levels of 255."""
-    return float(np.abs(np.asarray(image, dtype=float) - np.asarray(other, dtype=float)).mean())
+    one, two = (np.stack([np.asarray(frame, dtype=float) for frame in frames_of(sample)]) for sample in (image, other))
+    return float(np.abs(one - two).mean())
 
 
 def assert_schedule_of_the_pipeline(backbone: Backbone) -> None:
@@ -225,6 +234,7 @@ def family_trainer(family: Family, output_dir: Path, **fields) -> FlowGRPOTraine
         "guidance_scale": family.guidance_scale,
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
+        **family.settings,
     } | fields
     return tiny_trainer(output_dir, pipeline=pipeline, train_dataset=prompts(**columns), **fields)
 
@@ -291,15 +301,20 @@ def check_card(family: Family, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
         "width": backbone.width,
         "max_sequence_length": backbone.max_sequence_length,
         "learning_rate": 1e-4,
+        **family.settings,
     }
     path = create_model_card(run, backbone=backbone, base_model=None, settings=settings, is_lora=True)
     code = path.read_text().split("```python\n")[1].split("```")[0]
     images_to_edit(1, family.size)[0].save(folder / "image.png")
     scope = {"latents": family.latents(backbone, initial_noise(backbone, 1))}
-    exec(code.replace("path/to", str(folder)).replace('"a prompt"', f'"{PROMPTS[0]}", latents=latents'), scope)
+    code = code.replace("path/to", str(folder)).replace('"a prompt"', f'"{PROMPTS[0]}", latents=latents')
+    if backbone.frames_per_second is not None:
+        code = code.replace("(prompt=", '(output_type="pil", prompt=').replace("export_to_video(", "dict(video=")
+    exec(code, scope)
     with torch.no_grad():
         images = backbone.decode(ode_latents(backbone, family.guidance_scale, PROMPTS[:1]))
-    assert_same_images([scope["image"]], images, family.size)
+    drawn = scope["image" if backbone.frames_per_second is None else "video"]
+    assert_same_images([drawn], images, family.size)
     assert image_distance(images[0], untrained) > 0.25
     loaded = getattr(scope["pipeline"], backbone.component)
     assert all(config.lora_alpha == 16 for config in loaded.peft_config.values())

@@ -20,9 +20,10 @@ class _Dynamics:
     @property
     def stochastic_steps(self) -> list[int]:
         """The steps that add noise; the others cannot be trained: the last one of CPS, and of DDIM where it ends at
-        `a' = 1` or does not move at all (`set_alpha_to_one` and `steps_offset` of the scheduler)."""
+        `a' = 1` or does not move at all (`set_alpha_to_one` and `steps_offset` of the scheduler); or because another
+        model takes them."""
         probe = self.schedule.timesteps.new_zeros(1, 1, dtype=torch.float32)
-        steps = range(self.schedule.num_steps)
+        steps = [step for step in range(self.schedule.num_steps) if step not in self.schedule.frozen]
         return [step for step in steps if self.transition(probe, probe, step).std.item() > 0]
 
     def gain(self, step: Step) -> torch.Tensor:

@@ -10,6 +10,7 @@ from trl_flow.algorithms.advantages import AdvantageEstimator
 from trl_flow.algorithms.base import Algorithm, LossOutput, MicroBatch, PhaseScores, StepSums
 from trl_flow.algorithms.noising import NoisedLatents, Noising, draw_places
 from trl_flow.backbones import Backbone
+from trl_flow.backbones.schedules import DDIMSchedule, Schedule
 from trl_flow.dynamics import make_dynamics
 from trl_flow.functional import (
     clipped_loss,
@@ -38,8 +39,27 @@ class ForwardProcess(Algorithm):
         schedule = backbone.schedule(args.num_inference_steps)
         self.dynamics = make_dynamics(schedule, sde_type="flow", noise_level=0.0)
         self.noising = Noising(schedule, backbone)
+        self.first_place, self.end_place, self.number = self._levels(schedule, backbone.component)
         self.estimator = AdvantageEstimator(args, reward_weights)
         self._num_updates = 0
+
+    def _levels(self, schedule: Schedule | DDIMSchedule, component: str) -> tuple[int, float, int]:
+        """Between which places of the schedule noise levels are drawn, and how many for each sample: of two experts
+        those of the trained one's steps, and no more of them than there are."""
+        (first, end), number, last = self.args.timestep_range, self.args.timesteps_per_sample, self.noising.last_place
+        if schedule.frozen:
+            steps = [step for step in range(first, end) if step not in schedule.frozen]
+            if not steps:
+                raise ValueError(
+                    f"timestep_range is {self.args.timestep_range}, but the {component} takes none of these steps. "
+                    "Widen the range, or raise num_inference_steps."
+                )
+            # Behind the last of its steps that is not the last of all, a level may be the other one's
+            last = last if steps[-1] == schedule.num_steps - 1 else steps[-1]
+            first, end = steps[0], steps[-1] + 1
+        if self.args.timestep_sampling == "schedule":
+            return first, end, min(number, end - first)
+        return first, min(end, last), number
 
     @property
     def needs_reference(self) -> bool:
@@ -64,16 +84,14 @@ class ForwardProcess(Algorithm):
     # ---- Noise levels ----
 
     def units(self, batch: MicroBatch) -> Sequence[int]:
-        return range(self.args.timesteps_per_sample)
+        return range(self.number)
 
     def noised(self, policy: "Policy", batch: MicroBatch, unit: int) -> NoisedLatents:
         """The samples at their `unit`-th noise level. Levels and noise belong to the sample, its sampling phase and
         the update, whatever micro-batch or process has it."""
         args, clean = self.args, batch.tensors["clean"]
         key = args.seed, policy.generation, RandomStream.NOISED, policy.updates_since_sampling
-        first, end = args.timestep_range
-        end = end if args.timestep_sampling == "schedule" else min(end, self.noising.last_place)
-        drawn = args.timestep_sampling, args.timesteps_per_sample, first, end
+        drawn = args.timestep_sampling, self.number, self.first_place, self.end_place
         places = [draw_places(*drawn, sample_generator(*key, sample))[unit] for sample in batch.samples]
         noise = draw_noise(clean.shape[1:], [sample_generator(*key, s, unit) for s in batch.samples], clean.device)
         # Apple's GPUs have no float64

@@ -47,7 +47,7 @@ class ClippedPolicyGradient(Algorithm):
         self.args = args
         schedule = backbone.schedule(args.num_inference_steps)
         self.dynamics = make_dynamics(schedule, sde_type=args.sde_type, noise_level=args.noise_level)
-        self.stochastic_steps = self._checked_stochastic_steps()
+        self.stochastic_steps = self._checked_stochastic_steps(backbone.component)
         self.estimator = AdvantageEstimator(args, reward_weights)
         if self.estimator.power is not None and args.updates_per_generation < 2:
             logger.warning(
@@ -74,17 +74,20 @@ class ClippedPolicyGradient(Algorithm):
         self._first_deviation: float | None = None
         self._ratio_checked = False
 
-    def _checked_stochastic_steps(self) -> list[int]:
+    def _checked_stochastic_steps(self, component: str) -> list[int]:
         args, last = self.args, self.args.num_inference_steps - 1
         steps = [step for step in self.dynamics.stochastic_steps if step != last or args.train_last_step]
         if not steps:
-            nothing = "no step of this model's schedule adds noise: there is nothing to train. Use at least 2 steps."
+            whose = f"schedule that the {component} takes" if self.dynamics.schedule.frozen else "schedule"
+            nothing = f"no step of this model's {whose} adds noise: there is nothing to train. Use at least 2 steps."
             raise ValueError(f"num_inference_steps is {args.num_inference_steps}, and {nothing}")
         first, end = args.sde_window_range or (0, 0)
         if args.sde_window_size is not None and min(end, len(steps)) - first < args.sde_window_size:
+            why = f"the last of {args.num_inference_steps} steps is deterministic and not trained"
+            if self.dynamics.schedule.frozen:
+                why = f"the {component} takes {len(steps)} steps that can be trained, which the range counts"
             raise ValueError(
-                f"sde_window_range is {args.sde_window_range}, but on this model's schedule the last of "
-                f"{args.num_inference_steps} steps is deterministic and not trained: a window of "
+                f"sde_window_range is {args.sde_window_range}, but on this model's schedule {why}: a window of "
                 f"{args.sde_window_size} steps does not fit. Use more steps, a smaller window or a lower start."
             )
         return steps

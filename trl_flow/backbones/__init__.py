@@ -9,12 +9,14 @@ from trl_flow.backbones.qwen_image import QwenImageBackbone, QwenImageEditBackbo
 from trl_flow.backbones.schedules import DDIMSchedule, Schedule
 from trl_flow.backbones.sd3 import StableDiffusion3Backbone
 from trl_flow.backbones.stable_diffusion import StableDiffusionBackbone, StableDiffusionXLBackbone
+from trl_flow.backbones.wan import WanBackbone, WanImageToVideoBackbone
 from trl_flow.backbones.z_image import ZImageBackbone
 
 
 __all__ = ["BACKBONES", "Backbone", "DDIMSchedule", "Flux2KleinBackbone", "FluxBackbone", "FluxKontextBackbone"]
 __all__ += ["QwenImageBackbone", "QwenImageEditBackbone", "QwenImageEditPlusBackbone", "Schedule"]
-__all__ += ["StableDiffusion3Backbone", "StableDiffusionBackbone", "StableDiffusionXLBackbone", "ZImageBackbone"]
+__all__ += ["StableDiffusion3Backbone", "StableDiffusionBackbone", "StableDiffusionXLBackbone"]
+__all__ += ["WanBackbone", "WanImageToVideoBackbone", "ZImageBackbone"]
 __all__ += ["get_backbone"]
 
 # The name of the pipeline's class -> the backbone
@@ -28,6 +30,8 @@ BACKBONES: dict[str, type[Backbone]] = {
     "StableDiffusion3Pipeline": StableDiffusion3Backbone,
     "StableDiffusionPipeline": StableDiffusionBackbone,
     "StableDiffusionXLPipeline": StableDiffusionXLBackbone,
+    "WanImageToVideoPipeline": WanImageToVideoBackbone,
+    "WanPipeline": WanBackbone,
     "ZImagePipeline": ZImageBackbone,
 }
 

@@ -16,10 +16,12 @@ class Schedule:
     Attributes:
         sigmas (`torch.Tensor`): noise levels `t`, from the noisiest down to the data's, float32, shape `(T + 1,)`.
         timesteps (`torch.Tensor`): the model's input at each step, shape `(T,)`.
+        frozen (`tuple[int, ...]`): steps that another model takes than the one that is trained: they follow the ODE.
     """
 
     sigmas: Tensor
     timesteps: Tensor
+    frozen: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.sigmas.shape != (len(self.timesteps) + 1,) or self.timesteps.ndim != 1:
@@ -77,6 +79,7 @@ class DDIMSchedule:
     alphas_cumprod_next: Tensor
     timesteps: Tensor
     prediction_type: str = "epsilon"
+    frozen = ()  # as in `Schedule`: there is one U-Net
 
     @property
     def num_steps(self) -> int:

@@ -48,12 +48,19 @@ def check_lora_config(peft_config: PeftConfig) -> None:
         )
 
 
+def file_component(component: str) -> str:
+    """The name that files have for the pipeline's module `component`: Wan's second transformer is saved as the first
+    one is, and whoever loads it says which it is for."""
+    return "transformer" if component == "transformer_2" else component
+
+
 def write_diffusers_file(
     pipeline_class: type[DiffusionPipeline], folder: Path, config: LoraConfig, weights: dict[str, torch.Tensor],
     component: str,
 ) -> Path:  # fmt: skip
     """Writes an adapter's tensors, by PEFT's names in its module, as the file that `load_lora_weights` reads."""
-    given = {f"{component}_lora_layers": weights, f"{component}_lora_adapter_metadata": _metadata(config, weights)}
+    name = file_component(component)
+    given = {f"{name}_lora_layers": weights, f"{name}_lora_adapter_metadata": _metadata(config, weights)}
     pipeline_class.save_lora_weights(folder, weight_name=LORA_WEIGHT_NAME, **given)
     return folder / LORA_WEIGHT_NAME
 

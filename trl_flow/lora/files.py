@@ -19,7 +19,13 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from trl_flow.lora.diffusers_format import LORA_WEIGHT_NAME, PEFT_FILES, check_lora_config, write_diffusers_file
+from trl_flow.lora.diffusers_format import (
+    LORA_WEIGHT_NAME,
+    PEFT_FILES,
+    check_lora_config,
+    file_component,
+    write_diffusers_file,
+)
 
 
 # Ends of the names of a layer's tensors, as diffusers, PEFT, kohya and others write them
@@ -90,11 +96,14 @@ def load_lora(
     file = find_lora(path)
     with _readable(file, pipeline, component) as readable:
         tensors = _converted(pipeline, readable, file)
-        pipeline.load_lora_weights(str(readable), adapter_name=adapter_name, use_safetensors=True)
+        options = {"adapter_name": adapter_name, "use_safetensors": True} | loading_options(component)
+        pipeline.load_lora_weights(str(readable), **options)
     if getattr(getattr(pipeline, component), "_overwritten_params", None):
         raise ValueError(f"{file.name} widens the model's input (a control LoRA), which this pipeline does not fill")
     unet = {name: tensor for name, tensor in tensors.items() if name.startswith("unet.") and ".lora_" not in name}
     tensors = {n: t for n, t in tensors.items() if n not in unet} | convert_unet_state_dict_to_peft(unet)
+    if (saved_as := f"{file_component(component)}.") != f"{component}.":
+        tensors = {f"{component}.{n.removeprefix(saved_as)}": tensor for n, tensor in tensors.items()}
     layers = dict(lora_layers(pipeline))
     arrived = sum("base_layer" not in name for layer in layers.values() for name in layer.state_dict())
     if arrived != len(tensors):
@@ -102,6 +111,11 @@ def load_lora(
         what = f"only {arrived} of the {len(tensors)} tensors in {file.name} belong to this {type(pipeline).__name__}"
         raise ValueError(f"{what}, not {others[0]}")
     return tensors
+
+
+def loading_options(component: str) -> dict[str, bool]:
+    """With which `load_lora_weights` loads into the pipeline's module `component`."""
+    return {"load_into_transformer_2": True} if component == "transformer_2" else {}
 
 
 def lora_layers(pipeline: DiffusionPipeline) -> Iterator[tuple[str, LoraLayer]]:

@@ -16,6 +16,7 @@ from trl_flow.backbones.base import SAMPLING_SETTINGS
 from trl_flow.backbones.settings import effective
 from trl_flow.evaluation.outputs import versions
 from trl_flow.images import TO_RGB_CODE
+from trl_flow.lora import loading_options
 from trl_flow.shapes.bundled import is_bundled
 from trl_flow.sharing.card_facts import evaluation_scores, license_of, training_rewards
 from trl_flow.sharing.weights import hub_model_id
@@ -23,6 +24,7 @@ from trl_flow.sharing.weights import hub_model_id
 
 # Fields of the config that a reader needs to judge or repeat a run; the rest is in training_args.json
 _SETTINGS = (
+    "component",
     "num_generations",
     *(*SAMPLING_SETTINGS, "eval_num_inference_steps", "eval_guidance_scale"),
     *("sde_type", "noise_level", "train_last_step", "sde_window_size", "sde_window_range", "sde_window_schedule"),
@@ -131,7 +133,8 @@ def create_model_card(
     base_id = hub_model_id(base_model)
     shown = [(_link(folder, path), prompt) for path, prompt in samples if (folder / path).is_file()]
     gallery = [{"text": _one_line(prompt), "output": {"url": link}} for link, prompt in shown if prompt is not None]
-    task = "image-to-image" if backbone.takes_image else "text-to-image"
+    kind = "image" if backbone.frames_per_second is None else "video"
+    task = f"{'image' if backbone.takes_image else 'text'}-to-{kind}"
     own_tags = ["trl_flow", "diffusers-training", task, "lora" if is_lora else "full-finetune"]
     data = ModelCardData(
         library_name="diffusers",
@@ -195,7 +198,8 @@ def _loading_code(
     given += "".join(f", {name}={_quoted(value)}" for name, value in loading.items())
     code = [f"pipeline = {pipeline.__name__}.from_pretrained({base}{given}{dtype}){on_gpu}"]
     if is_lora:
-        code.append(f"pipeline.load_lora_weights({_quoted(source)})")
+        options = "".join(f", {name}={value}" for name, value in loading_options(component).items())
+        code.append(f"pipeline.load_lora_weights({_quoted(source)}{options})")
     else:
         code.insert(0, f"{component} = {trained.__name__}.from_pretrained({_quoted(source)}{dtype})")
     for line in (backbone.scheduler_code or "").splitlines():
@@ -206,10 +210,16 @@ def _loading_code(
     arguments = backbone.call_arguments(effective(backbone, settings))
     # By keyword: the first argument of pipelines that edit is the image
     call = [f"prompt={_quoted(prompt)}", *(f"{name}={value!r}" for name, value in arguments.items())]
+    if backbone.frames_per_second is not None:
+        imports.append("from diffusers.utils import export_to_video")
     if backbone.takes_image:
         imports += ["from diffusers.utils import load_image", "from PIL import Image", "", "", TO_RGB_CODE]
         call.insert(0, 'image=load_image("path/to/image.png", convert_method=to_rgb)')
-    return "\n".join([*imports, "", *code, f"image = pipeline({', '.join(call)}).images[0]"])
+    code.append(f"image = pipeline({', '.join(call)}).images[0]")
+    if backbone.frames_per_second is not None:
+        code[-1] = f"video = pipeline({', '.join(call)}).frames[0]"
+        code.append(f'export_to_video(video, "video.mp4", fps={backbone.frames_per_second:g})')
+    return "\n".join([*imports, "", *code])
 
 
 def _scores(log_history: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -21,6 +21,7 @@ from trl_flow.backbones import Backbone
 from trl_flow.backbones.contract import latent_shape, scheduled
 from trl_flow.backbones.settings import check_settings
 from trl_flow.images import check_mode
+from trl_flow.lora import file_component
 from trl_flow.prompts.rows import check_prompts, columns_of_rows, first_row, has_transform
 from trl_flow.rewards.checks import RESERVED_COLUMNS, needs_group
 from trl_flow.rewards.scorer import RewardScorer
@@ -134,7 +135,7 @@ def _check_lora_loader(backbone: Backbone) -> None:
     if not isinstance(pipeline, LoraBaseMixin):
         return  # with a loader of its own
     taken = signature(pipeline.save_lora_weights).parameters
-    if f"{backbone.component}_lora_layers" not in taken:
+    if f"{file_component(backbone.component)}_lora_layers" not in taken:
         known = [name for name in ("transformer", "unet") if f"{name}_lora_layers" in taken]
         raise ValueError(
             f"{kind}'s LoRA loader saves adapters of its {' and '.join(known)}, but the trained part is called "

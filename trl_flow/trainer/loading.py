@@ -29,7 +29,8 @@ def component_dtypes(args: FlowRLConfig, *, trains_adapter: bool) -> dict[str, t
         return {"default": _as_dtype(dtype)}
     frozen = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     # The VAE loses accuracy in half precision; weights that are trained need float32
-    full = ["vae"] if trains_adapter else ["vae", "transformer", "unet"]
+    trained = [args.component] if args.component else ["transformer", "unet"]
+    full = ["vae"] if trains_adapter else ["vae", *trained]
     return {"default": frozen} | dict.fromkeys(full, torch.float32)
 
 
@@ -53,7 +54,13 @@ def quantization_settings(settings: dict[str, Any], compute_dtype: torch.dtype) 
 
 
 def _quantization_config(
-    model: str, given: Any, kwargs: dict[str, Any], dtypes: dict[str, torch.dtype], *, trains_adapter: bool
+    model: str,
+    given: Any,
+    kwargs: dict[str, Any],
+    dtypes: dict[str, torch.dtype],
+    *,
+    trains_adapter: bool,
+    trained: str | None,
 ) -> PipelineQuantizationConfig:
     if not trains_adapter:
         raise ValueError(
@@ -73,6 +80,7 @@ def _quantization_config(
     except (OSError, ValueError) as error:
         raise _not_loadable(model, error) from error
     component = "unet" if "unet" in index else "transformer"
+    component = trained or component
     settings = quantization_settings(given, dtypes.get(component, dtypes["default"]))
     if not is_bitsandbytes_available():
         raise ValueError("Quantized base weights need bitsandbytes: pip install trl_flow[quantization].")
@@ -99,7 +107,7 @@ def load_pipeline(model: str | os.PathLike, args: FlowRLConfig, peft_config: Pef
             f"Pass the folder that DiffusionPipeline.save_pretrained wrote, or a hub id.{loading_hint(path)}"
         )
     if (given := kwargs.pop("quantization_config", None)) is not None:
-        options = {"trains_adapter": trains_adapter}
+        options = {"trains_adapter": trains_adapter, "trained": args.component}
         kwargs["quantization_config"] = _quantization_config(path, given, kwargs, dtypes, **options)
     try:
         return DiffusionPipeline.from_pretrained(path, **kwargs)
