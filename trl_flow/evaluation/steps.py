@@ -43,9 +43,9 @@ def predict_steps(
     on_step: Callable[[int], None] | None = None,
 ) -> list[Sample]:
     """
-    The clean image, or video, as the model predicts it in one step from every state of sampling (GRPO-Guard, Figure 11; the
-    projection is VGPO's Eq. 10): image `i` is decoded from `x_t - t v(x_t, t)` before step `i`, for U-Nets from the
-    `x_0` that they predict.
+    The clean image, or video, as the model predicts it in one step from every state of sampling (GRPO-Guard, Figure
+    11; the projection is VGPO's Eq. 10): image `i` is decoded from `x_t - t v(x_t, t)` before step `i`, for U-Nets
+    from the `x_0` that they predict.
 
     Sampling is the evaluation's: along the ODE, so that nothing but the model moves the states. The last image of a
     flow model is the one that [`~trl_flow.evaluation.drawing.draw`] gives for the same seed and index.
