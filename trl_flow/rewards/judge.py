@@ -106,7 +106,7 @@ class VLMJudgeReward(Question):
             check_whole_number("num_frames", num_frames, 1)
         super().__init__(prompt_template, parse, max_tokens=max_tokens, **server)
         self.info = dataclasses.replace(self.info, range=(low, high))
-        self.num_frames = num_frames
+        self.num_frames, self.takes_videos = num_frames, num_frames is not None
         self.__name__ = name
 
     async def __call__(
