@@ -9,7 +9,15 @@ from PIL import Image
 
 from trl_flow.images import spread
 from trl_flow.rewards.base import check_callable, check_whole_number
-from trl_flow.rewards.checks import RewardFunc, check_rewards, is_async, is_dense, needs_group, reward_name
+from trl_flow.rewards.checks import (
+    RewardFunc,
+    check_rewards,
+    is_async,
+    is_dense,
+    needs_group,
+    reward_name,
+    takes_videos,
+)
 
 
 class FrameReward:
@@ -40,9 +48,11 @@ class FrameReward:
         name = reward_name(reward)
         if needs_group(reward):
             raise ValueError(f"{name!r} compares the images of a group: it would compare frames with each other.")
-        self.__signature__ = _signature(reward, name)
+        if takes_videos(reward):
+            raise ValueError(f"{name!r} takes videos itself. Give it as it is.")
+        self.__signature__ = _signature(reward)
         self.reward, self.every, self.num_frames = reward, every, num_frames
-        self.dense = is_dense(reward)
+        self.dense, self.takes_videos = is_dense(reward), True
         self.__name__ = f"{name}_frames"
         if is_async(reward):  # which is seen by the class's __call__
             self.__class__ = _AsyncFrameReward
@@ -95,14 +105,12 @@ def _ignore(column: str, values: list) -> None:
     """In place of `log_extra`, whose values would be one for each frame."""
 
 
-def _signature(reward: Callable, name: str) -> inspect.Signature:
+def _signature(reward: Callable) -> inspect.Signature:
     """What can be passed: the reward's own parameters, so that missing columns are found, and videos."""
     try:
         parameters = dict(inspect.signature(reward).parameters)
     except (TypeError, ValueError):  # some functions that are built in
         parameters = {"kwargs": inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)}
-    if "videos" in parameters:
-        raise ValueError(f"{name!r} takes videos itself. Give it as it is.")
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     own = {key: inspect.Parameter(key, kind) for key in ("prompts", "images", "videos")}
     others = [
