@@ -144,8 +144,7 @@ def drawn_by_the_pipeline(
             own |= {"prompt": texts[first], **({"image": images[first]} if backbone.takes_image else {})}
         elif "negative_prompt" in call:
             own["negative_prompt"] = [call["negative_prompt"]] * number
-        own |= {} if backbone.frames_per_second is None else {"output_type": "pil"}
-        drawn += pipeline(**call | own, callback_on_step_end=keep)[0]
+        drawn += pipeline(**call | own, callback_on_step_end=keep, output_type="pil")[0]
     return torch.cat(final), drawn
 
 
@@ -307,9 +306,10 @@ def check_card(family: Family, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     code = path.read_text().split("```python\n")[1].split("```")[0]
     images_to_edit(1, family.size)[0].save(folder / "image.png")
     scope = {"latents": family.latents(backbone, initial_noise(backbone, 1))}
-    code = code.replace("path/to", str(folder)).replace('"a prompt"', f'"{PROMPTS[0]}", latents=latents')
-    if backbone.frames_per_second is not None:
-        code = code.replace("(prompt=", '(output_type="pil", prompt=').replace("export_to_video(", "dict(video=")
+    code = code.replace("path/to", str(folder)).replace(
+        '"a prompt"', f'"{PROMPTS[0]}", latents=latents, output_type="pil"'
+    )
+    code = code.replace("export_to_video(", "(lambda *args, **kwargs: None)(")
     exec(code, scope)
     with torch.no_grad():
         images = backbone.decode(ode_latents(backbone, family.guidance_scale, PROMPTS[:1]))

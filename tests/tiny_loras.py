@@ -11,6 +11,7 @@ from tiny_flux import tiny_flux_pipeline, tiny_klein_pipeline
 from tiny_models import tiny_sd3_pipeline
 from tiny_qwen import tiny_qwen_image_pipeline, tiny_z_image_pipeline
 from tiny_unets import tiny_sd_pipeline, tiny_sdxl_pipeline
+from tiny_wan import tiny_wan_pipeline
 
 from trl_flow.backbones import BACKBONES
 from trl_flow.sharing import save_lora
@@ -24,6 +25,7 @@ FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
     "klein": tiny_klein_pipeline,
     "qwen": tiny_qwen_image_pipeline,
     "z": tiny_z_image_pipeline,
+    "wan": tiny_wan_pipeline,
 }
 # Of each family's default target modules one, with another rank and another alpha than the others
 PATTERNS = {"rank_pattern": {"to_q": 2}, "alpha_pattern": {"to_k": 5}}

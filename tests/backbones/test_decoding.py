@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from families import FAMILIES as ALL
 from family_checks import Family
 from tiny_flux import tiny_flux_pipeline, tiny_klein_pipeline, tiny_kontext_pipeline
 from tiny_models import tiny_sd3_pipeline
@@ -25,6 +26,7 @@ FAMILIES = {
     "kontext": Family(tiny_kontext_pipeline),
     "klein": Family(tiny_klein_pipeline, max_sequence_length=24),
     "qwen-image": Family(tiny_qwen_image_pipeline, max_sequence_length=40),
+    "wan": ALL["wan21"],
     "z-image": Family(tiny_z_image_pipeline, max_sequence_length=48),
 }
 OVERFLOW = r"The VAE, in torch\.float16, gave NaN or infinite values.*Load it in float32"

@@ -7,6 +7,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from families import FAMILIES
 from family_checks import (
+    STEPS,
     assert_schedule_of_the_pipeline,
     check_batches,
     check_card,
@@ -82,6 +83,12 @@ def test_sizes_and_lengths_that_are_not_given_are_the_pipelines(name):
     cls = type(FAMILIES[name].backbone(pipeline=pipeline))
     length = signature(type(pipeline).__call__).parameters.get("max_sequence_length")
     assert cls.default_sequence_length == (77 if length is None else length.default)
+    if name.startswith("wan"):
+        assert cls.default_size(pipeline) == (480, 832)
+        backbone = cls(pipeline)
+        assert (backbone.height, backbone.width, backbone.num_frames) == (480, 832, 81)
+        assert backbone.max_sequence_length == 512
+        return
     side = {"sd3": 16, "sd35-medium": 64, "sd35-large": 64, "z-image": 1024}.get(name)
     # U-Nets say their own size; the others draw 128 latents each way, whatever their VAE
     side = side or (32 if name.startswith("sd") else 128 * pipeline.vae_scale_factor)
@@ -128,13 +135,15 @@ def test_every_weight_of_the_default_lora_is_reached_by_the_gradient(name):
     with torch.no_grad():
         condition = conditions(backbone, ["a cat"])
     model = random_lora(backbone)
-    gradients = []
+    schedule, gradients = backbone.schedule(STEPS), []
+    step = next(step for step in range(STEPS) if step not in schedule.frozen)
     for checkpointing in (False, True):
         if checkpointing:
             backbone.model.enable_gradient_checkpointing()
             model.train()
         model.zero_grad()
-        prediction = backbone.guided_prediction(model, initial_noise(backbone, 1), torch.tensor(500.0), condition)
+        latents, timestep = initial_noise(backbone, 1), schedule.timesteps[step]
+        prediction = backbone.guided_prediction(model, latents, timestep, condition)
         prediction.square().mean().backward()
         gradients.append({key: p.grad for key, p in model.named_parameters() if p.requires_grad})
     assert [key for key, gradient in gradients[0].items() if gradient is None] == []

@@ -10,6 +10,7 @@ from diffusers import FirstBlockCacheConfig, UNet2DConditionModel
 from diffusers.hooks import apply_group_offloading
 from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor, FluxTransformer2DModel
+from families import FAMILIES as ALL
 from family_checks import Family, conditions, initial_noise, random_lora
 from peft import inject_adapter_in_model
 from tiny_flux import tiny_flux_pipeline, tiny_klein_pipeline, tiny_kontext_pipeline
@@ -32,6 +33,7 @@ FAMILIES = {
     "kontext": Family(tiny_kontext_pipeline),
     "klein": Family(tiny_klein_pipeline, max_sequence_length=24),
     "qwen-image": Family(tiny_qwen_image_pipeline, max_sequence_length=40),
+    "wan": ALL["wan21"],
     "z-image": Family(tiny_z_image_pipeline, max_sequence_length=48),
 }
 

@@ -11,7 +11,7 @@ from trl_flow.backbones.prompt_length import warn_of_long_prompts
 
 # Tokens that each family needs for `n` letters: special ones, and what a chat template puts around them
 AROUND = {
-    **{"sd3": 2, "sd": 2, "sdxl": 2, "flux-dev": 2, "kontext": 2},
+    **{"sd3": 2, "sd": 2, "sdxl": 2, "flux-dev": 2, "kontext": 2, "wan21": 2},
     # user's turn, then the assistant's: a letter is a token here, as is each word of Qwen's own beginning
     **{"klein-base": 19, "z-image": 19, "qwen-image": 13, "qwen-image-edit": 0, "qwen-image-edit-plus": 0},
 }

@@ -26,6 +26,7 @@ OWN = {
     "qwen-image-edit": (50, 4.0),
     "qwen-image-edit-plus": (50, 4.0),
     "z-image": (50, 5.0),
+    **{name: (50, 5.0) for name in FAMILIES if name.startswith("wan")},
 }
 DISTILLED = ("flux-schnell", "klein")
 WITHOUT_NEGATIVE = ("flux-dev", "flux-schnell", "kontext", "klein-base", "klein")

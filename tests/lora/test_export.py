@@ -56,6 +56,19 @@ def test_kohyas_files_are_what_the_stock_pipeline_takes_for_the_adapter(family, 
     assert_same_deltas(deltas(getattr(stock, component_of(stock))), expected)
 
 
+@pytest.mark.parametrize("format", ["comfyui", "kohya"])
+def test_wans_modules_have_their_original_names(format, tmp_path):
+    # diffusers' converter of musubi-tuner's files asks for the feed-forward layers, too
+    targets = ["to_k", "to_out.0", "to_q", "to_v", "ffn.net.0.proj", "ffn.net.2"]
+    expected = saved_adapter("wan", tmp_path, target_modules=targets, **PATTERNS)
+    file = tmp_path / "out.safetensors"
+    tensors = exported("wan", tmp_path, file, format)
+    assert "lora_unet_blocks_1_cross_attn_o.lora_up.weight" in tensors
+    stock = FAMILIES["wan"]()
+    stock.load_lora_weights(str(file))
+    assert_same_deltas(deltas(stock.transformer), expected)
+
+
 def test_modules_of_an_xl_u_nets_blocks_have_their_original_names(tmp_path):
     # Blocks as in Stable Diffusion XL: two layers each, attention in all but the first and the last
     blocks = {"block_out_channels": (8, 8, 8), "layers_per_block": 2, "transformer_layers_per_block": 1}

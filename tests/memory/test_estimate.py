@@ -7,6 +7,7 @@ import pytest
 import tiny_flux
 import tiny_qwen
 import tiny_unets
+import tiny_wan
 import torch
 from full_size_configs import write_configs
 from peft import LoraConfig
@@ -34,6 +35,8 @@ FAMILIES = {
     "QwenImageEditPipeline": lambda: tiny_qwen.tiny_qwen_edit_pipeline(diffusers.QwenImageEditPipeline),
     "QwenImageEditPlusPipeline": lambda: tiny_qwen.tiny_qwen_edit_pipeline(diffusers.QwenImageEditPlusPipeline),
     "ZImagePipeline": tiny_qwen.tiny_z_image_pipeline,
+    "WanPipeline": tiny_wan.tiny_wan_experts_pipeline,
+    "WanImageToVideoPipeline": tiny_wan.tiny_wan_i2v_pipeline,
 }
 
 

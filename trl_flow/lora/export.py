@@ -38,6 +38,8 @@ _SAME = {
         "UNet2DConditionModel": _UNET + _UNET_ENDS,
     },
 }
+# Of these ComfyUI knows names with underscores alone
+_UNDERSCORED = ("UNet2DConditionModel", "WanTransformer3DModel")
 # What no network of sd-scripts and musubi-tuner reaches
 _NOT_IN_KOHYA = {"FluxTransformer2DModel": r"final_layer", "Flux2Transformer2DModel": r"final_layer|img_in|txt_in"}
 
@@ -90,7 +92,7 @@ def export_lora(
             "modules of the blocks alone (target_modules), or use the adapter with diffusers."
         )
     tensors: dict[str, Tensor] = {}
-    if format == "comfyui" and component != "unet":
+    if format == "comfyui" and type(model).__name__ not in _UNDERSCORED:
         for name, layer in layers.items():
             key = f"{component}.{name}"
             tensors |= {f"{key}.lora_A.weight": layer.down, f"{key}.lora_B.weight": layer.up}
