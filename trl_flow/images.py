@@ -62,6 +62,14 @@ def frames_of(sample: Sample) -> list[Image.Image]:
     return sample if isinstance(sample, list) else [sample]
 
 
+def spread(frames: list[Image.Image], number: int) -> list[Image.Image]:
+    """At most `number` of the frames, at equal distances: the first and the last among them, or one in the middle."""
+    number = min(number, len(frames))
+    if number == 1:
+        return [frame_of(frames)]
+    return [frames[round(i * (len(frames) - 1) / (number - 1))] for i in range(number)]
+
+
 def frame_of(sample: Sample, frame: Frame = "middle") -> Image.Image:
     """The frame that stands for a video, of an even number the later of the two in the middle; of an image, itself."""
     frames = frames_of(sample)

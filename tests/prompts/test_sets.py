@@ -18,6 +18,7 @@ from trl_flow.prompts import (
     load_pickscore,
     load_prompts,
     load_unigenbench,
+    load_vbench,
     sets,
 )
 
@@ -235,6 +236,62 @@ def test_drawbench_from_the_hub_and_from_its_file(dataset_hub, tmp_path):
     (tmp_path / "dataset" / "drawbench" / "test.txt").write_text('A purple spoon.\nA sign, with "Hi".\n')
     for path in (tmp_path, tmp_path / "dataset" / "drawbench" / "test.txt"):  # as DiffusionNFT ships it
         assert load_drawbench(path=path)[:] == rows | {"category": [None, None]}
+
+
+# ---- VBench ----
+
+VBENCH = [
+    {"prompt_en": "In a still frame, a harbor", "dimension": ["temporal_flickering"]},
+    {
+        "prompt_en": "a green kettle",
+        "dimension": ["color"],
+        "auxiliary_info": {"color": {"color": "green"}},
+    },
+    {"prompt_en": "a heron flies off", "dimension": ["subject_consistency", "dynamic_degree", "motion_smoothness"]},
+]
+VBENCH_COLUMNS = {
+    "prompt": [row["prompt_en"] for row in VBENCH],
+    "dimension": [row["dimension"] for row in VBENCH],
+    "auxiliary_info": [None, {"color": {"color": "green"}}, None],
+}
+
+
+def test_vbench_is_downloaded_once_and_of_other_revisions_from_its_new_place(github):
+    path = f"/Vchitect/VBench/{sets.VBENCH_REVISION}/VBench_full_info.json"
+    github[path] = github["/Vchitect/VBench/master/vbench/VBench_full_info.json"] = json.dumps(VBENCH)
+    assert load_prompts("vbench", "test")[:] == load_vbench()[:] == VBENCH_COLUMNS
+    assert github[None] == [path]
+    assert load_vbench(revision="master")[:] == VBENCH_COLUMNS
+
+
+def test_vbench_from_files(tmp_path):
+    text = "a green kettle\na red kite \n\n"
+    files = {"vbench/VBench_full_info.json": json.dumps(VBENCH)}
+    files |= {f"prompts/prompts_per_dimension/{name}.txt": text for name in ("color", "all_dimension")}
+    files["prompts/augmented_prompts/color_longer.txt"] = text
+    folder = repository(tmp_path, files)
+    for path in (folder, folder / "vbench", folder / "vbench" / "VBench_full_info.json"):
+        assert load_prompts(f"vbench:{path}", "test")[:] == VBENCH_COLUMNS
+    rows = {"prompt": ["a green kettle", "a red kite"], "auxiliary_info": [None, None]}
+    for file, dimension in (
+        ("prompts_per_dimension/color.txt", ["color"]),
+        ("augmented_prompts/color_longer.txt", ["color"]),
+        ("prompts_per_dimension/all_dimension.txt", None),
+    ):
+        assert load_vbench(path=folder / "prompts" / file)[:] == rows | {"dimension": [dimension] * 2}
+
+
+def test_files_of_vbench_and_hpdv2_are_recognized_without_a_name(tmp_path):
+    folder = repository(tmp_path, {"VBench_full_info.json": json.dumps(VBENCH)} | HPDV2)
+    assert load_prompts(folder / "VBench_full_info.json")[:] == VBENCH_COLUMNS
+    assert load_prompts(folder / "benchmark" / "anime.json")[:] == {"prompt": ["anime one", "anime two"]}
+    assert load_prompts(folder / "test.json")["prompt"][:] == ["z"]
+
+
+def test_a_file_of_something_else_is_not_vbench(tmp_path):
+    (tmp_path / "other.json").write_text('[{"prompt": "a"}]')
+    with pytest.raises(ValueError, match="'vbench' has no column 'dimension', only"):
+        load_vbench(path=tmp_path / "other.json")
 
 
 # ---- UniGenBench++ ----

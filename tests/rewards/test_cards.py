@@ -18,8 +18,9 @@ from trl_flow.rewards.named import NAMED_REWARDS, named_reward
 PAGE = Path(__file__).parents[2] / "docs" / "reward_models.md"
 
 
-# A reward on another machine has the card of what it stands for
-REWARDS = [name for name in rewards.__all__ if name.endswith("Reward") and name != "RemoteReward"]
+# A reward on another machine, or of frames, has the card of what it stands for
+OTHERS = ("FrameReward", "RemoteReward")
+REWARDS = [name for name in rewards.__all__ if name.endswith("Reward") and name not in OTHERS]
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +91,7 @@ def required_columns(reward):
     return [
         p.name
         for p in parameters
-        if p.default is p.empty and p.kind is not p.VAR_KEYWORD and p.name not in ("prompts", "images")
+        if p.default is p.empty and p.kind is not p.VAR_KEYWORD and p.name not in ("prompts", "images", "videos")
     ]
 
 

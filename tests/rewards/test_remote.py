@@ -16,9 +16,17 @@ import pytest
 import torch
 from PIL import Image
 from served_rewards import brightness, thirds
+from tiny_videos import gray, moving_square
 
-from trl_flow.rewards import JPEGIncompressibilityReward, RemoteReward, RewardServerError, ShapesReward
-from trl_flow.rewards.checks import is_dense, reward_name
+from trl_flow.rewards import (
+    FrameReward,
+    JPEGIncompressibilityReward,
+    MotionReward,
+    RemoteReward,
+    RewardServerError,
+    ShapesReward,
+)
+from trl_flow.rewards.checks import check_reward_func, is_dense, reward_name
 from trl_flow.rewards.named import named_reward
 from trl_flow.rewards.scorer import RewardScorer
 from trl_flow.shapes import load_prompts
@@ -198,6 +206,35 @@ def test_functions_that_compare_get_whole_groups(serve_rewards):
     assert ask(reward, groups, pictures(11)) == [5] * 5 + [1] + [2] * 2 + [3] * 3
     with pytest.raises(ValueError, match="there are 6 of 'a' next to each other: more than the 5"):
         ask(reward, ["a"] * 6, pictures(6))
+
+
+# ---- Videos ----
+
+
+def test_all_frames_are_sent_to_functions_that_look_at_them(serve_rewards):
+    rewards = "motion,frames:jpeg_incompressibility,served_rewards.brightness"
+    url = serve_rewards("--max-images", "21", rewards=rewards).url
+    videos = [moving_square(color, frames=9) for color in ("red", "blue", "green")] + [gray(3)]
+    motion, frames = RemoteReward(url, reward="motion"), RemoteReward(url, reward="jpeg_incompressibility_frames")
+    local = [MotionReward(), FrameReward(JPEGIncompressibilityReward())]
+    scores = RewardScorer([motion, frames, RemoteReward(url, reward="brightness")], frame="last")
+    expected = RewardScorer([*local, brightness], frame="last")
+    given = [["a square"] * 4, videos, {"weight": [1.0] * 4}]
+    assert scores.score(*given).values == expected.score(*given).values
+    # Two of ten frames and their images in a request
+    assert motion._most(videos) == 2 and motion._most(None) == 21
+
+
+def test_a_video_that_does_not_fit_into_a_request(serve_rewards):
+    reward = RemoteReward(serve_rewards("--max-images", "9", rewards="motion").url)
+    with pytest.raises(ValueError, match="9 frames, .* more than the 9 images .* with --max-images 10 or more"):
+        ask(reward, ["a"], [gray(1)[0]], videos=[moving_square(frames=9)])
+
+
+def test_videos_are_asked_for_before_training(serve_rewards):
+    check_reward_func(RemoteReward(serve_rewards(rewards="motion").url), ["prompt"], videos=True)
+    with pytest.raises(ValueError, match="'motion' needs videos, but this model draws images"):
+        check_reward_func(RemoteReward(serve_rewards(rewards="motion").url), ["prompt"], videos=False)
 
 
 def requests_answered(url):

@@ -1,21 +1,23 @@
-"""How different the images of one prompt are."""
+"""How different the images, or videos, of one prompt are."""
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image
 
-from trl_flow.images import to_rgb
+from trl_flow.images import Sample, frames_of, spread, to_rgb
 
 
-# Images are compared at this size: layout and colors count, grain does not
-_SIDE = 32
+# Images are compared at this size: layout and colors count, grain does not. Videos are by so many frames
+_SIDE, _FRAMES = 32, 4
 
 
-def thumbnails(images: Sequence[Image.Image]) -> np.ndarray:
-    """Images of any size and mode reduced to 32 x 32 RGB: uint8 of shape `(N, 3072)`."""
+def thumbnails(samples: Sequence[Sample]) -> np.ndarray:
+    """Images of any size and mode reduced to 32 x 32 RGB: uint8 of shape `(N, 3072)`. Of videos, all of as many
+    frames, four that are evenly spaced, one after another: `(N, 12288)`."""
     how = {"size": (_SIDE, _SIDE), "resample": Image.Resampling.BOX, "reducing_gap": 2.0}
-    return np.stack([np.ravel(to_rgb(image).resize(**how)) for image in images])
+    shown = [spread(frames_of(sample), _FRAMES) for sample in samples]
+    return np.stack([np.ravel([to_rgb(frame).resize(**how) for frame in frames]) for frames in shown])
 
 
 def pixel_features(thumbs: np.ndarray) -> np.ndarray:
@@ -24,9 +26,9 @@ def pixel_features(thumbs: np.ndarray) -> np.ndarray:
 
 
 def diversity(
-    images: Sequence[Image.Image],
+    images: Sequence[Sample],
     num_images_per_prompt: int,
-    embed: Callable[[Sequence[Image.Image]], np.ndarray] | None = None,
+    embed: Callable[[Sequence[Sample]], np.ndarray] | None = None,
 ) -> float:
     """
     Mean over the prompts of the mean distance between two different images of the prompt.
@@ -34,7 +36,8 @@ def diversity(
     `images` are `N`, those of one prompt next to each other, `K` (at least 2) for each. `embed` gives them features
     `(N, D)`, of which Euclidean distances are taken, such as the unit vectors of an image encoder. By default images
     are reduced to 32 x 32 RGB, and the distance is the root mean square of the differences: 0 for equal images, 1 for
-    a black and a white one. `ValueError` if `K` does not fit `N`, or `embed` gives anything but one vector for each.
+    a black and a white one; of videos over four evenly spaced frames, each compared with the one at its place in the
+    other. `ValueError` if `K` does not fit `N`, or `embed` gives anything but one vector for each.
     """
     features = pixel_features(thumbnails(images)) if embed is None else np.asarray(embed(images), dtype=np.float64)
     if features.ndim != 2 or len(features) != len(images):

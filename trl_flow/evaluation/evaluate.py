@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -29,10 +29,13 @@ from trl_flow.evaluation.inputs import DrawingOptions
 from trl_flow.evaluation.intervals import finite
 from trl_flow.evaluation.outputs import versions, write_json
 from trl_flow.evaluation.page import write_page
+from trl_flow.evaluation.run_settings import trained_frame
 from trl_flow.evaluation.scoring import score_images
 from trl_flow.evaluation.steps import draw_steps
 from trl_flow.evaluation.tables import markdown
+from trl_flow.evaluation.videos import require_mp4
 from trl_flow.evaluation.vote_results import update_votes
+from trl_flow.images import Frame
 from trl_flow.rewards.named import as_rewards
 from trl_flow.rewards.scorer import RewardScorer
 from trl_flow.rewards.unigenbench import UniGenBenchReward
@@ -41,8 +44,8 @@ from trl_flow.shapes.bundled import BUNDLED, is_bundled
 
 RESULTS, REPORT, PAGE, STEPS = "results.json", "results.md", "comparison.html", "steps.png"
 
-# Images that are scored at a time: as many as fit into memory at any size
-_SCORED_TOGETHER = 64
+# Images and videos that are scored at a time: as many as fit into memory at any size
+_SCORED_TOGETHER, _VIDEOS_TOGETHER = 64, 8
 
 # By set, model and reward, float64 `(N,)`
 ModelScores = dict[str, dict[str, dict[str, np.ndarray]]]
@@ -100,6 +103,7 @@ def evaluate_models(
     steps: bool = False,
     page_megabytes: float = 50.0,
     rescore: bool = False,
+    reward_frame: Frame | None = None,
     progress: bool = True,
 ) -> Comparison:
     """
@@ -128,9 +132,12 @@ def evaluate_models(
             set ([`~trl_flow.evaluation.steps_grid`]).
         page_megabytes: about how large the page may become.
         rescore: compute again the scores that an earlier run has kept.
+        reward_frame: the frame of a video, `"first"`, `"middle"` or `"last"`, that rewards get as its image; by
+            default the one of the first adapter's run. Rewards with a parameter `videos` get all frames.
 
     Raises:
         ValueError: if something does not fit, before anything is drawn or written.
+        ImportError: if the pipeline draws videos, and mp4 cannot be written.
         RewardError: if a reward function fails.
 
     Example:
@@ -160,17 +167,18 @@ def evaluate_models(
     proxy, gold = as_rewards(proxy), as_rewards(gold)
     scorer = RewardScorer([*proxy, *gold])
     asked = {name: [r for r in scorer.names if not rewards_by_set or r in rewards_by_set[name]] for name in sets}
-    for name, dataset in sets.items():
-        try:
-            funcs = zip(scorer.names, scorer.reward_funcs, strict=True)
-            RewardScorer(func for reward, func in funcs if reward in asked[name]).check(dataset.column_names)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"the prompt set {name!r}: {error}") from error
+    _check_rewards(scorer, sets, asked)
+    frame = trained_frame(adapters) if reward_frame is None else reward_frame
+    if frame not in get_args(Frame):
+        raise ValueError(f"reward_frame is {frame!r}, but must be one of {', '.join(get_args(Frame))}.")
     folder = ImageFolder(output_dir)
 
     loading = inputs.loading_options(model, adapters, revision=revision, variant=variant)
     given = model, options or DrawingOptions(), backbone, adapters, loading
     backbone, options, notes = inputs.loaded_backbone(*given)
+    if draws_videos := backbone.frames_per_second is not None:
+        require_mp4()
+    _check_rewards(scorer, sets, asked, videos=draws_videos)
     inputs.check_images_to_edit(sets, backbone)
     models = _described_models(model, backbone, adapters)
     lists = {name: inputs.prompt_list(dataset, with_images=backbone.takes_image) for name, dataset in sets.items()}
@@ -180,7 +188,7 @@ def evaluate_models(
         warn_of_long_prompts(backbone, texts, "the prompts" if len(lists) == 1 else f"the prompt set {name!r}")
     for note in notes if progress else ():
         tqdm.write(note)
-    run = _Run(folder, options, notes, sets, asked, lists, models, progress)
+    run = _Run(folder, options, notes, sets, asked, lists, models, frame if draws_videos else None, progress)
     with folder.locked():
         folder.claim(asdict(options), models, lists)
         drawn = run.draw(backbone, adapters)
@@ -194,6 +202,17 @@ def evaluate_models(
         scores, points = run.score(scorer, drawn, rescore)
         kinds = {"proxy": scorer.names[: len(proxy)], "gold": scorer.names[len(proxy) :]}
         return run.write(scores, points, kinds, brackets, grid_prompts, page_megabytes)
+
+
+def _check_rewards(
+    scorer: RewardScorer, sets: Mapping[str, Dataset], asked: Mapping[str, list[str]], videos: bool | None = None
+) -> None:
+    for name, dataset in sets.items():
+        funcs = zip(scorer.names, scorer.reward_funcs, strict=True)
+        try:
+            RewardScorer(f for reward, f in funcs if reward in asked[name]).check(dataset.column_names, videos=videos)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the prompt set {name!r}: {error}") from error
 
 
 def _described_models(
@@ -221,6 +240,7 @@ class _Run:
     asked: dict[str, list[str]]  # names of the rewards that score each set
     lists: dict[str, PromptList]
     models: dict[str, dict[str, str]]
+    frame: Frame | None  # of videos, the one that rewards get as an image
     progress: bool
 
     def draw(self, backbone: Backbone, adapters: Sequence[Adapter]) -> set[tuple[str, str]]:
@@ -253,17 +273,17 @@ class _Run:
                 texts, edited = [prompts[row] for row in rows], images and [images[row] for row in rows]
                 options |= {"num_images_per_prompt": 1, "images": edited, "first_index": batch.start}
                 drawn = draw_images(backbone, texts, **options)
-                for index, image in zip(batch, drawn, strict=True):
-                    self.folder.save(name, model, index, image)
+                for index, sample in zip(batch, drawn, strict=True):
+                    self.folder.save(name, model, index, sample, backbone.frames_per_second)
                 bar.update(len(batch))
 
     def score(
         self, scorer: RewardScorer, drawn: set[tuple[str, str]], rescore: bool
     ) -> tuple[ModelScores, TestPoints]:
         """The scores of all images: kept ones where they still hold, unless `rescore`."""
-        rewards = {
-            name: inputs.computed_by(func) for name, func in zip(scorer.names, scorer.reward_funcs, strict=True)
-        }
+        of_frame = "" if self.frame is None else f" of the {self.frame} frame"
+        funcs = zip(scorer.names, scorer.reward_funcs, strict=True)
+        rewards = {name: inputs.computed_by(func) + of_frame for name, func in funcs}
         columns = {name: inputs.columns_fingerprint(dataset) for name, dataset in self.sets.items()}
         # Asked for scores by something that there never was, the folder gives those of other rewards only
         kept = self.folder.scores(dict.fromkeys(rewards, "") if rescore else rewards, columns)
@@ -299,7 +319,7 @@ class _Run:
     def _score_set(self, name: str, model: str, func: Callable, reward: str) -> tuple[list[float], list]:
         dataset, number = self.sets[name], self.options.num_images_per_prompt
         # Whole prompts: some rewards compare the images of one
-        rows = max(1, _SCORED_TOGETHER // number)
+        rows = max(1, (_SCORED_TOGETHER if self.frame is None else _VIDEOS_TOGETHER) // number)
         values: list[float] = []
         points: list = []
         with self._bar(reward, model, name) as bar:
@@ -307,7 +327,7 @@ class _Run:
                 part = dataset.select(range(first, min(first + rows, len(dataset))))
                 indices = range(first * number, (first + len(part)) * number)
                 images, extras = [self.folder.load(name, model, i) for i in indices], {}
-                (scores,) = score_images(images, part, func, extras=extras).values()
+                (scores,) = score_images(images, part, func, extras=extras, frame=self.frame or "middle").values()
                 values += scores.tolist()
                 points += extras.get(UniGenBenchReward.POINTS, [None] * len(images))
                 bar.update(len(indices))

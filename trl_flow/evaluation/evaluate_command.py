@@ -41,8 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options to a parser."""
     rewards = ", ".join(NAMED_REWARDS)
     parser.epilog = textwrap.fill(
-        f"Rewards are {rewards}; a dotted import path such as my_rewards.brightness, looked for in the current folder "
-        "too; or the address of a reward server, as http://host:8000#pickscore. Each must apply to all prompt sets.",
+        f"Rewards are {rewards}; of videos frames:NAME, the mean over frames; a dotted import path such as "
+        "my_rewards.brightness, looked for in the current folder too; or the address of a reward server, as "
+        "http://host:8000#pickscore. Each must apply to all prompt sets.",
         width=100,
         break_on_hyphens=False,
     )
@@ -152,7 +153,7 @@ def _evaluation(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str
         "gold": named_rewards(arguments.gold, "gold") if arguments.gold else (),
         "options": DrawingOptions(**options),
         **{name: getattr(arguments, name) for name in ("grid_prompts", "steps", "page_megabytes", "rescore")},
-        **{name: getattr(arguments, name) for name in ("revision", "variant")},
+        **{name: getattr(arguments, name) for name in ("revision", "variant", "reward_frame")},
     }
     return evaluation | chosen, names
 

@@ -1,4 +1,4 @@
-"""Grids of images with captions that a person can read."""
+"""Grids of images, and of videos as strips of frames, with captions that a person can read."""
 
 import functools
 import math
@@ -11,12 +11,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from trl_flow.evaluation.fonts import font_for
-from trl_flow.images import to_rgb
+from trl_flow.images import Sample, frames_of, spread, to_rgb
 
 
 # Images below this many pixels a side are enlarged: in a 32-pixel cell nobody sees anything, or reads a caption
 _SMALLEST_SIDE = 128
 _FONT_SIZE, _LINE_HEIGHT, _FOOT, _MARGIN = 11, 15, 4, 6
+# Frames of a video in its strip, how far apart they stand, and their longest side in grids that do not scale images
+STRIP, _GAP, _LARGEST_FRAME = 4, 2, 256
 _NAME_WIDTH = 140  # of the names beside rows, at most
 _PAPER, _INK = "white", "black"
 _framed = functools.partial(ImageOps.expand, fill=_PAPER)
@@ -79,13 +81,32 @@ def evenly(total: int, number: int) -> list[int]:
     return [i * total // number for i in range(number)]
 
 
-def _enlarged(images: Sequence[Image.Image], upscale: int | None) -> list[Image.Image]:
+def _enlarged(samples: Sequence[Sample], upscale: int | None) -> list[Image.Image]:
+    parts = [[_reduced(frame, _LARGEST_FRAME) for frame in _strip(s)] if isinstance(s, list) else [s] for s in samples]
     if upscale is None:
-        upscale = max(1, math.ceil(_SMALLEST_SIDE / max(max(image.size) for image in images)))
+        upscale = max(1, math.ceil(_SMALLEST_SIDE / max(max(image.size) for images in parts for image in images)))
     if upscale < 1:
         raise ValueError(f"upscale is {upscale}, but must be a whole number of at least 1, or None.")
+    return [_beside([_scaled(image, upscale) for image in images]) for images in parts]
+
+
+def _scaled(image: Image.Image, factor: int) -> Image.Image:
     # Nearest neighbor shows the pixels that the model drew, and no others
-    return [ImageOps.scale(to_rgb(image), upscale, Image.Resampling.NEAREST) for image in images]
+    return ImageOps.scale(to_rgb(image), factor, Image.Resampling.NEAREST)
+
+
+def _reduced(image: Image.Image, side: int) -> Image.Image:
+    image = to_rgb(image)
+    return ImageOps.contain(image, (side, side), Image.Resampling.LANCZOS) if max(image.size) > side else image
+
+
+def _strip(sample: Sample) -> list[Image.Image]:
+    """The frames of a video that are shown; of an image, itself."""
+    return spread(frames_of(sample), STRIP)
+
+
+def _beside(frames: Sequence[Image.Image]) -> Image.Image:
+    return _joined([*(_framed(frame, (0, 0, _GAP, 0)) for frame in frames[:-1]), frames[-1]], 0)
 
 
 def _sheet(rows: Sequence[Image.Image], path: str | os.PathLike | None) -> Image.Image:
@@ -97,14 +118,15 @@ def _sheet(rows: Sequence[Image.Image], path: str | os.PathLike | None) -> Image
 
 
 def image_grid(
-    images: Sequence[Image.Image],
+    images: Sequence[Sample],
     captions: Sequence[str] | None = None,
     columns: int | None = None,
     path: str | os.PathLike | None = None,
     upscale: int | None = None,
 ) -> Image.Image:
     """
-    Images in rows and columns, each with its caption below.
+    Images in rows and columns, each with its caption below. A video is shown as a strip: four frames, evenly spaced
+    from the first to the last, of at most 256 pixels.
 
     Captions are wrapped at the image's width and cut, with an ellipsis, after eight lines; line breaks in them are
     kept. In place of a line in letters that no font of the machine has stands the caption's number.
@@ -120,7 +142,8 @@ def image_grid(
         raise ValueError(f"There are {len(captions)} captions for {len(images)} images. Give one for each, or None.")
     if columns is not None and columns < 1:
         raise ValueError(f"columns is {columns}, but must be at least 1, or None.")
-    columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
+    widest = max(len(_strip(sample)) for sample in images)
+    columns = min(columns or math.ceil(math.sqrt(len(images) / widest)), len(images))
     images = _enlarged(images, upscale)
     width, height = max(image.width for image in images), max(image.height for image in images)
     captions = None if captions is None else _readable([str(caption) for caption in captions])
@@ -133,8 +156,8 @@ def image_grid(
 
 
 def before_after_grid(
-    before: Sequence[Image.Image],
-    after: Sequence[Image.Image],
+    before: Sequence[Sample],
+    after: Sequence[Sample],
     captions: Sequence[str],
     scores: Sequence[tuple[float, float]] | None = None,
     path: str | os.PathLike | None = None,
@@ -142,7 +165,8 @@ def before_after_grid(
     columns: int = 2,
 ) -> Image.Image:
     """
-    Each prompt's image before and after training side by side, under a heading, with the prompt below.
+    Each prompt's image (or strip of a video) before and after training side by side, under a heading, with the prompt
+    below.
 
     `before` and `after` are images of the same prompts (`captions`), in the same order, and `scores` those before and
     after of each, shown with the prompt. `path` and `upscale` are as for [`image_grid`], `columns` pairs in a row.
@@ -164,7 +188,7 @@ def before_after_grid(
 
 
 def comparison_grid(
-    rows: Sequence[Sequence[Image.Image]],
+    rows: Sequence[Sequence[Sample]],
     columns: Sequence[str],
     captions: Sequence[str],
     path: str | os.PathLike | None = None,
@@ -172,12 +196,13 @@ def comparison_grid(
     names: Sequence[str] = (),
 ) -> Image.Image:
     """
-    One row of images for each prompt, one column for each model, with the prompts above the rows.
+    One row of images (or strips of videos) for each prompt, one column for each model, with the prompts above the
+    rows.
 
     `rows` are the models' images of each prompt, `columns` the models' names, and `captions` the prompts, of which
     what is beyond three lines is cut; an empty one takes no space. `names` stand to the left of the rows. `path` is as
-    for [`image_grid`]. Images whose longest side is above `cell` pixels are reduced to it, and smaller ones enlarged
-    by a whole factor, by nearest neighbor.
+    for [`image_grid`]. Images, and frames in strips, whose longest side is above `cell` pixels are reduced to it, and
+    smaller ones enlarged by a whole factor, by nearest neighbor.
     """
     is_full = columns and {len(columns)} == {*map(len, rows)} and len(names) in (0, len(rows))
     if not is_full or len(captions) != len(rows) or cell < 1:
@@ -203,8 +228,6 @@ def comparison_grid(
     return _sheet(parts, path)
 
 
-def _fitted(image: Image.Image, side: int) -> Image.Image:
-    longest = max(image.size)
-    if longest <= side:
-        return _enlarged([image], side // longest)[0]
-    return ImageOps.contain(to_rgb(image), (side, side), Image.Resampling.LANCZOS)
+def _fitted(sample: Sample, side: int) -> Image.Image:
+    frames = [_reduced(frame, side) for frame in _strip(sample)]
+    return _beside([_scaled(frame, max(1, side // max(frame.size))) for frame in frames])

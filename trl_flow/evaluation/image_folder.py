@@ -13,7 +13,8 @@ from typing import Any
 from PIL import Image
 
 from trl_flow.evaluation.outputs import LOCK, locked, read_json, whole_file, write_json
-from trl_flow.images import to_rgb
+from trl_flow.evaluation.videos import read_frames, read_mp4, write_frames, write_mp4
+from trl_flow.images import Sample, to_rgb
 
 
 SETTINGS = "settings.json"
@@ -38,7 +39,10 @@ class ImageFolder:
     """A folder of images that several models drew of the same prompts from the same noise, made by the first `claim`:
     `images/{set}/{model}/{index}.png` are the images, `settings.json` says what they are of, and `scores.json` holds
     the scores that were computed. An image's index is `prompt * K + number`. All methods raise `ValueError` if a file
-    of the folder is damaged."""
+    of the folder is damaged.
+
+    Of a video the PNG file has all frames as they were drawn, which are what is scored, and `{index}.mp4` beside it is
+    for people. Where the PNG file is missing the mp4 file is read: scores are then the same up to the codec's loss."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
@@ -86,29 +90,45 @@ class ImageFolder:
         return read_json(self.path / SETTINGS)
 
     def image_path(self, set_name: str, model: str, index: int) -> Path:
-        """Where the image is, or will be."""
+        """Where the image is, or will be, or a video's frames."""
         return self.path / "images" / file_name(set_name) / file_name(model) / f"{index:06d}.png"
+
+    def shown_path(self, set_name: str, model: str, index: int) -> Path:
+        """The file to look at: the image, or a video's mp4 file."""
+        path = self.image_path(set_name, model, index)
+        return mp4 if (mp4 := path.with_suffix(".mp4")).is_file() else path
 
     def has(self, set_name: str, model: str, indices: Sequence[int]) -> bool:
         """Whether all these images are there."""
-        return all(self.image_path(set_name, model, index).is_file() for index in indices)
+        return all(self.shown_path(set_name, model, index).is_file() for index in indices)
 
-    def save(self, set_name: str, model: str, index: int, image: Image.Image) -> None:
-        """Writes an image. It gets its name when it is complete: an image that is there is whole."""
+    def save(
+        self, set_name: str, model: str, index: int, sample: Sample, frames_per_second: float | None = None
+    ) -> None:
+        """Writes an image, or a video. It gets its name when it is complete: an image that is there is whole."""
         path = self.image_path(set_name, model, index)
         path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(sample, list):
+            write_mp4(path.with_suffix(".mp4"), sample, frames_per_second)
         with whole_file(path) as file:
-            image.save(file, format="PNG")
+            if isinstance(sample, list):
+                write_frames(file, sample)
+            else:
+                sample.save(file, format="PNG")
 
-    def load(self, set_name: str, model: str, index: int) -> Image.Image:
-        """The image, RGB."""
-        path = self.image_path(set_name, model, index)
+    def load(self, set_name: str, model: str, index: int) -> Sample:
+        """The image, or the frames of the video, RGB."""
+        path, shown = self.image_path(set_name, model, index), self.shown_path(set_name, model, index)
         try:
+            if not path.is_file() and shown != path:
+                return read_mp4(path := shown)
             with Image.open(path) as image:
-                return to_rgb(image)
+                is_video = shown != path or getattr(image, "n_frames", 1) > 1
+                return read_frames(image) if is_video else to_rgb(image)
         except (OSError, SyntaxError) as error:
             hint = "Delete it and evaluate again: it will be redrawn."
-            raise ValueError(f"The image {path} is missing or damaged ({error}). {hint}") from error
+            cause = next(iter(str(error).splitlines()), "")  # the codec's say what it was built with, too
+            raise ValueError(f"The image {path} is missing or damaged ({cause}). {hint}") from error
 
     def scores(self, rewards: Mapping[str, str], columns: Mapping[str, str]) -> ScoreLists:
         """The scores that may be used again: but for those of rewards that something else of the same name has

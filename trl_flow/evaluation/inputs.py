@@ -234,5 +234,7 @@ def computed_by(func: Callable) -> str:
     else:
         defined = func if hasattr(func, "__qualname__") else type(func)
         name, values = f"{defined.__module__}.{defined.__qualname__}", getattr(func, "__dict__", {})
+        if callable(values.get("reward")):  # of frames
+            values = {**values, "reward": computed_by(values["reward"])}
     plain = str | int | float | bool | None
     return f"{name} { {n: v for n, v in sorted(values.items()) if not n.startswith('_') and isinstance(v, plain)} }"

@@ -27,6 +27,8 @@ from trl_flow.evaluation.tables import legend, title
 # Longest sides to which images are reduced until they fit; below the last, prompts are left out
 _SIDES = (1024, 768, 512, 384, 256)
 _SAMPLED = 24
+# Of the files that a browser shows
+MEDIA_TYPES = {".png": "image/png", ".mp4": "video/mp4"}
 
 
 def write_page(
@@ -42,9 +44,10 @@ def write_page(
     """Writes a page that works offline and asks nothing of any server: style, program, scores and images are in it.
 
     The images are copied as they are while they fit into about `megabytes`. Else they are WebP copies, reduced as far
-    as needed but not below 256 pixels; if that is not enough, prompts are chosen evenly from each set. The page says
-    what was done. `results` are as in `results.json`, `prompts` those of each set, and `scores` `(N,)` by set, model
-    and reward, NaN where a reward does not apply. `OSError` or `ValueError` if an image is missing or damaged."""
+    as needed but not below 256 pixels; if that is not enough, prompts are chosen evenly from each set. Videos are
+    their mp4 files as they are, of as many prompts as fit. The page says what was done. `results` are as in
+    `results.json`, `prompts` those of each set, and `scores` `(N,)` by set, model and reward, NaN where a reward does
+    not apply. `OSError` or `ValueError` if an image is missing or damaged."""
     models, number = list(results["models"]), results["settings"]["num_images_per_prompt"]
     # Base64 writes three bytes in four letters
     shown, side, note = _plan(folder, models, prompts, number, megabytes * 1e6 * 3 / 4)
@@ -70,7 +73,7 @@ def write_page(
     data |= {"brackets": results.get("brackets", True)}
     data |= {"rewards": results["proxy"] + results["gold"], "results": [results["sets"][name] for name in shown]}
     template = (files("trl_flow.evaluation") / "web" / "comparison.html").read_text(encoding="utf-8")
-    content = with_policy(template, "img-src data:").replace("__DATA__", script_json(data))
+    content = with_policy(template, "img-src data:", "media-src data:").replace("__DATA__", script_json(data))
     with whole_file(path) as file:
         file.write(content.encode())
 
@@ -100,15 +103,14 @@ def _plan(
     """Which rows of each set are shown, to which side images are reduced (`None`: copied), and a note of it."""
     rows = {name: list(range(len(texts))) for name, texts in prompts.items()}
     all_images = [(n, m, i) for n, texts in prompts.items() for i in range(len(texts) * number) for m in models]
-    if sum(folder.image_path(*image).stat().st_size for image in all_images) <= room:
-        return rows, None, "The images in this page are those that were drawn, unchanged."
-    sampled = [folder.load(*all_images[i]) for i in evenly(len(all_images), _SAMPLED)]
-    longest = max(max(image.size) for image in sampled)
-    for side in (longest, *(side for side in _SIDES if side < longest)):
-        size = len(all_images) * sum(len(_webp(image, side)) for image in sampled) / len(sampled)
-        if size <= room:
-            break
-    note = f"The images in this page are WebP copies of at most {side} pixels; the originals are in images/."
+    size, side = sum(folder.shown_path(*image).stat().st_size for image in all_images), None
+    is_video = any(folder.shown_path(*image).suffix == ".mp4" for image in all_images)
+    note = "The images in this page are those that were drawn, unchanged."
+    if is_video:
+        note = "The videos in this page are the mp4 files in images/; scored were the frames as they were drawn."
+    if size > room and not is_video:
+        size, side = _reduction(folder, all_images, room)
+        note = f"The images in this page are WebP copies of at most {side} pixels; the originals are in images/."
     if size > room:
         rows = {name: evenly(len(all_), max(1, math.floor(len(all_) * room / size))) for name, all_ in rows.items()}
         kept, of = sum(map(len, rows.values())), sum(map(len, prompts.values()))
@@ -116,12 +118,24 @@ def _plan(
     return rows, side, note
 
 
+def _reduction(folder: ImageFolder, all_images: Sequence[tuple[str, str, int]], room: float) -> tuple[float, int]:
+    """The size of all images as WebP copies, and the largest side of those with which they fit."""
+    sampled = [folder.load(*all_images[i]) for i in evenly(len(all_images), _SAMPLED)]
+    longest = max(max(image.size) for image in sampled)
+    for side in (longest, *(side for side in _SIDES if side < longest)):
+        size = len(all_images) * sum(len(_webp(image, side)) for image in sampled) / len(sampled)
+        if size <= room:
+            break
+    return size, side
+
+
 def _data_uri(folder: ImageFolder, name: str, model: str, index: int, side: int | None) -> str:
     if side is None:
-        kind, content = "png", folder.image_path(name, model, index).read_bytes()
+        path = folder.shown_path(name, model, index)
+        kind, content = MEDIA_TYPES[path.suffix], path.read_bytes()
     else:
-        kind, content = "webp", _webp(folder.load(name, model, index), side)
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+        kind, content = "image/webp", _webp(folder.load(name, model, index), side)
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _webp(image: Image.Image, side: int) -> bytes:

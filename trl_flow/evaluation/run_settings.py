@@ -7,6 +7,7 @@ from typing import Any
 from trl_flow.backbones.base import SAMPLING_SETTINGS
 from trl_flow.evaluation.adapters import Adapter
 from trl_flow.evaluation.outputs import read_json
+from trl_flow.images import Frame
 
 
 RUN_SETTINGS = "training_args.json"
@@ -38,6 +39,11 @@ def trained_component(adapters: Sequence[Adapter]) -> str | None:
         said = ", ".join(f"{name}: {value or 'the first'}" for name, value in found.items())
         raise ValueError(f"the adapters are for different modules of the pipeline ({said}). Compare those of one.")
     return next(iter(found.values()), None)
+
+
+def trained_frame(adapters: Sequence[Adapter]) -> Frame:
+    """The frame of a video that the first run's rewards got as its image."""
+    return next(filter(None, (_args(adapter).get("reward_frame") for adapter in adapters)), "middle")
 
 
 def differences(

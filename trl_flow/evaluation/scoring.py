@@ -6,26 +6,28 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 from datasets import Dataset
-from PIL import Image
 
 from trl_flow.evaluation.intervals import finite_values, paired_prompt_means, standard_error
+from trl_flow.images import Frame, Sample
 from trl_flow.rewards.named import as_rewards
 from trl_flow.rewards.scorer import RewardScorer
 
 
 def score_images(
-    images: Sequence[Image.Image],
+    images: Sequence[Sample],
     dataset: Dataset,
     reward_funcs: Callable | str | Sequence[Callable | str],
     *,
     timeout: float | None = None,
     extras: dict[str, list] | None = None,
+    frame: Frame = "middle",
 ) -> dict[str, np.ndarray]:
     """
-    Scores of images by reward functions, called as in training, with the data set's columns.
+    Scores of images or videos by reward functions, called as in training, with the data set's columns.
 
-    `images` are `N`: `K` for each row of `dataset`, those of one row next to each other. `timeout` is in seconds, for
-    each function; `None`: forever. `extras` is given what the functions pass to `log_extra`, `N` values by column.
+    `images` are `N` (videos as lists of frames): `K` for each row of `dataset`, those of one row next to each other.
+    `timeout` is in seconds, for each function; `None`: forever. `extras` is given what the functions pass to
+    `log_extra`, `N` values by column. `frame` is the one of a video that functions get as its image.
 
     Returns:
         `dict[str, np.ndarray]`: for each function float64 of shape `(N,)`, NaN where it does not apply.
@@ -38,7 +40,7 @@ def score_images(
         raise ValueError(f"There are {len(images)} images for {len(dataset)} rows. Give equally many for each row.")
     number = len(images) // len(dataset)
     columns = {name: [value for value in dataset[name] for _ in range(number)] for name in dataset.column_names}
-    scorer = RewardScorer(as_rewards(reward_funcs), timeout=timeout)
+    scorer = RewardScorer(as_rewards(reward_funcs), timeout=timeout, frame=frame)
     scored = scorer.score(columns.pop("prompt"), list(images), columns)
     if extras is not None:
         for name, values in scored.logs.columns.items():

@@ -21,7 +21,7 @@ from trl_flow.evaluation.inputs import (
     loading_options,
     prompt_sets,
 )
-from trl_flow.images import to_rgb
+from trl_flow.images import Sample, frame_of, to_rgb
 from trl_flow.rollout import decode
 
 
@@ -41,11 +41,11 @@ def predict_steps(
     negative_prompt: str | None = None,
     image: Image.Image | None = None,
     on_step: Callable[[int], None] | None = None,
-) -> list[Image.Image]:
+) -> list[Sample]:
     """
-    The clean image as the model predicts it in one step from every state of sampling (GRPO-Guard, Figure 11; the
-    projection is VGPO's Eq. 10): image `i` is decoded from `x_t - t v(x_t, t)` before step `i`, for U-Nets from the
-    `x_0` that they predict.
+    The clean image, or video, as the model predicts it in one step from every state of sampling (GRPO-Guard, Figure
+    11; the projection is VGPO's Eq. 10): image `i` is decoded from `x_t - t v(x_t, t)` before step `i`, for U-Nets
+    from the `x_0` that they predict.
 
     Sampling is the evaluation's: along the ODE, so that nothing but the model moves the states. The last image of a
     flow model is the one that [`~trl_flow.evaluation.drawing.draw`] gives for the same seed and index.
@@ -59,7 +59,7 @@ def predict_steps(
         on_step (`Callable[[int], None]`, *optional*): called with the index of each step before it is taken.
 
     Returns:
-        `list[PIL.Image.Image]`: one for each of the `num_inference_steps` steps, the noisiest first.
+        `list[Sample]`: one for each of the `num_inference_steps` steps, the noisiest first.
 
     Example:
 
@@ -108,7 +108,8 @@ def steps_grid(
 ) -> Image.Image:
     """
     [`predict_steps`] of a base model and adapters side by side, from the same noise: one block for each prompt, in it
-    one row for each model and one column for each step, with the model's input of the time `t` above.
+    one row for each model and one column for each step, with the model's input of the time `t` above. Of videos the
+    frame in the middle is shown.
 
     Args:
         model, adapters, prompts, options, backbone, progress: as for [`~trl_flow.evaluation.evaluate_models`]. Of the
@@ -163,7 +164,7 @@ def draw_steps(
                     example, index = sets[name][row], row * options.num_images_per_prompt
                     image = example["image"] if backbone.takes_image else None
                     one = {"index": index, "image": image, "on_step": lambda step: bar.update(), **settings}
-                    drawn[model, name, row] = predict_steps(backbone, example["prompt"], **one)
+                    drawn[model, name, row] = list(map(frame_of, predict_steps(backbone, example["prompt"], **one)))
     captions = []
     for name, row in blocks:
         prompt = sets[name][row]["prompt"]

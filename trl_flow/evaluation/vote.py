@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from trl_flow.evaluation.image_folder import ImageFolder
-from trl_flow.evaluation.page import script_json, with_policy
+from trl_flow.evaluation.page import MEDIA_TYPES, script_json, with_policy
 from trl_flow.evaluation.vote_plan import (
     QUESTIONS,
     Ballots,
@@ -88,8 +88,11 @@ class VoteServer:
         self._serving = self._closed = False
         self.images: dict[str, Path] = {}  # by the path in their addresses
         page = (files("trl_flow.evaluation") / "web" / "vote.html").read_text(encoding="utf-8")
-        page = with_policy(page, "img-src 'self' data:", "connect-src 'self'")
-        self.page = page.replace("__DATA__", script_json({"questions": QUESTIONS})).encode()
+        page = with_policy(page, "img-src 'self' data:", "media-src blob:", "connect-src 'self'")
+        first = self.pairs[0]
+        is_video = self.folder.shown_path(first.set_name, first.reference, first.index).suffix == ".mp4"
+        questions = QUESTIONS | ({"quality": "Video quality"} if is_video else {})
+        self.page = page.replace("__DATA__", script_json({"questions": questions})).encode()
         try:
             self._server = ThreadingHTTPServer(("127.0.0.1", port), _handler(self))
         except (OSError, OverflowError) as error:
@@ -160,7 +163,9 @@ class VoteServer:
             right = pair.other if left == pair.reference else pair.reference
             for side, model in (("left", left), ("right", right)):
                 state["pair"][side] = f"/image/{hashlib.sha256(f'{token}{side}'.encode()).hexdigest()[:32]}"
-                self.images[state["pair"][side]] = self.folder.image_path(pair.set_name, model, pair.index)
+                path = self.folder.shown_path(pair.set_name, model, pair.index)
+                self.images[state["pair"][side]] = path
+                state["pair"]["video"] = path.suffix == ".mp4"
         return state
 
     def _results(self, voter: str) -> dict[str, Any]:
@@ -199,7 +204,7 @@ def _handler(votes: VoteServer) -> type[BaseHTTPRequestHandler]:
                 return votes.page, "text/html; charset=utf-8"
             if path not in votes.images:
                 raise VoteError(*_NOTHING)
-            return votes.images[path].read_bytes(), "image/png"
+            return votes.images[path].read_bytes(), MEDIA_TYPES[votes.images[path].suffix]
 
         def _request(self) -> tuple[str, dict[str, Any]]:
             origin, length = f"http://{self.headers.get('Host')}", self.headers.get("Content-Length", "")

@@ -61,7 +61,7 @@ def vote_pairs(
         rows = random.permutation(len(prompts["prompts"]))
         indices = rows * number + random.integers(number, size=len(rows))
         for row, index in zip(rows[:pairs].tolist(), indices[:pairs].tolist(), strict=True):
-            for path in (folder.image_path(name, model, index) for model in models):
+            for path in (folder.shown_path(name, model, index) for model in models):
                 if not path.is_file():
                     raise ValueError(f"the image {path} is missing. Run the evaluation to its end: the same command.")
             prompt = prompts["prompts"][row]

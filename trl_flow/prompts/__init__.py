@@ -12,6 +12,7 @@ from trl_flow.prompts.sets import (
     load_ocr,
     load_pickscore,
     load_unigenbench,
+    load_vbench,
 )
 from trl_flow.prompts.sources import load_prompts
 
@@ -19,5 +20,5 @@ from trl_flow.prompts.sources import load_prompts
 __all__ = [
     "PROMPT_SETS", "PromptSet", "UnknownSplitError", "generate_geneval_prompts", "geneval_benchmark",
     "load_drawbench", "load_geneval", "load_hpdv2", "load_ocr", "load_pickscore", "load_prompts",
-    "load_unigenbench", "read_prompts",
+    "load_unigenbench", "load_vbench", "read_prompts",
 ]  # fmt: skip

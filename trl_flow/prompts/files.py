@@ -44,7 +44,8 @@ def read_prompts(
 
     Args:
         path (`str` or `PathLike`): the file.
-        prompt_column (`str`, defaults to `"prompt"`): the column with the prompts, called `prompt` in the result.
+        prompt_column (`str`, defaults to `"prompt"`): the column with the prompts, called `prompt` in the result. A
+            file that has none but `prompt_en`, as VBench's and UniGenBench's, is read by that one.
         image_column (`str`, *optional*): the column with the images to be edited, or their paths, relative to the
             file's folder: in the result they are `datasets.Image`, called `image`.
         suffix (`str`, *optional*): which of these it is, for a file whose name does not tell.
@@ -179,6 +180,7 @@ def _from_rows(rows: list[Row], prompt_column: str) -> "Dataset":
     if not rows:
         raise ValueError("it holds nothing")
     names = list(dict.fromkeys(name for _, row in rows for name in row))
+    prompt_column = _known_column(names, prompt_column)
     _check_column(names, prompt_column)
     for where, row in rows:
         if prompt_column not in row:
@@ -222,8 +224,13 @@ def _from_parquet(path: Path, prompt_column: str) -> "Dataset":
 
 def with_prompt_column(dataset: "Dataset", prompt_column: str) -> "Dataset":
     """`dataset` with the column `prompt_column` called `prompt`; `ValueError` if it is not there, or both are."""
+    prompt_column = _known_column(dataset.column_names, prompt_column)
     _check_column(dataset.column_names, prompt_column)
     return dataset if prompt_column == "prompt" else dataset.rename_column(prompt_column, "prompt")
+
+
+def _known_column(names: Sequence[str], prompt_column: str) -> str:
+    return "prompt_en" if prompt_column == "prompt" not in names and "prompt_en" in names else prompt_column
 
 
 def _check_column(names: Sequence[str], prompt_column: str) -> None:

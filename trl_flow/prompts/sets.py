@@ -27,11 +27,18 @@ from trl_flow.prompts.geneval import generate_geneval_prompts, geneval_benchmark
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# Flow-GRPO publishes its prompts on GitHub only. A commit rather than the branch: the same prompts in each run.
+# Some publish their prompts on GitHub only. A commit rather than the branch: the same prompts in each run.
 FLOW_GRPO = "yifan123/flow_grpo"
 FLOW_GRPO_REVISION = "879042cf5707f8b90daa98d147d7deac2317c5da"
+VBENCH = "Vchitect/VBench"
+VBENCH_REVISION = "fed99821796c304bb99a176cecaf1fafeac7c64b"
 GITHUB = "https://raw.githubusercontent.com"
 HPDV2_STYLES = ("anime", "concept-art", "paintings", "photo")
+# The dimensions that VBench has prompts of their own for: the names of its text files
+VBENCH_DIMENSIONS = (
+    *("appearance_style", "color", "human_action", "multiple_objects", "object_class", "overall_consistency", "scene"),
+    *("spatial_relationship", "subject_consistency", "temporal_flickering", "temporal_style"),
+)
 
 GENERATED = 50_000  # as many as Flow-GRPO trains on
 Source = str | os.PathLike | None  # a copy to read instead of downloading
@@ -275,6 +282,34 @@ def load_unigenbench(
     return dataset_of({"prompt": dataset["prompt"][:], **dict(columns)})
 
 
+def load_vbench(split: str = "test", *, path: Source = None, revision: str | None = None) -> "Dataset":
+    """
+    VBench's prompts for videos (https://arxiv.org/abs/2311.17982), 946 in 16 dimensions. `path` may also be one of its
+    text files, such as `prompts/prompts_per_dimension/color.txt`, or one with the same prompts in longer words.
+
+    Split: `"test"`. Columns: `prompt` (`str`), `dimension` (`list[str]`, such as `["color"]`, by which VBench scores
+    the prompt's videos; `None` in text files that are of several), and `auxiliary_info` (objects by dimension, what
+    VBench looks for there; `None` where it needs nothing).
+    """
+    _check_split("vbench", split)
+    if path is not None:
+        file = _local_file("vbench", "vbench/VBench_full_info.json", path)
+    else:
+        revision = revision or VBENCH_REVISION
+        # It has been moved since that commit
+        name = ("" if revision == VBENCH_REVISION else "vbench/") + "VBench_full_info.json"
+        file = _github_file("vbench", VBENCH, revision, name)
+    dataset = read_prompts(file)
+    if file.suffix == ".txt":
+        own = next((name for name in VBENCH_DIMENSIONS if file.stem in (name, f"{name}_longer")), None)
+        dimensions = [own and [own]] * len(dataset)
+        return _prompts(dataset["prompt"][:], dimension=dimensions, auxiliary_info=[None] * len(dataset))
+    _check_column("vbench", dataset, "dimension")
+    known = "auxiliary_info" in dataset.column_names
+    columns = {"prompt": dataset["prompt"][:], "dimension": dataset["dimension"][:]}
+    return dataset_of(columns | {"auxiliary_info": dataset["auxiliary_info"][:] if known else [None] * len(dataset)})
+
+
 def _load_generated_geneval(split: str = "train", *, path: Source = None, revision: str | None = None) -> "Dataset":
     _check_split("generated_geneval", split)
     if path is not None or revision is not None:
@@ -304,12 +339,15 @@ def _flow_grpo_prompts(name: str, split: str, path: Source, revision: str | None
     file = f"dataset/{name}/{split}" + ("_metadata.jsonl" if name == "geneval" else ".txt")
     if path is not None:
         return read_prompts(_local_file(name, file, path))
-    revision = revision or FLOW_GRPO_REVISION
-    kept = Path(constants.HF_HOME, "trl_flow", "prompts", FLOW_GRPO, revision, file.removeprefix("dataset/"))
+    return read_prompts(_github_file(name, FLOW_GRPO, revision or FLOW_GRPO_REVISION, file))
+
+
+def _github_file(name: str, repository: str, revision: str, file: str) -> Path:
+    kept = Path(constants.HF_HOME, "trl_flow", "prompts", repository, revision, file.removeprefix("dataset/"))
     # What a commit holds never changes, so that nobody need be asked about a file that is there
     if not (re.fullmatch(r"[0-9a-f]{40}", revision) and kept.is_file()):
-        _fetched(name, file, partial(_download, f"{GITHUB}/{FLOW_GRPO}/{revision}/{file}", kept))
-    return read_prompts(kept)
+        _fetched(name, file, partial(_download, f"{GITHUB}/{repository}/{revision}/{file}", kept))
+    return kept
 
 
 def _download(url: str, path: Path) -> None:
@@ -356,7 +394,7 @@ def _fetched(name: str, file: str, get: Callable[[], Any]) -> Any:
 _LOADERS = {
     "geneval": load_geneval, "generated_geneval": _load_generated_geneval, "ocr": load_ocr,
     "pickscore": load_pickscore, "pickscore_sfw": partial(load_pickscore, sfw=True),
-    "hpdv2": load_hpdv2, "drawbench": load_drawbench,
+    "hpdv2": load_hpdv2, "drawbench": load_drawbench, "vbench": load_vbench,
     "unigenbench": load_unigenbench, "unigenbench_long": partial(load_unigenbench, long=True),
     "unigenbench_zh": partial(load_unigenbench, language="zh"),
     "unigenbench_zh_long": partial(load_unigenbench, language="zh", long=True),

@@ -18,12 +18,14 @@ PUBLIC: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     "ChatModel": ("chat", {}),
     "CheckpointError": ("base", {}),
     "DeQAReward": ("judge", {"deqa": ()}),
+    "FrameReward": ("frames", {}),
     "GenEvalReward": ("geneval", {"geneval": (), **{f"geneval_{score}": (score,) for score in _GENEVAL_SCORES}}),
     "HPSv2Reward": ("hps", {"hpsv2": (), "hpsv2.1": ("v2.1",)}),
     "ImageReward": ("image_reward", {"imagereward": ()}),
     "JPEGCompressibilityReward": ("jpeg", {"jpeg_compressibility": ()}),
     "JPEGIncompressibilityReward": ("jpeg", {"jpeg_incompressibility": ()}),
     "JudgeError": ("chat", {}),
+    "MotionReward": ("motion", {"motion": ()}),
     "OCRReward": ("ocr", {"ocr": ()}),
     "PickScoreReward": ("clip", {"pickscore": ()}),
     "RemoteReward": ("remote", {}),
@@ -36,6 +38,7 @@ PUBLIC: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     "UnreadableAnswer": ("judge", {}),
     "VLMComparer": ("preference", {}),
     "VLMJudgeReward": ("judge", {}),
+    "VideoJudgeReward": ("judge", {"video_judge": ()}),
     "WinRateReward": ("preference", {"win_rate": ()}),
 }
 

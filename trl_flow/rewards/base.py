@@ -197,6 +197,12 @@ class HubReward(ModelReward):
     token: str | bool | None = field(default=None, repr=False)
 
 
+def model_of(func: Any) -> ModelReward | None:
+    """The model that a reward function has: itself, or what it asks about the frames of videos."""
+    func = getattr(func, "reward", func)
+    return func if isinstance(func, ModelReward) else None
+
+
 def check_whole_number(name: str, value: Any, least: int) -> None:
     """Raises a `ValueError` if the argument `name` is not a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:

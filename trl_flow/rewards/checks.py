@@ -77,6 +77,16 @@ def needs_group(func: RewardFunc) -> bool:
     return _flag(func, "needs_group", False, "False, or True if it compares the images of a group")
 
 
+def takes_videos(func: RewardFunc) -> bool:
+    """Whether `func` looks at all frames of videos: if it has a parameter `videos`, unless its attribute
+    `takes_videos` is False."""
+    try:
+        named = "videos" in inspect.signature(func).parameters
+    except (TypeError, ValueError):
+        named = False
+    return named and getattr(func, "takes_videos", True)
+
+
 def _flag(func: RewardFunc, name: str, default: bool, expected: str) -> bool:
     value = getattr(func, name, getattr(_unwrap(func), name, default))
     if not isinstance(value, bool):

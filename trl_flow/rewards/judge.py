@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Literal
 
 from PIL import Image
 
+from trl_flow.images import spread
 from trl_flow.rewards import judge_prompts
-from trl_flow.rewards.base import Images, RewardInfo, all_at_once, check_choice
+from trl_flow.rewards.base import Images, RewardInfo, all_at_once, check_choice, check_whole_number
 from trl_flow.rewards.chat import ChatModel, JudgeError
 from trl_flow.rewards.judge_prompts import DEQA_ANSWER_PREFIX, DEQA_LEVELS, DEQA_QUESTION
 
@@ -90,13 +91,16 @@ class VLMJudgeReward(Question):
         name (`str`, defaults to `"vlm_judge"`): what the reward is called in metrics.
         range (`tuple[float, float]`, defaults to no limits): smallest and largest score. An answer with a score beyond
             counts as one that cannot be read.
+        num_frames (`int`, *optional*): of a video the model is shown so many frames, evenly spaced, in one message; by
+            default the one frame that every reward gets as its image.
         max_tokens (`int`, defaults to 1024): length of an answer. One that is cut off may lack its score.
         server: how the model is reached: `model`, `base_url`, `api_key`, `max_concurrency`, `timeout`, `max_retries`,
             as in [`ChatModel`].
 
     Raises:
         ImportError: if the openai package is missing.
-        ValueError: if there is no `base_url`, and on a call if there are not as many prompts as images.
+        ValueError: if there is no `base_url` or `num_frames` is below 1, and on a call if there are not as many
+            prompts as images.
         TypeError: if `prompt_template` is no text or `parse` no callable, and on a call if a prompt is no text or an
             image no `PIL.Image.Image`.
         JudgeError: on a call, if the server cannot be reached, refuses, or gives no answer that can be read.
@@ -124,20 +128,31 @@ class VLMJudgeReward(Question):
 
     def __init__(
         self, prompt_template: str, parse: Callable[[str], float | None], *, name: str = "vlm_judge",
-        range: tuple[float, float] = (-math.inf, math.inf), max_tokens: int = 1024, **server: Any,
+        range: tuple[float, float] = (-math.inf, math.inf), num_frames: int | None = None, max_tokens: int = 1024,
+        **server: Any,
     ):  # fmt: skip
         low, high = range
         if not low < high:
             raise ValueError(f"range is {range!r}, but must be the smallest and the largest score, in that order.")
+        if num_frames is not None:
+            check_whole_number("num_frames", num_frames, 1)
         super().__init__(prompt_template, parse, max_tokens=max_tokens, **server)
         self.info = dataclasses.replace(self.info, range=(low, high))
+        self.num_frames, self.takes_videos = num_frames, num_frames is not None
         self.__name__ = name
 
     async def __call__(
-        self, prompts: list[str], images: Images, log_metric: Callable[[str, float], None] | None = None, **kwargs: Any
-    ) -> list[float | None]:
-        """`N` scores for `N` prompts and images. `log_metric` is given the share of images without a score."""
-        judged = await all_at_once(self._ask(prompt, image) for prompt, image in zip(prompts, images, strict=True))
+        self, prompts: list[str], images: Images, log_metric: Callable[[str, float], None] | None = None,
+        videos: list[Images] | None = None, **kwargs: Any,
+    ) -> list[float | None]:  # fmt: skip
+        """
+        `N` scores for `N` prompts and images, of which `videos` has all frames. `log_metric` is given the share of
+        images without a score.
+        """
+        shown = [[image] for image in images]
+        if videos is not None and self.num_frames is not None:
+            shown = [spread(frames, self.num_frames) for frames in videos]
+        judged = await all_at_once(self._ask(prompt, *frames) for prompt, frames in zip(prompts, shown, strict=True))
         unreadable = [answer for score, answer in judged if score is None]
         report_unreadable(self.__name__, unreadable, len(judged), log_metric)
         return [score for score, _ in judged]
@@ -188,6 +203,29 @@ class UnifiedReward(VLMJudgeReward):
             prompt = judge_prompts.UNIFIED_REWARD_SCORE_WITH_ELEMENTS
         name = "unifiedreward" if score == "overall" else f"unifiedreward_{score}"
         super().__init__(prompt, parse, name=name, range=self.info.range, **server)
+
+
+class VideoJudgeReward(VLMJudgeReward):
+    """
+    The score of a video, from 1 to 5, that any vision-language model gives which takes several images: it is shown
+    evenly spaced frames, and asked by a prompt of ours about the video's text, its motion and its looks.
+
+    Start the server so that a message may have as many images: `vllm serve MODEL --limit-mm-per-prompt.image 8`. It
+    sees no motion between the frames that it is shown, so that flicker is missed: watch `motion` too.
+
+    Args:
+        num_frames (`int`, defaults to 8): frames that it is shown.
+        max_tokens, server: as in [`VLMJudgeReward`].
+
+    Raises:
+        ImportError, ValueError, JudgeError: as [`VLMJudgeReward`].
+    """
+
+    info = RewardInfo.of("VideoJudgeReward")
+
+    def __init__(self, num_frames: int = 8, **server: Any):
+        name, score = "video_judge", judge_prompts.final_score
+        super().__init__(judge_prompts.VIDEO, score, name=name, range=self.info.range, num_frames=num_frames, **server)
 
 
 class DeQAReward(VLMJudgeReward):

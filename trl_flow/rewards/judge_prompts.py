@@ -6,7 +6,8 @@
 * UnifiedReward-Think (Wang et al., 2025): https://huggingface.co/papers/2505.03318
 * DeQA-Score (You et al., 2025): https://huggingface.co/papers/2501.11561
 
-The prompt of UniGenBench++ (Wang et al., 2025, https://arxiv.org/abs/2510.18701) alone is in words of our own.
+The prompt of UniGenBench++ (Wang et al., 2025, https://arxiv.org/abs/2510.18701) and that for videos alone are in
+words of our own.
 """
 
 import json
@@ -25,6 +26,8 @@ UNIFIED_REWARD_SCORE_WITH_ELEMENTS = _PROMPTS["score_with_elements"]  # the word
 UNIFIED_REWARD_AXES = _PROMPTS["axes"]  # three scores, of UnifiedReward 2.0
 UNIFIED_REWARD_PAIR = _PROMPTS["pair"]  # which of two images is better, of UnifiedReward
 UNIFIED_REWARD_THINK_PAIR = _PROMPTS["think_pair"]  # of UnifiedReward-Think, the judge of Pref-GRPO
+
+VIDEO = _PROMPTS["video"]  # one score of a video by some of its frames, for any model
 
 # Which parts of its prompt an image shows: asks for the same and is answered in the same form as UniGenBench++'s own
 UNIGENBENCH = _PROMPTS["unigenbench"]

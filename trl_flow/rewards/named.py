@@ -15,6 +15,8 @@ NAMED_REWARDS: dict[str, tuple[str, ...]] = {
     name: (cls, *arguments) for cls, (_, names) in rewards.PUBLIC.items() for name, arguments in names.items()
 }
 
+_FRAMES = "frames:"
+
 
 def named_reward(name: str) -> Any:
     """
@@ -22,12 +24,15 @@ def named_reward(name: str) -> Any:
     server (and a model of several), as in `deqa@http://localhost:8000/v1#my-deqa`; a dotted import path such as
     `my_rewards.brightness`, looked for in the current folder too (a class is called without arguments), or the address
     of a reward server: of several separated by commas, and with a reward's name behind a `#` if they offer more than
-    one, as in `http://one:8000,http://two:8000#pickscore`.
+    one, as in `http://one:8000,http://two:8000#pickscore`. With `frames:` before it, as in `frames:pickscore`, it is
+    that reward's mean over the frames of a video, a [`~trl_flow.rewards.FrameReward`].
 
     Raises:
         ValueError: if there is no such function, naming the nearest that there is.
         ImportError: if it needs an optional package that is missing.
     """
+    if name.startswith(_FRAMES):
+        return rewards.FrameReward(named_reward(name.removeprefix(_FRAMES)))
     known, at, _ = name.partition("@")
     if known in NAMED_REWARDS:
         cls, *arguments = NAMED_REWARDS[known]

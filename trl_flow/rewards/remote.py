@@ -1,6 +1,7 @@
 """A reward function on a reward server, or the same one on several: see `trl-flow serve-rewards`."""
 
 import asyncio
+import inspect
 import itertools
 import json
 import logging
@@ -79,7 +80,9 @@ class RemoteReward:
     Images are sent as PNG in RGB, so that scores are those of the function itself. Several servers are used in turn.
     One that fails is left alone for a while, longer each time, and what it was asked is asked again elsewhere: servers
     may be killed, restarted or replaced during training. Its name in metrics, `dense`, `needs_group` and `info` are
-    those that the servers tell when the object is made. What the function itself would log is not logged.
+    those that the servers tell when the object is made. What the function itself would log is not logged. All frames
+    of a video are sent to a function with a parameter `videos`, beside its one image; they count as images of a
+    request.
 
     Args:
         url (`str` or `Sequence[str]`): Address of the server, such as `http://localhost:8000`, or of several. They
@@ -147,6 +150,10 @@ class RemoteReward:
         self.__name__ = self._reward
         self.dense: bool = self._card["dense"]
         self.needs_group: bool = self._card["needs_group"]
+        if self._card.get("videos"):  # so that a model of images is refused before training
+            own = inspect.signature(self)
+            needed = [p.replace(default=p.empty) if p.name == "videos" else p for p in own.parameters.values()]
+            self.__signature__ = own.replace(parameters=needed)
         info = self._card["info"]
         self.info: RewardInfo | None = None if info is None else RewardInfo.from_json(info)
         if batch_size is not None and batch_size > accepted:
@@ -155,15 +162,18 @@ class RemoteReward:
         # Fixed here: models round differently in batches of another size, which may not depend on who is there
         self.batch_size = batch_size or accepted
 
-    async def __call__(self, prompts: list[str], images: Images, **kwargs: Any) -> list[float | None]:
+    async def __call__(
+        self, prompts: list[str], images: Images, videos: list[Images] | None = None, **kwargs: Any
+    ) -> list[float | None]:
         """
-        `N` scores for `N` prompts and images. Of `kwargs` the lists are sent: the data set's other columns.
+        `N` scores for `N` prompts and images, or videos. Of `kwargs` the lists are sent: the data set's other columns.
 
         Raises:
             RewardServerError: if no server is left, or one refuses what it is sent.
             TypeError: if a column cannot be written as JSON.
-            ValueError: if there are not as many prompts as images.
+            ValueError: if there are not as many prompts as images, or a video has more frames than a request may have.
         """
+        videos = videos if self._card.get("videos") else None
         if len(prompts) != len(images):
             raise ValueError(f"There are {len(prompts)} prompts for {len(images)} images. Give one for each image.")
         sent = kwargs if self.columns is None else [name for name in kwargs if name in self.columns]
@@ -176,10 +186,11 @@ class RemoteReward:
             async def score(part: slice) -> list[float | None]:
                 async with running:
                     own = {name: values[part] for name, values in columns.items()}
-                    form = await asyncio.to_thread(_form, self._reward, prompts[part], images[part], own)
+                    content = (prompts[part], images[part], own, videos and videos[part])
+                    form = await asyncio.to_thread(_form, self._reward, *content)
                     return await self._score(client, form, prompts[part])
 
-            scored = await all_at_once(score(part) for part in self._parts(prompts))
+            scored = await all_at_once(score(part) for part in self._parts(prompts, self._most(videos)))
         return [value for values in scored for value in values]
 
     async def _score(self, client: Any, form: list[tuple], prompts: list[str]) -> list[float | None]:
@@ -301,19 +312,29 @@ class RemoteReward:
             raise _Failed(self._other_settings(card))
         return [None if math.isnan(score) else score for score in scores]
 
-    def _parts(self, prompts: list[str]) -> list[slice]:
+    def _most(self, videos: list[Images] | None) -> int:
+        """Samples in a request: of videos those whose frames fit into it, the one that is the image beside all."""
+        longest = max(map(len, videos or ()), default=0)
+        if not (most := self.batch_size // (1 + longest) if longest else self.batch_size):
+            raise ValueError(
+                f"A video has {longest} frames, and with its image that is more than the {self.batch_size} images of "
+                f"a request. Start the servers with --max-images {1 + longest} or more, or draw fewer frames."
+            )
+        return most
+
+    def _parts(self, prompts: list[str], most: int) -> list[slice]:
         """Where to cut a batch: into equal parts for all servers, but a function that compares gets whole groups."""
-        size = min(self.batch_size, math.ceil(len(prompts) / len(self._servers)))
+        size = min(most, math.ceil(len(prompts) / len(self._servers)))
         if not self.needs_group:
             return [slice(start, start + size) for start in range(0, len(prompts), size or 1)]
         parts: list[slice] = []
         end = 0
         for prompt, group in itertools.groupby(prompts):
             start, end = end, end + len(list(group))
-            if end - start > self.batch_size:
+            if end - start > most:
                 raise ValueError(
                     f"{self._reward!r} compares images, and there are {end - start} of {prompt!r} next to each other: "
-                    f"more than the {self.batch_size} of a request. Start the servers with a larger --max-images."
+                    f"more than the {most} of a request. Start the servers with a larger --max-images."
                 )
             if parts and end - parts[-1].start <= size:
                 start = parts.pop().start
@@ -341,8 +362,10 @@ def checked_token(token: str | None, source: str) -> str | None:
     return token
 
 
-def _form(reward: str, prompts: list[str], images: Images, columns: dict[str, list]) -> list[tuple]:
-    """The fields of a request."""
+def _form(
+    reward: str, prompts: list[str], images: Images, columns: dict[str, list], videos: list[Images] | None
+) -> list[tuple]:
+    """The fields of a request: of videos the numbers of frames, and these one after another."""
     for name, values in columns.items():
         try:
             json.dumps(values, allow_nan=False)
@@ -350,7 +373,11 @@ def _form(reward: str, prompts: list[str], images: Images, columns: dict[str, li
             advice = "Columns are sent as JSON. Name those that the reward needs: RemoteReward(..., columns=[...])."
             raise TypeError(f"The column {name!r} cannot be sent to a reward server: {error}. {advice}") from error
     fields = {"rewards": [reward], "prompts": list(prompts), "columns": columns}
+    files = {"images": images}
+    if videos is not None:
+        fields["videos"] = [len(frames) for frames in videos]
+        files["frames"] = [frame for frames in videos for frame in frames]
     return [
         *((name, (None, json.dumps(value), "application/json")) for name, value in fields.items()),
-        *(("images", (f"{i}.png", png_file(image), "image/png")) for i, image in enumerate(images)),
+        *((name, (f"{i}.png", png_file(f), "image/png")) for name, own in files.items() for i, f in enumerate(own)),
     ]

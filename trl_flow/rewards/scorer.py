@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from trl_flow.images import Frame, Sample, frame_of
-from trl_flow.rewards.base import Columns, ModelReward
+from trl_flow.rewards.base import Columns, model_of
 from trl_flow.rewards.chat import JudgeError
 from trl_flow.rewards.checks import RewardError, RewardFunc, check_reward_func, check_rewards, is_async, reward_names
 
@@ -84,7 +84,7 @@ class RewardScorer:
         self.reward_funcs = list(reward_funcs)
         self.timeout, self.frame = timeout, frame
         self.names = reward_names(self.reward_funcs) if names is None else list(names)
-        self._models = [func for func in self.reward_funcs if isinstance(func, ModelReward)]
+        self._models = [model for model in map(model_of, self.reward_funcs) if model is not None]
 
     def check(self, columns: Iterable[str], *, videos: bool | None = None) -> None:
         """Refuses functions that cannot be called with these columns: see [`check_reward_func`]."""

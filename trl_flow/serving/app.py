@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import hmac
+import itertools
 import logging
 import math
 import queue
@@ -21,8 +22,8 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.requests import ClientDisconnect
 
-from trl_flow.rewards.base import Images, ModelReward, RewardInfo, check_callable
-from trl_flow.rewards.checks import RewardError, RewardFunc, check_reward_func, is_dense, needs_group
+from trl_flow.rewards.base import Images, RewardInfo, check_callable, model_of
+from trl_flow.rewards.checks import RewardError, RewardFunc, check_reward_func, is_dense, needs_group, takes_videos
 from trl_flow.rewards.named import as_rewards
 from trl_flow.rewards.remote import PROTOCOL
 from trl_flow.rewards.scorer import RewardScorer
@@ -49,7 +50,7 @@ def create_app(
 
     | endpoint | answer |
     | --- | --- |
-    | `POST /score` | a multipart form: PNG files `images`, and as JSON `prompts`, `columns` and `rewards` (optional). Answer: `{"rewards": {name: [score or null, ...]}, "cards": {name: card}}` |
+    | `POST /score` | a multipart form: PNG files `images`, and as JSON `prompts`, `columns` and `rewards` (optional); of videos also PNG files `frames`, and as JSON `videos`, how many each has. Answer: `{"rewards": {name: [score or null, ...]}, "cards": {name: card}}` |
     | `GET /rewards` | names and cards of the reward functions, and the limits |
     | `GET /metrics` | counters in Prometheus' text format |
     | `GET /health` | 200 when it can score, 503 while models are loaded; the only one without a token |
@@ -201,6 +202,9 @@ class _Service:
             names = self._names(asked)
             async with self._decoded:
                 images = await run_in_threadpool(decode_images, asked.images, self.limits.max_pixels)
+                if asked.videos is not None:
+                    frames = iter(await run_in_threadpool(decode_images, asked.frames, self.limits.max_pixels))
+                    asked.columns["videos"] = [list(itertools.islice(frames, number)) for number in asked.videos]
                 scores = await self._scored(request, names, asked, images)
         finally:
             self._inside -= 1
@@ -216,7 +220,7 @@ class _Service:
             missing = f"There is no reward {name[:80]!r} on this server, only {', '.join(self.rewards)}."
             refuse(name not in self.rewards, 404, missing)
             try:
-                check_reward_func(self.rewards[name], asked.columns)
+                check_reward_func(self.rewards[name], asked.columns, videos=asked.videos is not None)
             except (TypeError, ValueError) as error:
                 raise HTTPException(422, str(error)) from error
         return names
@@ -269,7 +273,8 @@ def _card(name: str, func: RewardFunc) -> dict[str, Any]:
         "name": name,
         "dense": is_dense(func),
         "needs_group": needs_group(func),
-        "dtype": str(func.dtype).removeprefix("torch.") if isinstance(func, ModelReward) else None,
+        "videos": takes_videos(func),
+        "dtype": str(func.dtype).removeprefix("torch.") if model_of(func) else None,
         "info": None if info is None else RewardInfo.to_json(info),
     }
 

@@ -152,7 +152,7 @@ def _configure(reward: Any, device: str | None, dtype: str | None, batch_size: i
     """Sets the options of a reward function that has a model, before it loads it."""
     import torch
 
-    from trl_flow.rewards.base import ModelReward, check_whole_number
+    from trl_flow.rewards.base import check_whole_number, model_of
 
     if batch_size is not None:
         check_whole_number("--batch-size", batch_size, 1)
@@ -162,5 +162,5 @@ def _configure(reward: Any, device: str | None, dtype: str | None, batch_size: i
         raise ValueError(f"--device is {device!r}, which torch does not know: {error}") from error
     options = {"device": device, "dtype": dtype and getattr(torch, dtype), "batch_size": batch_size}
     for name, value in options.items():
-        if value is not None and isinstance(reward, ModelReward):
-            setattr(reward, name, value)
+        if value is not None and (model := model_of(reward)) is not None:
+            setattr(model, name, value)

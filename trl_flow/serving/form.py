@@ -25,8 +25,8 @@ from trl_flow.rewards.checks import RESERVED_COLUMNS
 from trl_flow.serving.limits import Limits
 
 
-JSON_FIELDS = ("prompts", "columns", "rewards")
-IMAGE_FIELD = "images"
+JSON_FIELDS = ("prompts", "columns", "rewards", "videos")
+IMAGE_FIELD, FRAME_FIELD = "images", "frames"
 
 # The characters that a boundary may have (RFC 2046, section 5.1.1)
 _BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,\-./:=? ]{1,70}")
@@ -39,12 +39,15 @@ _LINGER = 2.0
 
 @dataclass
 class ScoreRequest:
-    """What a client asks for: `N` prompts and PNG files, columns of `N` values, names of rewards, None for all."""
+    """What a client asks for: `N` prompts and PNG files, columns of `N` values, names of rewards, None for all. Of
+    videos also how many frames each has, `N` numbers, and the PNG files of these, one video after another."""
 
     prompts: list[str]
     images: list[bytes]
     columns: dict[str, list]
     rewards: list[str] | None
+    videos: list[int] | None
+    frames: list[bytes]
 
 
 def refuse(condition: Any, status: int, reason: str) -> None:
@@ -101,22 +104,24 @@ async def read_score_request(body: Body, content_type: str, limits: Limits) -> S
         items = await asyncio.wait_for(_read_form(body, content_type, limits), limits.upload_timeout)
     except asyncio.TimeoutError:
         raise HTTPException(408, f"The request had not arrived after {limits.upload_timeout:g} seconds.") from None
-    images: list[bytes] = []
+    files: dict[str, list[bytes]] = {IMAGE_FIELD: [], FRAME_FIELD: []}
     values: dict[str, Any] = {}
     for name, value in items:
-        if name == IMAGE_FIELD and isinstance(value, UploadFile):
-            image, kind, most = f"Image {len(images)}", value.content_type, limits.max_image_bytes
+        if name in files and isinstance(value, UploadFile):
+            which = "Image" if name == IMAGE_FIELD else "Frame"
+            image, kind, most = f"{which} {len(files[name])}", value.content_type, limits.max_image_bytes
             refuse(kind != "image/png", 415, f"{image} is sent as {kind!r}. Send PNG files, as image/png.")
             refuse(value.size > most, 413, f"{image} has more than {most} bytes, which is the limit.")
-            images.append(await value.read())
+            files[name].append(await value.read())
             await value.close()
             continue
         refuse(name in values, 400, f"The form has two fields {name!r}. Give it once.")
-        expected = f"There are files {IMAGE_FIELD} and {', '.join(JSON_FIELDS)}."
+        expected = f"There are files {IMAGE_FIELD} and {FRAME_FIELD}, and {', '.join(JSON_FIELDS)}."
         known = name in JSON_FIELDS and isinstance(value, str)
         refuse(not known, 400, f"The form has a field {name[:80]!r}. {expected}")
         values[name] = _read_json(name, value.encode("latin-1"))
-    request = ScoreRequest(values.get("prompts"), images, values.get("columns", {}), values.get("rewards"))
+    own = (values.get("prompts"), files[IMAGE_FIELD], values.get("columns", {}), values.get("rewards"))
+    request = ScoreRequest(*own, values.get("videos"), files[FRAME_FIELD])
     _check(request)
     return request
 
@@ -182,6 +187,12 @@ def _check(request: ScoreRequest) -> None:
         refuse(name in ("self", "prompt", *RESERVED_COLUMNS), 422, taken)
         fits = isinstance(values, list) and len(values) == number
         refuse(not fits, 422, f"The column {name[:80]!r} must be a list of {number} values, one for each image.")
+    lengths = request.videos
+    fits = isinstance(lengths, list) and len(lengths) == number and all(type(n) is int and n > 0 for n in lengths)
+    numbers = f"The field 'videos' must be a list of {number} numbers of frames, one for each image."
+    refuse(lengths is not None and not fits, 422, numbers)
+    counts = f"There are {len(request.frames)} frames, but must be {sum(lengths or ())}, as the field 'videos' says."
+    refuse(len(request.frames) != sum(lengths or ()), 422, counts)
     names = request.rewards
     asks = names is None or (names and _are_strings(names))
     refuse(not asks, 422, "The field 'rewards' must be a list of names. Leave it out for all.")

@@ -19,7 +19,7 @@ from trl_flow.evaluation.diversity import mean_pairwise_distance, pixel_features
 from trl_flow.evaluation.drawing import draw_batch
 from trl_flow.evaluation.gold import GoldScore, check_base, gold_score
 from trl_flow.functional import combine_rewards
-from trl_flow.images import Sample, frame_of, to_rgb
+from trl_flow.images import Sample, to_rgb
 from trl_flow.prompts.rows import read_rows, unchanged_random_state
 from trl_flow.rewards.checks import needs_group
 from trl_flow.rewards.scorer import RewardScorer
@@ -245,6 +245,6 @@ class Evaluator:
 def group_diversity(accelerator: Accelerator, images: list[Sample], group_size: int, total: int) -> float:
     """Diversity within the groups of all processes' images, of which the first `total` count."""
     # A group may be split over processes; reduced images are small enough to be gathered
-    thumbs = torch.from_numpy(thumbnails([frame_of(image) for image in images])).to(accelerator.device)
+    thumbs = torch.from_numpy(thumbnails(images)).to(accelerator.device)
     thumbs = accelerator.gather(thumbs)[:total].cpu().numpy()
     return mean_pairwise_distance(pixel_features(thumbs), group_size)
