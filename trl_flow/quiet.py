@@ -1,6 +1,7 @@
-"""Two hints of libraries below that say nothing about anybody's run, and stand before everything else."""
+"""What libraries below print that says nothing about anybody's run."""
 
 import logging
+import sys
 
 
 # The logger, and how the hint is written there
@@ -13,11 +14,22 @@ HINTS = {
 
 
 def leave_out_hints() -> None:
-    """From now on these are not logged; all else is."""
+    """From now on `HINTS`, which stand before everything else, are not logged; all else is."""
     for name, hint in HINTS.items():
         logger = logging.getLogger(name)
         if not any(isinstance(each, _Without) for each in logger.filters):
             logger.addFilter(_Without(hint))
+
+
+def leave_out_bars() -> None:
+    """Of loading a model: in a terminal they pass, in a file they stay. For a command, whose process is its own."""
+    if not sys.stderr.isatty():
+        import datasets
+        import diffusers
+        import transformers
+
+        for library in (datasets, diffusers.utils.logging, transformers.utils.logging):
+            library.disable_progress_bar()
 
 
 class _Without(logging.Filter):

@@ -9,6 +9,7 @@ from trl_flow.commands.methods import BUNDLED_MODELS
 from trl_flow.commands.recipe import option, read_accelerate_config, read_recipe, unknown_option, without_nulls
 from trl_flow.commands.training_help import training_help, wants_help
 from trl_flow.commands.yaml_values import BOOLEANS
+from trl_flow.quiet import leave_out_bars
 
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ def _prepare_run(
     from trl_flow.trainer.checkpoints import checkpoint_to_resume
     from trl_flow.trainer.init_adapter import check_origin
 
+    leave_out_bars()
     if script_args.ignore_bias_buffers:
         raise ValueError("ignore_bias_buffers is TRL's option for old language models. Remove it.")
     model = options.resolve_model(model_args.model_name_or_path, args, model_args)
@@ -120,6 +122,7 @@ def _prepare_run(
 
 
 def _run(trainer: "FlowRLTrainer", resume: str | None, dataset_name: str | None) -> None:
+    from trl_flow.evaluation.gold import BaseMeanError
     from trl_flow.rewards import CheckpointError
     from trl_flow.rewards.checks import RewardError
     from trl_flow.rewards.scorer import print_failure
@@ -132,7 +135,7 @@ def _run(trainer: "FlowRLTrainer", resume: str | None, dataset_name: str | None)
     except RewardError as error:
         print_failure(error)
         raise UsageError(str(error)) from error
-    except CheckpointError as error:
+    except (CheckpointError, BaseMeanError) as error:
         raise UsageError(str(error)) from error
     except KeyboardInterrupt:
         where = f"No checkpoint had been written to {folder} (save_steps says how often that happens)."
