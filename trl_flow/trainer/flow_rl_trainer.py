@@ -26,6 +26,7 @@ from trl_flow.prompts.rows import prompts_to_measure
 from trl_flow.rewards.checks import reward_names
 from trl_flow.rewards.named import as_rewards
 from trl_flow.rewards.scorer import RewardScorer
+from trl_flow.shapes.bundled import BUNDLED, is_bundled
 from trl_flow.trainer import checks, resuming
 from trl_flow.trainer.best_metric import check_best_metric
 from trl_flow.trainer.callbacks import LoopCallback, RunLogCallback
@@ -180,7 +181,9 @@ class FlowRLTrainer(SavingTrainer):
         self.metrics = Metrics(self.accelerator)
         self.sample_log = SampleLog(args, self.scorer.names)
         self.publisher = Publisher(args, self.backbone, self.model_id, self.scorer.names, list(datasets.values()))
-        self._run_log = RunLogCallback()
+        model = BUNDLED if is_bundled(self.model_id) else self.model_id
+        about = {"config": type(args).__name__, "model": model, "rewards": self.scorer.names}
+        self._run_log = RunLogCallback(about)
         self.add_callback(self._run_log)
         self.add_callback(LoopCallback(self._before_training, self._after_update))
         self._clock, self._train_step_time, self._logged_at = Clock(), 0.0, 0
