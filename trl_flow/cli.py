@@ -31,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 0
         commands = {"demo": _demo, "env": _env, "evaluate": _evaluate, "compare-runs": _compare_runs}
-        commands |= {"export": _export, "serve-rewards": _serve_rewards}
+        commands |= {"export": _export, "methods": _methods, "serve-rewards": _serve_rewards}
+        commands |= {"watch": _watch}
         return commands[arguments.command](arguments) or 0
     except UsageError as error:
         if os.environ.get(_TRACEBACK):
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from trl_flow import __version__
-    from trl_flow.commands import compare_runs, export
+    from trl_flow.commands import compare_runs, export, methods, watch
     from trl_flow.evaluation import evaluate_command as evaluation
     from trl_flow.serving import command as serving
 
@@ -70,19 +71,23 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=_seed, default=0, help="of the training; images are drawn from fixed seeds")
 
     by_recipe = {
-        "train": "train a model by a recipe: trl-flow train --config recipe.yaml (train --help lists all options)",
+        "train": "train a model by a recipe: trl-flow train --config recipe.yaml (train --help lists the options)",
         "memory": "estimate the device memory that a recipe needs: trl-flow memory --config recipe.yaml",
     }
     for name, help in by_recipe.items():
         commands.add_parser(name, help=help, add_help=False)
     for name, command, help in (
         ("evaluate", evaluation, "compare a base model and adapters: scores, images side by side, and a blind vote"),
+        ("watch", watch, "show a running or finished run in a browser: curves, latest images, time left"),
         ("compare-runs", compare_runs, "compare training runs at equal proxy, from their logs: a table and a plot"),
         ("export", export, "write an adapter for ComfyUI or kohya's scripts: --format comfyui --output FILE"),
         ("serve-rewards", serving, "serve reward functions over HTTP: --rewards pickscore,hpsv2 --port 8000"),
     ):
         layout = {"description": command.DESCRIPTION, "formatter_class": argparse.RawDescriptionHelpFormatter}
         command.add_arguments(commands.add_parser(name, help=help, **layout))
+    what = "list what each method changes of Flow-GRPO's defaults"
+    layout = {"description": methods.DESCRIPTION, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    commands.add_parser("methods", help=what, **layout)
     what = "print the versions and devices that a bug report should name"
     commands.add_parser("env", help=what, description=f"{what.capitalize()}.")
     return parser
@@ -99,6 +104,12 @@ class _Parser(argparse.ArgumentParser):
         if wrong := [token for token in unknown if token.startswith("--")]:
             self.error(unknown_option(wrong[0], self._option_string_actions))
         return namespace, unknown
+
+
+def _methods(arguments: argparse.Namespace) -> None:
+    from trl_flow.commands.methods import DESCRIPTION, methods_table
+
+    print(f"{DESCRIPTION}\n{methods_table()}")
 
 
 def _seed(text: str) -> int:
@@ -159,6 +170,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _compare_runs(arguments: argparse.Namespace) -> None:
     from trl_flow.commands.compare_runs import run
+
+    with _mistakes():
+        run(arguments)
+
+
+def _watch(arguments: argparse.Namespace) -> None:
+    from trl_flow.commands.watch import run
 
     with _mistakes():
         run(arguments)

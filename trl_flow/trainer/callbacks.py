@@ -7,49 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-from transformers.trainer_callback import ProgressCallback, TrainerCallback
+from transformers.trainer_callback import TrainerCallback
 from transformers.utils import logging
 
-from trl_flow.evaluation.run_log import LOG_NAME, diagnostics_table
+from trl_flow.evaluation.outputs import write_json
+from trl_flow.evaluation.run_log import LOG_NAME, PROGRESS_NAME, diagnostics_table
 
 
 logger = logging.get_logger(__name__)
-
-
-class FlowProgressCallback(ProgressCallback):
-    """The training bar, with what is going on beside it (sampling, rewards, updating), and one short line a log."""
-
-    # What a person watches; the rest (some forty values a log) would bury it
-    SHOWN = ("reward", "reward_std", "kl", "clip_ratio/region_mean", "loss", "grad_norm", "step_time")
-
-    _shown_at = 0.0
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            options = {"initial": state.global_step, "dynamic_ncols": True}
-            self.training_bar = tqdm(desc="Training", total=state.max_steps, **options)
-        self.current_step = state.global_step
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or self.training_bar is None:
-            return
-        shown = {name: value for name, value in (logs or {}).items() if self._is_shown(name) and value is not None}
-        if shown:
-            values = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-            self.training_bar.write(f"step {state.global_step}/{state.max_steps}  {values}")
-
-    def _is_shown(self, name: str) -> bool:
-        is_reward = name.endswith("/mean") and "rewards/" in name
-        # And how long an evaluation took
-        return name in self.SHOWN or is_reward or name.endswith(("_reward", "_gold/average", "_runtime"))
-
-    def show_stage(self, stage: str) -> None:
-        if self.training_bar is not None:
-            # A small model changes stage far more often than anybody, or a log file, can follow
-            now = time.monotonic()
-            self.training_bar.set_postfix_str(stage, refresh=now - self._shown_at > 0.2)
-            self._shown_at = now if now - self._shown_at > 0.2 else self._shown_at
 
 
 class LoopCallback(TrainerCallback):
@@ -66,13 +31,15 @@ class LoopCallback(TrainerCallback):
 
 
 class RunLogCallback(TrainerCallback):
-    """Writes logs to `output_dir/log_history.jsonl`, one a line, and the table of `diagnostics_table` to
-    `output_dir/diagnostics.md`. A run that is resumed begins the logs anew with its checkpoint's. `counts` go into the
-    next log of the run's own history and file, and to no tracker, which take numbers only."""
+    """Writes logs to `output_dir/log_history.jsonl`, one a line, the table of `diagnostics_table` to
+    `output_dir/diagnostics.md`, and where the run stands, with `about`, to `output_dir/progress.json`. A run that is
+    resumed begins the logs anew with its checkpoint's. `counts` go into the next log of the run's own history and
+    file, and to no tracker, which take numbers only."""
 
     _writes = False
 
-    def __init__(self):
+    def __init__(self, about: dict[str, Any]):
+        self._about, self._began = about, {}
         self.counts: dict[str, list[int]] = {}
         self.before: list[dict[str, Any]] = []  # logs of evaluations before training, which begins a log of its own
 
@@ -81,6 +48,7 @@ class RunLogCallback(TrainerCallback):
         if not state.log_history:
             state.log_history.extend(self.before)
         self.before = []
+        self._began = {"began_at": time.time(), "began_at_update": state.global_step}
         self._write(args, state, "w", state.log_history)
 
     def on_log(self, args, state, control, **kwargs):
@@ -88,7 +56,10 @@ class RunLogCallback(TrainerCallback):
         self.counts = {}
         self._write(args, state, "a", state.log_history[-1:])
 
-    def _write(self, args, state, mode: str, logs: list[dict[str, Any]]) -> None:
+    def on_train_end(self, args, state, control, **kwargs):
+        self._write(args, state, "a", [], finished=True)
+
+    def _write(self, args, state, mode: str, logs: list[dict[str, Any]], *, finished: bool = False) -> None:
         if not self._writes:
             return
         path = Path(args.output_dir, LOG_NAME)
@@ -101,6 +72,9 @@ class RunLogCallback(TrainerCallback):
             if (table := diagnostics_table(state.log_history)) is not None:
                 path = path.with_name("diagnostics.md")
                 path.write_text(table, encoding="utf-8")
+            place = {"update": state.global_step, "max_steps": state.max_steps, "finished": finished}
+            written = {"written_at": time.time()}
+            write_json(path.with_name(PROGRESS_NAME), self._about | self._began | place | written)
         except OSError as error:  # training is worth more than its log, which checkpoints hold too
             self._writes = False
             logger.warning(f"{path} cannot be written ({error}): logs are kept in checkpoints and trackers only.")
