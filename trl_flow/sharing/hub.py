@@ -39,6 +39,16 @@ def published(folder: str | os.PathLike, include: Sequence[str] = ()) -> list[Pa
     return list(dict.fromkeys(path.relative_to(folder) for path in inside))
 
 
+def uploaded_files(
+    folder: str | os.PathLike, *, include: Sequence[str] = (), weights_from: str | os.PathLike | None = None
+) -> dict[Path, Path]:
+    """What an upload of a run's `folder` sends, by its name in the repository: the card and the images that it shows,
+    the weights, and what `include` asks for. Arguments are as for [`prepare_upload`]. Nothing is sent."""
+    folder = Path(folder)
+    files = {name: folder / name for name in published(folder, include)}
+    return files | {Path(path.name): path for path in weight_files(weights_from or folder)}
+
+
 def upload(folder: str | os.PathLike, repo_id: str, **options) -> CommitInfo:
     """[`prepare_upload`], and the upload at once."""
     return prepare_upload(folder, repo_id, **options)()
@@ -74,8 +84,7 @@ def prepare_upload(
         files = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
         stale, beside = "*", folder.parent  # the checkpoint itself may be removed before it is uploaded
     else:
-        files = {name: folder / name for name in published(folder, include)}
-        files |= {Path(path.name): path for path in weight_files(weights_from or folder)}
+        files = uploaded_files(folder, include=include, weights_from=weights_from)
         stale, beside = "images/*", folder  # samples of earlier cards
     if weights_from is not None and not any(path.suffix == ".safetensors" for path in files.values()):
         raise FileNotFoundError(f"{weights_from} holds no weights.")
