@@ -6,6 +6,8 @@ The names below are loaded when they are first used: `import trl_flow` alone imp
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from trl_flow.quiet import leave_out_hints
+
 
 if TYPE_CHECKING:
     from trl_flow.trainer import (
@@ -35,6 +37,8 @@ __all__ = [
     "GuardConfig",
 ]
 __all__ += ["OverOptimizationCallback", "SLASConfig", "VGPOConfig"]
+
+leave_out_hints()
 
 
 def __getattr__(name: str) -> Any:

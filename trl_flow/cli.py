@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 0
         commands = {"demo": _demo, "env": _env, "evaluate": _evaluate, "compare-runs": _compare_runs}
-        commands |= {"export": _export, "serve-rewards": _serve_rewards}
+        commands |= {"export": _export, "methods": _methods, "serve-rewards": _serve_rewards}
         return commands[arguments.command](arguments) or 0
     except UsageError as error:
         if os.environ.get(_TRACEBACK):
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from trl_flow import __version__
-    from trl_flow.commands import compare_runs, export
+    from trl_flow.commands import compare_runs, export, methods
     from trl_flow.evaluation import evaluate_command as evaluation
     from trl_flow.serving import command as serving
 
@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=_seed, default=0, help="of the training; images are drawn from fixed seeds")
 
     by_recipe = {
-        "train": "train a model by a recipe: trl-flow train --config recipe.yaml (train --help lists all options)",
+        "train": "train a model by a recipe: trl-flow train --config recipe.yaml (train --help lists the options)",
         "memory": "estimate the device memory that a recipe needs: trl-flow memory --config recipe.yaml",
     }
     for name, help in by_recipe.items():
@@ -83,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     ):
         layout = {"description": command.DESCRIPTION, "formatter_class": argparse.RawDescriptionHelpFormatter}
         command.add_arguments(commands.add_parser(name, help=help, **layout))
+    what = "list what each method changes of Flow-GRPO's defaults"
+    layout = {"description": methods.DESCRIPTION, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    commands.add_parser("methods", help=what, **layout)
     what = "print the versions and devices that a bug report should name"
     commands.add_parser("env", help=what, description=f"{what.capitalize()}.")
     return parser
@@ -99,6 +102,12 @@ class _Parser(argparse.ArgumentParser):
         if wrong := [token for token in unknown if token.startswith("--")]:
             self.error(unknown_option(wrong[0], self._option_string_actions))
         return namespace, unknown
+
+
+def _methods(arguments: argparse.Namespace) -> None:
+    from trl_flow.commands.methods import DESCRIPTION, methods_table
+
+    print(f"{DESCRIPTION}\n{methods_table()}")
 
 
 def _seed(text: str) -> int:

@@ -33,6 +33,7 @@ def logged(tmp_path_factory) -> set[str]:
     common = {"reward_funcs": watched, "per_device_train_batch_size": 4, "steps_per_generation": 2}
     guard = {"cls": GuardConfig, "bf16": True, "beta": 0.1, "diagnostics_steps": 1, "eval_strategy": "steps"}
     guard |= {"eval_dataset": prompts(2), "eval_steps": 2, "eval_reward_funcs": darkness, "num_generations_eval": 2}
+    guard |= {"save_strategy": "steps", "save_steps": 1}
     vgpo = {"cls": VGPOConfig, "advantage_power": "auto", "max_steps": 4}
     nft, awm = ({"cls": cls, "guidance_scale": 1.0} for cls in (DiffusionNFTConfig, AWMConfig))
     names = set()

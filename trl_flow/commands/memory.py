@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 
 from trl_flow.commands.recipe import option, read_accelerate_config, read_recipe
+from trl_flow.commands.training_help import training_help, wants_help
 
 
 DESCRIPTION = """\
@@ -18,12 +19,22 @@ in full, and no GPU is needed.
 All options of `trl-flow train` count as they do there, and the accelerate configs fsdp2, zero2 and zero3 shard.
 """
 
+OWN = {
+    "--model MODEL": "model_name_or_path, the hub id or the folder",
+    "--json": "Print the numbers, in bytes, as one line of JSON",
+    "--num_processes null": "Devices; null: as many as the accelerate config has, or 1",
+}
+
 
 def prepare(argv: list[str]) -> Callable[[], None]:
     """What prints the estimate; raises an error if something is wrong with what was asked for."""
     if not argv:
         raise ValueError("nothing to estimate. Give a recipe, --config recipe.yaml, or a model, --model.")
     argv, recipe = read_recipe(argv)
+    if wants_help(argv):
+        usage = "trl-flow memory [--config recipe.yaml] [--model MODEL] [--json] [--option value ...]"
+        text = training_help(argv, recipe, usage=usage, description=DESCRIPTION, own=OWN)
+        return lambda: print(text)
     from trl_flow import memory
     from trl_flow.commands.options import parse_training, peft_config, resolve_model, training_parser
 
@@ -31,12 +42,10 @@ def prepare(argv: list[str]) -> Callable[[], None]:
     processes = str(option(argv, recipe, "num_processes") or processes)
     if not processes.isdecimal() or processes == "0":
         raise ValueError(f"num_processes is {processes}, but must be a whole number of at least 1.")
-    usage = "trl-flow memory [--config recipe.yaml] [--model MODEL] [--json] [--option value ...]"
-    texts = {"prog": "trl-flow memory", "usage": usage, "description": DESCRIPTION}
-    parser = training_parser(argv, recipe, num_processes=int(processes), **texts)
-    parser.add_argument("--model", dest="model_name_or_path", default=argparse.SUPPRESS, help="hub id or folder")
-    parser.add_argument("--json", action="store_true", help="print the numbers, in bytes, as one line of JSON")
-    parser.add_argument("--num_processes", "--num-processes", help="devices; default: the accelerate config's, or 1")
+    parser = training_parser(argv, recipe, num_processes=int(processes), prog="trl-flow memory")
+    parser.add_argument("--model", dest="model_name_or_path", default=argparse.SUPPRESS)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--num_processes", "--num-processes")
     script_args, args, model_args, _, own, _ = parse_training(parser, argv, recipe)
     model = resolve_model(model_args.model_name_or_path, args, model_args)
     loading = args.model_init_kwargs

@@ -1,99 +1,95 @@
 """The options of a training, as its recipe and its command line give them."""
 
-import argparse
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from dataclasses import dataclass
+from typing import Any, Literal, get_type_hints
 
 import torch
-import transformers
+from peft import LoraConfig
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
-from trl_flow.commands.recipe import Recipe, did_you_mean, option, unknown_option, without_nulls
+import trl_flow
+from trl_flow.commands import methods
+from trl_flow.commands.recipe import Recipe, unknown_option, without_nulls
 from trl_flow.commands.yaml_values import meant
-
-
-# Importing pipelines that are not used hints at packages that are not needed
-_verbosity = transformers.utils.logging.get_verbosity()
-transformers.utils.logging.set_verbosity_error()
-
-from peft import LoraConfig  # noqa: E402
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_peft_config  # noqa: E402
-
-from trl_flow.prompts import PROMPT_SETS  # noqa: E402
-from trl_flow.rewards.named import NAMED_REWARDS  # noqa: E402
-from trl_flow.shapes import IMAGE_SIZE, pipeline_path  # noqa: E402
-from trl_flow.shapes.bundled import T5_TOKENS  # noqa: E402
-from trl_flow.trainer import (  # noqa: E402
-    AWMConfig,
+from trl_flow.descriptions import described
+from trl_flow.shapes import pipeline_path
+from trl_flow.trainer import (
     AWMTrainer,
-    DiffusionNFTConfig,
     DiffusionNFTTrainer,
     FlowGRPOConfig,
     FlowGRPOTrainer,
     FlowRLConfig,
     FlowRLTrainer,
-    GuardConfig,
     OverOptimizationCallback,
-    SLASConfig,
-    VGPOConfig,
 )
 
 
-transformers.utils.logging.set_verbosity(_verbosity)
-
-METHODS = {"flow_grpo": FlowGRPOConfig, "guard": GuardConfig, "slas": SLASConfig, "vgpo": VGPOConfig}
-METHODS |= {"nft": DiffusionNFTConfig, "awm": AWMConfig}
+METHODS = {name: getattr(trl_flow, config) for name, config in methods.METHODS.items()}
 _TRAINERS = (FlowGRPOTrainer, DiffusionNFTTrainer, AWMTrainer)
-BUNDLED_MODELS = ("bundled", "shapes")
 
 
-def _field(help: str, default: Any = None, **metadata: Any) -> Any:
-    return field(default=default, metadata={"help": help, **metadata})
-
-
+@described
 @dataclass
 class FlowScriptArguments(ScriptArguments):
-    """What a training is of, and how its processes are started."""
+    """
+    What a training is of, and how its processes are started.
 
-    method: str = _field(
-        "Published recipe whose defaults are used, and whose options `--method nft --help` lists.",
-        "flow_grpo",
-        choices=tuple(METHODS),
-    )
-    dataset_name: str | None = _field(
-        f"The prompts: a set ({', '.join(f'`{name}`' for name in PROMPT_SETS)}; `name:path` reads a copy of it), a "
-        "file .jsonl, .json, .csv, .tsv, .parquet or .txt, a folder, or the id of a data set on the Hub. The name of "
-        "a set comes before a file or folder of that name, which is `./name`."
-    )
-    dataset_train_split: str = _field("The prompts to train on, as `train`, `train[:100]` or `train+test`.", "train")
-    dataset_test_split: str = _field("The prompts to evaluate on, as `test` or `train[90%%:]`.", "test")
-    prompt_column: str = _field("Column with the prompts, in a file or a data set on the Hub.", "prompt")
-    image_column: str | None = _field(
-        "Column with the images to be edited, or their paths, relative to the file; for models that edit images."
-    )
-    reward_funcs: list[str] | None = _field(
-        f"Reward functions: {', '.join(f'`{name}`' for name in NAMED_REWARDS)}, or any dotted import path, such as "
-        "`my_rewards.brightness`, looked for in the current folder too; a class is called without arguments."
-    )
-    eval_reward_funcs: list[str] | None = _field(
-        "Functions that only score evaluations (gold scores), named as `reward_funcs` are."
-    )
-    over_optimization_patience: int | None = _field(
-        "Watch for over-optimization: warn, once in so many evaluations in a row the reward is above and the gold "
-        "average below those of the best evaluation so far, and keep the model that is best by gold in "
-        "output_dir/best_gold. Needs `eval_reward_funcs` and `eval_strategy`."
-    )
-    over_optimization_stop: bool = _field("Stop training then.", False)
-    over_optimization_num_standard_errors: float = _field(
-        "How far below the gold average must be, in standard errors of the difference.", 2.0
-    )
-    init_lora_weights: str | None = _field("How a LoRA begins, PEFT's option: `gaussian`, as Flow-GRPO; PEFT's own.")
-    accelerate_config: str | None = _field(
-        "Start one process for each GPU: single_gpu, multi_gpu, fsdp2, zero2, zero3 or the path of an accelerate "
-        "config. Options of `accelerate launch`, such as --num_processes, go with it."
-    )
+    Parameters:
+        method (`str`):
+            Published recipe whose defaults are used, and whose options `--method nft --help` lists.
+        dataset_name (`str`, *optional*):
+            The prompts: a set (`geneval`, `generated_geneval`, `ocr`, `pickscore`, `pickscore_sfw`, `hpdv2`,
+            `drawbench`, `unigenbench`, `unigenbench_long`, `unigenbench_zh`, `unigenbench_zh_long`; `name:path` reads
+            a copy of it), a file .jsonl, .json, .csv, .tsv, .parquet or .txt, a folder, or the id of a data set on the
+            Hub. The name of a set comes before a file or folder of that name, which is `./name`.
+        dataset_train_split (`str`):
+            The prompts to train on, as `train`, `train[:100]` or `train+test`.
+        dataset_test_split (`str`):
+            The prompts to evaluate on, as `test` or `train[90%:]`.
+        prompt_column (`str`):
+            Column with the prompts, in a file or a data set on the Hub.
+        image_column (`str`, *optional*):
+            Column with the images to be edited, or their paths, relative to the file; for models that edit images.
+        reward_funcs (`list[str]`, *optional*):
+            Reward functions: `aesthetic`, `clipscore`, `clipscore_dfn5b`, `deqa`, `geneval`, `geneval_nonnegative`,
+            `geneval_strict`, `geneval_correct`, `hpsv2`, `hpsv2.1`, `imagereward`, `jpeg_compressibility`,
+            `jpeg_incompressibility`, `ocr`, `pickscore`, `shapes_soft`, `shapes_strict`, `shapes_fidelity`,
+            `unigenbench`, `unifiedreward`, `unifiedreward_alignment`, `unifiedreward_coherence`,
+            `unifiedreward_style`, `win_rate`, or any dotted import path, such as `my_rewards.brightness`, looked for
+            in the current folder too; a class is called without arguments.
+        eval_reward_funcs (`list[str]`, *optional*):
+            Functions that only score evaluations (gold scores), named as `reward_funcs` are.
+        over_optimization_patience (`int`, *optional*):
+            Watch for over-optimization: warn, once in so many evaluations in a row the reward is above and the gold
+            average below those of the best evaluation so far, and keep the model that is best by gold in
+            output_dir/best_gold. Needs `eval_reward_funcs` and `eval_strategy`.
+        over_optimization_stop (`bool`):
+            Stop training then, when `over_optimization_patience` warns.
+        over_optimization_num_standard_errors (`float`):
+            How far below the gold average must be, in standard errors of the difference.
+        init_lora_weights (`str`, *optional*):
+            How a LoRA begins, PEFT's option: `gaussian`, as Flow-GRPO; PEFT's own.
+        accelerate_config (`str`, *optional*):
+            Start one process for each GPU: single_gpu, multi_gpu, fsdp2, zero2, zero3 or the path of an accelerate
+            config. Options of `accelerate launch`, such as --num_processes, go with it.
+    """
+
+    method: Literal["flow_grpo", "guard", "slas", "vgpo", "nft", "awm"] = "flow_grpo"
+    dataset_name: str | None = None
+    dataset_train_split: str = "train"
+    dataset_test_split: str = "test"
+    prompt_column: str = "prompt"
+    image_column: str | None = None
+    reward_funcs: list[str] | None = None
+    eval_reward_funcs: list[str] | None = None
+    over_optimization_patience: int | None = None
+    over_optimization_stop: bool = False
+    over_optimization_num_standard_errors: float = 2.0
+    init_lora_weights: str | None = None
+    accelerate_config: str | None = None
 
 
 def training_parser(
@@ -101,21 +97,12 @@ def training_parser(
 ) -> TrlParser:
     """The parser of all options of a training, with `kwargs` of its own. Defaults depend on the method and the model
     that `argv` and `recipe` name. With `num_processes` it is for a plan: of so many, each on a GPU with bfloat16."""
-    method = option(argv, recipe, "method") or "flow_grpo"
-    if method not in METHODS:
-        near = did_you_mean(str(method), METHODS)
-        raise ValueError(f"method is {method!r}, but must be one of {', '.join(METHODS)}.{near}")
-    config = METHODS[method]
+    config = METHODS[methods.method_of(argv, recipe)]
     if num_processes is not None:
         config = type(config.__name__, (_Planned, config), {"world_size": num_processes})
-    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    layout = {"add_help": False, "allow_abbrev": False}  # see `training_help`
     parser = TrlParser((FlowScriptArguments, config, ModelConfig, DatasetMixtureConfig), **layout, **kwargs)
-    # The trainer chooses dtypes and turns dropout off; TRL's defaults are for language models
-    parser.set_defaults(dtype=None, lora_dropout=0.0, lora_task_type=None)
-    if option(argv, recipe, "init_adapter") is not None:  # whose own they are
-        parser.set_defaults(use_peft=True, lora_r=None, lora_alpha=None)
-    if (option(argv, {}, "model") or option(argv, recipe, "model_name_or_path")) in BUNDLED_MODELS:
-        parser.set_defaults(height=IMAGE_SIZE, width=IMAGE_SIZE, max_sequence_length=T5_TOKENS)
+    parser.set_defaults(**methods.changed_defaults(argv, recipe))
     return parser
 
 
@@ -220,7 +207,7 @@ def resolve_model(model: Any, args: FlowGRPOConfig, model_args: ModelConfig) -> 
     for name, default in (("attn_implementation", attention), ("lora_task_type", None)):
         if getattr(model_args, name) != default:
             raise ValueError(f"{name} is TRL's option for language models and has no effect here. Remove it.")
-    model = pipeline_path() if model in BUNDLED_MODELS else model
+    model = pipeline_path() if model in methods.BUNDLED_MODELS else model
     kwargs = dict(args.model_init_kwargs or {})
     if model_args.model_revision != "main":
         kwargs.setdefault("revision", model_args.model_revision)

@@ -5,8 +5,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from trl_flow.commands import UsageError
+from trl_flow.commands.methods import BUNDLED_MODELS
 from trl_flow.commands.recipe import option, read_accelerate_config, read_recipe, unknown_option, without_nulls
+from trl_flow.commands.training_help import training_help, wants_help
 from trl_flow.commands.yaml_values import BOOLEANS
+from trl_flow.quiet import leave_out_bars
 
 
 if TYPE_CHECKING:
@@ -40,10 +43,13 @@ def prepare(argv: list[str]) -> Callable[[], None]:
     if not argv:
         raise ValueError("nothing to train. Give a recipe, --config recipe.yaml, or options; --help lists them.")
     argv, recipe = read_recipe(argv)
+    if wants_help(argv):
+        usage = "trl-flow train --config recipe.yaml [--option value ...]"
+        text = training_help(argv, recipe, usage=usage, description=DESCRIPTION)
+        return lambda: print(text)
     from trl_flow.commands.options import parse_training, training_parser
 
-    usage = "trl-flow train --config recipe.yaml [--option value ...]"
-    parser = training_parser(argv, recipe, prog="trl-flow train", usage=usage, description=DESCRIPTION)
+    parser = training_parser(argv, recipe, prog="trl-flow train")
     if option(argv, {}, "eval_strategy") == "no" or "eval_strategy" in without_nulls(argv)[1]:
         recipe.remove_evaluation()
     # Of options that are unknown here the launcher may know
@@ -95,12 +101,13 @@ def _prepare_run(
     from trl_flow.trainer.checkpoints import checkpoint_to_resume
     from trl_flow.trainer.init_adapter import check_origin
 
+    leave_out_bars()
     if script_args.ignore_bias_buffers:
         raise ValueError("ignore_bias_buffers is TRL's option for old language models. Remove it.")
     model = options.resolve_model(model_args.model_name_or_path, args, model_args)
     rewards, gold = named_rewards(script_args.reward_funcs), script_args.eval_reward_funcs
     gold = named_rewards(gold, "eval_reward_funcs") if gold else None
-    bundled, evaluate = model_args.model_name_or_path in options.BUNDLED_MODELS, args.eval_strategy != "no"
+    bundled, evaluate = model_args.model_name_or_path in BUNDLED_MODELS, args.eval_strategy != "no"
     train_dataset, eval_dataset = load_datasets(script_args, mixture_args, bundled=bundled, evaluate=evaluate)
     resume = args.resume_from_checkpoint
     resume = checkpoint_to_resume((BOOLEANS | {"last": True}).get(str(resume).lower(), resume), args)
@@ -115,6 +122,7 @@ def _prepare_run(
 
 
 def _run(trainer: "FlowRLTrainer", resume: str | None, dataset_name: str | None) -> None:
+    from trl_flow.evaluation.gold import BaseMeanError
     from trl_flow.rewards import CheckpointError
     from trl_flow.rewards.checks import RewardError
     from trl_flow.rewards.scorer import print_failure
@@ -127,7 +135,7 @@ def _run(trainer: "FlowRLTrainer", resume: str | None, dataset_name: str | None)
     except RewardError as error:
         print_failure(error)
         raise UsageError(str(error)) from error
-    except CheckpointError as error:
+    except (CheckpointError, BaseMeanError) as error:
         raise UsageError(str(error)) from error
     except KeyboardInterrupt:
         where = f"No checkpoint had been written to {folder} (save_steps says how often that happens)."

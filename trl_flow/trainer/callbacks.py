@@ -2,54 +2,17 @@
 
 import json
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-from transformers.trainer_callback import ProgressCallback, TrainerCallback
+from transformers.trainer_callback import TrainerCallback
 from transformers.utils import logging
 
 from trl_flow.evaluation.run_log import LOG_NAME, diagnostics_table
 
 
 logger = logging.get_logger(__name__)
-
-
-class FlowProgressCallback(ProgressCallback):
-    """The training bar, with what is going on beside it (sampling, rewards, updating), and one short line a log."""
-
-    # What a person watches; the rest (some forty values a log) would bury it
-    SHOWN = ("reward", "reward_std", "kl", "clip_ratio/region_mean", "loss", "grad_norm", "step_time")
-
-    _shown_at = 0.0
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            options = {"initial": state.global_step, "dynamic_ncols": True}
-            self.training_bar = tqdm(desc="Training", total=state.max_steps, **options)
-        self.current_step = state.global_step
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or self.training_bar is None:
-            return
-        shown = {name: value for name, value in (logs or {}).items() if self._is_shown(name) and value is not None}
-        if shown:
-            values = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-            self.training_bar.write(f"step {state.global_step}/{state.max_steps}  {values}")
-
-    def _is_shown(self, name: str) -> bool:
-        is_reward = name.endswith("/mean") and "rewards/" in name
-        # And how long an evaluation took
-        return name in self.SHOWN or is_reward or name.endswith(("_reward", "_gold/average", "_runtime"))
-
-    def show_stage(self, stage: str) -> None:
-        if self.training_bar is not None:
-            # A small model changes stage far more often than anybody, or a log file, can follow
-            now = time.monotonic()
-            self.training_bar.set_postfix_str(stage, refresh=now - self._shown_at > 0.2)
-            self._shown_at = now if now - self._shown_at > 0.2 else self._shown_at
 
 
 class LoopCallback(TrainerCallback):

@@ -144,7 +144,7 @@ class Evaluator:
         indices = [min(accelerator.process_index * each + i, total - 1) for i in range(each)]
         rows = read_rows(dataset, [index // number for index in indices], self.args.seed)
         images = self._draw(rows, indices)
-        self.sampler.show_stage("evaluation rewards")
+        self.sampler.show_stage("evaluating the rewards")
         rewards_per_func = self._scored(self.scorer, rows, images, total, state)
         rewards = combine_rewards(rewards_per_func, self.reward_weights.to(rewards_per_func.device))
         gold_values: dict[str, np.ndarray] = {}
@@ -184,11 +184,12 @@ class Evaluator:
         images: list[Image.Image] = []
         for first in range(0, len(rows), size):
             part = rows[first : first + size]
-            prompts, stage = [row["prompt"] for row in part], f"evaluating {first + 1}/{len(rows)}, step "
+            prompts = [row["prompt"] for row in part]
+            stage = f"evaluating images {first + 1} to {first + len(part)} of {len(rows)}, step "
             condition = self.policy.condition(prompts, self.sampler.images_to_edit(part), self.guidance_scale)
             given = self.policy.backbone, self._forward, condition.positive, condition.negative
             options = {"num_inference_steps": num_steps, "guidance_scale": condition.guidance_scale}
-            options["on_step"] = lambda step, stage=stage: self.sampler.show_stage(f"{stage}{step + 1}/{num_steps}")
+            options["on_step"] = lambda step, stage=stage: self.sampler.show_stage(f"{stage}{step + 1} of {num_steps}")
             images += draw_batch(*given, seed=self.args.seed, indices=indices[first : first + size], **options)
         return images
 

@@ -8,7 +8,8 @@ from typing import Literal
 
 from transformers.utils import is_torch_bf16_gpu_available
 
-from trl_flow.trainer.flow_rl_config import FlowRLConfig, derived, described
+from trl_flow.descriptions import described
+from trl_flow.trainer.flow_rl_config import FlowRLConfig, derived
 
 
 TimestepWeighting = Literal["none", "temp", "inverse_dt", "beta_over_dt", "inverse_beta_dt", "inverse_gain"]

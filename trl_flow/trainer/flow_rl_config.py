@@ -1,40 +1,22 @@
 """[`FlowRLConfig`]: what every algorithm needs. Those of the algorithms are beside it."""
 
 import contextlib
-import inspect
 import json
 import math
 import os
-import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from fractions import Fraction
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from transformers.utils import is_torch_bf16_gpu_available
 
+from trl_flow.descriptions import described
 from trl_flow.trainer.trl_compat import _BaseConfig
 
 
 # Schedules that lower the learning rate when a metric of the evaluations stops improving
 WATCHING_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
-
-# An entry of a docstring's list of parameters: its head, which may name several, and its text
-_ENTRY = re.compile(r"^ {4}(\w+ \(.*\)):\n((?: {8}.*\n?)+)", re.MULTILINE)
-
-
-def described(cls: type) -> type:
-    """Gives each field of a config the first sentence of its description in the docstring, or in that of a base, as
-    its `help` on command lines."""
-    found: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        for names, text in _ENTRY.findall(inspect.cleandoc(base.__dict__.get("__doc__") or "")):
-            sentence = re.split(r"(?<!Eq)\. (?=[A-Z`])", " ".join(text.split()))[0].replace("%", "%%")
-            found |= dict.fromkeys(re.findall(r"(\w+) \(", names), sentence)
-    for each in fields(cls):
-        if each.name in found and "help" not in each.metadata:
-            each.metadata = {**each.metadata, "help": found[each.name]}
-    return cls
 
 
 class Derived:

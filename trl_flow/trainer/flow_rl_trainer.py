@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
-from transformers import TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import speed_metrics
 
@@ -28,7 +28,7 @@ from trl_flow.rewards.named import as_rewards
 from trl_flow.rewards.scorer import RewardScorer
 from trl_flow.trainer import checks, resuming
 from trl_flow.trainer.best_metric import check_best_metric
-from trl_flow.trainer.callbacks import FlowProgressCallback, LoopCallback, RunLogCallback
+from trl_flow.trainer.callbacks import LoopCallback, RunLogCallback
 from trl_flow.trainer.checkpoints import checkpoint_to_resume, step_of
 from trl_flow.trainer.evaluator import EvaluationResult, Evaluator, group_diversity
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
@@ -41,6 +41,7 @@ from trl_flow.trainer.over_optimization import OverOptimizationCallback
 from trl_flow.trainer.phase_scores import PhaseScorer
 from trl_flow.trainer.policy import Policy
 from trl_flow.trainer.prepare import prepare_module
+from trl_flow.trainer.progress import Clock, FlowProgressCallback, messages_above_the_bar
 from trl_flow.trainer.prompt_cache import PromptCache
 from trl_flow.trainer.publisher import Publisher
 from trl_flow.trainer.rollout_buffer import RolloutBuffer
@@ -158,9 +159,9 @@ class FlowRLTrainer(SavingTrainer):
         checks.check_single_device(args)
         # Only used with `remove_unused_columns=True`
         self._signature_columns = ["prompt", *(["image"] if self.backbone.takes_image else [])]
-        if not args.disable_tqdm:
-            self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
-            self.add_callback(FlowProgressCallback())
+        for callback in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # which print all that is logged
+            self.remove_callback(callback)
+        self.add_callback(FlowProgressCallback(shows_bar=not args.disable_tqdm))
 
         self.algorithm = self.create_algorithm()
         options = {"wrapped": lambda: self.model_wrapped, "keep_reference": self.algorithm.needs_reference}
@@ -182,7 +183,7 @@ class FlowRLTrainer(SavingTrainer):
         self._run_log = RunLogCallback()
         self.add_callback(self._run_log)
         self.add_callback(LoopCallback(self._before_training, self._after_update))
-        self._train_step_time = 0.0
+        self._clock, self._train_step_time, self._logged_at = Clock(), 0.0, 0
 
     # ---- Training ----
 
@@ -198,7 +199,7 @@ class FlowRLTrainer(SavingTrainer):
             RewardError: if a reward function fails. Updates are saved first, whatever `save_strategy` is; so they are,
                 unless it is `"no"`, when a single process is interrupted or fails in another way.
         """
-        with self.run_folder.locked(), self._saving_what_is_trained():
+        with self.run_folder.locked(), messages_above_the_bar(), self._saving_what_is_trained():
             self.accelerator.wait_for_everyone()  # the main process may still be writing the checkpoint to resume from
             checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args)
             callbacks = self.callback_handler.callbacks  # those that were added after the constructor, too
@@ -236,6 +237,7 @@ class FlowRLTrainer(SavingTrainer):
         measures = self.args.diagnostics_steps and self.state.global_step % self.args.diagnostics_steps == 0
         # One forward and backward each: memory does not grow with their number
         for number, unit in enumerate(units, start=1):
+            self._show_stage(f"updating, step {number} of {len(units)}")
             with self.policy.deferred_sync(defer=number < len(units)):
                 with self.compute_loss_context_manager():
                     output = self.algorithm.loss(self.policy, batch, unit, condition)
@@ -264,6 +266,7 @@ class FlowRLTrainer(SavingTrainer):
         return self.run_state.micro_batch
 
     def _generate_and_score(self, rows: list[dict[str, Any]]) -> list[MicroBatch]:
+        self._show_stage("sampling")
         rows = of_one_reading(rows, self.train_dataset, self.args)
         plan = self.algorithm.plan(self.run_state.generation)
         buffer = RolloutBuffer(len(rows), self.args)
@@ -282,6 +285,7 @@ class FlowRLTrainer(SavingTrainer):
     def _before_training(self) -> None:
         warn_of_prompts_left_out(self._num_prompts, self.state.max_steps, self.args)
         self._watch_steps()
+        self._clock, self._logged_at = Clock(), self.state.global_step
         self.state.compute_steps(self.args, self.state.max_steps)  # transformers keeps the checkpoint's
         if self._saved is not None and (best := self.state.best_model_checkpoint) is not None:
             # That of the run that is resumed: its folder may have been moved, and another run's be there
@@ -361,6 +365,8 @@ class FlowRLTrainer(SavingTrainer):
     # ---- Logging ----
 
     def _show_stage(self, stage: str) -> None:
+        """`stage` is what is going on, in words of which the first is one of `progress.PARTS`."""
+        self._clock.enter(stage.split()[0].rstrip(","))
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, FlowProgressCallback):
                 callback.show_stage(stage)
@@ -369,6 +375,9 @@ class FlowRLTrainer(SavingTrainer):
         if self.model.training:
             self._run_log.counts = self.metrics.counts()
             logs |= self.metrics.flush(self.algorithm)
+            logs |= self._clock.read(self.state.global_step - self._logged_at)
+            self._logged_at = self.state.global_step
+            self._show_stage("logging")
             self.sample_log.flush(self.state, self.callback_handler)
         super().log(logs, start_time)
 
@@ -389,6 +398,7 @@ class FlowRLTrainer(SavingTrainer):
             super().save_model(output_dir, _internal_call=_internal_call)
 
     def _save_checkpoint(self, model, trial):
+        self._show_stage("saving")
         with self.optimizer_modes.evaluating():
             super()._save_checkpoint(model, trial)
 

@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from trl_flow.trainer.flow_rl_config import FlowRLConfig, derived, described
+from trl_flow.descriptions import described
+from trl_flow.trainer.flow_rl_config import FlowRLConfig, derived
 
 
 # Settings of the policy gradient that have no meaning where nothing is known of the steps of sampling

@@ -128,7 +128,7 @@ class ScoringPhase:
             end = max(0, (offset + end) // number * number - offset)
         if end > self._submitted:
             if not self.session.background:
-                self.parent.sampler.show_stage("rewards")
+                self.parent.sampler.show_stage("scoring")
             rows, images = self.rows[self._submitted : end], self.images[self._submitted : end]
             self.session.submit([row["prompt"] for row in rows], images, columns_of(rows))
             self._submitted = end
@@ -138,7 +138,7 @@ class ScoringPhase:
 
     def finish(self) -> PhaseScores:
         """Waits for the rewards; those of all processes' samples."""
-        self.parent.sampler.show_stage("rewards")
+        self.parent.sampler.show_stage("scoring")
 
         def collect() -> torch.Tensor:
             scores = self.session.result()
@@ -166,7 +166,7 @@ class ScoringPhase:
         for t in range(number):
             by_func = terminal
             if parent.dense and t < number - 1:
-                parent.sampler.show_stage(f"rewards of step {t + 1}/{number}")
+                parent.sampler.show_stage(f"scoring step {t + 1} of {number}")
                 latents = torch.stack([own[t] for own in self._predicted])
                 by_func = terminal.clone()
                 scored = gather_rewards(parent.accelerator, lambda latents=latents: self._score_predicted(latents))

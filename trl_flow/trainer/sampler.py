@@ -42,13 +42,13 @@ class Sampler:
         `FloatingPointError` if the latents are not finite."""
         size, num_steps = self.args.per_device_train_batch_size, self.args.num_inference_steps
         offset = self.args.process_index * len(rows)
-        total = len(rows) // size * num_steps
         first_step, starts, predicted = self._starts(generation, rows, plan)
         for first in range(0, len(rows), size):
-            done, key = first // size * num_steps, (self.args.seed, generation, RandomStream.TRANSITIONS)
+            key = self.args.seed, generation, RandomStream.TRANSITIONS
+            stage = f"sampling images {first + 1} to {first + size} of {len(rows)}, step "
             part, start = rows[first : first + size], starts[first : first + size]
             options = {"generators": [sample_generator(*key, offset + first + i) for i in range(size)]}
-            options["on_step"] = lambda step, done=done: self.show_stage(f"sampling {done + step + 1}/{total}")
+            options["on_step"] = lambda step, stage=stage: self.show_stage(f"{stage}{step + 1} of {num_steps}")
             sampled = self._rollout(part, start, plan, first_step=first_step, **options)
             if not sampled.final.isfinite().all():
                 raise FloatingPointError(
@@ -102,8 +102,9 @@ class Sampler:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The latents of `rows` after `num_steps` ODE steps from `noise`, both `(M, ...)`, and with `plan.project` the
         clean latents predicted after each step but the last, `(M, num_steps - 1, ...)`."""
-        size, parts, stage = self.args.per_device_train_batch_size, [], "sampling the groups' common steps"
-        options = {"last_step": num_steps, "on_step": lambda step: self.show_stage(f"{stage} {step + 1}/{num_steps}")}
+        size, parts, stage = self.args.per_device_train_batch_size, [], "sampling the groups' common steps, step "
+        options = {"last_step": num_steps}
+        options["on_step"] = lambda step: self.show_stage(f"{stage}{step + 1} of {num_steps}")
         for first in range(0, len(rows), size):
             part, start = rows[first : first + size], noise[first : first + size]
             parts.append(self._rollout(part, start, plan, **options))
