@@ -2,7 +2,7 @@
 SLAS (https://huggingface.co/papers/2605.10937) on Stable Diffusion 1.4 by HPS-v2.1 and CLIP, with the paper's
 settings.
 
-Model, prompts and the rewards' models are downloaded. On one GPU of 80 GB, by the estimate of
+Model, prompts and the rewards' models are downloaded. On one GPU of 40 GB, by the estimate of
 `trl-flow memory --config examples/recipes/sd14_slas.yaml`, whose settings are these:
 
     python examples/sd14_slas.py --output_dir outputs/sd14-slas

@@ -23,8 +23,9 @@ from trl_flow.prompts import load_prompts
 from trl_flow.rewards import HPSv2Reward, ImageReward, PickScoreReward
 
 
-# "released": config/base.py, config/nft.py (sd3_pickscore) and scripts/train_nft_sd3.py of github.com/NVlabs/DiffusionNFT,
-# as found in copies of that repository. They sample by a second-order solver of the ODE, which is Euler's here
+# "released": config/base.py, config/nft.py (sd3_pickscore) and scripts/train_nft_sd3.py of
+# github.com/NVlabs/DiffusionNFT, as found in copies of that repository. Their
+# solver of the ODE is of second order, here it is Euler's
 SETTINGS = {
     "dataset_name": "pickscore",  # released
     # Sampling while training, along the ODE
