@@ -43,7 +43,18 @@ def uploaded_files(
     folder: str | os.PathLike, *, include: Sequence[str] = (), weights_from: str | os.PathLike | None = None
 ) -> dict[Path, Path]:
     """What an upload of a run's `folder` sends, by its name in the repository: the card and the images that it shows,
-    the weights, and what `include` asks for. Arguments are as for [`prepare_upload`]. Nothing is sent."""
+    the weights, and what `include` asks for. Arguments are as for [`prepare_upload`]. Nothing is sent.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.shapes import load_pipeline
+    >>> from trl_flow.sharing import save_full, uploaded_files
+    >>> save_full(load_pipeline().transformer, "run")
+    >>> sorted(str(name) for name in uploaded_files("run"))
+    ['config.json', 'diffusion_pytorch_model.safetensors']
+    ```
+    """
     folder = Path(folder)
     files = {name: folder / name for name in published(folder, include)}
     return files | {Path(path.name): path for path in weight_files(weights_from or folder)}
