@@ -39,6 +39,7 @@ from trl_flow.sharing import (
     save_lora,
     training_settings,
     upload,
+    uploaded_files,
     weight_files,
 )
 
@@ -599,6 +600,8 @@ def test_what_is_asked_for_is_shared_too_and_samples_of_an_earlier_card_are_take
     upload(finished_run, "tester/tuned", include=["images/*.png", "results.json"])
     files = hub_server.repos["tester/tuned"].keys() - {".gitattributes"}
     assert files == SHARED | {"images/grid.png", "results.json"}
+    listed = uploaded_files(finished_run, include=["images/*.png", "results.json"])
+    assert {str(name) for name in listed} == files and all(path.is_file() for path in listed.values())
     write_card(finished_run, samples=[("images/grid.png", None)], curves="rewards.png")
     upload(finished_run, "tester/tuned")
     files = hub_server.repos["tester/tuned"].keys() - {".gitattributes"}

@@ -76,7 +76,8 @@ def test_what_is_written(compared):
     assert json.loads((compared.folder / "results.json").read_text()) == compared.results
     assert (compared.folder / "results.md").read_text(encoding="utf-8") == compared.markdown
     assert "| ours | [" in compared.markdown
-    with Image.open(compared.folder / "grid-shapes.png") as grid:
+    assert compared.grids == {"shapes": compared.folder / "grid-shapes.png"}
+    with Image.open(compared.grids["shapes"]) as grid:
         # Two columns of 16 x 16 images enlarged 16 times
         assert grid.width == 2 * 256 + 3 * 6
 

@@ -119,6 +119,7 @@ def test_the_message_has_the_numbers_and_what_to_do(tmp_path):
     (message,) = run.evaluate(2.5, scored(0.75))
     for part in ("update 2", "2.5", "above 1 of update 1", "0.75, below 1.25", "-0.5", "GuardConfig", "beta"):
         assert part in message
+    assert "images" not in message  # none are written
     assert f"1.25 at update 1, is in {tmp_path / 'best_gold'}. Training stops here;" in message
     assert f"the weights in {tmp_path} will be these, the last ones." in message
     assert "with a standard error over the prompts of 0" in message

@@ -84,6 +84,16 @@ class Comparison:
         """The report, as in `results.md`."""
         return markdown(self.results)
 
+    @property
+    def grids(self) -> dict[str, Path]:
+        """The file of each set's grid, whose name need not be the set's: not every file system takes every name."""
+        return {name: grid_path(self.folder, name) for name in self.results["sets"]}
+
+
+def grid_path(folder: Path, set_name: str) -> Path:
+    """Where the grid of a prompt set is."""
+    return folder / f"grid-{file_name(set_name)}.png"
+
 
 def evaluate_models(
     model: str | os.PathLike | DiffusionPipeline,
@@ -368,8 +378,8 @@ class _Run:
             # By index, never by score; the first image of each
             rows = evenly(len(texts), grid_prompts)
             images = [[self.folder.load(name, model, row * number) for model in self.models] for row in rows]
-            file = path / f"grid-{file_name(name)}.png"
-            comparison_grid(images, list(self.models), [texts[row] for row in rows], path=file)
+            captions = [texts[row] for row in rows]
+            comparison_grid(images, list(self.models), captions, path=grid_path(path, name))
         options = {"megabytes": page_megabytes, "progress": self.progress}
         write_page(path / PAGE, self.folder, results, prompts=prompts, scores=scores, **options)
         write_json(path / RESULTS, results)

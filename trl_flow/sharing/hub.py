@@ -52,6 +52,27 @@ def published(folder: str | os.PathLike, include: Sequence[str] = ()) -> list[Pa
     return list(dict.fromkeys(path.relative_to(folder) for path in inside))
 
 
+def uploaded_files(
+    folder: str | os.PathLike, *, include: Sequence[str] = (), weights_from: str | os.PathLike | None = None
+) -> dict[Path, Path]:
+    """What an upload of a run's `folder` sends, by its name in the repository: the card and the images that it shows,
+    the weights, and what `include` asks for. Arguments are as for [`prepare_upload`]. Nothing is sent.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.shapes import load_pipeline
+    >>> from trl_flow.sharing import save_full, uploaded_files
+    >>> save_full(load_pipeline().transformer, "run")
+    >>> sorted(str(name) for name in uploaded_files("run"))
+    ['config.json', 'diffusion_pytorch_model.safetensors']
+    ```
+    """
+    folder = Path(folder)
+    files = {name: folder / name for name in published(folder, include)}
+    return files | {Path(path.name): path for path in weight_files(weights_from or folder)}
+
+
 def upload(folder: str | os.PathLike, repo_id: str, **options) -> CommitInfo:
     """[`prepare_upload`], and the upload at once.
 
@@ -115,8 +136,7 @@ def prepare_upload(
         files = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
         stale, beside = "*", folder.parent  # the checkpoint itself may be removed before it is uploaded
     else:
-        files = {name: folder / name for name in published(folder, include)}
-        files |= {Path(path.name): path for path in weight_files(weights_from or folder)}
+        files = uploaded_files(folder, include=include, weights_from=weights_from)
         stale, beside = "images/*", folder  # samples of earlier cards
     if weights_from is not None and not any(path.suffix == ".safetensors" for path in files.values()):
         raise FileNotFoundError(f"{weights_from} holds no weights.")

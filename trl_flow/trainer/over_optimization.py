@@ -189,7 +189,8 @@ class OverOptimizationCallback(TrainerCallback):
             helps.insert(0, "beta > 0")
         if getattr(args, "importance_ratio", None) == "standard":
             helps.insert(0, "GuardConfig")
-        message += f"Look at the images in {Path(args.output_dir, 'images')}. "
+        if getattr(args, "log_images", False):
+            message += f"Look at the images in {Path(args.output_dir, 'images')}. "
         return f"{message}What helps: {', '.join(helps[:-1])}, or {helps[-1]}."
 
 
