@@ -9,8 +9,8 @@ from trl_flow.functional._tensors import in_groups
 
 def max_variance_subset(rewards: Tensor, num_generations: int, num_kept: int) -> Tensor:
     """The `num_kept` samples of each group whose rewards have the largest variance (PODS, arXiv:2504.13818, Algorithm
-    2). They are always the `k` lowest and the `num_kept - k` highest, for some `k`. Of several such `k` the one nearest
-    to half of them is taken.
+    2): the `k` lowest and the `num_kept - k` highest, for some `k`. Of several such `k` the nearest to half of them is
+    taken.
 
     Args:
         rewards: `(N,)`, the `num_generations` samples of a prompt contiguous. NaN, where no reward applies, counts as

@@ -299,8 +299,8 @@ class FlowRLConfig(_BaseConfig):
         if trained < number and self.world_size > 1 and own % number != 0:
             raise ValueError(
                 f"num_generations_trained is {trained} of num_generations={number}, but each of {self.world_size} "
-                f"processes samples {own} images (per_device_train_batch_size x steps_per_generation): groups would be "
-                f"split over processes, which would then train on unequal numbers. Make that a multiple of {number}."
+                f"processes samples {own} images (per_device_train_batch_size x steps_per_generation), which splits "
+                f"groups over processes: they would train on unequal numbers. Make that a multiple of {number}."
             )
 
     @property
