@@ -72,11 +72,12 @@ def main(argv: list[str] | None = None) -> None:
     noised = isinstance(args, ForwardProcessConfig)
     steps = args.timesteps_per_sample if noised else args.num_kept_latents // 3
     images = args.max_steps / args.updates_per_generation * args.generation_batch_size
-    parts = {"sampling": images * args.num_inference_steps * forward, "training": images * steps * update}
+    trained = images * args.num_generations_trained / args.num_generations
+    parts = {"sampling": images * args.num_inference_steps * forward, "training": trained * steps * update}
     if args.beta > 0:
-        parts["reference"] = images * steps * forward
+        parts["reference"] = trained * steps * forward
     if noised and args.keeps_old:
-        parts["old policy"] = images * steps * forward
+        parts["old policy"] = trained * steps * forward
     if args.eval_strategy == "steps":
         prompts = given.eval_prompts or TEST_PROMPTS.get(script.dataset_name, 0)
         evaluations = 1 + args.max_steps // args.eval_steps  # the base model first

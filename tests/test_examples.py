@@ -234,3 +234,28 @@ def test_benchmark_of_one_update_prints_the_estimate(monkeypatch, capsys):
     weights = 2 * result["parameters"] + 4 * 4 * result["trained_parameters"]
     assert result["update_s"] > 0 and result["estimated_bytes"] > weights
     assert (result["peak_bytes"] is None) == (result["device"] == "cpu")
+
+
+def test_a_phase_on_many_gpus_is_what_was_counted_divided(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    options = ["--model", "tiny", "--size", "64", "--images", "24", "--steps", "3", "--trained-steps", "2"]
+    options += ["--tflops", "1e-3", "--reward-seconds", "0.5", "--gpus", "2", "16", "--save-steps", "10"]
+    benchmark = load_program("benchmarks/scale.py")
+    results = []
+    for more in ([], ["--sharded", "--images-at-once", "12"]):
+        benchmark.main([*options, *more])
+        results.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    (plain, sharded), counts = [result["phases"] for result in results], results[0]["counted"]
+    assert 2 * counts["forward"] < counts["update"] < 4 * counts["forward"]
+    # 16 GPUs have one or two images each, and all wait for those with two
+    for gpus, own in (("2", 12), ("16", 2)):
+        assert plain[gpus]["sampling"] == pytest.approx(own * (3 * counts["forward"] + counts["decoding"]) / 1e9)
+        assert plain[gpus]["update"] == pytest.approx(own * 2 * counts["update"] / 1e9)
+        assert plain[gpus]["rewards"] == own * 0.5
+        total = sum(plain[gpus][name] for name in ("sampling", "rewards", "update", "communication", "checkpoint"))
+        assert plain[gpus]["total"] == pytest.approx(total)
+    assert plain["2"]["busy"] > 0.99 and plain["16"]["busy"] == pytest.approx(0.75, abs=0.01)
+    # Two updates of a ring that adds up and tells, within a node
+    reduced = 2 * counts["adapter"] * 0.5 / 400e9 + 2 * 1e-5
+    assert plain["2"]["communication"] == pytest.approx(2 * reduced)
+    assert sharded["2"]["update"] == pytest.approx(12 * 2 * (counts["update"] + counts["forward"]) / 1e9)

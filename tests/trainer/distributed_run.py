@@ -72,6 +72,7 @@ SCENARIOS = {
     "adapted power": {"advantage_power": "auto", "target_kl": 1e-3, "max_steps": 3},
     "a probed ratio": {"importance_ratio": "ratio_norm", "ratio_probe": 8, "num_iterations": 2, "max_steps": 4},
     "steps of each sample's own": {"timestep_fraction": 0.7, "timestep_fraction_per_sample": True},
+    "the largest and smallest rewards alone": {"num_generations_trained": 2},
     "nft": {"cls": DiffusionNFTConfig, "old_decay_rate": 0.3, "max_steps": 3, "num_generations": 8},
     "awm": {"cls": AWMConfig, "timestep_sampling": "logit_normal", "num_iterations": 2, "max_steps": 4},
     "all weights": {"lora": None, "learning_rate": 0.01},

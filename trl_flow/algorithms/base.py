@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,7 +52,8 @@ class MicroBatch:
 @dataclass(frozen=True)
 class PhaseScores:
     """
-    The rewards of one sampling phase, of all processes' `N` samples, the images of a group next to each other.
+    The rewards of one sampling phase, of all processes' `N` samples that are trained on, the images of a group next to
+    each other: `args.num_generations_trained` of them.
 
     Attributes:
         rewards_per_func (`torch.Tensor`): `(N, K)`, float32, NaN where a reward function does not apply.
@@ -76,6 +77,11 @@ class PhaseScores:
     names: list[str]
     plan: StepPlan
     instant: torch.Tensor | None = None
+
+    def of(self, samples: torch.Tensor) -> "PhaseScores":
+        """The scores of these samples, by their indices `(M,)`."""
+        instant = None if self.instant is None else self.instant[samples]
+        return replace(self, rewards_per_func=self.rewards_per_func[samples], instant=instant)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from trl_flow.functional.guard import (
 )
 from trl_flow.functional.nft import implicit_policies, nft_loss, optimality
 from trl_flow.functional.rewards import combine_rewards, fill_missing, frac_zero_std, normalize_then_sum
+from trl_flow.functional.selection import max_variance_subset
 from trl_flow.functional.slas import (
     adapt_power,
     effective_sample_share,
@@ -72,6 +73,7 @@ __all__ = [
     "max_advantage_power",
     "max_advantage_power_bounded",
     "max_advantage_power_sub_gaussian",
+    "max_variance_subset",
     "nft_loss",
     "normalize_then_sum",
     "ode_transition",

@@ -428,7 +428,8 @@ def _dry_runs(
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         plan.dry_runs[key] = batch, sampling, peak_bytes(partial(run, backward=True), [policy], plan.half)
     ran, sampling, updating = plan.dry_runs[key]
-    return sampling * batch // ran, updating * batch // ran  # of other batch sizes the memory is in proportion
+    # Of other batch sizes the memory is in proportion
+    return sampling * batch // ran, updating * plan.args.trained_batch_size // ran
 
 
 def _decoding_bytes(backbone: Backbone, plan: Plan) -> int:

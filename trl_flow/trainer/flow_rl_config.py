@@ -86,6 +86,10 @@ class FlowRLConfig(_BaseConfig):
 
         num_generations (`int`, *optional*, defaults to `8`):
             Images per prompt, a group (`G` in the papers). `generation_batch_size` must be divisible by it.
+        num_generations_trained (`int`, *optional*):
+            Of these the images that are trained on: those whose rewards have the largest variance, which are the
+            highest and the lowest of each group (PODS, arXiv:2504.13818); advantages compare them alone. `None`: all.
+            Micro-batches have as much smaller a share of `per_device_train_batch_size` images.
         num_generations_eval (`int`, *optional*, defaults to `1`):
             Images per prompt in evaluation.
         generation_batch_size (`int`, *optional*):
@@ -198,6 +202,7 @@ class FlowRLConfig(_BaseConfig):
     precompute_prompt_embeds: bool = False
     prompt_embeds_dir: str | None = None
     num_generations: int = 8
+    num_generations_trained: int | None = None
     num_generations_eval: int = 1
     generation_batch_size: int | None = None
     steps_per_generation: int | None = None
@@ -283,6 +288,33 @@ class FlowRLConfig(_BaseConfig):
         if isinstance(self.reward_weights, list):
             with contextlib.suppress(ValueError):
                 self.reward_weights = [float(w) if isinstance(w, str) else w for w in self.reward_weights]
+
+    def _resolve_trained(self, size: int) -> None:
+        number, trained = self.num_generations, self._given("num_generations_trained")
+        if trained is None:
+            self.num_generations_trained = derived(number)
+            return
+        wanted = f"from 2 to num_generations ({number}), or None for all of them"
+        self._check("num_generations_trained", 2 <= trained <= number, wanted)
+        if size * trained % number != 0:
+            multiple = number // math.gcd(trained, number)
+            raise ValueError(
+                f"num_generations_trained is {trained} of num_generations={number}, so that a micro-batch has "
+                f"{trained}/{number} of per_device_train_batch_size ({size}) images, which is no whole number. Set "
+                f"per_device_train_batch_size to a multiple of {multiple}."
+            )
+        own = size * self.steps_per_generation
+        if trained < number and self.world_size > 1 and own % number != 0:
+            raise ValueError(
+                f"num_generations_trained is {trained} of num_generations={number}, but each of {self.world_size} "
+                f"processes samples {own} images (per_device_train_batch_size x steps_per_generation), which splits "
+                f"groups over processes: they would train on unequal numbers. Make that a multiple of {number}."
+            )
+
+    @property
+    def trained_batch_size(self) -> int:
+        """Images in a micro-batch of the update: of `per_device_train_batch_size` the share that is trained on."""
+        return self.per_device_train_batch_size * self.num_generations_trained // self.num_generations
 
     @property
     def updates_per_generation(self) -> Fraction:
@@ -384,6 +416,7 @@ class FlowRLConfig(_BaseConfig):
                 f"({self.steps_per_generation}), which is not divisible by num_generations ({self.num_generations}): "
                 "groups must be complete. Change num_generations, one of these, or gradient_accumulation_steps."
             )
+        self._resolve_trained(size)
         updates = self.updates_per_generation
         if updates.denominator != 1 and updates.numerator != 1:
             raise ValueError(

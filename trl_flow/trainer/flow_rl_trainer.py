@@ -301,12 +301,17 @@ class FlowRLTrainer(SavingTrainer):
                 buffer.add(part.first, self.algorithm.keep(part.rollout))
                 phase.add(part)
             scores = phase.finish()
+        rewards, number = scores.rewards_per_func, len(rows)
+        chosen, scores = phase.choose(scores)
         advantages, stats = self.algorithm.advantages(scores)
-        diversity = group_diversity(self.accelerator, phase.images, self.args.num_generations, len(advantages))
+        diversity = group_diversity(self.accelerator, phase.images, self.args.num_generations, len(rewards))
         self.metrics.append({**phase.metrics, "diversity": diversity, **stats})
-        local = slice(self.args.process_index * len(rows), (self.args.process_index + 1) * len(rows))
-        self.sample_log.take(rows, phase.images, scores.rewards_per_func[local], phase.logs)
-        return buffer.finish(rows, plan.kept, advantages[local], self.sampler.images_to_edit(rows))
+        first = self.args.process_index * number
+        self.sample_log.take(rows, phase.images, rewards[first : first + number], phase.logs)
+        images, trained = self.sampler.images_to_edit(rows), len(advantages) // self.args.world_size
+        own = slice(self.args.process_index * trained, (self.args.process_index + 1) * trained)
+        chosen = None if chosen is None else (chosen[own] - first).tolist()
+        return buffer.finish(rows, plan.kept, advantages[own], images, chosen)
 
     def _before_training(self) -> None:
         warn_of_prompts_left_out(self._num_prompts, self.state.max_steps, self.args)

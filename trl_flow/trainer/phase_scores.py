@@ -13,7 +13,7 @@ from transformers import TrainerState
 from transformers.utils import logging
 
 from trl_flow.algorithms import PhaseScores
-from trl_flow.functional import combine_rewards, frac_zero_std
+from trl_flow.functional import combine_rewards, frac_zero_std, max_variance_subset, normalize_then_sum
 from trl_flow.images import Sample
 from trl_flow.rewards.checks import RewardError, is_dense
 from trl_flow.rewards.scorer import RewardLogs, RewardScorer, ScoringSession
@@ -154,6 +154,21 @@ class ScoringPhase:
         instant = self._instant(rewards_per_func) if self.plan.project else None
         self._measure(rewards_per_func)
         return PhaseScores(rewards_per_func, self.parent.scorer.names, self.plan, instant)
+
+    def choose(self, scores: PhaseScores) -> tuple[torch.Tensor | None, PhaseScores]:
+        """The samples that are trained on, by their indices among all processes' samples, and their scores; `None`
+        for all of them. What is compared is what their advantages are made of: the sum of the rewards, or of these
+        normalized."""
+        args = self.parent.args
+        if args.num_generations_trained == args.num_generations:
+            return None, scores
+        if args.multi_objective_aggregation == "normalize_then_sum":
+            weights = self.parent.reward_weights.to(scores.rewards_per_func.device)
+            compared = normalize_then_sum(scores.rewards_per_func, weights, args.num_generations)
+        else:
+            compared = self._combine(scores.rewards_per_func)
+        chosen = max_variance_subset(compared, args.num_generations, args.num_generations_trained)
+        return chosen, scores.of(chosen)
 
     def _combine(self, rewards_per_func: torch.Tensor) -> torch.Tensor:
         return combine_rewards(rewards_per_func, self.parent.reward_weights.to(rewards_per_func.device))

@@ -24,16 +24,20 @@ def micro_batch_indices(number: int, num_micro_batches: int, num_updates: int) -
 
 
 class RolloutBuffer:
-    """What an algorithm keeps of a process's samples: they come in their own order and are kept in that of training,
-    one tensor for each name, allocated once, of which micro-batches are slices."""
+    """What an algorithm keeps of a process's `number` samples: they come in their own order and are kept in that of
+    training, one tensor for each name, allocated once, of which micro-batches are slices. Where some are chosen when
+    all have come, they are kept in their own order until then."""
 
     def __init__(self, number: int, args: FlowRLConfig):
         num_updates = max(1, args.steps_per_generation // args.gradient_accumulation_steps)
         self._first = args.process_index * number
-        self._indices = micro_batch_indices(number, args.steps_per_generation, num_updates)
+        trained = number * args.num_generations_trained // args.num_generations
+        self._indices = micro_batch_indices(trained, args.steps_per_generation, num_updates)
+        self._order = [index for batch in self._indices for index in batch]
         # Where each sample is kept
-        self._rows = torch.empty(number, dtype=torch.long)
-        self._rows[[index for batch in self._indices for index in batch]] = torch.arange(number)
+        self._rows = torch.arange(number)
+        if trained == number:
+            self._rows[self._order] = torch.arange(number)
         self._tensors: dict[str, torch.Tensor] = {}
 
     def add(self, first: int, tensors: dict[str, torch.Tensor]) -> None:
@@ -44,18 +48,28 @@ class RolloutBuffer:
             self._tensors[name][self._rows[first : first + len(part)].to(part.device)] = part
 
     def finish(
-        self, rows: list[dict[str, Any]], steps: tuple[int, ...], advantages: torch.Tensor, images: list | None
-    ) -> list[MicroBatch]:
-        """The micro-batches in the order of training; rows, advantages `(N, ...)` and images in the samples' own."""
+        self, rows: list[dict[str, Any]], steps: tuple[int, ...], advantages: torch.Tensor, images: list | None,
+        chosen: list[int] | None = None,
+    ) -> list[MicroBatch]:  # fmt: skip
+        """The micro-batches in the order of training; rows and images in the samples' own. `chosen` are the indices of
+        those that are trained on, by default all, and `advantages` theirs, `(M, ...)`."""
         size = len(self._indices[0])
+        if chosen is None:
+            chosen = range(len(rows))
+        else:
+            # One after the other, so that no more than one tensor is there twice
+            order = torch.tensor(chosen)[self._order]
+            for name in list(self._tensors):
+                kept = self._tensors.pop(name)
+                self._tensors[name] = kept[order.to(kept.device)]
         return [
             MicroBatch(
-                prompts=[rows[i]["prompt"] for i in indices],
+                prompts=[rows[chosen[i]]["prompt"] for i in indices],
                 steps=steps,
                 tensors={name: kept[k * size : (k + 1) * size] for name, kept in self._tensors.items()},
                 advantages=advantages[indices],
-                images=None if images is None else [images[i] for i in indices],
-                samples=tuple(self._first + i for i in indices),
+                images=None if images is None else [images[chosen[i]] for i in indices],
+                samples=tuple(self._first + chosen[i] for i in indices),
             )
             for k, indices in enumerate(self._indices)
         ]
