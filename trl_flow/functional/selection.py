@@ -24,6 +24,15 @@ def max_variance_subset(rewards: Tensor, num_generations: int, num_kept: int) ->
     Raises:
         ValueError: `rewards` is not `(N,)`, does not split into groups, or holds infinity (this check waits for an
             accelerator); `num_kept` is not from 1 to `num_generations`.
+
+    Example:
+
+    ```pycon
+    >>> import torch
+    >>> from trl_flow.functional import max_variance_subset
+    >>> max_variance_subset(torch.tensor([0.5, 0.9, 0.1, 0.4]), num_generations=4, num_kept=2)
+    tensor([1, 2])
+    ```
     """
     check_shapes("(N,)", rewards=rewards)
     check_finite("rewards", rewards, allow_nan=True)
