@@ -108,7 +108,23 @@ def _sd35(transformer: dict) -> dict:
     }
 
 
+def _wan(transformer: dict) -> dict:
+    umt5 = T5_XXL | {"vocab_size": 256384, "model_type": "umt5"}
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    return {
+        "class": "WanPipeline",
+        "scheduler": ("diffusers", "UniPCMultistepScheduler", {"_class_name": "UniPCMultistepScheduler"} | flow),
+        "text_encoder": ("transformers", "UMT5EncoderModel", umt5),
+        "tokenizer": ("transformers", "T5TokenizerFast", None),
+        "transformer": ("diffusers", "WanTransformer3DModel", {"_class_name": "WanTransformer3DModel"} | transformer),
+        "vae": ("diffusers", "AutoencoderKLWan", {"_class_name": "AutoencoderKLWan"}),
+    }
+
+
+# The classes' defaults are Wan 2.1's VAE and its transformer of 14B
 MODELS = {
+    "wan21-1.3b": _wan({"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}),
+    "wan21-14b": _wan({}),
     "sd35-medium": _sd35(SD35_MEDIUM),
     "sd35-large": _sd35(SD35_LARGE),
     "flux-dev": {
