@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_loras import saved_adapter
 from tiny_training import assert_equal, brightness, darkness, prompts, tiny_trainer, trained_weights
+from tiny_wan import tiny_wan_experts_pipeline
 from torch.nn.parallel import DistributedDataParallel
 
 from trl_flow import AWMConfig, DiffusionNFTConfig, OverOptimizationCallback
@@ -79,13 +80,22 @@ SCENARIOS = {
     # each prompt's three images are split over the processes
     "gold": {"eval_reward_funcs": [darkness], "num_generations_eval": 3},
     "a transform, groups of 8": {"train_dataset": prompts().with_transform(read_by), "num_generations": 8},
+    "videos, of the second of two experts": {
+        "pipeline": tiny_wan_experts_pipeline,
+        "component": "transformer_2",
+        "num_frames": 5,
+        "reward_frame": "last",
+    },
     "compared": {"reward_funcs": [WinRateReward(brighter)], "num_generations_eval": 3},
 }
 
 
 def beginning(folder: str, name: str) -> dict:
     """The fields of a scenario that say which weights are trained, with the adapter that it goes on from."""
-    fields = {field: SCENARIOS[name][field] for field in ("lora", "init_adapter") if field in SCENARIOS[name]}
+    names = ("lora", "init_adapter", "pipeline", "component")
+    fields = {field: SCENARIOS[name][field] for field in names if field in SCENARIOS[name]}
+    if "pipeline" in fields:
+        fields["pipeline"] = fields["pipeline"]()
     if "init_adapter" in fields:
         fields["init_adapter"] = os.path.join(folder, f"adapter-{RANK}")
         saved_adapter("sd3", Path(fields["init_adapter"]), target_modules=["to_q", "to_v"])
