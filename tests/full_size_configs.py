@@ -108,40 +108,23 @@ def _sd35(transformer: dict) -> dict:
     }
 
 
-UMT5_XXL = T5_XXL | {"vocab_size": 256384, "model_type": "umt5"}
-WAN_21 = {
-    "_class_name": "WanTransformer3DModel",
-    "attention_head_dim": 128,
-    "cross_attn_norm": True,
-    "eps": 1e-06,
-    "ffn_dim": 8960,
-    "freq_dim": 256,
-    "in_channels": 16,
-    "num_attention_heads": 12,
-    "num_layers": 30,
-    "out_channels": 16,
-    "patch_size": [1, 2, 2],
-    "qk_norm": "rms_norm_across_heads",
-    "rope_max_seq_len": 1024,
-    "text_dim": 4096,
-}
-WAN_VAE = {
-    "_class_name": "AutoencoderKLWan",
-    "base_dim": 96,
-    "dim_mult": [1, 2, 4, 4],
-    "num_res_blocks": 2,
-    "temperal_downsample": [False, True, True],
-    "z_dim": 16,
-}
-UNIPC = {
-    "_class_name": "UniPCMultistepScheduler",
-    "flow_shift": 3.0,
-    "prediction_type": "flow_prediction",
-    "use_flow_sigmas": True,
-}
+def _wan(transformer: dict) -> dict:
+    umt5 = T5_XXL | {"vocab_size": 256384, "model_type": "umt5"}
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    return {
+        "class": "WanPipeline",
+        "scheduler": ("diffusers", "UniPCMultistepScheduler", {"_class_name": "UniPCMultistepScheduler"} | flow),
+        "text_encoder": ("transformers", "UMT5EncoderModel", umt5),
+        "tokenizer": ("transformers", "T5TokenizerFast", None),
+        "transformer": ("diffusers", "WanTransformer3DModel", {"_class_name": "WanTransformer3DModel"} | transformer),
+        "vae": ("diffusers", "AutoencoderKLWan", {"_class_name": "AutoencoderKLWan"}),
+    }
 
 
+# The classes' defaults are Wan 2.1's VAE and its transformer of 14B
 MODELS = {
+    "wan21-1.3b": _wan({"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}),
+    "wan21-14b": _wan({}),
     "sd35-medium": _sd35(SD35_MEDIUM),
     "sd35-large": _sd35(SD35_LARGE),
     "flux-dev": {
@@ -164,14 +147,6 @@ MODELS = {
         "tokenizer": ("transformers", "CLIPTokenizer", None),
         "unet": ("diffusers", "UNet2DConditionModel", SD14_UNET),
         "vae": ("diffusers", "AutoencoderKL", VAE | {"latent_channels": 4, "sample_size": 512}),
-    },
-    "wan21": {
-        "class": "WanPipeline",
-        "scheduler": ("diffusers", "UniPCMultistepScheduler", UNIPC),
-        "text_encoder": ("transformers", "UMT5EncoderModel", UMT5_XXL),
-        "tokenizer": ("transformers", "T5TokenizerFast", None),
-        "transformer": ("diffusers", "WanTransformer3DModel", WAN_21),
-        "vae": ("diffusers", "AutoencoderKLWan", WAN_VAE),
     },
 }
 

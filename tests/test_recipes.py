@@ -120,7 +120,7 @@ def test_recipes_train_one_phase(recipe, prompts, tiny_models):
 
 MEMORY = [("sd35_pickscore_guard", "sd35-medium"), ("flux_geneval_guard", "flux-dev"), ("sd14_slas", "sd14")]
 MEMORY += [("sd35_pickscore_nft", "sd35-medium"), ("sd35_pickscore_awm", "sd35-medium")]
-MEMORY += [("wan21_ocr_flow_grpo", "wan21")]
+MEMORY += [("wan21_ocr_flow_grpo", "wan21-1.3b")]
 
 
 @pytest.mark.slow

@@ -109,6 +109,8 @@ def check_condition_shapes(name):
         ("sd35-medium", {"transformer": 2_243_171_520, "text_encoder_3": 4_762_310_656, "vae": 83_819_683}),
         ("sd35-large", {"transformer": 8_056_627_520, "text_encoder": 123_650_304, "text_encoder_2": 694_659_840}),
         ("flux-dev", {"transformer": 11_901_408_320, "text_encoder": 123_060_480, "vae": 83_819_683}),
+        ("wan21-1.3b", {"transformer": 1_418_996_800, "text_encoder": 5_680_910_336, "vae": 126_892_531}),
+        ("wan21-14b", {"transformer": 14_288_491_584}),
         ("sd14", {"unet": 859_520_964, "text_encoder": 123_060_480, "vae": 83_653_863}),
     ],
 )

@@ -131,11 +131,10 @@ class FlowRLConfig(_BaseConfig):
         max_sequence_length (`int`, *optional*, defaults to `128`):
             Prompt tokens for the pipelines that take this argument (T5 in Stable Diffusion 3).
         component (`str`, *optional*):
-            The pipeline's module that is trained, where it can be one of two: in Wan 2.2 with two experts
-            `"transformer"`, which takes the noisier steps (and is the default), or `"transformer_2"`, which takes
-            the others. The steps of the other one are sampled with it as it is.
+            In Wan 2.2 with two experts the one that is trained: `"transformer"`, which takes the noisier steps (and is
+            the default), or `"transformer_2"`. The other one takes its own steps as it is.
         guidance_scale_2 (`float`, *optional*):
-            In Wan 2.2 with two experts, guidance in the steps of `transformer_2`; `None` means `guidance_scale`.
+            Guidance in the steps of `transformer_2`; `None` means `guidance_scale`.
         share_initial_noise (`bool`, *optional*, defaults to `False`):
             Whether all images of a group start from the same noise.
         eval_num_inference_steps (`int`, *optional*):
@@ -260,12 +259,11 @@ class FlowRLConfig(_BaseConfig):
         counts = ("num_inference_steps", "height", "width", "max_sequence_length")
         for name in (*counts, "num_iterations", "ema_update_every", "num_generations_eval", "num_images_to_log"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
-        steps = self.eval_num_inference_steps
-        self._check("eval_num_inference_steps", steps is None or steps >= 1, "at least 1, or None")
+        for name in ("eval_num_inference_steps", "num_frames"):
+            self._check(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1, or None")
         self._check("num_generations", self.num_generations >= 2, "at least 2: advantages compare a prompt's images")
         self._check("guidance_scale", self.guidance_scale >= 0, "0 or more")
         self._check("guidance_scale_2", (self.guidance_scale_2 or 0) >= 0, "0 or more, or None")
-        self._check("num_frames", self.num_frames is None or self.num_frames >= 1, "at least 1, or None")
         self._check("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
         self._check("advantage_clip", self.advantage_clip > 0, "above 0")
         self._check("reward_timeout", self.reward_timeout is None or self.reward_timeout > 0, "above 0, or None")

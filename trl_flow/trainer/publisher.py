@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from trl_flow import sharing
 from trl_flow.backbones import Backbone
+from trl_flow.lora import loading_options
 from trl_flow.sharing.card_facts import name_of
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.over_optimization import BEST_FOLDER, better_kept
@@ -46,7 +47,8 @@ class Publisher:
     def where(self, is_lora: bool, state: TrainerState) -> str:
         """For the end of a run: where its result is, and whether a better one is elsewhere."""
         folder = self.args.output_dir
-        load = f", which pipeline.load_lora_weights({folder!r}) loads" if is_lora else ""
+        options = "".join(f", {name}={value}" for name, value in loading_options(self.backbone.component).items())
+        load = f", which pipeline.load_lora_weights({folder!r}{options}) loads" if is_lora else ""
         updates = f"{state.global_step} update{'' if state.global_step == 1 else 's'}"
         said = f"Trained {updates}. The {'adapter' if is_lora else 'model'} is in {folder}{load}."
         return f"{said} {self._of_another_update(state, f'in {Path(folder, BEST_FOLDER)}')}".rstrip()
