@@ -213,7 +213,9 @@ def test_grids_that_the_trainer_logs_are_strips(tmp_path):
     args = SimpleNamespace(log_images=True, num_images_to_log=2, output_dir=str(tmp_path), report_to=[])
     state = SimpleNamespace(is_world_process_zero=True, global_step=3)
     log = SampleLog(args, ["motion"])
-    log.write([gray(0, 1, 2, 3, size=(128, 64))] * 3, ["a", "b", "c"], "step-000003", state, None)
+    log.write(
+        [gray(0, 1, 2, 3, size=(128, 64))] * 3, ["a", "b", "c"], "step-000003", state, SimpleNamespace(callbacks=[])
+    )
     with Image.open(tmp_path / "images" / "step-000003.png") as grid:
         assert grid.width == 6 + 4 * 128 + 3 * 2 + 6
 
