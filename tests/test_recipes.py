@@ -13,6 +13,7 @@ from test_cli import mistake
 from test_examples import load_program
 from tiny_flux import tiny_flux_pipeline
 from tiny_unets import tiny_sd_pipeline
+from tiny_wan import tiny_wan_pipeline
 
 from trl_flow.cli import main
 from trl_flow.commands.options import parse_training, peft_config, training_parser
@@ -33,7 +34,7 @@ ABLATION = {
 }
 # One for each model and method; the others differ from these in numbers
 QUICK = ("flux_ocr_guard", "sd14_slas", "sd35_geneval_vgpo", "sd35_ocr_guard_kl", "shapes_guard")
-QUICK += ("sd35_multi_nft", "sd35_ocr_awm")
+QUICK += ("sd35_multi_nft", "sd35_ocr_awm", "wan21_ocr_guard")
 all_recipes = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
 
 
@@ -59,12 +60,14 @@ def differing(one, other) -> dict:
 def tiny_models(tmp_path_factory, tiny_sd3_path):
     """A folder with a tiny pipeline for each model that the recipes train."""
     folder = tmp_path_factory.mktemp("models")
-    for name, pipeline in (("flux", tiny_flux_pipeline()), ("sd14", tiny_sd_pipeline())):
+    tiny = {"flux": tiny_flux_pipeline(), "sd14": tiny_sd_pipeline(), "wan21": tiny_wan_pipeline()}
+    for name, pipeline in tiny.items():
         pipeline.save_pretrained(folder / name)
     return {
         "stabilityai/stable-diffusion-3.5-medium": (tiny_sd3_path, 16),
         "black-forest-labs/FLUX.1-dev": (str(folder / "flux"), 16),
         "CompVis/stable-diffusion-v1-4": (str(folder / "sd14"), 32),
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": (str(folder / "wan21"), 16),
     }
 
 
@@ -97,6 +100,8 @@ def test_recipes_train_one_phase(recipe, prompts, tiny_models):
         path, size = tiny_models[settings["model_name_or_path"]]
         given += ["--model_name_or_path", path, "--height", str(size), "--width", str(size)]
         given += ["--max_sequence_length", "16", "--num_inference_steps", "4"]
+        if settings.get("num_frames", 1) > 1:
+            given += ["--num_frames", "5"]
         if "timestep_range" in settings:
             given += ["--timestep_range", "1", "4", "--timesteps_per_sample", "2"]
     if settings.get("load_in_4bit"):
@@ -115,6 +120,7 @@ def test_recipes_train_one_phase(recipe, prompts, tiny_models):
 
 MEMORY = [("sd35_pickscore_guard", "sd35-medium"), ("flux_geneval_guard", "flux-dev"), ("sd14_slas", "sd14")]
 MEMORY += [("sd35_pickscore_nft", "sd35-medium"), ("sd35_pickscore_awm", "sd35-medium")]
+MEMORY += [("wan21_ocr_flow_grpo", "wan21-1.3b")]
 
 
 @pytest.mark.slow
@@ -137,7 +143,7 @@ def test_recipes_have_whole_groups_and_updates(recipe):
     updates = config.updates_per_generation
     assert config.generation_batch_size % config.num_generations == 0
     noised = "nft" in recipe.stem or "awm" in recipe.stem
-    one_update = noised and recipe.stem != "sd35_ocr_nft"
+    one_update = (noised and recipe.stem != "sd35_ocr_nft") or recipe.stem == "wan21_dance"
     assert updates == (1 if one_update else 3 if recipe.stem.startswith("flux") else 2)
     # Rewards are logged by updates that sampled; an evaluation is followed by a checkpoint or comes between
     assert config.logging_steps % updates == config.eval_steps % updates == config.max_steps % updates == 0
@@ -154,7 +160,7 @@ def test_recipes_have_whole_groups_and_updates(recipe):
 def test_recipes_name_rewards_and_prompts_of_the_package(recipe):
     script, config, model = parsed(recipe)
     for names in (script.reward_funcs, script.eval_reward_funcs):
-        assert names and set(names) <= NAMED_REWARDS.keys()
+        assert names and {name.removeprefix("frames:") for name in names} <= NAMED_REWARDS.keys()
     assert len(config.reward_weights or script.reward_funcs) == len(script.reward_funcs)
     assert not set(script.reward_funcs) & set(script.eval_reward_funcs)
     assert script.dataset_name in {None, *PROMPT_SETS}
@@ -253,6 +259,21 @@ def test_learning_on_noised_images_has_the_released_settings(name):
     if name == "multi_nft":  # 1 each there, of PickScore / 26 and two cosines
         assert script.reward_funcs == ["pickscore", "hpsv2.1", "clipscore"]
         assert config.reward_weights == pytest.approx([1 / 26, 1, 0.01], rel=2e-3)
+
+
+def test_flow_grpos_settings_of_videos():
+    """config/grpo.py, general_ocr_wan2_1, for one GPU."""
+    script, config, model = parsed("wan21_ocr_flow_grpo")
+    settings = config.to_dict()
+    released = {"height": 240, "width": 416, "num_frames": 33, "num_inference_steps": 20, "guidance_scale": 4.5}
+    released |= {"eval_num_inference_steps": 50, "learning_rate": 1e-4, "epsilon": 1e-3, "beta": 0.004}
+    released |= {"num_generations": 4, "per_device_train_batch_size": 8, "generation_batch_size": 16}
+    released |= {"scale_rewards": "group", "ema_decay": 0.9, "ema_update_every": 8, "weight_decay": 1e-4}
+    assert {name: settings[name] for name in released} == released and config.updates_per_generation == 2
+    assert script.reward_funcs[0] == "frames:ocr" and (model.lora_r, model.lora_alpha) == (32, 64)
+    guard = differing(parsed("wan21_ocr_guard")[1], config)
+    own = {"importance_ratio": "ratio_norm", "timestep_weighting": "inverse_dt", "epsilon": 2e-6, "beta": 0.0}
+    assert guard == own
 
 
 def test_half_precision_is_the_released_one():

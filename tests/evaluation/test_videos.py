@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from trl_flow.evaluation.scoring import score_images
 from trl_flow.evaluation.videos import read_frames, read_mp4, write_frames, write_mp4
 from trl_flow.rewards import FrameReward, MotionReward
 from trl_flow.sharing import save_lora
+from trl_flow.trainer.metrics import SampleLog
 
 
 PROMPTS = ["a red circle", "two blue squares"]
@@ -205,6 +207,17 @@ def test_diversity_of_videos_is_over_four_frames():
     assert diversity([black, white], 2) == pytest.approx(1.0)
     # The root mean square over frames: half of them differ by 1
     assert diversity([black, half], 2) == pytest.approx(0.5**0.5)
+
+
+def test_grids_that_the_trainer_logs_are_strips(tmp_path):
+    args = SimpleNamespace(log_images=True, num_images_to_log=2, output_dir=str(tmp_path), report_to=[])
+    state = SimpleNamespace(is_world_process_zero=True, global_step=3)
+    log = SampleLog(args, ["motion"])
+    log.write(
+        [gray(0, 1, 2, 3, size=(128, 64))] * 3, ["a", "b", "c"], "step-000003", state, SimpleNamespace(callbacks=[])
+    )
+    with Image.open(tmp_path / "images" / "step-000003.png") as grid:
+        assert grid.width == 6 + 4 * 128 + 3 * 2 + 6
 
 
 def test_strips_show_the_first_frame_to_the_last():

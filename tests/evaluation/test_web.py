@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tiny_comparisons import painted_folder
+from tiny_videos import moving_square
 
 from trl_flow.evaluation import VoteServer
 from trl_flow.evaluation.comparison import compare_scores
@@ -70,7 +71,8 @@ def requested(browser) -> list[str]:
     """Addresses of everything that was asked for since the last call, besides what stands in the page itself."""
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    return [url for url in urls if not url.startswith("data:")]
+    # Nor what the browser's own pages load, such as the one that it starts with
+    return [url for url in urls if not url.startswith(("data:", "chrome://"))]
 
 
 def errors(browser) -> list[str]:
@@ -202,6 +204,68 @@ def test_it_fits_the_window(opened, width, height):
     assert min(box[2] for box in boxes) > 140
 
 
+# ---- videos ----
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """An evaluation's folder of videos, one of which is longer than that of the other model."""
+    path = tmp_path_factory.mktemp("videos") / "run"
+    folder = painted_folder(path, ["a red square", "a blue square"])
+    for index, color in enumerate(("red", "blue")):
+        for model, frames in (("base", 16), ("ours", 16 + 4 * index)):
+            folder.save("shapes", model, index, moving_square(color, frames, (96, 64)), 16)
+    scores = {model: {"motion": np.array([0.1, 0.2])} for model in ("base", "ours")}
+    results = {"models": folder.settings()["models"], "settings": {"num_images_per_prompt": 1}}
+    results |= {"proxy": ["motion"], "gold": [], "sets": {"shapes": compare_scores(scores, proxy=["motion"])}}
+    prompts = {"shapes": ["a red square", "a blue square"]}
+    write_page(path / "page.html", folder, results, prompts=prompts, scores={"shapes": scores})
+    return folder
+
+
+PLAYING = "[...document.querySelectorAll('.{} video')].every(v => !v.paused && v.currentTime > 0.2)"
+TIMES = "return [...document.querySelectorAll('.{} video')].map(v => v.currentTime)"
+
+
+def test_the_page_plays_both_videos_in_step(browser, videos):
+    size(browser, 1280, 900)
+    browser.get((videos.path / "page.html").as_uri())
+    until(browser, PLAYING.format("frame"))
+    for _ in range(2):
+        press(browser, "ArrowRight")  # to the pair of which one is longer
+        until(browser, PLAYING.format("frame"))
+        left, right = browser.execute_script(TIMES.format("frame"))
+        assert abs(left - right) < 0.2
+        until(browser, "clips[0].currentTime < 0.15")  # it began again, and so did the other
+        until(browser, "Math.abs(clips[0].currentTime - clips[1].currentTime) < 0.15")
+    press(browser, " ")
+    assert text(browser, "play") == "play" and browser.execute_script("return clips.every(v => v.paused)")
+    browser.execute_script("const t = $('time'); t.value = 0.5; t.dispatchEvent(new Event('input'))")
+    until(browser, "clips.every(v => Math.abs(v.currentTime - v.duration / 2) < 0.05)")
+    press(browser, "+")
+    assert text(browser, "zoom") == "2×" and "scale(2)" in browser.execute_script("return clips[1].style.transform")
+    assert errors(browser) == []
+
+
+def test_the_vote_plays_both_videos_in_step(browser, videos):
+    server = VoteServer(videos.path)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        enter(browser, server.url, "Ada", "document.querySelector('#left video').videoWidth")
+        until(browser, PLAYING.format("pair"))
+        left, right = browser.execute_script(TIMES.format("pair"))
+        assert abs(left - right) < 0.2
+        assert "Video quality" in text(browser, "questions")
+        browser.execute_script("document.getElementById('left').click()")
+        until(browser, "document.querySelector('dialog video').currentTime > 0")
+        browser.execute_script("document.getElementById('large').close()")
+        answer(browser, "ArrowLeft", "ArrowDown", "ArrowRight")
+        until(browser, PLAYING.format("pair"))
+        assert errors(browser) == []
+    finally:
+        server.close()
+
+
 # ---- the vote ----
 
 
@@ -218,7 +282,7 @@ def server(run):
     server.close()
 
 
-def enter(browser, url: str, name: str) -> None:
+def enter(browser, url: str, name: str, there: str = "document.querySelector('#left img').naturalWidth") -> None:
     size(browser, 1280, 900)
     browser.get(url)
     browser.execute_script("sessionStorage.clear()")
@@ -226,7 +290,7 @@ def enter(browser, url: str, name: str) -> None:
     until(browser, "!document.getElementById('start').hidden")
     browser.execute_script("document.getElementById('name').value = arguments[0]", name)
     browser.execute_script("document.querySelector('#enter button').click()")
-    until(browser, "!document.getElementById('vote').hidden && document.querySelector('#left img').naturalWidth")
+    until(browser, f"!document.getElementById('vote').hidden && {there}")
 
 
 def answer(browser, *keys: str) -> None:

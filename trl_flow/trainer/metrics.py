@@ -13,7 +13,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from trl_flow.algorithms import Algorithm, LossOutput, StepSums
 from trl_flow.evaluation.grids import image_grid
-from trl_flow.images import Sample, frame_of
+from trl_flow.images import Sample
 from trl_flow.rewards.scorer import RewardLogs
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.trackers import log_image
@@ -111,5 +111,5 @@ class SampleLog:
             return
         number, tag = self.args.num_images_to_log, name.rsplit("-", 1)[0]
         path = Path(self.args.output_dir, "images", f"{name}.png")
-        grid = image_grid([frame_of(image) for image in images[:number]], captions[:number], path=path)
+        grid = image_grid(images[:number], captions[:number], path=path)
         log_image(grid, f"images/{tag}", self.args.report_to, state, handler)
