@@ -176,8 +176,8 @@ def comparison_grid(
 
     `rows` are the models' images of each prompt, `columns` the models' names, and `captions` the prompts, of which
     what is beyond three lines is cut; an empty one takes no space. `names` stand to the left of the rows. `path` is as
-    for [`image_grid`]. Images whose longest side is above `cell` pixels are reduced to it, and smaller ones enlarged
-    by a whole factor, by nearest neighbor.
+    for [`image_grid`]. Images whose longest side is above `cell` pixels are reduced to it, and those below 128
+    pixels enlarged by a whole factor, by nearest neighbor.
     """
     is_full = columns and {len(columns)} == {*map(len, rows)} and len(names) in (0, len(rows))
     if not is_full or len(captions) != len(rows) or cell < 1:
@@ -206,5 +206,5 @@ def comparison_grid(
 def _fitted(image: Image.Image, side: int) -> Image.Image:
     longest = max(image.size)
     if longest <= side:
-        return _enlarged([image], side // longest)[0]
+        return _enlarged([image], max(1, min(side, _SMALLEST_SIDE) // longest))[0]
     return ImageOps.contain(to_rgb(image), (side, side), Image.Resampling.LANCZOS)
