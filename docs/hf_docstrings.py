@@ -16,6 +16,7 @@ _SECTION = re.compile(r"^(Args|Parameters|Attributes|Raises|Returns):\n((?:[ ]{4
 _ENTRY = re.compile(r"^ {4}(\S.*?):(?:\s|$)((?:.*)\n(?:(?: {8}.*)?\n)*)", re.MULTILINE)
 _HEAD = re.compile(r"(\w+) \(((?:[^()]|\([^()]*\))*)\)")
 _LINK = re.compile(r"\[`(~?)([\w.]+)`\]")
+_SESSION = re.compile(r"^```pycon\n(.*?)\n```", re.MULTILINE | re.DOTALL)
 _DIRECTIVE = re.compile(r"^::: (\S+)", re.MULTILINE)
 _DEFAULT = re.compile(r",? ?\*optional\*(?:, defaults to (.*))?$")
 
@@ -66,6 +67,12 @@ def _list(entries: list[tuple[str, str]]) -> str:
     return "\n".join(lines)
 
 
+def _copyable(match: re.Match) -> str:
+    """A session without its prompts, what it prints as comments: the copy button then gives code that runs."""
+    lines = match[1].splitlines()
+    return "```python\n" + "\n".join(x[4:] if x[:3] in (">>>", "...") else f"# {x}" for x in lines) + "\n```"
+
+
 def markdown(docstring: str) -> str:
     """A docstring as Markdown."""
 
@@ -80,7 +87,8 @@ def markdown(docstring: str) -> str:
             content = _list(entries)
         return f"**{title}**\n\n{content}\n\n"
 
-    return _LINK.sub(_linked, _SECTION.sub(section, docstring + "\n"))
+    text = _SECTION.sub(section, docstring + "\n").replace("\nExample:\n", "\n**Example**\n")
+    return _LINK.sub(_linked, _SESSION.sub(_copyable, text))
 
 
 def _preset(cls: griffe.Class) -> str:

@@ -228,7 +228,7 @@ def test_export(tmp_path, tiny_sd3_path, capsys):
     assert main([*arguments, "--model", tiny_sd3_path]) == 0
     assert f"Wrote {output} for comfyui: 4 modules" in capsys.readouterr().out
     assert load_file(output)["transformer.transformer_blocks.0.attn.to_q.alpha"] == 8
-    assert "is no LoRA for this" in mistake(capsys, *arguments, "--model", "bundled")
+    assert "is not a LoRA for this" in mistake(capsys, *arguments, "--model", "bundled")
 
 
 def test_rewards_of_ones_own_get_the_columns(recipe, tmp_path):

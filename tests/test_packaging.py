@@ -43,7 +43,7 @@ def setup_cfg():
 
 
 def requirements(text: str) -> dict[str, str]:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
     return {re.split(r"[<>=~\[]", line)[0]: line for line in lines}
 
 
@@ -143,7 +143,7 @@ def test_every_requirement_has_a_lower_bound_and_only_trl_an_upper_one(setup_cfg
 def test_ci_installs_what_the_extras_ask_for(setup_cfg):
     script = (ROOT / ".ci" / "run").read_text()
     for extra in ("docs", "lint"):
-        assert all(f'"{line}"' in script for line in requirements(setup_cfg["options.extras_require"][extra]).values())
+        assert all(line in script for line in requirements(setup_cfg["options.extras_require"][extra]).values())
     assert "\nrequired-version = " in (ROOT / ".ruff.toml").read_text()
 
 

@@ -88,7 +88,7 @@ def test_names_and_paths(folders, tmp_path):
         (["./nowhere"], "neither a file"),
         (["nowhere"], "neither a file"),
         (["{tmp}"], "checkpoint-9"),
-        (["{tmp}/pickled.bin"], "no .safetensors"),
+        (["{tmp}/pickled.bin"], "not a .safetensors"),
         (["{base}"], "a whole pipeline"),
     ],
 )

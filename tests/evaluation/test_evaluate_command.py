@@ -113,7 +113,7 @@ def test_the_bundled_model_and_prompts_have_their_own_defaults(tmp_path, capsys)
         (["--model", "{model}", "--prompts", "{prompts}", "--vote"], "compares two models"),
         (["--model", "{model}", "--prompts", "{prompts}", "--vote", "a", "--output_dir", "b"], "two folders"),
         (["--model", "{model}", "--prompts", "{prompts}", "--output_dir", "{prompts}"], "is a file"),
-        (["--vote", "{tmp}"], "no evaluation's folder"),
+        (["--vote", "{tmp}"], "not the folder of an evaluation"),
         (["--vote", "{tmp}", "--proxy", "shapes_soft"], "--proxy is for drawing"),
         (["--vote", "{tmp}", "--steps"], "--steps is for drawing"),
         (["--model", "{model}", "--prompts", "{prompts}", "--steps", "4"], "unrecognized arguments: 4"),

@@ -126,7 +126,7 @@ def test_files_of_others_are_left_alone(tmp_path):
         ImageFolder(tmp_path).claim(SETTINGS, MODELS, SETS)
     with pytest.raises(ValueError, match="is a file"):
         ImageFolder(tmp_path / "thesis.txt").claim(SETTINGS, MODELS, SETS)
-    with pytest.raises(ValueError, match="no evaluation's folder"):
+    with pytest.raises(ValueError, match="not the folder of an evaluation"):
         ImageFolder(tmp_path).settings()
 
 

@@ -38,7 +38,7 @@ def test_the_freshest_log_of_a_folder(tmp_path):
 def test_a_file_that_is_no_log_is_refused(content, tmp_path):
     path = tmp_path / "state.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match="is no log of a training run"):
+    with pytest.raises(ValueError, match="is not a log of a training run"):
         read_log_history(path)
     with pytest.raises(ValueError, match="cannot be read"):
         read_log_history(tmp_path / "absent.json")
@@ -47,7 +47,7 @@ def test_a_file_that_is_no_log_is_refused(content, tmp_path):
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00bad\n", b"[1, 2]\n", b"null\n", b'{"reward_std": 1.0}\n'])
 def test_lines_that_are_no_logs_are_refused(content, tmp_path):
     (tmp_path / "log_history.jsonl").write_bytes(content)
-    with pytest.raises(ValueError, match="is no log of a training run"):
+    with pytest.raises(ValueError, match="is not a log of a training run"):
         read_log_history(tmp_path)
 
 

@@ -193,7 +193,7 @@ def test_an_adapter_is_not_written_over(tmp_path):
 
 def test_an_adapter_of_another_model_is_refused(tmp_path):
     saved_adapter("sd", tmp_path)
-    with pytest.raises(ValueError, match="is no LoRA for this StableDiffusion3Pipeline"):
+    with pytest.raises(ValueError, match="is not a LoRA for this StableDiffusion3Pipeline"):
         exported("sd3", tmp_path, tmp_path / "out.safetensors", "comfyui")
 
 

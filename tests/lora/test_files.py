@@ -135,7 +135,7 @@ def test_which_file_of_a_folder(tmp_path):
     with pytest.raises(ValueError, match="several: .*other.*second"):
         find_lora(tmp_path)
     (tmp_path / "pickled.bin").touch()
-    with pytest.raises(ValueError, match="no .safetensors file"):
+    with pytest.raises(ValueError, match="not a .safetensors file"):
         find_lora(tmp_path / "pickled.bin")
     with pytest.raises(ValueError, match="none, but"):
         find_lora(tmp_path.parent)

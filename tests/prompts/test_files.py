@@ -268,7 +268,7 @@ def test_columns_that_hold_no_images(tmp_path, content, column, words):
         ("p.json", json.dumps({f"key{i}": 1 for i in range(99)}), "'key29', '...']. Give the name"),
         ("p.jsonl", '{"prompt": null}', "line 1: prompt is null, but must be text"),
         ("p.jsonl", '{"prompt": 5}', "line 1: prompt is 5, but must be text"),
-        ("p.jsonl", '{"prompt": "\\ud800"}', "line 1: prompt is no valid Unicode"),
+        ("p.jsonl", '{"prompt": "\\ud800"}', "line 1: prompt is not valid Unicode"),
         ("p.jsonl", '{"prompt": "a", "n": 1000000000000000000000}', "too large"),
         ("p.jsonl", "[" * 100_000, "recursion"),
         ("p.txt", "ein Bär".encode("latin-1"), "it is not UTF-8 text (byte 5: "),

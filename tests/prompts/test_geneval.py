@@ -178,7 +178,7 @@ def test_seeds():
         (0, {}, "num_prompts is 0"),
         (2.5, {}, "num_prompts is 2.5"),
         (True, {}, "num_prompts is True"),
-        (10, {"tasks": ["colours"]}, "'colours' is none of GenEval's tasks, which are single_object"),
+        (10, {"tasks": ["colours"]}, "'colours' is not one of GenEval's tasks, which are single_object"),
         (10, {"tasks": []}, "one must be positive"),
         (10, {"tasks": {"colors": 0}}, "one must be positive"),
         (10, {"tasks": {"colors": 2, "counting": -1}}, "not negative"),

@@ -188,7 +188,7 @@ def test_converted_model_computes_what_the_original_does(seed):
             lambda t: t.update({"mlp.layers.0.weight": torch.ones(1024, 7)}),
             r"another shape for layers\.0\.weight \(1024, 7\) instead of \(1024, 128\)",
         ),
-        (lambda t: t.pop("blip.visual_encoder.pos_embed"), "no ImageReward checkpoint: 'pos_embed' is missing"),
+        (lambda t: t.pop("blip.visual_encoder.pos_embed"), "not an ImageReward checkpoint: 'pos_embed' is missing"),
     ],
 )
 def test_checkpoint_of_another_layout_is_refused_by_name(change, message):

@@ -323,7 +323,7 @@ def test_faulty_color_classifiers_are_named():
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        ({"score": "soft"}, ValueError, "score='soft' is no score of GenEval"),
+        ({"score": "soft"}, ValueError, "score='soft' is not a score of GenEval"),
         ({"detector": 3}, TypeError, "detector is 3"),
         ({"color_classifier": dict}, TypeError, "color_classifier is <class 'dict'>"),
         ({"threshold": 1.5}, ValueError, "threshold=1.5 is not between 0 and 1"),

@@ -86,5 +86,5 @@ def test_versions_are_two_files_of_one_repository(tmp_path, tokenizer_path):
 
 
 def test_other_versions_are_refused():
-    with pytest.raises(ValueError, match="version='v3' is no version of HPSv2: give one of .*v2.0.*v2.1"):
+    with pytest.raises(ValueError, match="version='v3' is not a version of HPSv2: give one of .*v2.0.*v2.1"):
         HPSv2Reward("v3")

@@ -155,7 +155,7 @@ def test_half_precision_weights_are_computed_with_in_float32():
             lambda t: t.update({"text_projection": torch.ones(5, 8)}),
             r"another shape for text_projection\.weight \(8, 5\) instead of \(8, 128\)",
         ),
-        (lambda t: t.pop("visual.conv1.weight"), "no open_clip checkpoint.*'visual.conv1.weight'.*It begins with"),
+        (lambda t: t.pop("visual.conv1.weight"), "not an open_clip checkpoint.*'visual.conv1.weight'.*It begins with"),
     ],
 )
 def test_checkpoint_of_another_layout_is_refused_by_name(change, message):
@@ -166,5 +166,5 @@ def test_checkpoint_of_another_layout_is_refused_by_name(change, message):
 
 
 def test_transformers_own_layout_is_not_taken_for_open_clips():
-    with pytest.raises(CheckpointError, match="no open_clip checkpoint"):
+    with pytest.raises(CheckpointError, match="not an open_clip checkpoint"):
         convert(convert(OpenCLIP().state_dict()).state_dict())

@@ -59,9 +59,9 @@ def unwrap(pipeline: DiffusionPipeline, component: str) -> None:
     _unfuse_projections(model, component)
     if any("IPAdapter" in type(processor).__name__ for processor in _processors(model)):
         raise ValueError(
-            f"The pipeline's {component} has an IP-Adapter, which takes an image beside the prompt that nobody gives "
-            "here. Take it out first: pipeline.unload_ip_adapter(). An adapter that is trained without it can be used "
-            "beside it afterwards."
+            f"The pipeline's {component} has an IP-Adapter, which takes an image in addition to the prompt. "
+            "This is not supported: call pipeline.unload_ip_adapter() first. An adapter trained without it can "
+            "be used together with it afterwards."
         )
 
 

@@ -75,8 +75,8 @@ class StableDiffusionBackbone(Backbone):
             value = self.model.config.get(name)
             if value is not None and value not in known:
                 raise ValueError(
-                    f"The U-Net's config has {name}={value!r}: it takes an input besides the prompt that nobody gives "
-                    "it here. Load a U-Net that draws from the prompt alone."
+                    f"The U-Net's config has {name}={value!r}: it takes an input besides the prompt, which is not "
+                    "supported. Load a U-Net that draws from the prompt alone."
                 )
         if self.model.config.get("time_cond_proj_dim") is not None:
             raise ValueError(

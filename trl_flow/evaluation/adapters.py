@@ -88,7 +88,7 @@ def _short_name(path: str) -> str:
 def _check_path(path: str) -> None:
     folder = Path(path)
     if folder.is_file() and folder.suffix != ".safetensors":
-        raise ValueError(f"the adapter {path} is no .safetensors file. Files of other formats are not loaded.")
+        raise ValueError(f"the adapter {path} is not a .safetensors file. Files of other formats are not loaded.")
     if folder.is_dir():
         if (folder / "model_index.json").is_file():
             raise ValueError(f"the adapter {path} is a whole pipeline. Give it as the model of another comparison.")

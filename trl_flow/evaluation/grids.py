@@ -202,7 +202,7 @@ def comparison_grid(
     `rows` are the models' images of each prompt, `columns` the models' names, and `captions` the prompts, of which
     what is beyond three lines is cut; an empty one takes no space. `names` stand to the left of the rows. `path` is as
     for [`image_grid`]. Images, and frames in strips, whose longest side is above `cell` pixels are reduced to it, and
-    smaller ones enlarged by a whole factor, by nearest neighbor.
+    those below 128 pixels enlarged by a whole factor, by nearest neighbor.
     """
     is_full = columns and {len(columns)} == {*map(len, rows)} and len(names) in (0, len(rows))
     if not is_full or len(captions) != len(rows) or cell < 1:
@@ -230,4 +230,4 @@ def comparison_grid(
 
 def _fitted(sample: Sample, side: int) -> Image.Image:
     frames = [_reduced(frame, side) for frame in _strip(sample)]
-    return _beside([_scaled(frame, max(1, side // max(frame.size))) for frame in frames])
+    return _beside([_scaled(frame, max(1, min(side, _SMALLEST_SIDE) // max(frame.size))) for frame in frames])

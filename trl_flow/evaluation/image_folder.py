@@ -86,7 +86,7 @@ class ImageFolder:
         """What `claim` wrote; `ValueError` if the folder is no evaluation's."""
         if not (self.path / SETTINGS).is_file():
             hint = "Draw one first: trl-flow evaluate --model ... --prompts ... --output_dir DIR."
-            raise ValueError(f"{self.path} is no evaluation's folder: it has no {SETTINGS}. {hint}")
+            raise ValueError(f"{self.path} is not the folder of an evaluation: it has no {SETTINGS}. {hint}")
         return read_json(self.path / SETTINGS)
 
     def image_path(self, set_name: str, model: str, index: int) -> Path:

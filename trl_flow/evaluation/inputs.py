@@ -190,7 +190,7 @@ def _loaded(path: str, options: DrawingOptions, loading: Mapping[str, str]) -> D
     dtype = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "model_index.json")):
         raise ValueError(
-            f"the model folder {path!r} is no diffusers pipeline: it has no model_index.json. It holds "
+            f"the model folder {path!r} is not a diffusers pipeline: it has no model_index.json. It holds "
             f"{sorted(os.listdir(path))[:10]}. Pass trained weights as adapters, together with their base model."
             f"{loading_hint(path)}"
         )

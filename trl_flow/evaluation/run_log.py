@@ -47,8 +47,8 @@ def read_log_history(run: Run) -> LogHistory:
         raise ValueError(f"The log {path} cannot be read: {error}.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is no log of a training run ({type(error).__name__}: {error}). Give the run's output_dir, or the "
-            f"{_STATE_NAME} or {LOG_NAME} in it."
+            f"{path} is not a log of a training run ({type(error).__name__}: {error}). Give the run's output_dir, or "
+            f"the {_STATE_NAME} or {LOG_NAME} in it."
         ) from error
 
 

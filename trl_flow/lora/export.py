@@ -130,7 +130,7 @@ def _layers(pipeline: DiffusionPipeline, component: str, adapter: str | os.PathL
     # Files and the Hub fail in many ways: errors of the file's format, of its keys, of the network
     except Exception as error:
         cause = str(error).strip(" .\n").partition("\n\tsize mismatch")[0] or type(error).__name__
-        raise ValueError(f"{os.fspath(adapter)} is no LoRA for this {type(pipeline).__name__}: {cause}.") from error
+        raise ValueError(f"{os.fspath(adapter)} is not a LoRA for this {type(pipeline).__name__}: {cause}.") from error
     pair = (".lora_A.weight", ".lora_B.weight")
     if others := [name for name in tensors if not name.startswith(f"{component}.") or not name.endswith(pair)]:
         raise ValueError(

@@ -54,7 +54,7 @@ def find_lora(path: str | os.PathLike) -> Path:
     path = os.fspath(path)
     if os.path.isfile(path):
         if not path.endswith(".safetensors"):
-            raise ValueError(f"{path!r} is no .safetensors file. Files of other formats are not loaded.")
+            raise ValueError(f"{path!r} is not a .safetensors file. Files of other formats are not loaded.")
         return Path(path)
     if os.path.isdir(path):
         return Path(path, _chosen(os.listdir(path), path))

@@ -252,7 +252,7 @@ def _check_prompts(prompts: Sequence[Any], places: Sequence[str], prompt_column:
         try:
             prompt.encode()
         except UnicodeEncodeError as error:  # JSON can write one half of a surrogate pair
-            raise ValueError(f"{where}: {prompt_column} is no valid Unicode ({error})") from error
+            raise ValueError(f"{where}: {prompt_column} is not valid Unicode ({error})") from error
 
 
 OF_A_CONVERSATION = (

@@ -104,7 +104,7 @@ def _numbers_of_prompts(num_prompts: int, tasks: Mapping[str, float] | Sequence[
     names = [tasks] if isinstance(tasks, str) else tasks
     shares = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, 1)
     if unknown := [task for task in shares if task not in TASKS]:
-        raise ValueError(f"{unknown[0]!r} is none of GenEval's tasks, which are {', '.join(TASKS)}.")
+        raise ValueError(f"{unknown[0]!r} is not one of GenEval's tasks, which are {', '.join(TASKS)}.")
     total = sum(shares.values())
     if not 0 < total < math.inf or any(share < 0 for share in shares.values()):
         raise ValueError(f"The shares {shares} of tasks must be finite and not negative, and one must be positive.")

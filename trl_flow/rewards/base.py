@@ -212,7 +212,7 @@ def check_whole_number(name: str, value: Any, least: int) -> None:
 def check_choice(name: str, value: Any, choices: Any, owner: str) -> None:
     """Raises a `ValueError` if the argument `name` of `owner` is none of `choices`, a `Literal`."""
     if value not in get_args(choices):
-        raise ValueError(f"{name}={value!r} is no {name} of {owner}: give one of {get_args(choices)}.")
+        raise ValueError(f"{name}={value!r} is not a {name} of {owner}: give one of {get_args(choices)}.")
 
 
 def check_callable(name: str, value: Any, signature: str) -> None:

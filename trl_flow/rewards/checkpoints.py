@@ -130,7 +130,7 @@ def sizes_read_from(tensors: dict[str, torch.Tensor], *, source: str, kind: str,
         yield
     except (KeyError, ValueError) as error:
         found = f"{error} is missing or misshapen. It begins with {', '.join(list(tensors)[:3])}"
-        raise CheckpointError(f"{source} is no {kind}: {found}. Give {file} that its authors published.") from error
+        raise CheckpointError(f"{source} is not an {kind}: {found}. Give {file} its authors published.") from error
 
 
 def number_of(pattern: str, tensors: dict[str, torch.Tensor]) -> int:

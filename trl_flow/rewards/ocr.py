@@ -22,7 +22,7 @@ def text_score(recognized: str, target: str) -> float:
 
     recognized, target = ("".join(text.split()).lower() for text in (recognized, target))
     if not target:
-        raise ValueError("The text to look for is empty. Give at least one character that is no white space.")
+        raise ValueError("The text to look for is empty. Give at least one character that is not white space.")
     if target in recognized:
         return 1.0
     distance = Levenshtein.distance(recognized, target)

@@ -341,4 +341,4 @@ def _failed(name: str, error: Exception) -> RewardError:
     advice = "Fix it, or have it return None for samples that it cannot judge."
     if isinstance(error, ConnectionError | TimeoutError | JudgeError):
         advice = "See to it that what it asks is there."
-    return RewardError(f"{raised}. Its traceback stands above. {advice}")
+    return RewardError(f"{raised}. Its traceback is above. {advice}")

@@ -32,7 +32,7 @@ def missing_in(checkpoint: str | os.PathLike, rank: int) -> str | None:
     at: that it is there, and not cut off."""
     folder = Path(checkpoint)
     if not folder.is_dir():
-        return "it is no folder"
+        return "it is not a folder"
     for path in folder.iterdir():
         if path.is_file() and not _is_whole(path):
             return f"{path.name} is damaged or cut off"

@@ -27,10 +27,10 @@ class FlowGRPOConfig(FlowRLConfig):
             sampling, whose last step is deterministic and not trained). These are for flow models: U-Nets that predict
             noise (Stable Diffusion 1, 2 and XL) always have the stochastic transitions of DDIM, whatever is set here.
         noise_level (`float`, *optional*, defaults to `0.7`):
-            Strength of the noise, η. For U-Nets it is DDIM's η, in (0, 1]; DDPO and DanceGRPO have 1 there.
+            Strength of the noise, η. For U-Nets it is DDIM's η, in (0, 1]; DDPO and DanceGRPO use 1 there.
         train_last_step (`bool`, *optional*, defaults to `False`):
             Whether the last step, which ends at no noise, is stochastic and trained; else it is an ODE step. No
-            released run trains it: its noise does not show in the image, so that its advantage is noise.
+            released run trains it: its noise is invisible in the image, so its advantage is noise.
         sde_window_size (`int`, *optional*):
             Number of consecutive steps that are stochastic and trained, the rest being ODE steps. `None`: all that can
             be trained.
@@ -38,7 +38,7 @@ class FlowGRPOConfig(FlowRLConfig):
             `[first, end]`: the window lies in steps `first ... end - 1`. `None`: anywhere.
         sde_window_schedule (`str`, *optional*, defaults to `"random"`):
             Where in that range the window begins: `"random"`, drawn again for each generation batch (Flow-GRPO-Fast),
-            or `"progressive"`, from the noisiest steps on to the last, where it stays (MixGRPO).
+            or `"progressive"`, moving from the noisiest steps to the last, where it stays (MixGRPO).
         sde_window_interval (`int`, *optional*):
             Generation batches after which a progressive window moves on; `None`: 25 (MixGRPO's shift interval).
         sde_window_stride (`int`, *optional*):
@@ -67,8 +67,8 @@ class FlowGRPOConfig(FlowRLConfig):
         ratio_probe (`float` or `"auto"`, *optional*, defaults to `"auto"`):
             Divides the rounding in the importance ratio by this number, for one more forward of the trained steps in
             each update but the first of a sampling phase: clipping acts on the ratio, and in half precision two
-            forwards differ by more than a clip range of 2e-6. `"auto"`: an adapter in half precision is trained with a
-            number that is chosen by what is measured; 0: never. With full fine-tuning a number keeps two more copies
+            forwards differ by more than a clip range of 2e-6. `"auto"`: for an adapter in half precision the number is
+            chosen from measurements; 0: never. With full fine-tuning a number keeps two more copies
             of the weights in the host's memory.
         beta (`float`, *optional*, defaults to `0.0`):
             KL coefficient towards the initial model (or the base, see `reference`). With `0.0` no reference forward is

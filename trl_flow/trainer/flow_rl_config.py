@@ -57,9 +57,9 @@ class FlowRLConfig(_BaseConfig):
             trained transformer in float32. `{"dtype": ...}` decides for all parts, or for each with a dictionary.
         init_adapter (`str`, *optional*):
             LoRA to start from: a folder, a `.safetensors` file or a hub id, in diffusers', PEFT's or kohya's form.
-            Rank, alpha and target modules are its own; a `peft_config` that says otherwise is refused.
+            Rank, alpha and target modules come from it; a `peft_config` that contradicts it is refused.
         reference (`str`, *optional*, defaults to `"initial"`):
-            What the KL of `beta` leads back to, and what gold scores are relative to: `"initial"`, the model as it was
+            What the KL of `beta` pulls back to, and what gold scores are relative to: `"initial"`, the model as it was
             before training, with `init_adapter`'s adapter, or `"base"`, without it. Without an `init_adapter` both are
             the same.
         disable_dropout (`bool`, *optional*, defaults to `True`):
@@ -69,9 +69,9 @@ class FlowRLConfig(_BaseConfig):
             Whether to keep an exponential moving average of the trained weights. Evaluation, the saved adapter in
             diffusers' format and what is pushed then use the average.
         ema_decay (`float`, *optional*, defaults to `0.9`):
-            Decay of the average each time that it is updated, in [0, 1).
+            Decay of the average at each of its updates, in [0, 1).
         ema_update_every (`int`, *optional*, defaults to `1`):
-            Updates of the weights for each of the average; Flow-GRPO's released runs have 8.
+            Updates of the weights per update of the average; Flow-GRPO's released runs use 8.
 
         enable_vae_slicing (`bool`, *optional*, defaults to `False`):
             Whether the VAE decodes one image at a time.
@@ -79,17 +79,17 @@ class FlowRLConfig(_BaseConfig):
             Whether the VAE decodes images larger than it was trained on in overlapping tiles.
         precompute_prompt_embeds (`bool`, *optional*, defaults to `False`):
             Whether to encode all prompts of the training and evaluation sets before training, keep their embeddings on
-            disk, and take the text encoders off the device. Prompts that come later bring them back meanwhile.
+            disk, and take the text encoders off the device. They return while later prompts are encoded.
         prompt_embeds_dir (`str`, *optional*):
-            Folder for these embeddings, which serve later runs with the same encoders and settings too; `None`:
+            Folder for these embeddings, which later runs with the same encoders and settings reuse; `None`:
             `trl_flow/prompt_embeds` in `HF_HOME`. Needs `precompute_prompt_embeds`.
 
         num_generations (`int`, *optional*, defaults to `8`):
-            Images per prompt, a group (`G` in the papers). `generation_batch_size` must be divisible by it.
+            Images per prompt, which form a group (`G` in the papers). `generation_batch_size` must be divisible by it.
         num_generations_trained (`int`, *optional*):
-            Of these the images that are trained on: those whose rewards have the largest variance, which are the
-            highest and the lowest of each group (PODS, arXiv:2504.13818); advantages compare them alone. `None`: all.
-            Micro-batches have as much smaller a share of `per_device_train_batch_size` images.
+            The images of each group that are trained on: those whose rewards have the largest variance, which are the
+            highest and the lowest (PODS, arXiv:2504.13818). Advantages compare these alone. `None`: all.
+            Micro-batches have the same share of `per_device_train_batch_size` images.
         num_generations_eval (`int`, *optional*, defaults to `1`):
             Images per prompt in evaluation.
         generation_batch_size (`int`, *optional*):
@@ -100,16 +100,16 @@ class FlowRLConfig(_BaseConfig):
             updates: in the first one every importance ratio is 1, and nothing can be clipped. Of methods that learn
             on noised images, `gradient_accumulation_steps`, and so one update.
         num_iterations (`int`, *optional*, defaults to `1`):
-            Times that each sampled batch is trained on (μ in the GRPO paper).
+            How often each sampled batch is trained on (μ in the GRPO paper).
         shuffle_dataset (`bool`, *optional*, defaults to `True`):
             Whether to shuffle the training prompts.
 
         num_inference_steps (`int`, *optional*, defaults to `10`):
             Sampling steps while training (`T`).
         guidance_scale (`float`, *optional*, defaults to `4.5`):
-            Classifier-free guidance, as the pipeline defines it; 1 is none, of Z-Image 0.
+            Classifier-free guidance, as the pipeline defines it; 1 (for Z-Image 0) turns it off.
         negative_prompt (`str`, *optional*):
-            Prompt to steer away from; with `None` the pipeline's own (empty) one.
+            Prompt to steer away from; `None`: the pipeline's own (empty) one.
         height (`int`, *optional*, defaults to `512`), width (`int`, *optional*, defaults to `512`):
             Size of the images in pixels.
         num_frames (`int`, *optional*):
@@ -130,16 +130,16 @@ class FlowRLConfig(_BaseConfig):
             Guidance in evaluation; `None` means `guidance_scale`.
 
         reward_weights (`list[float]`, *optional*):
-            Weight of each reward function; `None`: 1 each. One with a weight of 0 is only logged.
+            Weight of each reward function; `None`: 1 each. A function with weight 0 is only logged.
         reward_frame (`str`, *optional*, defaults to `"middle"`):
-            The frame of a video, `"first"`, `"middle"` or `"last"`, that reward functions get as its image.
+            The frame of a video, `"first"`, `"middle"`, or `"last"`, that reward functions get as its image.
         reward_timeout (`float`, *optional*):
-            Seconds after which a reward function that has not returned ends training; `None`: wait forever.
+            Seconds after which training ends if a reward function has not returned; `None`: wait forever.
         overlap_rewards (`bool`, *optional*, defaults to `True`):
             Whether to compute rewards in a thread while the rest of the sampling phase is sampled, group by group, in
             every phase but the first. The results are the same. Nothing overlaps where `steps_per_generation` is 1,
             and with `disable_dropout=False`. Switch it off if a reward function and sampling together need more memory
-            than the accelerator has, or a function insists on the main thread.
+            than the accelerator has, or a function needs the main thread.
         scale_rewards (`str` or `bool`, *optional*, defaults to `"batch"`):
             Which standard deviation divides: `"batch"`, that of the batch's rewards (Flow-GRPO, and TRL's `"batch"`),
             `"batch_centered"`, of these less their group's mean (with which SLAS's power amplifies large advantages
@@ -160,7 +160,7 @@ class FlowRLConfig(_BaseConfig):
             For `advantage_power="auto"`: that KL, a mean over the latent's dimensions. `None`: the first one.
 
         diagnostics_steps (`int`, *optional*, defaults to `0`):
-            Log the gradient norm of each trained step (`grad_norm/step_{i}`) every that many updates; 0 is never.
+            Log the gradient norm of each trained step (`grad_norm/step_{i}`) every this many updates; 0: never.
             Costs a second backward pass of each step in those updates.
         log_images (`bool`, *optional*, defaults to `True`):
             Whether to write a grid of the latest images with their prompts and rewards to `output_dir/images` whenever

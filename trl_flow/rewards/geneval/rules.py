@@ -64,7 +64,7 @@ class Detection:
         if not isinstance(self.label, str):
             raise TypeError(f"A detection's label is {self.label!r}, but must be a string: the name of its class.")
         if not math.isfinite(self.score):
-            raise ValueError(f"A detection of {self.label!r} has the score {self.score}, which is no confidence.")
+            raise ValueError(f"A detection of {self.label!r} has the score {self.score}, which is not a confidence.")
         has_box = f"A detection of {self.label!r} has the box {self.box}"
         if len(self.box) != 4 or not all(math.isfinite(edge) for edge in self.box):
             raise ValueError(f"{has_box}, but a box is four finite numbers: left, top, right, bottom.")
