@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard, model_index_to_eval_results
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
 from tiny_training import darkness, prompts, tiny_trainer
 

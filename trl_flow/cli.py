@@ -9,6 +9,7 @@ from importlib import import_module
 
 from trl_flow.commands import UsageError
 from trl_flow.commands.recipe import unknown_option
+from trl_flow.quiet import leave_out_bars
 
 
 _TRACEBACK = "TRL_FLOW_DEBUG"
@@ -161,6 +162,7 @@ def _env(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from trl_flow.evaluation.evaluate_command import prepare
 
+    leave_out_bars()
     with _mistakes():
         run = prepare(arguments)
     # What the pipeline refuses to draw or cannot decode, damaged images, a full disk, a reward function that fails
