@@ -162,9 +162,9 @@ def _env(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from trl_flow.evaluation.evaluate_command import prepare
 
-    leave_out_bars()
     with _mistakes():
         run = prepare(arguments)
+    leave_out_bars()
     # What the pipeline refuses to draw or cannot decode, damaged images, a full disk, a reward function that fails
     with _mistakes((ValueError, OSError, FloatingPointError)):
         run()
