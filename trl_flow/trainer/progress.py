@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 from tqdm import tqdm
@@ -188,11 +189,10 @@ class NotebookTable:
         self._rows.append({"update": f"{update}{label}", **row})
 
     def show(self, status: str) -> None:
-        from IPython.display import HTML, display
-
-        content = HTML(self.html(status))
+        ipython = import_module("IPython.display")  # there wherever there is a notebook
+        content = ipython.HTML(self.html(status))
         if self._handle is None:
-            self._handle = display(content, display_id=True)
+            self._handle = ipython.display(content, display_id=True)
         else:
             self._handle.update(content)
 
