@@ -11,8 +11,8 @@ import pytest
 from tiny_training import brightness, darkness, prompts, tiny_trainer
 from tqdm import tqdm
 
+from trl_flow.evaluation.run_log import PARTS
 from trl_flow.trainer.progress import (
-    PARTS,
     Clock,
     FlowProgressCallback,
     NotebookTable,

@@ -19,8 +19,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import TrainerCallback
 from transformers.utils import is_in_notebook
 
+from trl_flow.evaluation.run_log import PARTS
 
-PARTS = ("sampling", "decoding", "scoring", "updating", "logging", "saving", "evaluating")
+
 _EVALUATION = re.compile(r"eval_(?:(.+)_)?reward")
 # So many logs are compared with as many before them
 _TREND_LOGS = 5
