@@ -9,6 +9,7 @@ from importlib import import_module
 
 from trl_flow.commands import UsageError
 from trl_flow.commands.recipe import unknown_option
+from trl_flow.quiet import leave_out_bars
 
 
 _TRACEBACK = "TRL_FLOW_DEBUG"
@@ -163,6 +164,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     with _mistakes():
         run = prepare(arguments)
+    leave_out_bars()
     # What the pipeline refuses to draw or cannot decode, damaged images, a full disk, a reward function that fails
     with _mistakes((ValueError, OSError, FloatingPointError)):
         run()

@@ -81,7 +81,8 @@ def evenly(total: int, number: int) -> list[int]:
     return [i * total // number for i in range(number)]
 
 
-def _enlarged(samples: Sequence[Sample], upscale: int | None) -> list[Image.Image]:
+def enlarged(samples: Sequence[Sample], upscale: int | None) -> list[Image.Image]:
+    """The images, RGB, and videos as strips, by the whole factor `upscale`, as for [`image_grid`]."""
     parts = [[_reduced(frame, _LARGEST_FRAME) for frame in _strip(s)] if isinstance(s, list) else [s] for s in samples]
     if upscale is None:
         upscale = max(1, math.ceil(_SMALLEST_SIDE / max(max(image.size) for images in parts for image in images)))
@@ -144,7 +145,7 @@ def image_grid(
         raise ValueError(f"columns is {columns}, but must be at least 1, or None.")
     widest = max(len(_strip(sample)) for sample in images)
     columns = min(columns or math.ceil(math.sqrt(len(images) / widest)), len(images))
-    images = _enlarged(images, upscale)
+    images = enlarged(images, upscale)
     width, height = max(image.width for image in images), max(image.height for image in images)
     captions = None if captions is None else _readable([str(caption) for caption in captions])
     texts = [_wrap(caption, width) for caption in captions] if captions is not None else [[]] * len(images)
@@ -177,9 +178,9 @@ def before_after_grid(
         counts = f"{len(before)} images before, {len(after)} after, {len(captions)} captions"
         counts += "" if scores is None else f" and {len(scores)} scores"
         raise ValueError(f"There are {counts}. Give one of each for each prompt, and at least one.")
-    enlarged = _enlarged([*before, *after], upscale)
+    both = enlarged([*before, *after], upscale)
     names = ["before"] * len(before) + ["after"] * len(after)
-    halves = [_joined([_text([name], i.width), i], 1) for name, i in zip(names, enlarged, strict=True)]
+    halves = [_joined([_text([name], i.width), i], 1) for name, i in zip(names, both, strict=True)]
     left = [_framed(half, (0, 0, _MARGIN, 0)) for half in halves[: len(before)]]
     pairs = [_joined(pair, 0) for pair in zip(left, halves[len(before) :], strict=True)]
     if scores is not None:

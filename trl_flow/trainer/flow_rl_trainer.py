@@ -29,6 +29,7 @@ from trl_flow.rewards.checks import reward_names
 from trl_flow.rewards.named import as_rewards
 from trl_flow.rewards.scorer import RewardScorer
 from trl_flow.shapes.bundled import BUNDLED, is_bundled
+from trl_flow.sharing.samples import write_samples
 from trl_flow.trainer import checks, resuming
 from trl_flow.trainer.best_metric import check_best_metric
 from trl_flow.trainer.callbacks import LoopCallback, RunLogCallback
@@ -397,12 +398,15 @@ class FlowRLTrainer(SavingTrainer):
         if result.images:
             name = f"{prefix}-{self.state.global_step:06d}"
             self.sample_log.write(result.images, result.prompts, name, self.state, self.callback_handler)
+            is_first = result.name is None or result.name == next(iter(self.eval_dataset))
+            if self.args.log_images and is_first and self.is_world_process_zero():
+                write_samples(self.args.output_dir, result.images, result.prompts, self.state.global_step)
         return metrics
 
     # ---- Logging ----
 
     def _show_stage(self, stage: str) -> None:
-        """`stage` is what is going on, in words of which the first is one of `progress.PARTS`."""
+        """`stage` is what is going on, in words of which the first is one of `PARTS` in `run_log`."""
         self._clock.enter(stage.split()[0].rstrip(","))
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, FlowProgressCallback):
