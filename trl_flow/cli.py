@@ -9,6 +9,7 @@ from importlib import import_module
 
 from trl_flow.commands import UsageError
 from trl_flow.commands.recipe import unknown_option
+from trl_flow.quiet import leave_out_bars
 
 
 _TRACEBACK = "TRL_FLOW_DEBUG"
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         commands = {"demo": _demo, "env": _env, "evaluate": _evaluate, "compare-runs": _compare_runs}
         commands |= {"export": _export, "methods": _methods, "serve-rewards": _serve_rewards}
+        commands |= {"watch": _watch}
         return commands[arguments.command](arguments) or 0
     except UsageError as error:
         if os.environ.get(_TRACEBACK):
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from trl_flow import __version__
-    from trl_flow.commands import compare_runs, export, methods
+    from trl_flow.commands import compare_runs, export, methods, watch
     from trl_flow.evaluation import evaluate_command as evaluation
     from trl_flow.serving import command as serving
 
@@ -77,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=help, add_help=False)
     for name, command, help in (
         ("evaluate", evaluation, "compare a base model and adapters: scores, images side by side, and a blind vote"),
+        ("watch", watch, "show a running or finished run in a browser: curves, latest images, time left"),
         ("compare-runs", compare_runs, "compare training runs at equal proxy, from their logs: a table and a plot"),
         ("export", export, "write an adapter for ComfyUI or kohya's scripts: --format comfyui --output FILE"),
         ("serve-rewards", serving, "serve reward functions over HTTP: --rewards pickscore,hpsv2 --port 8000"),
@@ -161,6 +164,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     with _mistakes():
         run = prepare(arguments)
+    leave_out_bars()
     # What the pipeline refuses to draw or cannot decode, damaged images, a full disk, a reward function that fails
     with _mistakes((ValueError, OSError, FloatingPointError)):
         run()
@@ -168,6 +172,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _compare_runs(arguments: argparse.Namespace) -> None:
     from trl_flow.commands.compare_runs import run
+
+    with _mistakes():
+        run(arguments)
+
+
+def _watch(arguments: argparse.Namespace) -> None:
+    from trl_flow.commands.watch import run
 
     with _mistakes():
         run(arguments)

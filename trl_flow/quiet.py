@@ -22,14 +22,19 @@ def leave_out_hints() -> None:
 
 
 def leave_out_bars() -> None:
-    """Of loading a model: in a terminal they pass, in a file they stay. For a command, whose process is its own."""
-    if not sys.stderr.isatty():
+    """Of loading a model, where nobody sees them pass. For a command, whose process is its own."""
+    if not shows_bars():
         import datasets
         import diffusers
         import transformers
 
         for library in (datasets, diffusers.utils.logging, transformers.utils.logging):
             library.disable_progress_bar()
+
+
+def shows_bars() -> bool:
+    """Whether bars belong into the output: in a terminal and in a notebook they pass, in a file all of them stay."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
 class _Without(logging.Filter):

@@ -50,7 +50,7 @@ def test_in_a_terminal_the_bar_says_what_is_going_on(tmp_path, monkeypatch):
     trainer = tiny_trainer(tmp_path, eval_dataset=prompts(2), disable_tqdm=False, max_steps=2, **every)
     trainer.train()
     shown = terminal.getvalue()
-    for words in ("sampling", "decoding", "scoring", "updating, step 1 of 3", "logging", "saving", "evaluating"):
+    for words in ("sampling", "decoding", "scoring", "updating", "logging", "saving", "evaluating"):
         assert words in shown
     assert "2/2" in shown
 

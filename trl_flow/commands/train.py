@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from trl_flow.commands import UsageError
 from trl_flow.commands.methods import BUNDLED_MODELS
 from trl_flow.commands.recipe import option, read_accelerate_config, read_recipe, unknown_option, without_nulls
+from trl_flow.commands.shared_recipe import shared_recipe
 from trl_flow.commands.training_help import training_help, wants_help
 from trl_flow.commands.yaml_values import BOOLEANS
 from trl_flow.quiet import leave_out_bars
@@ -56,7 +57,8 @@ def prepare(argv: list[str]) -> Callable[[], None]:
     strict = option(argv, recipe, "accelerate_config") is None
     script_args, *others, unknown = parse_training(parser, argv, recipe, strict=strict)
     if script_args.accelerate_config is None or os.environ.get(_LAUNCHED):
-        return _prepare_run(script_args, *others)
+        shown = shared_recipe(argv, recipe, [script_args, *others])
+        return _prepare_run(script_args, *others, shown)
     return _prepare_launch(script_args.accelerate_config, unknown, argv, parser)
 
 
@@ -94,7 +96,7 @@ def _prepare_launch(name: str, options: list[str], argv: list[str], parser: "Trl
 
 
 def _prepare_run(
-    script_args: "FlowScriptArguments", args: Any, model_args: Any, mixture_args: "DatasetMixtureConfig"
+    script_args: "FlowScriptArguments", args: Any, model_args: Any, mixture_args: "DatasetMixtureConfig", recipe: str
 ) -> Callable[[], None]:
     from trl_flow.commands import options
     from trl_flow.rewards.named import named_rewards
@@ -118,6 +120,7 @@ def _prepare_run(
     lora = options.peft_config(script_args, args, model_args)
     callbacks = options.over_optimization_callbacks(script_args)
     trainer = options.trainer_of(args)(model, rewards, args=args, **data, callbacks=callbacks, peft_config=lora)
+    trainer.publisher.recipe = recipe
     return lambda: _run(trainer, resume, script_args.dataset_name)
 
 

@@ -15,6 +15,7 @@ from trl_flow.backbones.prompt_length import warn_of_long_prompts
 from trl_flow.backbones.settings import check_settings, with_own_settings
 from trl_flow.dynamics import make_dynamics
 from trl_flow.images import to_rgb
+from trl_flow.quiet import shows_bars
 from trl_flow.rollout import RandomStream, StepPlan, decode, draw_noise, rollout, sample_generator
 
 
@@ -152,7 +153,7 @@ def draw_images(
     drawn: list[Image.Image] = []
     guided = backbone.uses_guidance(guidance_scale)
     total = len(prompts) * num_images_per_prompt
-    with tqdm(total=total, desc=progress, unit="image", disable=progress is None) as bar:
+    with tqdm(total=total, desc=progress, unit="image", disable=progress is None or not shows_bars()) as bar:
         for first in range(0, total, batch_size):
             batch = range(total)[first : first + batch_size]
             rows = [i // num_images_per_prompt for i in batch]

@@ -33,6 +33,7 @@ from trl_flow.evaluation.scoring import score_images
 from trl_flow.evaluation.steps import draw_steps
 from trl_flow.evaluation.tables import markdown
 from trl_flow.evaluation.vote_results import update_votes
+from trl_flow.quiet import shows_bars
 from trl_flow.rewards.named import as_rewards
 from trl_flow.rewards.scorer import RewardScorer
 from trl_flow.rewards.unigenbench import UniGenBenchReward
@@ -340,4 +341,6 @@ class _Run:
     def _bar(self, what: str, model: str, name: str, initial: int = 0) -> tqdm:
         total = len(self.sets[name]) * self.options.num_images_per_prompt
         what = f"{what}: {model}" if len(self.sets) == 1 else f"{what}: {model}, {name}"
-        return tqdm(total=total, initial=initial, desc=what, unit="image", disable=not self.progress)
+        return tqdm(
+            total=total, initial=initial, desc=what, unit="image", disable=not (self.progress and shows_bars())
+        )

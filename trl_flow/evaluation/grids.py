@@ -80,7 +80,8 @@ def evenly(total: int, number: int) -> list[int]:
     return [i * total // number for i in range(number)]
 
 
-def _enlarged(images: Sequence[Image.Image], upscale: int | None) -> list[Image.Image]:
+def enlarged(images: Sequence[Image.Image], upscale: int | None) -> list[Image.Image]:
+    """The images, RGB, by the whole factor `upscale`, as for [`image_grid`]."""
     if upscale is None:
         upscale = max(1, math.ceil(_SMALLEST_SIDE / max(max(image.size) for image in images)))
     if upscale < 1:
@@ -122,7 +123,7 @@ def image_grid(
     if columns is not None and columns < 1:
         raise ValueError(f"columns is {columns}, but must be at least 1, or None.")
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
-    images = _enlarged(images, upscale)
+    images = enlarged(images, upscale)
     width, height = max(image.width for image in images), max(image.height for image in images)
     captions = None if captions is None else _readable([str(caption) for caption in captions])
     texts = [_wrap(caption, width) for caption in captions] if captions is not None else [[]] * len(images)
@@ -154,9 +155,9 @@ def before_after_grid(
         counts = f"{len(before)} images before, {len(after)} after, {len(captions)} captions"
         counts += "" if scores is None else f" and {len(scores)} scores"
         raise ValueError(f"There are {counts}. Give one of each for each prompt, and at least one.")
-    enlarged = _enlarged([*before, *after], upscale)
+    both = enlarged([*before, *after], upscale)
     names = ["before"] * len(before) + ["after"] * len(after)
-    halves = [_joined([_text([name], i.width), i], 1) for name, i in zip(names, enlarged, strict=True)]
+    halves = [_joined([_text([name], i.width), i], 1) for name, i in zip(names, both, strict=True)]
     left = [_framed(half, (0, 0, _MARGIN, 0)) for half in halves[: len(before)]]
     pairs = [_joined(pair, 0) for pair in zip(left, halves[len(before) :], strict=True)]
     if scores is not None:
@@ -209,5 +210,5 @@ def comparison_grid(
 def _fitted(image: Image.Image, side: int) -> Image.Image:
     longest = max(image.size)
     if longest <= side:
-        return _enlarged([image], side // longest)[0]
+        return enlarged([image], side // longest)[0]
     return ImageOps.contain(to_rgb(image), (side, side), Image.Resampling.LANCZOS)

@@ -51,6 +51,20 @@ def locked(folder: str | os.PathLike, doing: str) -> Iterator[None]:
         yield
 
 
+def is_locked(folder: str | os.PathLike) -> bool | None:
+    """Whether a process has the lock of [`locked`]; `None` where that cannot be told."""
+    if fcntl is None:
+        return None
+    try:
+        with open(Path(folder, LOCK)) as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+
+
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     """A binary file to write, which gets the name `path` when it is complete and on disk. If that fails, whatever had

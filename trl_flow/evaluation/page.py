@@ -22,6 +22,7 @@ from trl_flow.evaluation.image_folder import ImageFolder
 from trl_flow.evaluation.intervals import finite
 from trl_flow.evaluation.outputs import whole_file
 from trl_flow.evaluation.tables import legend, title
+from trl_flow.quiet import shows_bars
 
 
 # Longest sides to which images are reduced until they fit; below the last, prompts are left out
@@ -53,7 +54,9 @@ def write_page(
     # Pillow works on several images at once
     with ThreadPoolExecutor() as pool:
         encoded = pool.map(lambda image: _data_uri(folder, *image, side), wanted)
-        bar = tqdm(encoded, total=len(wanted), desc="writing the page", unit="image", disable=not progress)
+        bar = tqdm(
+            encoded, total=len(wanted), desc="writing the page", unit="image", disable=not (progress and shows_bars())
+        )
         uris = dict(zip(wanted, bar, strict=True))
     sets = []
     for name, rows in shown.items():

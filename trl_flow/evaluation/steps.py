@@ -22,6 +22,7 @@ from trl_flow.evaluation.inputs import (
     prompt_sets,
 )
 from trl_flow.images import to_rgb
+from trl_flow.quiet import shows_bars
 from trl_flow.rollout import decode
 
 
@@ -132,7 +133,7 @@ def draw_steps(
     models = [BASE, *(adapter.name for adapter in adapters)]
     drawn: dict[tuple[str, str, int], list[Image.Image]] = {}
     total = len(models) * len(blocks) * len(timesteps)
-    with tqdm(total=total, desc="steps", unit="step", disable=not progress) as bar:
+    with tqdm(total=total, desc="steps", unit="step", disable=not (progress and shows_bars())) as bar:
         for model, adapter in zip(models, [None, *adapters], strict=True):
             bar.set_postfix_str(model)
             with loaded_adapter(backbone, adapter):

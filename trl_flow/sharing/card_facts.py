@@ -1,13 +1,15 @@
 """What a model card tells of a run besides its settings: scores, prompts, and the license of the base model."""
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import hf_hub_download, metadata_load
+from huggingface_hub import EvalResult, hf_hub_download, metadata_load
 
+from trl_flow.shapes.bundled import is_bundled
 from trl_flow.sharing.weights import hub_model_id
 
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
 Table = list[list[str]]
 _REWARD = re.compile(r"(eval_(?:(.+)_)?)reward")
+# As their cards say, for where these cannot be read
+_LICENSES = json.loads(Path(__file__).with_name("licenses.json").read_text(encoding="utf-8"))
 _Z = 1.96  # half of a normal distribution's 95% interval, in standard errors
 
 
@@ -50,6 +54,37 @@ def _number(value: float | None, error: float | None) -> str:
     return f"{value:.4g}" + (f" ± {_Z * error:.2g}" if error else "")
 
 
+def evaluation_results(
+    log_history: Sequence[Mapping[str, Any]], *, task: str, dataset: str | None
+) -> list[EvalResult]:
+    """The scores of the latest evaluations for the card's metadata, from which the Hub makes its table: optimized
+    rewards and gold scores, the gold average with its 95% interval. `dataset` is what the prompts were loaded from."""
+    latest: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for log in log_history:
+        latest |= {(match[1], match[2] or ""): log for match in filter(None, map(_REWARD.fullmatch, log))}
+    results = []
+    for (prefix, name), log in latest.items():
+        if log.get("step", 0) == 0:
+            continue
+        about = {"task_type": task, "dataset_type": dataset or "prompts"}
+        about["dataset_name"] = " ".join(filter(None, [dataset or "evaluation prompts", name]))
+        metrics = {f"{prefix}reward": ("reward", "reward (optimized)")}
+        for key in log:
+            if key.startswith(f"{prefix}gold/") and not key.startswith(f"{prefix}gold/average"):
+                score = key.removeprefix(f"{prefix}gold/")
+                metrics[key] = ("gold", f"{score} (not optimized)")
+        average, error = log.get(f"{prefix}gold/average"), log.get(f"{prefix}gold/average_std_err")
+        interval = ""
+        if average is not None and error:
+            interval = f", 95% interval {average - _Z * error:.4g} to {average + _Z * error:.4g}"
+        metrics[f"{prefix}gold/average"] = ("gold_average", f"gold average, relative to the base model{interval}")
+        for key, (kind, title) in metrics.items():
+            if log.get(key) is not None:
+                value = float(f"{log[key]:.6g}")
+                results.append(EvalResult(**about, metric_type=kind, metric_name=title, metric_value=value))
+    return results
+
+
 def training_rewards(log_history: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
     """The first and the last logged mean of the optimized reward."""
     rewards = [log["reward"] for log in log_history if log.get("reward") is not None]
@@ -67,13 +102,15 @@ def name_of(dataset: "Dataset | None") -> str | None:
 
 def license_of(base_model: str | os.PathLike | None) -> dict[str, str]:
     """`license`, and of another one than the Hub knows `license_name` and `license_link`, as the card of the base
-    model has them; empty if there is no such card, or the Hub cannot be reached."""
+    model has them. Where it cannot be read, those of well-known models are known; else it is empty."""
+    if is_bundled(base_model):
+        return {"license": "apache-2.0"}
     repo = hub_model_id(base_model)
     try:
         path = Path(base_model or "", "README.md") if repo is None else hf_hub_download(repo, "README.md")
         data = metadata_load(path) or {}
-    except Exception:  # whatever is the matter with somebody else's card, or with the network: ours can do without
-        return {}
+    except Exception:  # whatever is the matter with somebody else's card, or with the network
+        data = _LICENSES.get(repo or "", {})
     names = ("license", "license_name", "license_link")
     found = {name: data[name] for name in names if isinstance(data.get(name), str)}
     if "://" not in found.get("license_link", "://"):

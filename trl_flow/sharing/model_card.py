@@ -3,6 +3,7 @@
 import html
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from trl_flow.backbones.settings import effective
 from trl_flow.evaluation.outputs import versions
 from trl_flow.images import TO_RGB_CODE
 from trl_flow.shapes.bundled import is_bundled
-from trl_flow.sharing.card_facts import evaluation_scores, license_of, training_rewards
+from trl_flow.sharing.card_facts import evaluation_results, evaluation_scores, license_of, training_rewards
+from trl_flow.sharing.samples import Sample
 from trl_flow.sharing.weights import hub_model_id
 
 
@@ -94,6 +96,7 @@ def create_model_card(
     reward_names: Sequence[str] = (), dataset_name: str | None = None, prompt: str = "a prompt",
     log_history: Sequence[Mapping[str, Any]] = (), tags: Sequence[str] = (), curves: str | os.PathLike | None = None,
     samples: Sequence[tuple[str | os.PathLike, str | None]] = (),
+    comparisons: Sequence[Sample] = (), eval_dataset_name: str | None = None, recipe: str | None = None,
     loading: Mapping[str, str] | None = None, init_adapter: str | None = None, note: str = "",
 ) -> Path:  # fmt: skip
     """
@@ -117,6 +120,10 @@ def create_model_card(
         curves (`str` or `os.PathLike`, *optional*): plot of the rewards' curves, inside `folder`.
         samples (`Sequence[tuple[str | os.PathLike, str | None]]`): images inside `folder`, each with its prompt, or
             `None` for a grid of several. Those with a prompt also become the Hub's gallery.
+        comparisons (`Sequence[Sample]`): images inside `folder` that are shown beside those before training, from the
+            same seeds. They become the gallery, too.
+        eval_dataset_name (`str`, *optional*): Hub id or name of the prompts of the evaluations.
+        recipe (`str`, *optional*): YAML with which `trl-flow train --config` repeats the run.
         loading (`Mapping[str, str]`, *optional*): `revision` and `variant` of the base model.
         init_adapter (`str`, *optional*): the adapter that training went on from.
 
@@ -130,10 +137,16 @@ def create_model_card(
     papers = papers_behind(settings)
     base_id = hub_model_id(base_model)
     shown = [(_link(folder, path), prompt) for path, prompt in samples if (folder / path).is_file()]
-    gallery = [{"text": _one_line(prompt), "output": {"url": link}} for link, prompt in shown if prompt is not None]
+    pairs = [(_link(folder, each.after), each) for each in comparisons]
+    pictures = [(link, each.prompt) for link, each in pairs] + shown
+    gallery = [{"text": _one_line(prompt), "output": {"url": link}} for link, prompt in pictures if prompt is not None]
     task = "image-to-image" if backbone.takes_image else "text-to-image"
     own_tags = ["trl_flow", "diffusers-training", task, "lora" if is_lora else "full-finetune"]
+    if gallery and is_lora:
+        own_tags.append("template:sd-lora")  # with which the Hub shows the gallery
     data = ModelCardData(
+        model_name=name,
+        eval_results=evaluation_results(log_history, task=task, dataset=eval_dataset_name) or None,
         library_name="diffusers",
         pipeline_tag=task,
         base_model=base_id,
@@ -157,15 +170,22 @@ def create_model_card(
         + (f" Training went on from the adapter {_adapter(init_adapter)}." if init_adapter else ""),
         note,
         *("## How to load", f"```python\n{code}\n```"),
+        "There are no trigger words: prompts are written as for the base model.",
         f"For ComfyUI or kohya's scripts: {_code(f'trl-flow export {source} --format comfyui --output FILE')}."
         if is_lora and type(backbone.pipeline).__name__ in BACKBONES
         else "",
         *_scores(log_history),
     ]
+    if pairs:
+        parts += ["## Before and after", *_side_by_side(folder, pairs)]
     if curves is not None and (folder / curves).is_file():
         parts += ["## Rewards", f"![Rewards while training]({_link(folder, curves)})"]
     if shown:
         parts += ["## Samples", *(f"![{_text(prompt or 'Samples')}]({link})" for link, prompt in shown)]
+    if recipe is not None:
+        fence = max(re.findall("`{3,}", recipe), key=len, default="``") + "`"
+        command = "```sh\ntrl-flow train --config recipe.yaml\n```"
+        parts += ["## How it was trained", command, "with this `recipe.yaml`:", f"{fence}yaml\n{recipe}{fence}"]
     rows = ["| setting | value |", "| --- | --- |", *(f"| {_text(k)} | {_value(v)} |" for k, v in settings.items())]
     parts += ["## Training settings", "\n".join(rows)]
     parts += ["## Framework versions", "\n".join(f"- {name}: {number}" for name, number in versions().items())]
@@ -228,6 +248,15 @@ def _scores(log_history: Sequence[Mapping[str, Any]]) -> list[str]:
     if (rewards := training_rewards(log_history)) is None:
         return []
     return ["## Scores", "Mean reward while training: {:.4g} in the first log, {:.4g} in the last.".format(*rewards)]
+
+
+def _side_by_side(folder: Path, pairs: Sequence[tuple[str, Sample]]) -> list[str]:
+    """A table of the images, each with its prompt."""
+    rows = [f"| prompt | before training | after update {pairs[0][1].step} |", "| --- | --- | --- |"]
+    for link, sample in pairs:
+        before = f"![{_text(sample.prompt)}, before]({_link(folder, sample.before)})" if sample.before else ""
+        rows.append(f"| {_text(sample.prompt)} | {before} | ![{_text(sample.prompt)}]({link}) |")
+    return ["The first evaluation prompts, from the same seeds.", "\n".join(rows)]
 
 
 def _dataset(name: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 from transformers.trainer_callback import TrainerCallback
 from transformers.utils import logging
 
-from trl_flow.evaluation.run_log import LOG_NAME, diagnostics_table
+from trl_flow.evaluation.outputs import write_json
+from trl_flow.evaluation.run_log import LOG_NAME, PROGRESS_NAME, diagnostics_table
 
 
 logger = logging.get_logger(__name__)
@@ -29,13 +31,15 @@ class LoopCallback(TrainerCallback):
 
 
 class RunLogCallback(TrainerCallback):
-    """Writes logs to `output_dir/log_history.jsonl`, one a line, and the table of `diagnostics_table` to
-    `output_dir/diagnostics.md`. A run that is resumed begins the logs anew with its checkpoint's. `counts` go into the
-    next log of the run's own history and file, and to no tracker, which take numbers only."""
+    """Writes logs to `output_dir/log_history.jsonl`, one a line, the table of `diagnostics_table` to
+    `output_dir/diagnostics.md`, and where the run stands, with `about`, to `output_dir/progress.json`. A run that is
+    resumed begins the logs anew with its checkpoint's. `counts` go into the next log of the run's own history and
+    file, and to no tracker, which take numbers only."""
 
     _writes = False
 
-    def __init__(self):
+    def __init__(self, about: dict[str, Any]):
+        self._about, self._began = about, {}
         self.counts: dict[str, list[int]] = {}
         self.before: list[dict[str, Any]] = []  # logs of evaluations before training, which begins a log of its own
 
@@ -44,6 +48,7 @@ class RunLogCallback(TrainerCallback):
         if not state.log_history:
             state.log_history.extend(self.before)
         self.before = []
+        self._began = {"began_at": time.time(), "began_at_update": state.global_step}
         self._write(args, state, "w", state.log_history)
 
     def on_log(self, args, state, control, **kwargs):
@@ -51,7 +56,10 @@ class RunLogCallback(TrainerCallback):
         self.counts = {}
         self._write(args, state, "a", state.log_history[-1:])
 
-    def _write(self, args, state, mode: str, logs: list[dict[str, Any]]) -> None:
+    def on_train_end(self, args, state, control, **kwargs):
+        self._write(args, state, "a", [], finished=True)
+
+    def _write(self, args, state, mode: str, logs: list[dict[str, Any]], *, finished: bool = False) -> None:
         if not self._writes:
             return
         path = Path(args.output_dir, LOG_NAME)
@@ -64,6 +72,9 @@ class RunLogCallback(TrainerCallback):
             if (table := diagnostics_table(state.log_history)) is not None:
                 path = path.with_name("diagnostics.md")
                 path.write_text(table, encoding="utf-8")
+            place = {"update": state.global_step, "max_steps": state.max_steps, "finished": finished}
+            written = {"written_at": time.time()}
+            write_json(path.with_name(PROGRESS_NAME), self._about | self._began | place | written)
         except OSError as error:  # training is worth more than its log, which checkpoints hold too
             self._writes = False
             logger.warning(f"{path} cannot be written ({error}): logs are kept in checkpoints and trackers only.")

@@ -13,6 +13,7 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers.integrations import TrackioCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import speed_metrics
 
@@ -26,6 +27,8 @@ from trl_flow.prompts.rows import prompts_to_measure
 from trl_flow.rewards.checks import reward_names
 from trl_flow.rewards.named import as_rewards
 from trl_flow.rewards.scorer import RewardScorer
+from trl_flow.shapes.bundled import BUNDLED, is_bundled
+from trl_flow.sharing.samples import write_samples
 from trl_flow.trainer import checks, resuming
 from trl_flow.trainer.best_metric import check_best_metric
 from trl_flow.trainer.callbacks import LoopCallback, RunLogCallback
@@ -49,6 +52,7 @@ from trl_flow.trainer.run_folder import RunFolder
 from trl_flow.trainer.run_state import RunState
 from trl_flow.trainer.sampler import Sampler
 from trl_flow.trainer.saving import SavingTrainer
+from trl_flow.trainer.trackers import TrackioAtUpdates, log_config, sections_kept
 from trl_flow.trainer.trl_compat import identity
 
 
@@ -162,6 +166,8 @@ class FlowRLTrainer(SavingTrainer):
         for callback in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # which print all that is logged
             self.remove_callback(callback)
         self.add_callback(FlowProgressCallback(shows_bar=not args.disable_tqdm))
+        if self.pop_callback(TrackioCallback) is not None:
+            self.add_callback(TrackioAtUpdates())
 
         self.algorithm = self.create_algorithm()
         options = {"wrapped": lambda: self.model_wrapped, "keep_reference": self.algorithm.needs_reference}
@@ -180,7 +186,9 @@ class FlowRLTrainer(SavingTrainer):
         self.metrics = Metrics(self.accelerator)
         self.sample_log = SampleLog(args, self.scorer.names)
         self.publisher = Publisher(args, self.backbone, self.model_id, self.scorer.names, list(datasets.values()))
-        self._run_log = RunLogCallback()
+        model = BUNDLED if is_bundled(self.model_id) else self.model_id
+        about = {"config": type(args).__name__, "model": model, "rewards": self.scorer.names}
+        self._run_log, self._about = RunLogCallback(about), about
         self.add_callback(self._run_log)
         self.add_callback(LoopCallback(self._before_training, self._after_update))
         self._clock, self._train_step_time, self._logged_at = Clock(), 0.0, 0
@@ -285,6 +293,11 @@ class FlowRLTrainer(SavingTrainer):
     def _before_training(self) -> None:
         warn_of_prompts_left_out(self._num_prompts, self.state.max_steps, self.args)
         self._watch_steps()
+        if self.is_world_process_zero():
+            gold = ", ".join(self.gold_scorer.names)
+            about = {**self._about, "rewards": ", ".join(self.scorer.names), "gold": gold or "none"}
+            about = {f"run/{name}": value for name, value in about.items()}
+            log_config(about, self.args.report_to, self.callback_handler)
         self._clock, self._logged_at = Clock(), self.state.global_step
         self.state.compute_steps(self.args, self.state.max_steps)  # transformers keeps the checkpoint's
         if self._saved is not None and (best := self.state.best_model_checkpoint) is not None:
@@ -356,10 +369,14 @@ class FlowRLTrainer(SavingTrainer):
         metrics = {f"{prefix}_{name}": value for name, value in result.metrics.items()}
         if start is not None:
             metrics |= speed_metrics(prefix, start, num_samples=result.num_samples)
-        super().log(metrics)  # first: a tracker may start with its first log
+        with sections_kept():
+            super().log(metrics)  # first: a tracker may start with its first log
         if result.images:
             name = f"{prefix}-{self.state.global_step:06d}"
             self.sample_log.write(result.images, result.prompts, name, self.state, self.callback_handler)
+            is_first = result.name is None or result.name == next(iter(self.eval_dataset))
+            if self.args.log_images and is_first and self.is_world_process_zero():
+                write_samples(self.args.output_dir, result.images, result.prompts, self.state.global_step)
         return metrics
 
     # ---- Logging ----
@@ -379,7 +396,8 @@ class FlowRLTrainer(SavingTrainer):
             self._logged_at = self.state.global_step
             self._show_stage("logging")
             self.sample_log.flush(self.state, self.callback_handler)
-        super().log(logs, start_time)
+        with sections_kept():
+            super().log(logs, start_time)
 
     # ---- Saving and resuming ----
 

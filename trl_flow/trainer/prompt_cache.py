@@ -28,6 +28,7 @@ from trl_flow.backbones.contract import encoded
 from trl_flow.evaluation.outputs import whole_file
 from trl_flow.images import to_rgb
 from trl_flow.prompts.rows import prompts_of
+from trl_flow.quiet import shows_bars
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.loading import is_quantized
 
@@ -221,7 +222,10 @@ class PromptCache:
         missing = {key for key in keys[rank::num_processes] if key not in self.store}
         if not missing:
             return
-        with self._encoders(), tqdm(desc="Encoding prompts", total=len(missing), disable=not progress) as bar:
+        with (
+            self._encoders(),
+            tqdm(desc="Encoding prompts", total=len(missing), disable=not (progress and shows_bars())) as bar,
+        ):
             for prompt, image in pairs():
                 if (key := _key(prompt, image)) in missing:
                     condition = self._encode(prompt, image)

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from trl_flow import sharing
 from trl_flow.backbones import Backbone
 from trl_flow.sharing.card_facts import name_of
+from trl_flow.sharing.samples import read_samples
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.over_optimization import BEST_FOLDER, better_kept
 
@@ -23,7 +24,8 @@ logger = logging.get_logger(__name__)
 
 
 def chosen_samples(folder: Path) -> list[Path]:
-    """The sample images that a run's model card shows, relative to its output folder: the latest grid."""
+    """The sample images that a run's model card shows where it has none of evaluations, relative to its output folder:
+    the latest grid."""
     grids = sorted(folder.glob("images/*.png"), key=lambda path: path.stat().st_mtime)
     return [grid.relative_to(folder) for grid in grids[-1:]]
 
@@ -38,6 +40,8 @@ class Publisher:
         """`datasets` are that of training and those of evaluation."""
         self.args, self.backbone, self.model_id, self.reward_names = args, backbone, model_id, reward_names
         self.dataset_name, self.prompt = name_of(datasets[0]), datasets[min(1, len(datasets) - 1)][0]["prompt"]
+        self.eval_dataset_name = name_of(datasets[1]) if len(datasets) > 1 else None
+        self.recipe: str | None = None  # of a run by `trl-flow train`
         self.best_step: int | None = None  # of the weights, once those found best are loaded
         # One upload at a time: two commits to one branch at once would be in each other's way
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trl_flow-upload")
@@ -96,7 +100,11 @@ class Publisher:
         step = state.global_step if self.best_step is None else self.best_step
         logs = [log for log in log_history if log.get("step", 0) <= step]  # of the weights that are there
         run = {"settings": settings, "is_lora": is_lora, "reward_names": self.reward_names, "log_history": logs}
-        run |= {"curves": curves, "samples": [(path, None) for path in chosen_samples(folder)]}
+        evaluated = max((log["step"] for log in logs if any(key.startswith("eval_") for key in log)), default=0)
+        comparisons = read_samples(folder, evaluated) if evaluated > 0 else []
+        samples = [] if comparisons else [(path, None) for path in chosen_samples(folder)]
+        run |= {"curves": curves, "samples": samples, "comparisons": comparisons, "recipe": self.recipe}
+        run["eval_dataset_name"] = self.eval_dataset_name
         sharing.create_model_card(folder, **about, **run, tags=[tags] if isinstance(tags, str) else list(tags or []))
 
     def push(

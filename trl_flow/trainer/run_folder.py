@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers.utils import logging
 
 from trl_flow.evaluation.outputs import locked
-from trl_flow.evaluation.run_log import LOG_NAME
+from trl_flow.evaluation.run_log import LOG_NAME, PROGRESS_NAME
 from trl_flow.sharing import weight_files
 from trl_flow.trainer.checkpoints import complete_checkpoints, missing_in, step_of
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
@@ -20,6 +20,7 @@ PREVIOUS = "previous"
 # What a run writes besides checkpoints and weights
 _OF_A_RUN = (
     *("README.md", "rewards.png", "training_args.json", "trainer_state.json", LOG_NAME, "diagnostics.md"),
+    PROGRESS_NAME,
     *("images", "plots", BEST_FOLDER),
 )
 
