@@ -143,7 +143,7 @@ def test_one_variable_switches_to_the_real_model(name, tmp_path, monkeypatch):
         "torch.cuda.get_device_properties(0).total_memory": "24e9",
         '"ocr", ': f'"ocr:{tmp_path / "ocr"}", ',
         "eval_num_inference_steps=28 if real_model else 4": "eval_num_inference_steps=2, height=32, width=32",
-        "precompute_prompt_embeds=True,": "precompute_prompt_embeds=True, max_sequence_length=1,",
+        "precompute_prompt_embeds=real_model,": "precompute_prompt_embeds=True, max_sequence_length=1,",
         "passes = 96": "passes = 24",
     }
     run(name, tmp_path, monkeypatch, changes, real_model=True)
