@@ -142,7 +142,8 @@ def test_the_table_of_a_notebook_has_a_column_for_all_that_any_log_has():
     table.add({"update": "1", "evaluation": "", "<gold>": "1.0"})
     page = table.html("update 1/2")
     assert "<th>update</th><th>reward</th><th>evaluation</th><th>&lt;gold&gt;</th>" in page
-    assert "<tr><td>1</td><td>0.5</td><td></td><td></td></tr>" in page
+    plain = page.replace(' style="white-space: nowrap"', "")
+    assert "<tr><td>1</td><td>0.5</td><td></td><td></td></tr>" in plain
     for number in range(50):
         table.add({"update": str(number)})
     assert table.html("").count("<tr>") == 21

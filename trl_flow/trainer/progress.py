@@ -24,7 +24,7 @@ _EVALUATION = re.compile(r"eval_(?:(.+)_)?reward")
 # So many logs are compared with as many before them
 _TREND_LOGS = 5
 _NOTEBOOK_ROWS = 20
-_TABLE = '<table style="white-space: nowrap">'  # on a phone it is scrolled, and its rows stay rows
+_CELL = '<td style="white-space: nowrap">'  # on a phone the table is scrolled, and its rows stay rows
 
 
 class Clock:
@@ -195,9 +195,9 @@ class NotebookTable:
         rows = self._rows[-_NOTEBOOK_ROWS:]
         columns = list(dict.fromkeys(name for row in rows for name in row))
         head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
-        cells = ("".join(f"<td>{html.escape(row.get(name, ''))}</td>" for name in columns) for row in rows)
+        cells = ("".join(f"{_CELL}{html.escape(row.get(name, ''))}</td>" for name in columns) for row in rows)
         body = "".join(f"<tr>{line}</tr>" for line in cells)
-        table = f"{_TABLE}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>" if rows else ""
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>" if rows else ""
         return f"<p>{html.escape(status)}</p>{table}"
 
 
