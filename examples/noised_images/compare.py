@@ -22,12 +22,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from peft import LoraConfig
-from transformers import PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 
 import trl_flow
 from trl_flow import AWMConfig, DiffusionNFTConfig, FlowGRPOConfig, GuardConfig
 from trl_flow.rewards import ShapesReward
 from trl_flow.shapes import load_pipeline, load_prompts
+from trl_flow.trainer.progress import FlowProgressCallback
 
 
 HERE = Path(__file__).parent
@@ -118,7 +119,7 @@ def run(
             peft_config=LoraConfig(r=32, lora_alpha=64, init_lora_weights="gaussian"),
             eval_reward_funcs=[ShapesReward(score) for score in ("strict", "fidelity", "soft")],
         )  # fmt: skip
-        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(FlowProgressCallback)
         trainer.train()
     return watch.rows
 

@@ -14,12 +14,12 @@ import proxies
 import torch
 from experiments import VERSION, Arm, Scale
 from peft import LoraConfig
-from transformers import PrinterCallback
 
 from trl_flow import FlowGRPOConfig, FlowGRPOTrainer
 from trl_flow.evaluation.outputs import write_json
 from trl_flow.rewards import ShapesReward
 from trl_flow.shapes import load_pipeline, load_prompts
+from trl_flow.trainer.progress import FlowProgressCallback
 
 
 RESULT = "result.json"
@@ -129,6 +129,6 @@ def train(folder: Path, settings: dict[str, Any], shared: Path) -> list[dict[str
         eval_dataset=test.select([i * len(test) // scale["eval_prompts"] for i in range(scale["eval_prompts"])]),
         peft_config=LoraConfig(r=32, lora_alpha=64, init_lora_weights="gaussian"),
     )
-    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(FlowProgressCallback)
     trainer.train()
     return trainer.state.log_history

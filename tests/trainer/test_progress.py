@@ -11,8 +11,8 @@ import pytest
 from tiny_training import brightness, darkness, prompts, tiny_trainer
 from tqdm import tqdm
 
+from trl_flow.evaluation.run_log import PARTS
 from trl_flow.trainer.progress import (
-    PARTS,
     Clock,
     FlowProgressCallback,
     NotebookTable,
@@ -138,14 +138,14 @@ def test_a_duration_is_written_as_one_says_it(seconds, text):
 def test_the_table_of_a_notebook_has_a_column_for_all_that_any_log_has():
     table = NotebookTable()
     assert table.html("sampling") == "<p>sampling</p>"
-    table.add({"update": "1", "reward": "0.5"})
-    table.add({"update": "1", "evaluation": "", "<gold>": "1.0"})
+    table.add(1, {"reward": "0.5", "an update": "3 s (sampling 2 s)"})
+    table.add(1, {"evaluation": "easy", "<gold>": "1.0"})
     page = table.html("update 1/2")
-    assert "<th>update</th><th>reward</th><th>evaluation</th><th>&lt;gold&gt;</th>" in page
-    plain = page.replace(' style="white-space: nowrap"', "")
-    assert "<tr><td>1</td><td>0.5</td><td></td><td></td></tr>" in plain
+    assert "<th>update</th><th>reward</th><th>an update</th><th>&lt;gold&gt;</th>" in page
+    assert "<tr><td>1</td><td>0.5</td><td>3 s</td><td></td></tr>" in page
+    assert "<tr><td>1, evaluation easy</td><td></td><td></td><td>1.0</td></tr>" in page
     for number in range(50):
-        table.add({"update": str(number)})
+        table.add(number, {})
     assert table.html("").count("<tr>") == 21
 
 

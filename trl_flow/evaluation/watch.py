@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from trl_flow.evaluation.outputs import is_locked
-from trl_flow.evaluation.run_log import PROGRESS_NAME, LogHistory, is_number, read_log_history
+from trl_flow.evaluation.run_log import PARTS, PROGRESS_NAME, LogHistory, is_number, read_log_history
 from trl_flow.evaluation.svg import Series, line_chart
 
 
@@ -22,7 +22,6 @@ _Z = 1.96  # half of a normal distribution's 95% interval, in standard errors
 # Of a run elsewhere, whose lock is not seen: silent for so long, or so many times as long as its updates take
 _SILENCE, _SILENT_UPDATES = 600.0, 10
 _REFRESH = 10
-PARTS = ("sampling", "decoding", "scoring", "updating", "logging", "saving", "evaluating")
 
 
 @dataclass(frozen=True)

@@ -382,7 +382,7 @@ class FlowRLTrainer(SavingTrainer):
     # ---- Logging ----
 
     def _show_stage(self, stage: str) -> None:
-        """`stage` is what is going on, in words of which the first is one of `progress.PARTS`."""
+        """`stage` is what is going on, in words of which the first is one of `PARTS` in `run_log`."""
         self._clock.enter(stage.split()[0].rstrip(","))
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, FlowProgressCallback):

@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 from tqdm import tqdm
@@ -18,13 +19,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import TrainerCallback
 from transformers.utils import is_in_notebook
 
+from trl_flow.evaluation.run_log import PARTS
 
-PARTS = ("sampling", "decoding", "scoring", "updating", "logging", "saving", "evaluating")
+
 _EVALUATION = re.compile(r"eval_(?:(.+)_)?reward")
 # So many logs are compared with as many before them
 _TREND_LOGS = 5
 _NOTEBOOK_ROWS = 20
-_CELL = '<td style="white-space: nowrap">'  # on a phone the table is scrolled, and its rows stay rows
 
 
 class Clock:
@@ -137,8 +138,9 @@ class FlowProgressCallback(TrainerCallback):
             return
         place, left = f"update {state.global_step}/{state.max_steps}", self._left(state)
         if self._table is not None:
-            self._table.add({"update": str(state.global_step), **shown})
-            self._table.show(f"{place}{left}")
+            takes = f"  an update takes {shown['an update']}" if "an update" in shown else ""
+            self._table.add(state.global_step, shown)
+            self._table.show(f"{place}{left}{takes}")
             return
         text = "  ".join(f"{name} {value}".strip() for name, value in shown.items())
         tqdm.write(f"{place}  {text}{'' if self._bar is not None else left}")
@@ -178,15 +180,20 @@ class NotebookTable:
         self._rows: list[dict[str, str]] = []
         self._handle: Any = None
 
-    def add(self, row: dict[str, str]) -> None:
-        self._rows.append(row)
+    def add(self, update: int, shown: dict[str, str]) -> None:
+        """A row of what is watched of a log: of the time the sum alone, whose parts would make it wide."""
+        row = {name: value for name, value in shown.items() if name != "evaluation"}
+        if "an update" in row:
+            row["an update"] = row["an update"].split(" (")[0]
+        name = shown.get("evaluation")
+        label = "" if name is None else f", evaluation {name}".rstrip()
+        self._rows.append({"update": f"{update}{label}", **row})
 
     def show(self, status: str) -> None:
-        from IPython.display import HTML, display
-
-        content = HTML(self.html(status))
+        ipython = import_module("IPython.display")  # there wherever there is a notebook
+        content = ipython.HTML(self.html(status))
         if self._handle is None:
-            self._handle = display(content, display_id=True)
+            self._handle = ipython.display(content, display_id=True)
         else:
             self._handle.update(content)
 
@@ -195,7 +202,7 @@ class NotebookTable:
         rows = self._rows[-_NOTEBOOK_ROWS:]
         columns = list(dict.fromkeys(name for row in rows for name in row))
         head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
-        cells = ("".join(f"{_CELL}{html.escape(row.get(name, ''))}</td>" for name in columns) for row in rows)
+        cells = ("".join(f"<td>{html.escape(row.get(name, ''))}</td>" for name in columns) for row in rows)
         body = "".join(f"<tr>{line}</tr>" for line in cells)
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>" if rows else ""
         return f"<p>{html.escape(status)}</p>{table}"
