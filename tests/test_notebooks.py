@@ -16,10 +16,10 @@ REAL = "stabilityai/stable-diffusion-3.5-medium"
 
 # Values that replace those of the cell tagged "parameters"
 REDUCED = {
-    "quickstart": {"rollouts": 1, "prompts_per_rollout": 2, "num_generations": 4, "eval_prompts": 12},
+    "quickstart": {"rollouts": 1, "prompts_per_rollout": 4, "num_generations": 4, "eval_prompts": 12},
     "your_own_reward": {"max_updates": 4, "eval_every": 2, "eval_prompts": 4},
     "sd35_on_one_gpu": {"updates": 2},
-    "three_papers": {"prompts_per_phase": 2, "num_generations": 4, "eval_prompts": 24, "length": 0.1},
+    "three_papers": {"prompts_per_phase": 4, "num_generations": 4, "eval_prompts": 24, "length": 0.1},
     "share_and_judge": {"updates": 1, "num_generations": 2, "eval_prompts": 24},
 }
 # A file that each leaves
@@ -137,13 +137,13 @@ def test_one_variable_switches_to_the_real_model(name, tmp_path, monkeypatch):
     changes = {
         f'"{REAL}"': repr(pipeline_path()),
         '"cuda"': '"cpu"',
-        '"height": 512, "width": 512, "max_sequence_length": 128': '"height": 32, "width": 32, "max_sequence_length": 1',
+        '"height": 512, "width": 512': '"height": 32, "width": 32',
+        '"max_sequence_length": 128': '"max_sequence_length": 1',
         # A card of 24 GB
         "torch.cuda.get_device_properties(0).total_memory": "24e9",
         '"ocr", ': f'"ocr:{tmp_path / "ocr"}", ',
-        "eval_num_inference_steps=28 if real_model else 4": "eval_num_inference_steps=2, height=32, width=32, max_sequence_length=1",
+        "eval_num_inference_steps=28 if real_model else 4": "eval_num_inference_steps=2, height=32, width=32",
+        "precompute_prompt_embeds=real_model,": "precompute_prompt_embeds=True, max_sequence_length=1,",
         "passes = 96": "passes = 24",
     }
-    if name == "quickstart":  # whole groups of eight images at once
-        changes["prompts_per_rollout = 2"] = "prompts_per_rollout = 4"
     run(name, tmp_path, monkeypatch, changes, real_model=True)

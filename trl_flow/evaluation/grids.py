@@ -16,7 +16,7 @@ from trl_flow.images import Sample, frames_of, spread, to_rgb
 
 # Images below this many pixels a side are enlarged: in a 32-pixel cell nobody sees anything, or reads a caption
 _SMALLEST_SIDE = 128
-_FONT_SIZE, _LINE_HEIGHT, _FOOT, _MARGIN = 11, 15, 4, 6
+_FONT_SIZE, _MARGIN = 11, 6
 # Frames of a video in its strip, how far apart they stand, and their longest side in grids that do not scale images
 STRIP, _GAP, _LARGEST_FRAME = 4, 2, 256
 _NAME_WIDTH = 140  # of the names beside rows, at most
@@ -24,13 +24,13 @@ _PAPER, _INK = "white", "black"
 _framed = functools.partial(ImageOps.expand, fill=_PAPER)
 
 
-def _font(text: str = "") -> ImageFont.FreeTypeFont:
-    return font_for(text, _FONT_SIZE) or font_for("", _FONT_SIZE)
+def _font(text: str = "", size: int = _FONT_SIZE) -> ImageFont.FreeTypeFont:
+    return font_for(text, size) or font_for("", size)
 
 
-def _columns(text: str, width: int) -> int:
+def _columns(text: str, width: int, size: int) -> int:
     """So many of the text's widest letters are at most `width` pixels wide."""
-    font = _font(text)
+    font = _font(text, size)
     return max(1, int(width / max(font.getlength(letter) for letter in {"x", *text})))
 
 
@@ -43,23 +43,24 @@ def _readable(texts: Sequence[str], what: str = "prompt") -> list[str]:
     return ["\n".join(readable(i, line) for line in text.splitlines()) for i, text in enumerate(texts, start=1)]
 
 
-def _wrap(text: str, width: int, most_lines: int = 8) -> list[str]:
+def _wrap(text: str, width: int, most_lines: int = 8, size: int = _FONT_SIZE) -> list[str]:
     """`text` in lines of at most `width` pixels; what is beyond `most_lines` is replaced by an ellipsis."""
     # As much as can be shown, before the words of what is far longer are looked at
-    paragraphs = text[: (_columns("", width) + 1) * (most_lines + 1)].splitlines()
-    lines = [line for text in paragraphs for line in textwrap.wrap(text, _columns(text, width)) or [""]]
+    paragraphs = text[: (_columns("", width, size) + 1) * (most_lines + 1)].splitlines()
+    lines = [line for text in paragraphs for line in textwrap.wrap(text, _columns(text, width, size)) or [""]]
     if len(lines) > most_lines:
         last = lines[most_lines - 1]
-        lines[most_lines - 1 :] = [last[: _columns(last + "…", width) - 1] + "…"]
+        lines[most_lines - 1 :] = [last[: _columns(last + "…", width, size) - 1] + "…"]
     return lines
 
 
-def _text(lines: Sequence[str], width: int) -> Image.Image:
-    sheet = Image.new("RGB", (width, len(lines) * _LINE_HEIGHT), _PAPER)
+def _text(lines: Sequence[str], width: int, size: int = _FONT_SIZE) -> Image.Image:
+    line_height, foot = round(1.35 * size), round(0.35 * size)
+    sheet = Image.new("RGB", (width, len(lines) * line_height), _PAPER)
     for number, line in enumerate(lines):
         # By the line's foot, as fonts leave different room above their letters
-        place = (0, (number + 1) * _LINE_HEIGHT - _FOOT)
-        ImageDraw.Draw(sheet).text(place, line, fill=_INK, font=_font(line), anchor="ls")
+        place = (0, (number + 1) * line_height - foot)
+        ImageDraw.Draw(sheet).text(place, line, fill=_INK, font=_font(line, size), anchor="ls")
     return sheet
 
 
@@ -216,15 +217,17 @@ def comparison_grid(
     width = max(image.width for row in cells for image in row)
     columns, names = _readable(columns, "model"), _readable(names or [""] * len(rows), "model")
     captions = _readable([str(caption) for caption in captions])
-    labels = [_wrap(name, _NAME_WIDTH) for name in names]
-    longest = max((_font(line).getlength(line) for lines in labels for line in lines), default=-_MARGIN)
+    # A wide picture is shown smaller than it is, and its letters with it
+    size = max(_FONT_SIZE, width // 16, min(len(columns) * width // 60, width // 9))
+    labels = [_wrap(name, _NAME_WIDTH * size // _FONT_SIZE, size=size) for name in names]
+    longest = max((_font(line, size).getlength(line) for lines in labels for line in lines), default=-_MARGIN)
     beside = math.ceil(longest) + _MARGIN
     total = beside + len(columns) * (width + _MARGIN)
-    heading = _joined([_text(_wrap(name, width, most_lines=2), width) for name in columns], 0, (width + _MARGIN, 0))
+    heading = _joined([_text(_wrap(name, width, 2, size), width, size) for name in columns], 0, (width + _MARGIN, 0))
     parts = [_framed(heading, (beside, 0, 0, 0))]
     for row, caption, lines in zip(cells, captions, labels, strict=True):
-        text = _text(_wrap(caption, total - _MARGIN, most_lines=3), total - _MARGIN)
-        images = _joined([_text(lines, beside), _joined(row, 0, (width + _MARGIN, 0))], 0)
+        text = _text(_wrap(caption, total - _MARGIN, 3, size), total - _MARGIN, size)
+        images = _joined([_text(lines, beside, size), _joined(row, 0, (width + _MARGIN, 0))], 0)
         parts.append(_framed(_joined([text, images], 1), (0, _MARGIN, 0, _MARGIN)))
     return _sheet(parts, path)
 

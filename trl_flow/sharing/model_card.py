@@ -20,7 +20,7 @@ from trl_flow.images import TO_RGB_CODE
 from trl_flow.lora import loading_options
 from trl_flow.shapes.bundled import is_bundled
 from trl_flow.sharing.card_facts import evaluation_results, evaluation_scores, license_of, training_rewards
-from trl_flow.sharing.samples import Sample
+from trl_flow.sharing.samples import SamplePair
 from trl_flow.sharing.weights import hub_model_id
 
 
@@ -129,7 +129,7 @@ def create_model_card(
     reward_names: Sequence[str] = (), dataset_name: str | None = None, prompt: str = "a prompt",
     log_history: Sequence[Mapping[str, Any]] = (), tags: Sequence[str] = (), curves: str | os.PathLike | None = None,
     samples: Sequence[tuple[str | os.PathLike, str | None]] = (),
-    comparisons: Sequence[Sample] = (), eval_dataset_name: str | None = None, recipe: str | None = None,
+    comparisons: Sequence[SamplePair] = (), eval_dataset_name: str | None = None, recipe: str | None = None,
     loading: Mapping[str, str] | None = None, init_adapter: str | None = None, note: str = "",
 ) -> Path:  # fmt: skip
     """
@@ -153,7 +153,7 @@ def create_model_card(
         curves (`str` or `os.PathLike`, *optional*): plot of the rewards' curves, inside `folder`.
         samples (`Sequence[tuple[str | os.PathLike, str | None]]`): images inside `folder`, each with its prompt, or
             `None` for a grid of several. Those with a prompt also become the Hub's gallery.
-        comparisons (`Sequence[Sample]`): images inside `folder` that are shown beside those before training, from the
+        comparisons (`Sequence[SamplePair]`): images inside `folder` that are shown beside those before training, from the
             same seeds. They become the gallery, too.
         eval_dataset_name (`str`, *optional*): Hub id or name of the prompts of the evaluations.
         recipe (`str`, *optional*): YAML with which `trl-flow train --config` repeats the run.
@@ -309,7 +309,7 @@ def _scores(log_history: Sequence[Mapping[str, Any]]) -> list[str]:
     return ["## Scores", "Mean reward while training: {:.4g} in the first log, {:.4g} in the last.".format(*rewards)]
 
 
-def _side_by_side(folder: Path, pairs: Sequence[tuple[str, Sample]]) -> list[str]:
+def _side_by_side(folder: Path, pairs: Sequence[tuple[str, SamplePair]]) -> list[str]:
     """A table of the images, each with its prompt."""
     rows = [f"| prompt | before training | after update {pairs[0][1].step} |", "| --- | --- | --- |"]
     for link, sample in pairs:

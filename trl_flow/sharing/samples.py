@@ -9,6 +9,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from trl_flow.evaluation.grids import enlarged
+from trl_flow.images import Sample
 
 
 _NUMBER = 4
@@ -16,7 +17,7 @@ _PROMPT = "prompt"  # in the PNG files
 
 
 @dataclass(frozen=True)
-class Sample:
+class SamplePair:
     """An image of the evaluation after update `step`, relative to the run's folder, its prompt, and the image before
     training from the same seed, if that was drawn."""
 
@@ -26,7 +27,7 @@ class Sample:
     before: Path | None
 
 
-def write_samples(folder: str | os.PathLike, images: Sequence[Image.Image], prompts: Sequence[str], step: int) -> None:
+def write_samples(folder: str | os.PathLike, images: Sequence[Sample], prompts: Sequence[str], step: int) -> None:
     """Keeps the first image of each of the first prompts of an evaluation after update `step`."""
     firsts = [i for i, prompt in enumerate(prompts) if i == 0 or prompt != prompts[i - 1]][:_NUMBER]
     for number, i in enumerate(firsts):
@@ -37,7 +38,7 @@ def write_samples(folder: str | os.PathLike, images: Sequence[Image.Image], prom
         enlarged([images[i]], None)[0].save(path, pnginfo=text)
 
 
-def read_samples(folder: str | os.PathLike, step: int) -> list[Sample]:
+def read_samples(folder: str | os.PathLike, step: int) -> list[SamplePair]:
     """What was kept after update `step`, beside that of update 0 from the same prompts."""
     folder, found = Path(folder), []
     for number in range(_NUMBER):
@@ -45,7 +46,7 @@ def read_samples(folder: str | os.PathLike, step: int) -> list[Sample]:
         if (prompt := _prompt(after)) is not None:
             is_pair = step > 0 and _prompt(before) == prompt
             earlier = before.relative_to(folder) if is_pair else None
-            found.append(Sample(step, after.relative_to(folder), prompt, earlier))
+            found.append(SamplePair(step, after.relative_to(folder), prompt, earlier))
     return found
 
 
