@@ -153,8 +153,8 @@ def create_model_card(
         curves (`str` or `os.PathLike`, *optional*): plot of the rewards' curves, inside `folder`.
         samples (`Sequence[tuple[str | os.PathLike, str | None]]`): images inside `folder`, each with its prompt, or
             `None` for a grid of several. Those with a prompt also become the Hub's gallery.
-        comparisons (`Sequence[SamplePair]`): images inside `folder` that are shown beside those before training, from the
-            same seeds. They become the gallery, too.
+        comparisons (`Sequence[SamplePair]`): images inside `folder` that are shown beside those before training, from
+            the same seeds. They become the gallery, too.
         eval_dataset_name (`str`, *optional*): Hub id or name of the prompts of the evaluations.
         recipe (`str`, *optional*): YAML with which `trl-flow train --config` repeats the run.
         loading (`Mapping[str, str]`, *optional*): `revision` and `variant` of the base model.
