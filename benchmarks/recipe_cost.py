@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     noised = isinstance(args, ForwardProcessConfig)
     steps = args.timesteps_per_sample if noised else args.num_kept_latents // 3
     images = args.max_steps / args.updates_per_generation * args.generation_batch_size
-    trained = images * args.num_generations_trained / args.num_generations
+    trained = images * args.group_size / args.num_generations
     parts = {"sampling": images * args.num_inference_steps * forward, "training": trained * steps * update}
     if args.beta > 0:
         parts["reference"] = trained * steps * forward

@@ -54,7 +54,8 @@ def _table(entries: list[tuple[str, str]]) -> str:
     for head, text in entries:
         for name, kind in _HEAD.findall(head):
             default = _DEFAULT.search(kind)
-            fields.append((name, _DEFAULT.sub("", kind), default[1] or "`None`", _joined(text)))
+            shown = "required" if default is None else default[1] or "`None`"
+            fields.append((name, _DEFAULT.sub("", kind), shown, _joined(text)))
     return _rows(fields)
 
 

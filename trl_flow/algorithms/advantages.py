@@ -46,14 +46,14 @@ class AdvantageEstimator:
         return shaped, stats
 
     def _terminal(self, rewards_per_func: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
-        weights, number = self.reward_weights.to(rewards_per_func.device), self.args.num_generations_trained
+        weights, number = self.reward_weights.to(rewards_per_func.device), self.args.group_size
         if self.args.multi_objective_aggregation == "normalize_then_sum":
             return normalize_then_sum(rewards_per_func, weights, number), {}
         rewards = combine_rewards(rewards_per_func, weights)
         return group_advantages(rewards, number, scale_rewards=self.args.scale_rewards), {}
 
     def _dense(self, scores: PhaseScores) -> tuple[torch.Tensor, dict[str, float]]:
-        number, scale = self.args.num_generations_trained, self.args.value_scale
+        number, scale = self.args.group_size, self.args.value_scale
         rewards = combine_rewards(scores.instant, self.reward_weights.to(scores.instant.device))
         self._check_sign(scores, rewards)
         values = cumulative_values(fill_missing(rewards, number), self.args.value_discount)

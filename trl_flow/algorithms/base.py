@@ -53,7 +53,7 @@ class MicroBatch:
 class PhaseScores:
     """
     The rewards of one sampling phase, of all processes' `N` samples that are trained on, the images of a group next to
-    each other: `args.num_generations_trained` of them.
+    each other: `args.group_size` of them.
 
     Attributes:
         rewards_per_func (`torch.Tensor`): `(N, K)`, float32, NaN where a reward function does not apply.

@@ -41,6 +41,14 @@ class WanBackbone(Backbone):
     Raises:
         ValueError: in addition to the causes of [`Backbone`], for a number of frames that the VAE cannot make, an
             expert that is not there, or a scheduler that does not set a flow's noise levels.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.backbones import BACKBONES, WanBackbone
+    >>> BACKBONES["WanPipeline"] is WanBackbone
+    True
+    ```
     """
 
     lora_target_modules = ["to_k", "to_out.0", "to_q", "to_v"]  # self- and cross-attention
@@ -208,6 +216,14 @@ class WanImageToVideoBackbone(WanBackbone):
     stand beside those that are drawn, and which 2.1 also reads by an image encoder. Images of any size are scaled to
     the video's. `ValueError` for the 5B: its first frame is never drawn. Train it with `WanPipeline`, which has the
     same transformer.
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.backbones import WanImageToVideoBackbone
+    >>> WanImageToVideoBackbone.takes_image
+    True
+    ```
     """
 
     takes_image = True

@@ -290,6 +290,16 @@ def load_vbench(split: str = "test", *, path: Source = None, revision: str | Non
     Split: `"test"`. Columns: `prompt` (`str`), `dimension` (`list[str]`, such as `["color"]`, by which VBench scores
     the prompt's videos; `None` in text files that are of several), and `auxiliary_info` (objects by dimension, what
     VBench looks for there; `None` where it needs nothing).
+
+    Example:
+
+    ```pycon
+    >>> from pathlib import Path
+    >>> from trl_flow.prompts import load_vbench
+    >>> _ = Path("color.txt").write_text("a red bicycle")
+    >>> load_vbench(path="color.txt")[0]["dimension"]  # without a path it is downloaded
+    ['color']
+    ```
     """
     _check_split("vbench", split)
     if path is not None:

@@ -38,6 +38,19 @@ class FrameReward:
     Raises:
         TypeError: if `reward` cannot be called.
         ValueError: if it takes videos itself or compares the images of a group, or a number is below 1.
+
+    Example:
+
+    ```pycon
+    >>> from PIL import Image
+    >>> from trl_flow.rewards import FrameReward
+    >>> def redness(prompts, images, **kwargs):
+    ...     return [image.getpixel((0, 0))[0] / 255 for image in images]
+    ...
+    >>> video = [Image.new("RGB", (8, 8), color) for color in ("red", "black", "red", "red")]
+    >>> FrameReward(redness, every=1)(prompts=["a red wall"], images=[video[2]], videos=[video])
+    [0.75]
+    ```
     """
 
     def __init__(self, reward: RewardFunc, *, every: int = 4, num_frames: int | None = None):

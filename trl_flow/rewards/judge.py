@@ -219,6 +219,15 @@ class VideoJudgeReward(VLMJudgeReward):
 
     Raises:
         ImportError, ValueError, JudgeError: as [`VLMJudgeReward`].
+
+    Example:
+
+    ```pycon
+    >>> from trl_flow.rewards import VideoJudgeReward
+    >>> judge = VideoJudgeReward(num_frames=8, base_url="http://localhost:8001/v1")
+    >>> judge.__name__, judge.info.range
+    ('video_judge', (1.0, 5.0))
+    ```
     """
 
     info = RewardInfo.of("VideoJudgeReward")

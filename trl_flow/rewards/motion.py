@@ -17,6 +17,17 @@ class MotionReward:
     Rewards of single frames and of their prompts are often best for a video in which nothing moves: this one shows it.
     It is no measure of good motion. Optimized alone it is hacked by flicker: frames that are black and white in turn
     have 1, and noise has 1/3. Watch it, give it a small weight, or reward it beside a score of frames.
+
+    Example:
+
+    ```pycon
+    >>> from PIL import Image
+    >>> from trl_flow.rewards import MotionReward
+    >>> white, black = (Image.new("RGB", (8, 8), color) for color in ("white", "black"))
+    >>> still, flicker = [white] * 3, [white, black, white]
+    >>> MotionReward()(prompts=["a lamp"] * 2, images=[white, black], videos=[still, flicker])
+    [0.0, 1.0]
+    ```
     """
 
     info = RewardInfo.of("MotionReward")

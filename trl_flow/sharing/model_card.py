@@ -17,7 +17,7 @@ from trl_flow.backbones.base import SAMPLING_SETTINGS
 from trl_flow.backbones.settings import effective
 from trl_flow.evaluation.outputs import versions
 from trl_flow.images import TO_RGB_CODE
-from trl_flow.lora import loading_options
+from trl_flow.lora.files import loading_options
 from trl_flow.shapes.bundled import is_bundled
 from trl_flow.sharing.card_facts import evaluation_results, evaluation_scores, license_of, training_rewards
 from trl_flow.sharing.samples import SamplePair

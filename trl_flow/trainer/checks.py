@@ -21,7 +21,7 @@ from trl_flow.backbones import Backbone
 from trl_flow.backbones.contract import latent_shape, scheduled
 from trl_flow.backbones.settings import check_settings
 from trl_flow.images import check_mode
-from trl_flow.lora import file_component
+from trl_flow.lora.diffusers_format import file_component
 from trl_flow.prompts.rows import check_prompts, columns_of_rows, first_row, has_transform
 from trl_flow.rewards.checks import RESERVED_COLUMNS, needs_group
 from trl_flow.rewards.scorer import RewardScorer

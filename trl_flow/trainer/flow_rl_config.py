@@ -288,10 +288,7 @@ class FlowRLConfig(_BaseConfig):
                 self.reward_weights = [float(w) if isinstance(w, str) else w for w in self.reward_weights]
 
     def _resolve_trained(self, size: int) -> None:
-        number, trained = self.num_generations, self._given("num_generations_trained")
-        if trained is None:
-            self.num_generations_trained = derived(number)
-            return
+        number, trained = self.num_generations, self.group_size
         wanted = f"from 2 to num_generations ({number}), or None for all of them"
         self._check("num_generations_trained", 2 <= trained <= number, wanted)
         if size * trained % number != 0:
@@ -310,9 +307,14 @@ class FlowRLConfig(_BaseConfig):
             )
 
     @property
+    def group_size(self) -> int:
+        """Images of each group that are trained on, which advantages compare."""
+        return self.num_generations if self.num_generations_trained is None else self.num_generations_trained
+
+    @property
     def trained_batch_size(self) -> int:
         """Images in a micro-batch of the update: of `per_device_train_batch_size` the share that is trained on."""
-        return self.per_device_train_batch_size * self.num_generations_trained // self.num_generations
+        return self.per_device_train_batch_size * self.group_size // self.num_generations
 
     @property
     def updates_per_generation(self) -> Fraction:

@@ -160,14 +160,14 @@ class ScoringPhase:
         for all of them. What is compared is what their advantages are made of: the sum of the rewards, or of these
         normalized."""
         args = self.parent.args
-        if args.num_generations_trained == args.num_generations:
+        if args.group_size == args.num_generations:
             return None, scores
         if args.multi_objective_aggregation == "normalize_then_sum":
             weights = self.parent.reward_weights.to(scores.rewards_per_func.device)
             compared = normalize_then_sum(scores.rewards_per_func, weights, args.num_generations)
         else:
             compared = self._combine(scores.rewards_per_func)
-        chosen = max_variance_subset(compared, args.num_generations, args.num_generations_trained)
+        chosen = max_variance_subset(compared, args.num_generations, args.group_size)
         return chosen, scores.of(chosen)
 
     def _combine(self, rewards_per_func: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from trl_flow import sharing
 from trl_flow.backbones import Backbone
-from trl_flow.lora import loading_options
+from trl_flow.lora.files import loading_options
 from trl_flow.sharing.card_facts import name_of
 from trl_flow.sharing.samples import read_samples
 from trl_flow.trainer.flow_rl_config import FlowRLConfig

@@ -31,7 +31,7 @@ class RolloutBuffer:
     def __init__(self, number: int, args: FlowRLConfig):
         num_updates = max(1, args.steps_per_generation // args.gradient_accumulation_steps)
         self._first = args.process_index * number
-        trained = number * args.num_generations_trained // args.num_generations
+        trained = number * args.group_size // args.num_generations
         self._indices = micro_batch_indices(trained, args.steps_per_generation, num_updates)
         self._order = [index for batch in self._indices for index in batch]
         # Where each sample is kept
