@@ -44,7 +44,7 @@ def test_all_are_kept_in_their_order():
 @pytest.mark.parametrize(("rewards", "num_kept", "match"), [
     (torch.zeros(2, 4), 2, r"\(N,\)"),
     (torch.zeros(6), 2, "whole groups"),
-    (torch.tensor([0.0, 1.0, torch.inf, 2.0]), 2, "infinit|finite"),
+    (torch.tensor([0.0, 1.0, torch.inf, 2.0]), 2, "finite"),
     (torch.zeros(4), 0, "num_kept is 0"),
     (torch.zeros(4), 5, "num_kept is 5"),
 ])  # fmt: skip
