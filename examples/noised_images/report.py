@@ -70,6 +70,16 @@ def read(path: Path, reward: str) -> dict[str, dict[float, list[Rows]]]:
     return runs
 
 
+def best_rate(rates: dict[float, list[Rows]], target: float) -> float:
+    """Of the learning rates with the most seeds the one by which the most of them came to `target`, and the soonest."""
+
+    def order(rate: float) -> tuple[int, int, float]:
+        found = [number for rows in rates[rate] if math.isfinite(number := updates_to(rows, target))]
+        return len(rates[rate]), len(found), -statistics.mean(found) if found else 0.0
+
+    return max(rates, key=order)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path)
@@ -79,7 +89,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path)
     given = parser.parse_args()
     scores, learned = read(given.results, "score"), read(given.results, "learned")
-    best = {arm: max(rates, key=lambda rate: len(rates[rate])) for arm, rates in scores.items()}
+    best = {arm: best_rate(rates, given.target) for arm, rates in scores.items()}
     timing = read(given.timing or given.results, "score")
     cost = {arm: min(seconds_an_update(rows) for each in timing[arm].values() for rows in each) for arm in best}
     heads = ["method", "learning rate", "updates", "seconds an update", f"seconds to {given.target:g}"]
@@ -92,7 +102,7 @@ def main() -> None:
         heads = " | ".join(f"gold at {level}" for level in given.levels)
         print(f"\n| method | {heads} |\n| --- |{' --- |' * len(given.levels)}")
         for arm, rates in learned.items():
-            runs = [rows for each in rates.values() for rows in each]
+            runs = max(rates.values(), key=len)
             cells = [summary([at_proxy(rows, level) for rows in runs], 2) for level in given.levels]
             print(f"| {arm} | {' | '.join(cells)} |")
     if given.figure:
