@@ -1,7 +1,7 @@
 """Time to a held-out score on the bundled world: Flow-GRPO, GRPO-Guard, DiffusionNFT and AWM.
 
-    python examples/noised_images/compare.py               # all runs, some hours of one core; continues where it stopped
-    python examples/noised_images/compare.py --quick       # each arm for a few updates, minutes
+    python examples/noised_images/compare.py             # all runs, hours of one core; continues where it stopped
+    python examples/noised_images/compare.py --quick     # each arm for a few updates, minutes
 
 Every arm trains on the same reward with as many images a sampling phase. Processor time is that of one thread, of
 sampling, scoring and updating; evaluations are not counted. The report is `report.py`'s.
@@ -130,7 +130,9 @@ TRAINERS |= {DiffusionNFTConfig: "DiffusionNFTTrainer", AWMConfig: "AWMTrainer"}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", default="noised_images.jsonl", help="Results, one line a run; an existing file is continued.")
+    parser.add_argument(
+        "--output", default="noised_images.jsonl", help="Results, a line a run; an existing file is continued."
+    )
     parser.add_argument("--reward", choices=("score", "learned"), default="score")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))

@@ -71,7 +71,7 @@ def read(path: Path, reward: str) -> dict[str, dict[float, list[Rows]]]:
 
 
 def best_rate(rates: dict[float, list[Rows]], target: float) -> float:
-    """Of the learning rates with the most seeds the one by which the most of them came to `target`, and the soonest."""
+    """Of the learning rates with the most seeds the one with which the most came to `target`, and the soonest."""
 
     def order(rate: float) -> tuple[int, int, float]:
         found = [number for rows in rates[rate] if math.isfinite(number := updates_to(rows, target))]
