@@ -22,12 +22,13 @@ from pathlib import Path
 import torch
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig
-from transformers import PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 from trl_flow import FlowGRPOConfig, FlowGRPOTrainer
 from trl_flow.rewards import ShapesReward
 from trl_flow.shapes import load_pipeline, load_prompts
+from trl_flow.trainer.progress import FlowProgressCallback
 
 
 WARM_UP = 2  # phases that are not counted: the first ones encode the prompts and allocate
@@ -99,7 +100,7 @@ def make_trainer(fields: dict, folder: Path, options: argparse.Namespace) -> Flo
     dataset = load_prompts("train").select(range(options.batch_size // options.num_generations))
     lora = LoraConfig(r=32, lora_alpha=64, init_lora_weights="gaussian")
     trainer = FlowGRPOTrainer(pipeline, ShapesReward(), args, dataset, peft_config=lora)
-    trainer.remove_callback(PrinterCallback)  # stdout is for the result alone
+    trainer.remove_callback(FlowProgressCallback)  # stdout is for the result alone
     return trainer
 
 

@@ -25,11 +25,12 @@ import numpy as np
 import torch
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig
-from transformers import PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 from trl_flow import FlowGRPOConfig, FlowGRPOTrainer
 from trl_flow.shapes import load_pipeline, load_prompts
+from trl_flow.trainer.progress import FlowProgressCallback
 
 
 WARM_UP = 2  # updates that are not counted: nothing overlaps in the first phase
@@ -117,7 +118,7 @@ def make_trainer(reward, overlap: bool, folder: Path, updates: int, options: arg
     dataset = load_prompts("train").select(range(images // options.num_generations))
     lora = LoraConfig(r=32, lora_alpha=64, init_lora_weights="gaussian")
     trainer = FlowGRPOTrainer(pipeline, reward, args, dataset, peft_config=lora)
-    trainer.remove_callback(PrinterCallback)  # stdout is for the result alone
+    trainer.remove_callback(FlowProgressCallback)  # stdout is for the result alone
     return trainer
 
 

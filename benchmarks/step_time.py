@@ -23,12 +23,13 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig
-from transformers import PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 from trl_flow import FlowGRPOConfig, FlowGRPOTrainer
 from trl_flow.rewards import JPEGCompressibilityReward, ShapesReward
 from trl_flow.shapes import load_pipeline, load_prompts
+from trl_flow.trainer.progress import FlowProgressCallback
 
 
 WARM_UP = 2  # steps that are not counted: the first ones encode the prompts and allocate
@@ -155,7 +156,7 @@ def main() -> None:
         turns = TakeTurns(trainer.accelerator.device)
         turns.bare = BareTransformer(trainer, dataset["prompt"][:] * options.num_generations)
         trainer.add_callback(turns)
-        trainer.remove_callback(PrinterCallback)  # stdout is for the result alone
+        trainer.remove_callback(FlowProgressCallback)  # stdout is for the result alone
         trainer.train()
 
     (wall, computing), (bare_wall, bare_computing) = medians(turns.trainer_times), medians(turns.bare_times)

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from test_examples import TRAINERS, Reduced, load_program, without_model
+from reduced_trainers import TRAINERS, Reduced, without_model
+from test_examples import load_program
 from test_recipes import differing, parsed
 from tiny_sd35 import tiny_sd35_pipeline
 from tiny_unets import tiny_sd_pipeline

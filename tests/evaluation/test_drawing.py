@@ -202,7 +202,8 @@ def test_what_does_not_fit_is_refused(tiny_sd3):
         draw(OtherPipeline(), PROMPTS, seed=0)
 
 
-def test_a_bar_is_shown_when_it_has_a_name(tiny_sd3, capfd):
+def test_a_bar_is_shown_in_a_terminal_when_it_has_a_name(tiny_sd3, capfd, monkeypatch):
+    monkeypatch.setattr("trl_flow.evaluation.drawing.shows_bars", lambda: True)
     drawn(tiny_sd3)
     assert capfd.readouterr().err == ""
     drawn(tiny_sd3, progress="All images", batch_size=2)

@@ -79,7 +79,7 @@ def test_what_is_written(compared):
     assert compared.grids == {"shapes": compared.folder / "grid-shapes.png"}
     with Image.open(compared.grids["shapes"]) as grid:
         # Two columns of 16 x 16 images enlarged 16 times
-        assert grid.width == 2 * 256 + 3 * 6
+        assert grid.width == 2 * 128 + 3 * 6
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_images(compared, tiny_sd3_path, lora, tmp_path, monkeypatch):

@@ -94,11 +94,14 @@ def lora(tiny_sd3_path, tmp_path_factory):
 PROMPTS = Dataset.from_dict({"prompt": [f"a red circle {i}" for i in range(5)]})
 
 
-def test_one_block_for_each_prompt_one_row_for_each_model_one_column_for_each_step(tiny_sd3, lora, tmp_path, capfd):
+def test_one_block_for_each_prompt_one_row_for_each_model_one_column_for_each_step(
+    tiny_sd3, lora, tmp_path, capfd, monkeypatch
+):
+    monkeypatch.setattr("trl_flow.evaluation.steps.shows_bars", lambda: True)
     options = DrawingOptions(seed=3, num_images_per_prompt=2, height=16, width=16, max_sequence_length=16, **SETTINGS)
     grid = steps_grid(tiny_sd3, {"ours": lora}, prompts=PROMPTS, options=options, path=tmp_path / "a" / "steps.png")
     assert "steps" in capfd.readouterr().err
-    cell, beside = 256, 6 + 27 + 6  # four letters, and a margin on both sides
+    cell, beside = 128, 6 + 27 + 6  # four letters, and a margin on both sides
     assert grid.width == beside + 4 * (cell + 6)
     with Image.open(tmp_path / "a" / "steps.png") as saved:
         assert np.array_equal(np.asarray(saved), np.asarray(grid))

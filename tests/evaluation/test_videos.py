@@ -123,7 +123,7 @@ def test_a_page_that_would_be_too_large_shows_fewer_prompts(evaluate, compared):
 
 def test_grids_are_strips(compared):
     # A prompt's row: two models, four frames each, of 32 x 16 pixels enlarged eight times, with gaps
-    assert Image.open(compared.folder / "grid-prompts.png").width == 6 + 2 * (4 * 256 + 3 * 2 + 6)
+    assert Image.open(compared.folder / "grid-prompts.png").width == 6 + 2 * (4 * 128 + 3 * 2 + 6)
 
 
 def test_what_models_predict_at_each_step(lora, tmp_path):
@@ -137,7 +137,7 @@ def test_what_models_predict_at_each_step(lora, tmp_path):
     assert_same_images(predicted[-1], drawn[0])
     dataset, options = Dataset.from_dict({"prompt": PROMPTS}), DrawingOptions(**SAMPLING)
     grid = steps_grid(tiny_wan_pipeline(), [lora], prompts=dataset, options=options, num_prompts=1, progress=False)
-    assert grid.width > 2 * 256
+    assert grid.width > 2 * 128
 
 
 def test_without_the_extra_nothing_is_drawn(evaluate, tmp_path, monkeypatch):
@@ -189,7 +189,7 @@ def test_a_folder_reads_what_is_left(tmp_path):
     assert folder.has("set", "base", [0]) and len(folder.load("set", "base", 0)) == len(video)
     assert np.abs(pixels(folder.load("set", "base", 0)) - pixels(video)).mean() < 1.5
     folder.shown_path("set", "base", 0).write_bytes(b"no video")
-    with pytest.raises(ValueError, match=r"000000.mp4 is missing or damaged .* it is drawn anew") as error:
+    with pytest.raises(ValueError, match=r"000000.mp4 is missing or damaged .* it will be redrawn") as error:
         folder.load("set", "base", 0)
     assert len(str(error.value)) < 300
     folder.save("set", "base", 2, video, 16)

@@ -39,6 +39,7 @@ SIGNATURES = {
     "value_share": "values, num_generations, *, scale",
     "max_advantage_power": "advantages, *, grad_sq_norm, fisher_eigenvalue, learning_rate, max_kl",
     "max_advantage_power_bounded": "bound, *, grad_sq_norm, fisher_eigenvalue, learning_rate, max_kl",
+    "max_variance_subset": "rewards, num_generations, num_kept",
     "max_advantage_power_sub_gaussian": (
         "norm, *, grad_sq_norm, fisher_eigenvalue, learning_rate, max_kl, constant=1.0"
     ),

@@ -2,7 +2,6 @@
 
 import json
 
-import pytest
 from tiny_training import tiny_trainer
 
 from trl_flow.cli import main
@@ -88,7 +87,6 @@ def test_a_column_of_another_name_on_the_command_line(tmp_path, tiny_sd3_path, m
 
 
 def test_the_help_lists_the_sets(capsys):
-    with pytest.raises(SystemExit):
-        main(["train", "--help"])
+    main(["train", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert all(f"`{name}`" in shown for name in PROMPT_SETS)

@@ -14,6 +14,8 @@ from tiny_training import PROMPTS, brightness, prompts
 
 from trl_flow.backbones import Backbone
 from trl_flow.cli import main
+from trl_flow.evaluation.videos import read_frames
+from trl_flow.images import frame_of
 from trl_flow.rollout import RandomStream, draw_noise, sample_generator
 
 
@@ -33,7 +35,8 @@ def by_the_command(family: Family, run: Path, folder: Path, dataset) -> list[Ima
     dataset.to_parquet(file)
     command = ["evaluate", "--model", str(folder / "base"), "--adapters", f"tuned={run}", "--prompts", str(file)]
     assert main([*command, "--seed", str(SEED), "--batch_size", "2", "--device", "cpu", "--output_dir", str(out)]) == 0
-    return [Image.open(path) for path in sorted((out / "images" / "prompts" / "tuned").glob("*.png"))]
+    drawn = [Image.open(path) for path in sorted((out / "images" / "prompts" / "tuned").glob("*.png"))]
+    return [frame_of(read_frames(image)) for image in drawn]
 
 
 def by_the_card(family: Family, backbone: Backbone, run: Path, folder: Path, edited) -> list[Image.Image]:

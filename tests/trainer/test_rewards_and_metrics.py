@@ -315,7 +315,7 @@ def test_the_prompt_caches_memory_is_bounded():
 def test_a_grid_of_images_at_each_log(tmp_path):
     trainer = trained(tmp_path, log_images=True, max_steps=4, logging_steps=2, eval_dataset=prompts(2))
     trainer.evaluate()
-    names = sorted(path.name for path in (tmp_path / "images").iterdir())
+    names = sorted(path.name for path in (tmp_path / "images").glob("*.png"))
     assert names == ["eval-000004.png", "step-000002.png", "step-000004.png"]
     for name in names:
         with Image.open(tmp_path / "images" / name) as grid:

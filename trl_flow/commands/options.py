@@ -42,9 +42,9 @@ class FlowScriptArguments(ScriptArguments):
             Published recipe whose defaults are used, and whose options `--method nft --help` lists.
         dataset_name (`str`, *optional*):
             The prompts: a set (`geneval`, `generated_geneval`, `ocr`, `pickscore`, `pickscore_sfw`, `hpdv2`,
-            `drawbench`, `unigenbench`, `unigenbench_long`, `unigenbench_zh`, `unigenbench_zh_long`; `name:path` reads
-            a copy of it), a file .jsonl, .json, .csv, .tsv, .parquet or .txt, a folder, or the id of a data set on the
-            Hub. The name of a set comes before a file or folder of that name, which is `./name`.
+            `drawbench`, `vbench`, `unigenbench`, `unigenbench_long`, `unigenbench_zh`, `unigenbench_zh_long`;
+            `name:path` reads a copy of it), a file .jsonl, .json, .csv, .tsv, .parquet or .txt, a folder, or the id of
+            a data set on the Hub. The name of a set comes before a file or folder of that name, which is `./name`.
         dataset_train_split (`str`):
             The prompts to train on, as `train`, `train[:100]` or `train+test`.
         dataset_test_split (`str`):

@@ -13,7 +13,15 @@ from trl_flow.commands.methods import changed_defaults, config_fields, method_of
 # Subjects in the order in which a run is thought of. What is in none of them is the last one, which `--help all` lists
 SUBJECTS: dict[str, tuple[str, ...]] = {
     "Model": (
-        *("model_name_or_path", "model_revision", "dtype", "model_init_kwargs", "init_adapter", "reference"),
+        *(
+            "model_name_or_path",
+            "model_revision",
+            "dtype",
+            "model_init_kwargs",
+            "init_adapter",
+            "reference",
+            "component",
+        ),
         *("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save"),
         *("init_lora_weights", "use_rslora", "use_dora", "disable_dropout", "load_in_4bit", "load_in_8bit"),
     ),
@@ -23,11 +31,12 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     ),
     "Rewards and advantages": (
         *("reward_funcs", "reward_weights", "reward_timeout", "overlap_rewards", "scale_rewards"),
-        *("multi_objective_aggregation", "advantage_clip", "advantage_power", "target_kl"),
+        *("multi_objective_aggregation", "advantage_clip", "advantage_power", "target_kl", "reward_frame"),
     ),
     "Sampling": (
-        *("num_generations", "num_inference_steps", "guidance_scale", "negative_prompt", "height", "width"),
-        *("max_sequence_length", "share_initial_noise", "generation_batch_size", "steps_per_generation"),
+        *("num_generations", "num_generations_trained", "num_inference_steps", "guidance_scale", "guidance_scale_2"),
+        *("negative_prompt", "height", "width", "num_frames", "max_sequence_length", "share_initial_noise"),
+        *("generation_batch_size", "steps_per_generation"),
     ),
     "Optimization": (
         *("learning_rate", "max_steps", "num_train_epochs", "num_iterations", "per_device_train_batch_size"),
