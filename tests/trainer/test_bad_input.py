@@ -212,7 +212,7 @@ def test_a_wrong_number_of_reward_weights(weights, tmp_path):
     parts = [
         f"reward_weights has length {len(weights)}",
         "reward_funcs has length 1: brightness",
-        "or no reward_weights",
+        "Without reward_weights",
     ]
     assert_refused(tmp_path, ValueError, *parts, reward_weights=weights)
 

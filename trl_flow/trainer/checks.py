@@ -245,7 +245,8 @@ def check_rewards(
     if args.reward_weights is not None and len(args.reward_weights) != len(scorer.names):
         raise ValueError(
             f"reward_weights has length {len(args.reward_weights)}, and reward_funcs has length {len(scorer.names)}: "
-            f"{', '.join(scorer.names)}. Give one weight for each function, or no reward_weights, so that each has 1."
+            f"{', '.join(scorer.names)}. Give one weight for each function. Without reward_weights (with a recipe: "
+            "--reward_weights null) each has 1."
         )
 
 
