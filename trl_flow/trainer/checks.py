@@ -262,7 +262,7 @@ def check_over_optimization(callbacks: list, gold_names: list[str], eval_dataset
     if not gold_names:
         raise ValueError(
             f"{kind} compares the optimized reward with gold scores, but eval_reward_funcs is empty. Pass functions "
-            "that are not optimized, or leave the callback out."
+            "that are not optimized, or leave the callback out (with a recipe: --over_optimization_patience null)."
         )
     if args.eval_strategy == "no":
         raise ValueError(f"{kind} judges evaluations, but eval_strategy is 'no'. Set 'steps', and eval_steps.")
