@@ -4,6 +4,7 @@ Only what makes them long is changed: the size of the model, the number of image
 """
 
 import ast
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -77,8 +78,8 @@ def test_commands_have_the_options_that_pages_give_them(capsys):
     known = {}
     for command in sorted({command for command, _ in used}):
         capsys.readouterr()
-        with pytest.raises(SystemExit):
-            main([command, "--help"])
+        with contextlib.suppress(SystemExit):
+            main([command, "--help", *(["all"] if command in ("train", "memory") else [])])
         known[command] = set(re.findall(r"--[\w-]+", capsys.readouterr().out)) | {"--num_processes"}
     assert len(known) >= 6
     unknown = [f"{command} {word}" for command, word in used if word[:2] == "--" and word not in known[command]]
@@ -90,14 +91,14 @@ def test_links_lead_somewhere():
         f"{page.relative_to(ROOT)}: {target}"
         for page in PAGES
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
-        if "://" not in target and not (page.parent / target).exists()
+        if "://" not in target and not (page.parent / target).exists() and target != "inherited_fields.md"  # generated
     ]
     assert broken == []
 
 
 def test_the_site_lists_every_page():
-    listed = re.findall(r":\s*(\S+\.md)", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
-    assert sorted(listed) == sorted(page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:])
+    listed = set(re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
+    assert listed - {"api/inherited_fields.md"} == {page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:]}
 
 
 def tiny_clip_folder(folder: Path) -> str:
