@@ -108,6 +108,8 @@ class HuggingFaceDocstrings(griffe.Extension):
         self._visit(pkg)
 
     def _visit(self, obj: griffe.Object) -> None:
+        if obj.is_class:  # a private base, such as TRL's of all configs, says nothing
+            obj.bases = [base for base in obj.bases if not str(base).rpartition(".")[2].startswith("_")]
         if obj.docstring is not None:
             text = obj.docstring.value
             preset = obj.is_class and obj.name.endswith("Config") and "Parameters:" not in text

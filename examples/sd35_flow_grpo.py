@@ -44,6 +44,7 @@ SETTINGS = {
     "beta": 0.01,  # paper: for PickScore; 0.04 for GenEval and OCR
     "scale_rewards": "batch",  # released
     "use_ema": True,  # released; the average is what is evaluated and saved
+    "ema_update_every": 8,  # released
     # Ours
     "max_steps": 1000,
     "save_steps": 50,
@@ -54,7 +55,7 @@ LORA = LoraConfig(r=32, lora_alpha=64, init_lora_weights="gaussian")  # paper: r
 
 @dataclass
 class ExampleArguments(ScriptArguments):
-    """What the script itself needs, beside TRL's data set options."""
+    """What the script itself needs, in addition to TRL's data set options."""
 
     model_name_or_path: str = field(
         default="stabilityai/stable-diffusion-3.5-medium", metadata={"help": "Hub id or folder of a pipeline."}

@@ -25,7 +25,7 @@ REDUCED = {
 # A file that each leaves
 MADE = {
     "quickstart": "quickstart/pytorch_lora_weights.safetensors",
-    "your_own_reward": "mended/pytorch_lora_weights.safetensors",
+    "your_own_reward": "fixed/pytorch_lora_weights.safetensors",
     "sd35_on_one_gpu": "sd35-ocr/README.md",
     "three_papers": "papers/comparison/comparison.html",
     "share_and_judge": "judged/votes.png",

@@ -1,5 +1,6 @@
-"""American English, one spelling and plain idiom, in the documentation, docstrings and messages."""
+"""American English, one spelling and plain idiom, in the documentation, notebooks, docstrings, and messages."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,7 +8,11 @@ import pytest
 
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "examples").rglob("*.ipynb")),
+]
 CODE = [*sorted((ROOT / "trl_flow").rglob("*.py")), *sorted((ROOT / "examples").rglob("*.py"))]
 BRITISH = (
     r"behaviour|colour|favour|honour|neighbour|labell|modell|travell|cancelling|centre|grey"
@@ -18,9 +23,17 @@ BRITISH = (
 UNIDIOMATIC = r"can not|for ever\b|(?:go|goes|going|gone|went) on\b|besides the|one's own|in the place of|anew\b"
 
 
+def written(path: Path) -> str:
+    """A file's text. Of a notebook its cells, without their outputs."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".ipynb":
+        return text
+    return "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"])
+
+
 def found(pattern: str, files: list[Path]) -> list[str]:
     words = re.compile(rf"\b(?:{pattern})", re.IGNORECASE)
-    lines = ((path, line) for path in files for line in path.read_text(encoding="utf-8").splitlines())
+    lines = ((path, line) for path in files for line in written(path).splitlines())
     return [f"{path.relative_to(ROOT)}: {line.strip()[:100]}" for path, line in lines if words.search(line)]
 
 

@@ -209,7 +209,11 @@ def test_reward_functions_that_could_not_be_called(reward_funcs, error, parts, t
 
 @pytest.mark.parametrize("weights", [[], [1.0, 2.0]])
 def test_a_wrong_number_of_reward_weights(weights, tmp_path):
-    parts = [f"reward_weights has {len(weights)} entries", "1 reward functions: brightness"]
+    parts = [
+        f"reward_weights has length {len(weights)}",
+        "reward_funcs has length 1: brightness",
+        "Without reward_weights",
+    ]
     assert_refused(tmp_path, ValueError, *parts, reward_weights=weights)
 
 

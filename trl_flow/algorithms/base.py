@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class MicroBatch:
     """
-    What one forward and backward pass of each unit is run on: `B` samples of one sampling phase.
+    `B` samples of one sampling phase: the input of one forward and backward pass for each unit.
 
     Attributes:
         prompts (`list[str]`): length `B`.
@@ -52,8 +52,8 @@ class MicroBatch:
 @dataclass(frozen=True)
 class PhaseScores:
     """
-    The rewards of one sampling phase, of all processes' `N` samples that are trained on, the images of a group next to
-    each other: `args.group_size` of them.
+    The rewards of one sampling phase, for the `N` samples of all processes that are trained on. The images of a group
+    are next to each other: `args.group_size` of them.
 
     Attributes:
         rewards_per_func (`torch.Tensor`): `(N, K)`, float32, NaN where a reward function does not apply.
@@ -86,10 +86,10 @@ class PhaseScores:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A `loss` to be minimized, `(B,)`; `stats` without gradients to sum up over samples for the metrics, each `(B,)`,
-    or `(B, K)` for counts that only the run's own log is to have; `regularization`, what of the loss is not the
-    policy's, such as a KL, `(B,)`; and `counted`, where the samples' stats belong to several units, for each of these
-    whether a sample's do, bool, `(B,)`.
+    """A `loss` to minimize, `(B,)`; `stats` without gradients, which are summed over the samples for the metrics, each
+    `(B,)`, or `(B, K)` for counts that only go to the run's own log; `regularization`, the part of the loss that is
+    not the policy's, such as a KL, `(B,)`; and `counted`, if the samples' stats belong to several units: for each unit
+    which samples count there, bool, `(B,)`.
 
     Example:
 
@@ -110,7 +110,7 @@ class LossOutput:
 
     @property
     def policy_loss(self) -> torch.Tensor:
-        """The loss without regularization, `(B,)`: what the gradient norms of the steps are measured of."""
+        """The loss without regularization, `(B,)`: the gradient norms of the steps are measured on it."""
         return self.loss if self.regularization is None else self.loss - self.regularization
 
 
@@ -143,17 +143,17 @@ class StepSums:
         return tuple(map(sum, zip(*rows, strict=True)))
 
     def mean(self, name: str, unit: int | None = None) -> float:
-        """Over all samples of one unit, or of all."""
+        """The mean over all samples of one unit, or of all units."""
         count, total, _ = self._total(name, unit)
         return total / count
 
     def std(self, name: str, unit: int | None = None) -> float:
-        """The population's, of what [`mean`] averages."""
+        """The standard deviation (of the population) of the values that [`mean`] averages."""
         count, total, squares = self._total(name, unit)
         return max(squares / count - (total / count) ** 2, 0.0) ** 0.5
 
     def ratio_metrics(self) -> dict[str, float]:
-        """Of what `functional.ratio_statistics` gives: spread of the ratios, and the share that clipping acts on."""
+        """Metrics from `functional.ratio_statistics`: the spread of the ratios, and the share that is clipped."""
         low, high = self.mean("low"), self.mean("high")
         metrics = {"ratio/mean": 1 + self.mean("deviation"), "ratio/std": self.std("deviation")}
         return metrics | {
@@ -171,11 +171,11 @@ class StepSums:
 
 class Algorithm(ABC):
     """
-    What is learned from a sampled batch. The loop asks, in this order, for [`plan`], [`keep`], [`advantages`], and for
-    each unit of a micro-batch [`loss`]. A trainer of its own names it: see `FlowRLTrainer.create_algorithm`.
+    How a model learns from a sampled batch. The loop calls, in this order, [`plan`], [`keep`], [`advantages`], and
+    [`loss`] for each unit of a micro-batch. A trainer says which one it uses: see `FlowRLTrainer.create_algorithm`.
 
     Attributes:
-        dynamics ([`FlowDynamics`] or [`DDIMDynamics`]): what samples while training; to be set by the constructor.
+        dynamics ([`FlowDynamics`] or [`DDIMDynamics`]): what samples during training; the constructor sets it.
         needs_reference (`bool`): whether the loss asks for `policy.at("reference")`.
         needs_old (`bool`): whether it asks for `policy.at("old")`, which it moves by `policy.old.move`.
         sampled_by (`str`): the weights that sample, as a name for `policy.at`.
@@ -214,14 +214,14 @@ class Algorithm(ABC):
 
     @abstractmethod
     def keep(self, rollout: Rollout) -> dict[str, torch.Tensor]:
-        """What of a rollout of `B` samples is trained on: names and tensors `(B, ...)`."""
+        """The parts of a rollout of `B` samples that training needs: names and tensors `(B, ...)`."""
 
     @abstractmethod
     def advantages(self, scores: PhaseScores) -> tuple[torch.Tensor, dict[str, float]]:
         """The advantages of all processes' samples, `(N,)` or `(N, S)`, and metrics. Equal on all processes."""
 
     def units(self, batch: MicroBatch) -> Sequence[int]:
-        """What of `batch` one forward and backward pass each is run for; by default every kept step."""
+        """The parts of `batch` that get a forward and backward pass each; by default every kept step."""
         return batch.steps
 
     @abstractmethod
@@ -237,7 +237,7 @@ class Algorithm(ABC):
         return {}
 
     def summarize(self, sums: StepSums) -> dict[str, float]:
-        """Metrics from what the `stats` of the losses add up to; by default each name's mean."""
+        """Metrics from the sums of the losses' `stats`; by default the mean for each name."""
         return {name: sums.mean(name) for name in sums.names}
 
     def state_dict(self) -> dict[str, Any]:
@@ -245,5 +245,5 @@ class Algorithm(ABC):
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes what [`state_dict`] gave; `{}` when training starts over."""
+        """Restores what [`state_dict`] returned; `{}` when training starts from the beginning."""
         return

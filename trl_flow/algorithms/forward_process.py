@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 
 class ForwardProcess(Algorithm):
-    """What DiffusionNFT and AWM share: images are sampled along the ODE, of which the finished latents alone are kept.
-    In the update each is noised to a few levels, the units, and a loss is taken of the prediction there. An old policy
-    follows the trained one slowly. On schedule and latents of a backbone, with weights `(K,)` of the rewards.
+    """What DiffusionNFT and AWM share. Images are sampled along the ODE, and only the finished latents are kept.
+    The update adds noise to each at a few levels, the units, and computes a loss from the prediction there. An old
+    policy slowly follows the trained one. It takes a backbone's schedule and latents, and reward weights `(K,)`.
 
     Example:
 
@@ -85,7 +85,7 @@ class ForwardProcess(Algorithm):
         return {"clean": rollout.final}
 
     def advantages(self, scores: PhaseScores) -> tuple[torch.Tensor, dict[str, float]]:
-        """As shares of the largest: a run that goes on with other settings reads a phase's as they were meant."""
+        """As shares of the largest, so that a run that resumes with other settings reads them correctly."""
         advantages, metrics = self.estimator(scores)
         # The largest as it is after SLAS's shaping
         return advantages / self.args.advantage_clip ** (1 + self.args.advantage_power), metrics
@@ -139,13 +139,13 @@ class ForwardProcess(Algorithm):
     def policy_loss(
         self, prediction: torch.Tensor, others: dict[str, torch.Tensor], noised: NoisedLatents, batch: MicroBatch
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss but for regularization, `(B,)`, and statistics. `others` are predictions of other weights."""
+        """The loss without regularization, `(B,)`, and statistics. `others` are predictions of other weights."""
 
     # ---- The old policy ----
 
     def after_update(self, policy: "Policy") -> dict[str, float]:
-        """At the end of a sampling phase the old policy moves (as in the authors' code: until then it is the one that
-        has sampled)."""
+        """Moves the old policy at the end of a sampling phase, as in the authors' code: until then it is the one that
+        sampled."""
         self._num_updates += 1
         args = self.args
         if not self.needs_old or policy.updates_since_sampling + 1 < args.updates_per_generation:
@@ -162,7 +162,7 @@ class ForwardProcess(Algorithm):
 
 
 class NegativeAwareFinetuning(ForwardProcess):
-    """DiffusionNFT (arXiv:2509.16117): the old policy samples, and the trained one is drawn to good images and away
+    """DiffusionNFT (arXiv:2509.16117): the old policy samples, and the trained one moves toward good images and away
     from bad ones.
 
     Example:
@@ -195,7 +195,7 @@ class NegativeAwareFinetuning(ForwardProcess):
 
 
 class AdvantageWeightedMatching(ForwardProcess):
-    """AWM (arXiv:2509.25050): GRPO's clipped objective, with the loss of pre-training for the log-likelihood.
+    """AWM (arXiv:2509.25050): GRPO's clipped objective, with the pre-training loss in place of the log-likelihood.
 
     Example:
 

@@ -131,7 +131,7 @@ class Backbone(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where conditions are made and images are decoded."""
+        """The device where conditions are computed and images are decoded."""
         return device_of(self.pipeline)
 
     # ---- Sizes ----
@@ -203,7 +203,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def schedule(self, num_inference_steps: int) -> Schedule | DDIMSchedule:
-        """The noise levels that the pipeline's own scheduler takes for this number of steps. Its class says what kind
+        """The noise levels of the pipeline's own scheduler for this number of steps. Its class says what kind
         of transitions the model is sampled with."""
 
     @abstractmethod

@@ -87,7 +87,7 @@ class Comparison:
 
     @property
     def grids(self) -> dict[str, Path]:
-        """The file of each set's grid, whose name need not be the set's: not every file system takes every name."""
+        """The grid's file for each set. Its name can differ from the set's, which may be no valid file name."""
         return {name: grid_path(self.folder, name) for name in self.results["sets"]}
 
 

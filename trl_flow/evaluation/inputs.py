@@ -34,7 +34,7 @@ _OWN = (*_SIZES, "guidance_scale_2")  # what a backbone is made with
 @dataclass(frozen=True)
 class DrawingOptions:
     """
-    What decides, with models and prompts, what is drawn. Names as in diffusers. What is `None` is that of the
+    Settings of the images, with diffusers' names. What is `None` is that of the
     evaluations of the first adapter's run, if `training_args.json` beside it says it, else the pipeline's own default.
 
     An image's noise depends on the non-negative `seed` and on the image's index alone. `batch_size`, images at a time,

@@ -101,7 +101,7 @@ class VoteServer:
 
     @property
     def url(self) -> str:
-        """Where the vote is."""
+        """The address of the vote."""
         return f"http://127.0.0.1:{self._server.server_address[1]}/"
 
     def serve_forever(self) -> None:
@@ -126,7 +126,7 @@ class VoteServer:
             update_votes(self.folder.path)
 
     def answer(self, action: str, request: dict[str, Any]) -> dict[str, Any]:
-        """What a voter does (`"next"`, `"vote"`, `"undo"` or `"results"`), and where that leaves them; `VoteError` if
+        """Does what a voter asks (`"next"`, `"vote"`, `"undo"`, `"results"`) and returns their state; `VoteError` if
         it cannot be done. `request` has `voter`, and for a vote `pair` and `answers`."""
         if action not in ("next", "vote", "undo", "results"):
             raise VoteError(*_NOTHING)

@@ -165,7 +165,7 @@ def _time_by_part(logs: LogHistory) -> str:
         f'<span><i class="c{PARTS.index(part)}"></i>{part} <b>{value:.3g} s</b></span>'
         for part, value in shares.items()
     )
-    head = f"An update takes {total:.3g} s (mean of the {len(latest)} latest logs)"
+    head = f"An update takes {total:.3g} s (mean over the last {len(latest)} {'log' if len(latest) == 1 else 'logs'})"
     return f'<figure class="time"><figcaption>{head}</figcaption><div class="bar">{bar}</div><p>{legend}</p></figure>'
 
 

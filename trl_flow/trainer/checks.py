@@ -244,8 +244,9 @@ def check_rewards(
         )
     if args.reward_weights is not None and len(args.reward_weights) != len(scorer.names):
         raise ValueError(
-            f"reward_weights has {len(args.reward_weights)} entries, but there are {len(scorer.names)} reward "
-            f"functions: {', '.join(scorer.names)}. Give one weight for each."
+            f"reward_weights has length {len(args.reward_weights)}, and reward_funcs has length {len(scorer.names)}: "
+            f"{', '.join(scorer.names)}. Give one weight for each function. Without reward_weights (with a recipe: "
+            "--reward_weights null) each has 1."
         )
 
 
@@ -261,7 +262,7 @@ def check_over_optimization(callbacks: list, gold_names: list[str], eval_dataset
     if not gold_names:
         raise ValueError(
             f"{kind} compares the optimized reward with gold scores, but eval_reward_funcs is empty. Pass functions "
-            "that are not optimized, or leave the callback out."
+            "that are not optimized, or leave the callback out (with a recipe: --over_optimization_patience null)."
         )
     if args.eval_strategy == "no":
         raise ValueError(f"{kind} judges evaluations, but eval_strategy is 'no'. Set 'steps', and eval_steps.")

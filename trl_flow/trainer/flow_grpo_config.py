@@ -143,12 +143,12 @@ class FlowGRPOConfig(FlowRLConfig):
         return self.num_inference_steps - (0 if self.train_last_step else 1)
 
     def num_trained_steps(self, num_stochastic: int) -> int:
-        """Steps of so many stochastic ones that each sample is trained on."""
+        """How many of the stochastic steps each sample is trained on."""
         return max(1, math.floor(self.timestep_fraction * num_stochastic + 1e-9))
 
     @property
     def num_kept_latents(self) -> int:
-        """Before and after each trained step, and the mean between."""
+        """Those before and after each trained step, and the mean in between."""
         return 3 * self.num_trained_steps(self.sde_window_size or self.num_stochastic_steps)
 
     def kept_weights(self, *, half_precision: bool, is_adapter: bool) -> dict[str, int]:

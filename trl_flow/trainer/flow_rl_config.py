@@ -313,30 +313,30 @@ class FlowRLConfig(_BaseConfig):
 
     @property
     def trained_batch_size(self) -> int:
-        """Images in a micro-batch of the update: of `per_device_train_batch_size` the share that is trained on."""
+        """Images in a micro-batch of the update: the share of `per_device_train_batch_size` that is trained on."""
         return self.per_device_train_batch_size * self.group_size // self.num_generations
 
     @property
     def updates_per_generation(self) -> Fraction:
-        """Updates that are made with the samples of one phase; below 1 if an update takes several phases."""
+        """Updates for each sampling phase; below 1 if an update takes several phases."""
         return Fraction(self.num_iterations * self.steps_per_generation, self.gradient_accumulation_steps)
 
     @property
     def num_kept_latents(self) -> int:
-        """Latents that are kept of each image of a sampling phase, for the memory estimate."""
+        """Latents kept for each image of a sampling phase, for the memory estimate."""
         return 1
 
     def kept_weights(self, *, half_precision: bool, is_adapter: bool) -> dict[str, int]:
-        """Sets of the trained weights that are kept on the device besides these, for the memory estimate."""
+        """How many more sets of the trained weights are kept on the device, for the memory estimate."""
         return {}
 
     @classmethod
     def why_not(cls, name: str) -> str | None:
-        """Why a setting of another method is none of this config's, where there is a reason to tell."""
+        """Why a setting of another method does not exist here, if there is something to say."""
         return None
 
     def shown(self) -> str:
-        """As JSON, without the token that loading the model may need: checkpoints may be published."""
+        """The configuration as JSON, without the token for loading the model: checkpoints may be published."""
         content = self.to_dict()
         if isinstance(content.get("model_init_kwargs"), dict) and "token" in content["model_init_kwargs"]:
             content["model_init_kwargs"] = content["model_init_kwargs"] | {"token": "<TOKEN>"}

@@ -62,7 +62,7 @@ RewardFunc = Callable[..., list[float | None]] | str
 
 class FlowRLTrainer(SavingTrainer):
     """
-    Base of the trainers: everything but what is learned, which [`create_algorithm`] of a subclass says.
+    Base of the trainers: all but the algorithm, which [`create_algorithm`] of a subclass returns.
 
     Args:
         model (`str` or [`~diffusers.DiffusionPipeline`]):
@@ -112,7 +112,7 @@ class FlowRLTrainer(SavingTrainer):
     config_class: type[FlowRLConfig] = FlowRLConfig
 
     def create_algorithm(self) -> Algorithm:
-        """What is learned; `args`, `backbone` and `reward_weights` are there when it is called."""
+        """The [`Algorithm`] to learn by. It can use `self.args`, `self.backbone`, and `self.reward_weights`."""
         raise NotImplementedError
 
     def __init__(
@@ -435,7 +435,7 @@ class FlowRLTrainer(SavingTrainer):
             Path(output_dir, "training_args.json").write_text(self.args.shown())
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the adapter, or the model, as it is evaluated."""
+        """Writes the adapter, or the model, with the weights that evaluations use."""
         with self.optimizer_modes.evaluating():
             super().save_model(output_dir, _internal_call=_internal_call)
 
@@ -468,9 +468,9 @@ class FlowRLTrainer(SavingTrainer):
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """Writes `README.md` for diffusers users: loading, scores, the rewards' curve, the latest images, settings and
-        papers. `model_name` is its title, `dataset_name` the Hub id or name of the prompts, `None`: what they were
-        loaded from."""
+        """Writes `README.md` for diffusers users: how to load the result, scores, the reward curve, sample images,
+        settings, and papers. `model_name` is the title. `dataset_name` is the Hub id or name of the prompts, by
+        default what they were loaded from."""
         if self.is_world_process_zero():
             self.run_folder.claim()
             names = {"model_name": model_name, "dataset_name": dataset_name, "tags": tags}

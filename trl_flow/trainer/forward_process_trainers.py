@@ -38,7 +38,7 @@ class DiffusionNFTTrainer(FlowRLTrainer):
 
 class AWMTrainer(FlowRLTrainer):
     """Trainer for AWM, Advantage Weighted Matching (arXiv:2509.25050). Its arguments are those of [`FlowRLTrainer`],
-    its configuration is an [`AWMConfig`]; used as [`DiffusionNFTTrainer`].
+    its configuration is an [`AWMConfig`]. Use it like [`DiffusionNFTTrainer`].
 
     Example:
 

@@ -45,7 +45,7 @@ def warn_of_prompts_left_out(num_prompts: int, max_steps: int, args: FlowRLConfi
         return
     message = f"{num_prompts - drawn} of the {num_prompts} prompts are never drawn: "
     if phases * each <= whole:
-        ends = f"the run ends after update {max_steps}, and each of its {phases} sampling phases takes {each}"
+        ends = f"the run ends after update {max_steps}, and each sampling phase takes {each} of them"
         message += f"{ends}. Raise max_steps, or num_train_epochs, to draw all."
     else:
         message += (

@@ -86,7 +86,7 @@ class OverOptimizationCallback(TrainerCallback):
 
     @staticmethod
     def by_name(callbacks: list[TrainerCallback]) -> dict[str, "OverOptimizationCallback"]:
-        """The one among `callbacks`, if there is one, by its name in checkpoints."""
+        """Finds this callback among `callbacks`: its name in checkpoints and the callback, or an empty dictionary."""
         return {cb.STATE_KEY: cb for cb in callbacks if isinstance(cb, OverOptimizationCallback)}
 
     def _reset(self) -> None:
