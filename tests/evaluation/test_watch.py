@@ -118,7 +118,7 @@ def test_folders_of_another_kind_are_refused(tmp_path, capsys):
         assert remedy in capsys.readouterr().err
     (tmp_path / LOG_NAME).write_text("no log\n")
     assert main(["watch", str(tmp_path)]) == 2
-    assert "is no log of a training run" in capsys.readouterr().err
+    assert "is not a log of a training run" in capsys.readouterr().err
 
 
 def test_the_page_as_a_file(run, tmp_path, capsys):
