@@ -14,7 +14,7 @@ from trl_flow.commands.options import parse_training, training_parser
 from trl_flow.commands.recipe import read_recipe
 from trl_flow.commands.shared_recipe import shared_recipe
 from trl_flow.shapes import pipeline_path
-from trl_flow.sharing.card_facts import evaluation_results, license_of
+from trl_flow.sharing.card_facts import evaluation_results, evaluation_scores, license_of, training_rewards
 from trl_flow.sharing.hub import published
 from trl_flow.sharing.samples import read_samples, write_samples
 
@@ -74,6 +74,18 @@ def test_only_evaluations_of_the_trained_model_are_results():
     assert average.metric_name == "gold average, relative to the base model"
 
 
+def test_means_over_nothing_are_no_results():
+    """The Hub's metadata are JSON, which knows no NaN."""
+    nan = float("nan")
+    gold = {"eval_gold/average": 1.1, "eval_gold/average_std_err": nan, "eval_gold/a": nan}
+    logs = [{"step": 0, "eval_reward": nan, **gold}, {"step": 2, "reward": nan, "eval_reward": nan, **gold}]
+    (average,) = evaluation_results(logs, task="text-to-image", dataset=None)
+    assert (average.metric_value, average.metric_name) == (1.1, "gold average, relative to the base model")
+    rows = {row[0]: row[1:] for row in evaluation_scores(logs)[""]}
+    assert rows["reward (optimized)"] == rows["a (gold, not optimized)"] == ["", ""]
+    assert rows["gold average, relative to the base model"] == ["1.1", "1.1"] and training_rewards(logs) is None
+
+
 def test_the_run_is_told_in_one_command(run):
     text = (run[0] / "README.md").read_text()
     block = re.search(r"^(`{4,})yaml\n(.*?)^\1$", text, flags=re.MULTILINE | re.DOTALL)
@@ -98,7 +110,7 @@ def test_a_shared_recipe_repeats_the_run_and_tells_nothing_private(tmp_path):
     assert yaml.safe_load(text) == {
         "model_name_or_path": "bundled", "method": "guard", "dataset_name": "prompts.jsonl", "num_generations": 4,
         "reward_funcs": ["deqa@http://SERVER", "ocr"], "learning_rate": 2e-4, "seed": 1, "epsilon": 1e-5,
-        "adam_beta2": 0.99,
+        "adam_beta2": 0.99, "logging_steps": 1,
     }  # fmt: skip
     assert "secret" not in text and "10.0.0.7" not in text and str(tmp_path) not in text
     # It is a recipe
@@ -106,6 +118,27 @@ def test_a_shared_recipe_repeats_the_run_and_tells_nothing_private(tmp_path):
     argv, again = read_recipe(["--config", str(tmp_path / "again.yaml"), "--use_cpu", "true", "--output_dir", "x"])
     args = parse_training(training_parser(argv, again), argv, again)[1]
     assert (args.learning_rate, args.epsilon, args.num_generations, args.adam_beta2) == (2e-4, 1e-5, 4, 0.99)
+
+
+def test_a_shared_recipe_has_what_is_switched_off_mappings_mixtures_and_no_folders(tmp_path):
+    own = (
+        "model_name_or_path: bundled\nmethod: guard\nuse_cpu: true\nlr_scheduler_kwargs: {num_cycles: 2}\n"
+        "dataset_name: ocr:/home/me/secret/texts\ninit_adapter: ~/secret/adapter\neval_strategy: steps\n"
+        "eval_steps: 30\nsave_steps: 60\nreward_funcs: [deqa@HTTPS://me:pw@host/v1]\nload_best_model_at_end: true\n"
+        f"metric_for_best_model: gold\ndatasets: [{{path: me/data, split: test}}, {{path: {tmp_path}/secret}}]\n"
+    )
+    (tmp_path / "recipe.yaml").write_text(own)
+    argv, recipe = read_recipe(["--config", str(tmp_path / "recipe.yaml"), "--no_shuffle_dataset"])
+    *parsed, _ = parse_training(training_parser(argv, recipe), argv, recipe)
+    text = shared_recipe(argv, recipe, parsed)
+    (tmp_path / "again.yaml").write_text(text)
+    argv, again = read_recipe(["--config", str(tmp_path / "again.yaml"), "--use_cpu", "true"])
+    script, args, _, mixture, _ = parse_training(training_parser(argv, again), argv, again)
+    assert (script.dataset_name, args.init_adapter, args.shuffle_dataset) == ("ocr:./texts", "./adapter", False)
+    assert script.reward_funcs == ["deqa@HTTPS://SERVER"] and args.lr_scheduler_kwargs == {"num_cycles": 2}
+    assert (args.save_steps, args.metric_for_best_model) == (60, parsed[1].metric_for_best_model)
+    assert [(each.path, each.split) for each in mixture.datasets] == [("me/data", "test"), ("./secret", "train")]
+    assert "/secret/" not in text and str(tmp_path) not in text and "me:pw" not in text
 
 
 def test_samples_are_paired_by_prompt(tmp_path):

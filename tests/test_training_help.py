@@ -1,6 +1,7 @@
 """The help of `trl-flow train` is made of the configs' source: it says what the parser does."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,16 @@ def test_neither_torch_nor_transformers_is_loaded(argv):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("argv", [["train", "--help"], ["memory", "--help"], ["methods"]])
+def test_a_reader_who_has_seen_enough_is_no_error(argv):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "trl_flow", *argv]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_table_of_methods_says_what_the_configs_do(capsys):

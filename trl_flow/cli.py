@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 
-from trl_flow.commands import UsageError
+from trl_flow.commands import UsageError, show
 from trl_flow.commands.recipe import unknown_option
 from trl_flow.quiet import leave_out_bars
 
@@ -110,7 +110,7 @@ class _Parser(argparse.ArgumentParser):
 def _methods(arguments: argparse.Namespace) -> None:
     from trl_flow.commands.methods import DESCRIPTION, methods_table
 
-    print(f"{DESCRIPTION}\n{methods_table()}")
+    show(f"{DESCRIPTION}\n{methods_table()}")
 
 
 def _seed(text: str) -> int:

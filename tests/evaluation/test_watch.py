@@ -59,7 +59,7 @@ def test_the_page_of_a_finished_run_has_all_of_it(run):
     last = [json.loads(line) for line in (run / LOG_NAME).read_text().splitlines()]
     reward = next(log["reward"] for log in reversed(last) if "reward" in log)
     assert f"<td>reward</td><td>{reward:.4g}</td><td>3</td>" in page
-    assert re.search(r"An update takes [\d.]+ s", page) and "updating" in page
+    assert re.search(r"An update, with what comes between, takes [\d.]+ s", page) and "updating" in page
     # Self-contained: nothing is asked of any server
     assert not re.search(r"(?:src|href)=\"(?!data:)", page) and "<script" not in page
 

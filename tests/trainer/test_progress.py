@@ -1,10 +1,12 @@
 """What a person sees of a run, in a file, in a terminal and in a notebook, and how long its parts take."""
 
+import gc
 import io
 import logging
 import re
 import sys
 import time
+import types
 import warnings
 
 import pytest
@@ -71,6 +73,43 @@ def test_messages_stand_above_the_bar(monkeypatch):
         assert before.endswith("\r") or before[before.rindex("\r") :].strip().startswith("/")
 
 
+def test_what_is_printed_stands_above_the_bar_and_a_prompt_at_once(monkeypatch):
+    terminal = Terminal()  # for both, as on a screen
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with messages_above_the_bar(), tqdm(total=2, desc="Training", file=terminal):
+        print("a reward", 1)
+        print("(Pdb) ", end="", flush=True)
+        assert terminal.getvalue().endswith("(Pdb) ")
+    assert sys.stdout is terminal
+    before, _ = terminal.getvalue().split("a reward 1\n")
+    assert before.endswith("\r")
+
+
+def test_a_failure_leaves_the_bar_on_a_line_of_its_own(tmp_path, monkeypatch):
+    def broken(prompts, images, **kwargs):
+        raise ValueError("no")
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    trainer = tiny_trainer(tmp_path, reward_funcs=broken, disable_tqdm=False)
+    with pytest.raises(RuntimeError):
+        trainer.train()
+    assert terminal.getvalue().rstrip(" ").endswith("\n")
+    ended = len(terminal.getvalue())
+    del trainer
+    gc.collect()
+    assert len(terminal.getvalue()) == ended  # the bar is not drawn once more below the error
+
+
+def test_values_that_are_no_numbers_have_no_trend():
+    nan = float("nan")
+    history = [{"reward": value} for value in (1.0, 2.0, nan, None, 3.0)]
+    assert watched({"reward": nan, "eval_gold/average_std_err": 0.1}, history)["reward"] == "nan"
+    logs = {"eval_reward": 1.0, "eval_gold/average": None, "eval_gold/average_std_err": 0.1}
+    assert watched(logs) == {"evaluation": "", "reward": "1"}
+
+
 def test_every_log_has_the_time_by_part(tmp_path):
     def slow(prompts, images, **kwargs):
         time.sleep(0.3)
@@ -115,11 +154,11 @@ def test_a_trend_is_more_than_the_noise(values, word):
 def test_what_is_watched_of_a_log():
     log = {"reward": 0.51234, "rewards/a/mean": 0.5, "rewards/b/mean": 1.0, "rewards/a/std": 0.1, "loss": 0.1}
     log |= {"kl": 0.00123, "clip_ratio/region_mean": 0.034, "step_time": 100.0, "time/sampling": 70.0}
-    log |= {"time/updating": 29.0, "time/decoding": 1.0, "grad_norm": None}
+    log |= {"time/updating": 29.0, "time/decoding": 1.0, "time/evaluating": 200.0, "grad_norm": None}
     history = [{"reward": value} for value in (0.1, 0.1, 0.1, 0.5)] + [{}, log]
     assert watched(log, history) == {
         "reward": "0.5123 rising", "a": "0.5", "b": "1", "KL": "0.0012", "clipped": "3%",
-        "an update": "2 min (sampling 70 s, updating 29 s)",
+        "an update": "2 min (sampling 70 s, updating 29 s) + evaluating 3 min",
     }  # fmt: skip
     log = {"eval_hard_reward": 0.5, "eval_hard_gold/average": 1.05, "eval_hard_gold/average_std_err": 0.01}
     assert watched(log | {"eval_hard_runtime": 7200.0}) == {
@@ -152,6 +191,7 @@ def test_the_table_of_a_notebook_has_a_column_for_all_that_any_log_has():
 def test_in_a_notebook_the_table_is_shown(monkeypatch, tmp_path):
     shown = []
     monkeypatch.setattr("trl_flow.trainer.progress.is_in_notebook", lambda: True)
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
     monkeypatch.setattr(NotebookTable, "show", lambda self, status: shown.append(self.html(status)))
     trainer = tiny_trainer(tmp_path, disable_tqdm=False, max_steps=2)
     trainer.train()

@@ -4,6 +4,7 @@ import argparse
 import json
 from collections.abc import Callable
 
+from trl_flow.commands import show
 from trl_flow.commands.recipe import option, read_accelerate_config, read_recipe
 from trl_flow.commands.training_help import training_help, wants_help
 
@@ -34,7 +35,7 @@ def prepare(argv: list[str]) -> Callable[[], None]:
     if wants_help(argv):
         usage = "trl-flow memory [--config recipe.yaml] [--model MODEL] [--json] [--option value ...]"
         text = training_help(argv, recipe, usage=usage, description=DESCRIPTION, own=OWN)
-        return lambda: print(text)
+        return lambda: show(text)
     from trl_flow import memory
     from trl_flow.commands.options import parse_training, peft_config, resolve_model, training_parser
 
@@ -55,7 +56,7 @@ def prepare(argv: list[str]) -> Callable[[], None]:
     enough = memory.fits(result, min(memory.CARDS))
     found = [] if enough else memory.savings(plan, result, lambda other: memory.estimate(folder, other))
     text = json.dumps(memory.as_json(result, found)) if own.json else memory.as_text(result, plan, found)
-    return lambda: print(text)
+    return lambda: show(text)
 
 
 def _sharding(name: str | None) -> tuple[str, int]:

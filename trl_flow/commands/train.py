@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from trl_flow.commands import UsageError
+from trl_flow.commands import UsageError, show
 from trl_flow.commands.methods import BUNDLED_MODELS
 from trl_flow.commands.recipe import option, read_accelerate_config, read_recipe, unknown_option, without_nulls
 from trl_flow.commands.shared_recipe import shared_recipe
@@ -47,7 +47,7 @@ def prepare(argv: list[str]) -> Callable[[], None]:
     if wants_help(argv):
         usage = "trl-flow train --config recipe.yaml [--option value ...]"
         text = training_help(argv, recipe, usage=usage, description=DESCRIPTION)
-        return lambda: print(text)
+        return lambda: show(text)
     from trl_flow.commands.options import parse_training, training_parser
 
     parser = training_parser(argv, recipe, prog="trl-flow train")

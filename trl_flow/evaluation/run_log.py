@@ -17,6 +17,7 @@ LOG_NAME, _STATE_NAME = "log_history.jsonl", "trainer_state.json"
 PROGRESS_NAME = "progress.json"  # where the run stands
 # Of a run, as `time/{part}` has their seconds
 PARTS = ("sampling", "decoding", "scoring", "updating", "logging", "saving", "evaluating")
+BETWEEN = ("logging", "saving", "evaluating")  # of these, what is between updates, and not in `step_time`
 
 # The table shows the latest of so many logs, so that it says how training is doing and not how it has been
 _TABLE_LOGS = 50

@@ -165,7 +165,8 @@ def _time_by_part(logs: LogHistory) -> str:
         f'<span><i class="c{PARTS.index(part)}"></i>{part} <b>{value:.3g} s</b></span>'
         for part, value in shares.items()
     )
-    head = f"An update takes {total:.3g} s (mean over the last {len(latest)} {'log' if len(latest) == 1 else 'logs'})"
+    logs = "log" if len(latest) == 1 else f"{len(latest)} logs"
+    head = f"An update, with what comes between, takes {total:.3g} s (mean of the latest {logs})"
     return f'<figure class="time"><figcaption>{head}</figcaption><div class="bar">{bar}</div><p>{legend}</p></figure>'
 
 
@@ -184,7 +185,7 @@ def _images(folder: Path) -> list[str]:
                 with Image.open(path) as image:
                     size = image.size
                     image.load()  # the newest may be half written
-            except (OSError, SyntaxError, ValueError):
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
                 continue
             what = "Samples of training" if kind == "step" else f"Evaluation {kind[5:]}".strip()
             source = f"data:image/png;base64,{base64.b64encode(content).decode()}"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, hf_hub_download, metadata_load
 
+from trl_flow.evaluation.run_log import is_number
 from trl_flow.shapes.bundled import is_bundled
 from trl_flow.sharing.weights import hub_model_id
 
@@ -49,9 +50,9 @@ def _table(prefix: str, logs: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _number(value: float | None, error: float | None) -> str:
-    if value is None:
+    if not is_number(value):  # a mean over nothing
         return ""
-    return f"{value:.4g}" + (f" ± {_Z * error:.2g}" if error else "")
+    return f"{value:.4g}" + (f" ± {_Z * error:.2g}" if error and is_number(error) else "")
 
 
 def evaluation_results(
@@ -75,11 +76,11 @@ def evaluation_results(
                 metrics[key] = ("gold", f"{score} (not optimized)")
         average, error = log.get(f"{prefix}gold/average"), log.get(f"{prefix}gold/average_std_err")
         interval = ""
-        if average is not None and error:
+        if is_number(average) and is_number(error) and error:
             interval = f", 95% interval {average - _Z * error:.4g} to {average + _Z * error:.4g}"
         metrics[f"{prefix}gold/average"] = ("gold_average", f"gold average, relative to the base model{interval}")
         for key, (kind, title) in metrics.items():
-            if log.get(key) is not None:
+            if is_number(log.get(key)):  # the Hub takes no NaN
                 value = float(f"{log[key]:.6g}")
                 results.append(EvalResult(**about, metric_type=kind, metric_name=title, metric_value=value))
     return results
@@ -87,7 +88,7 @@ def evaluation_results(
 
 def training_rewards(log_history: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
     """The first and the last logged mean of the optimized reward."""
-    rewards = [log["reward"] for log in log_history if log.get("reward") is not None]
+    rewards = [log["reward"] for log in log_history if is_number(log.get("reward"))]
     return (rewards[0], rewards[-1]) if rewards else None
 
 

@@ -5,6 +5,7 @@ import copy
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,8 @@ class FlowRLTrainer(SavingTrainer):
         self._signature_columns = ["prompt", *(["image"] if self.backbone.takes_image else [])]
         for callback in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # which print all that is logged
             self.remove_callback(callback)
-        self.add_callback(FlowProgressCallback(shows_bar=not args.disable_tqdm))
+        self._progress = FlowProgressCallback(shows_bar=not args.disable_tqdm)
+        self.add_callback(self._progress)
         if self.pop_callback(TrackioCallback) is not None:
             self.add_callback(TrackioAtUpdates())
 
@@ -226,7 +228,8 @@ class FlowRLTrainer(SavingTrainer):
             RewardError: if a reward function fails. Updates are saved first, whatever `save_strategy` is; so they are,
                 unless it is `"no"`, when a single process is interrupted or fails in another way.
         """
-        with self.run_folder.locked(), messages_above_the_bar(), self._saving_what_is_trained():
+        bar = closing(self._progress)
+        with self.run_folder.locked(), messages_above_the_bar(), bar, self._saving_what_is_trained():
             self.accelerator.wait_for_everyone()  # the main process may still be writing the checkpoint to resume from
             checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args)
             callbacks = self.callback_handler.callbacks  # those that were added after the constructor, too

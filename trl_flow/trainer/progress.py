@@ -19,7 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import TrainerCallback
 from transformers.utils import is_in_notebook
 
-from trl_flow.evaluation.run_log import PARTS
+from trl_flow.evaluation.run_log import BETWEEN, PARTS, is_number
 
 
 _EVALUATION = re.compile(r"eval_(?:(.+)_)?reward")
@@ -74,7 +74,7 @@ def watched(logs: Mapping[str, Any], history: Sequence[Mapping[str, Any]] = ()) 
     for match in filter(None, rewards if sum(map(bool, rewards)) > 1 else ()):
         _add(found, match[1], logs, match[0])
     _add(found, "gold", logs, f"{prefix}gold/average", history)
-    if f"{prefix}gold/average_std_err" in logs and logs[f"{prefix}gold/average_std_err"]:
+    if "gold" in found and logs.get(f"{prefix}gold/average_std_err"):
         found["gold"] += f" ± {1.96 * logs[f'{prefix}gold/average_std_err']:.2g}"
     for name, key in (("KL", "kl"), ("gradient", "grad_norm")):
         if logs.get(key) is not None:
@@ -85,15 +85,17 @@ def watched(logs: Mapping[str, Any], history: Sequence[Mapping[str, Any]] = ()) 
         found["took"] = duration(logs[f"{prefix}runtime"])
     if logs.get("step_time") is not None:
         parts = {part: logs.get(f"time/{part}") or 0.0 for part in PARTS}
-        # Of an update, what counts
-        each = [f"{part} {duration(s)}" for part, s in parts.items() if s > 0.05 * logs["step_time"]]
-        found["an update"] = duration(logs["step_time"]) + (f" ({', '.join(each)})" if each else "")
+        # Of an update, what counts, and what came between updates
+        each = {part: f"{part} {duration(s)}" for part, s in parts.items() if s > 0.05 * logs["step_time"]}
+        between = [each.pop(part) for part in BETWEEN if part in each]
+        within = f" ({', '.join(each.values())})" if each else ""
+        found["an update"] = " + ".join([duration(logs["step_time"]) + within, *between])
     return found
 
 
 def _add(found: dict[str, str], name: str, logs: Mapping[str, Any], key: str, history: Sequence = ()) -> None:
     if (value := logs.get(key)) is not None:
-        values = [log[key] for log in history if log.get(key) is not None]
+        values = [log[key] for log in history if is_number(log.get(key))]
         found[name] = " ".join(filter(None, [f"{value:.4g}", trend(values)]))
 
 
@@ -112,7 +114,7 @@ class FlowProgressCallback(TrainerCallback):
     _shown_at, _part = 0.0, ""
 
     def __init__(self, shows_bar: bool = True):
-        self._in_notebook = shows_bar and is_in_notebook()
+        self._in_notebook = shows_bar and is_in_notebook() and "IPython" in sys.modules
         self._shows_bar = shows_bar and not self._in_notebook and sys.stderr.isatty()
         self._bar: tqdm | None = None
         self._table: NotebookTable | None = None
@@ -149,10 +151,15 @@ class FlowProgressCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self._bar is not None:
             self._bar.set_postfix_str("")
-            self._bar.close()
-            self._bar = None
+        self.close()
         if self._table is not None:
             self._table.show(f"finished after update {state.global_step}")
+
+    def close(self) -> None:
+        """Leaves the bar as it is, also of a training that failed: what is printed next begins a line."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
     def show_stage(self, stage: str) -> None:
         """What is going on, in words of which the first is the part."""
@@ -190,7 +197,7 @@ class NotebookTable:
         self._rows.append({"update": f"{update}{label}", **row})
 
     def show(self, status: str) -> None:
-        ipython = import_module("IPython.display")  # there wherever there is a notebook
+        ipython = import_module("IPython.display")
         content = ipython.HTML(self.html(status))
         if self._handle is None:
             self._handle = ipython.display(content, display_id=True)
@@ -210,7 +217,8 @@ class NotebookTable:
 
 @contextlib.contextmanager
 def messages_above_the_bar() -> Iterator[None]:
-    """In a terminal, warnings and logs of all libraries are written above the bar, and not into its line."""
+    """In a terminal, warnings, logs of all libraries and what is printed are written above the bar, and not into its
+    line."""
     if not sys.stderr.isatty():
         yield
         return
@@ -223,7 +231,31 @@ def messages_above_the_bar() -> Iterator[None]:
     shown_before = warnings.showwarning
     warnings.showwarning = show
     try:
-        with logging_redirect_tqdm(loggers=[logging.root, *own]):
+        out = _AboveTheBar(sys.stdout) if sys.stdout.isatty() else sys.stdout
+        with logging_redirect_tqdm(loggers=[logging.root, *own]), contextlib.redirect_stdout(out):
             yield
     finally:
         warnings.showwarning = shown_before
+
+
+class _AboveTheBar:
+    """`stream`, whose whole lines are written above the bar; what is flushed before, such as a prompt, where it is."""
+
+    def __init__(self, stream: Any):
+        self._stream, self._rest = stream, ""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        lines, newline, self._rest = (self._rest + text).rpartition("\n")
+        if newline:
+            with tqdm.external_write_mode(file=sys.stderr):
+                self._stream.write(lines + newline)
+                self._stream.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.write(self._rest)
+        self._rest = ""
+        self._stream.flush()
