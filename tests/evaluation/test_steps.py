@@ -155,6 +155,6 @@ def test_the_command_writes_the_grid_beside_the_comparison(tiny_sd3_path, lora, 
     assert main([*command, "--steps"]) == 0
     assert "steps.png" in capsys.readouterr().out
     with Image.open(tmp_path / "out" / "steps.png") as grid:
-        assert grid.size == (51 + 3 * 262, 6 + 2 * 22 + 2 * (22 + 2 * 268))
+        assert grid.size == (39 + 3 * 134, 6 + 2 * 15 + 2 * (15 + 2 * 140))
     # Nothing else is drawn again
     assert {path: path.stat().st_mtime_ns for path in images} == images

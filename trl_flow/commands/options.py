@@ -56,10 +56,11 @@ class FlowScriptArguments(ScriptArguments):
         reward_funcs (`list[str]`, *optional*):
             Reward functions: `aesthetic`, `clipscore`, `clipscore_dfn5b`, `deqa`, `geneval`, `geneval_nonnegative`,
             `geneval_strict`, `geneval_correct`, `hpsv2`, `hpsv2.1`, `imagereward`, `jpeg_compressibility`,
-            `jpeg_incompressibility`, `ocr`, `pickscore`, `shapes_soft`, `shapes_strict`, `shapes_fidelity`,
+            `jpeg_incompressibility`, `motion`, `ocr`, `pickscore`, `shapes_soft`, `shapes_strict`, `shapes_fidelity`,
             `unigenbench`, `unifiedreward`, `unifiedreward_alignment`, `unifiedreward_coherence`,
-            `unifiedreward_style`, `win_rate`, or any dotted import path, such as `my_rewards.brightness`, looked for
-            in the current folder too; a class is called without arguments.
+            `unifiedreward_style`, `video_judge`, `win_rate`, or any dotted import path, such as
+            `my_rewards.brightness`, looked for in the current folder too; a class is called without arguments.
+            `frames:ocr` is the mean of a reward over a video's frames.
         eval_reward_funcs (`list[str]`, *optional*):
             Functions that only score evaluations (gold scores), named as `reward_funcs` are.
         over_optimization_patience (`int`, *optional*):
