@@ -1,6 +1,7 @@
 """What is drawn: images, videos as lists of frames, and the one way from any mode to RGB: a picture is the same
 to trainer, rewards, servers and grids."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -55,6 +56,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("LA") if image.mode == "La" else image
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
+
+
+def check_samples(samples: Sequence[Sample]) -> bool:
+    """Whether the samples are videos. `TypeError` unless all are images, or all lists of at least one frame."""
+    are_videos = any(isinstance(sample, list) for sample in samples)
+    for i, sample in enumerate(samples):
+        frames, is_video = frames_of(sample), isinstance(sample, list)
+        if is_video != are_videos or not frames or not all(isinstance(frame, Image.Image) for frame in frames):
+            kinds = " and ".join(dict.fromkeys(type(frame).__name__ for frame in frames)) or "nothing"
+            raise TypeError(
+                f"Sample {i} is {'a list of ' if is_video else ''}{kinds}, but all must be PIL images, or all videos: "
+                "lists of at least one. Give list(frames) for a tuple, and Image.fromarray(frame) for each array."
+            )
+    return are_videos
 
 
 def frames_of(sample: Sample) -> list[Image.Image]:

@@ -55,6 +55,8 @@ SIZE = {"height": 16, "width": 16, "max_sequence_length": 8}
         ),
         (tiny_wan_pipeline, {"num_frames": 8}, r"num_frames is 8, .* multiple of 4. Set num_frames=5 or 9"),
         (tiny_wan_pipeline, {"num_frames": 2}, r"Set num_frames=1 or 5"),
+        (tiny_wan_pipeline, {"num_frames": 0}, r"num_frames is 0, .* Set num_frames=1 or 5"),
+        (tiny_wan_pipeline, {"num_frames": -3}, r"num_frames is -3, .* Set num_frames=1 or 5"),
     ],
 )
 def test_what_the_pipeline_would_round_is_refused(make, size, message):

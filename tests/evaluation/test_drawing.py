@@ -185,12 +185,12 @@ def test_images_are_edited_each_with_its_prompt():
     assert_same_images(drawn(pipeline, PROMPTS[:2], images=gray), drawn(pipeline, PROMPTS[:2], images=colored))
     with pytest.raises(ValueError, match="2 images for 3 prompts"):
         draw(pipeline, PROMPTS, seed=0, images=inputs, **SD3)
-    with pytest.raises(ValueError, match="edits images"):
+    with pytest.raises(ValueError, match="draws from an image"):
         draw(pipeline, PROMPTS, seed=0, **SD3)
 
 
 def test_what_does_not_fit_is_refused(tiny_sd3):
-    with pytest.raises(ValueError, match="edits no images"):
+    with pytest.raises(ValueError, match="draws from no image"):
         draw(tiny_sd3, PROMPTS, seed=0, images=noise_images(3, 16), **SD3)
     with pytest.raises(ValueError, match="the backbone's own"):
         draw(get_backbone(tiny_sd3, **SD3), PROMPTS, seed=0, height=16)

@@ -121,6 +121,29 @@ def test_images_that_do_not_fit_the_rows_are_refused():
         score_images(gray(1, 2, 3), Dataset.from_dict({"prompt": ["a", "b"]}), brightness)
 
 
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (tuple(gray(1, 2)), "Sample 0 is tuple, .* list\\(frames\\) for a tuple"),
+        (np.zeros((2, 4, 4, 3)), "Sample 0 is ndarray, .* Image.fromarray"),
+        ([np.zeros((4, 4, 3))], "Sample 0 is a list of ndarray"),
+        ([], "Sample 0 is a list of nothing"),
+        (["video.mp4"], "Sample 0 is a list of str"),
+    ],
+    ids=["tuple", "array", "arrays", "empty", "path"],
+)
+def test_what_is_neither_an_image_nor_a_video_is_refused(sample, message):
+    with pytest.raises(TypeError, match=message):
+        score_images([sample], Dataset.from_dict({"prompt": ["a"]}), brightness)
+
+
+def test_images_and_videos_are_not_scored_together():
+    with pytest.raises(TypeError, match="Sample 1 is Image, but all must be PIL images, or all videos"):
+        score_images([gray(1, 2), *gray(3)], Dataset.from_dict({"prompt": ["a"]}), brightness)
+    with pytest.raises(ValueError, match="'motion' needs videos"):
+        score_images(gray(3), Dataset.from_dict({"prompt": ["a"]}), "motion")
+
+
 def test_a_function_that_fails_is_named():
     def broken(**kwargs):
         return [math.inf]

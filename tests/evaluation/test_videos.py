@@ -95,6 +95,7 @@ def test_scores_are_of_the_frames_and_of_the_run_s_own_frame(compared):
     assert compared.results["sets"]["prompts"]["gold"]["base"]["average"] == 1.0
     known = json.loads((compared.folder / "scores.json").read_text())["rewards"]
     assert known["brightness"].endswith(" of the last frame")
+    assert "Rewards of images got the last frame of each video." in compared.markdown
     assert "every" in known["brightness_frames"] and "test_videos.brightness" in known["brightness_frames"]
 
 

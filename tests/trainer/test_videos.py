@@ -132,6 +132,16 @@ def test_a_column_of_this_name_is_refused(tmp_path):
         (tiny_wan_experts_pipeline, {"guidance_scale_2": -1.0}, "guidance_scale_2 is -1.0, but must be 0 or more"),
         (
             tiny_wan_experts_pipeline,
+            {"guidance_scale_2": 3.0, "guidance_scale": 1.0},
+            "guidance_scale_2 is 3, but has no effect: .* Raise guidance_scale above 1, or leave guidance_scale_2 out",
+        ),
+        (
+            tiny_wan_experts_pipeline,
+            {"num_inference_steps": 3, "component": "transformer_2"},
+            "no step but the last .* that the transformer_2 takes .* Use more steps, or set train_last_step=True",
+        ),
+        (
+            tiny_wan_experts_pipeline,
             {"sde_window_size": 2, "component": "transformer_2"},
             "the transformer_2 takes 1 steps that can be trained",
         ),

@@ -95,7 +95,10 @@ class ClippedPolicyGradient(Algorithm):
         steps = [step for step in self.dynamics.stochastic_steps if step != last or args.train_last_step]
         if not steps:
             whose = f"schedule that the {component} takes" if self.dynamics.schedule.frozen else "schedule"
-            nothing = f"no step of this model's {whose} adds noise: there is nothing to train. Use at least 2 steps."
+            which, remedy = "step", "Use more steps"
+            if last in self.dynamics.stochastic_steps:
+                which, remedy = "step but the last", f"{remedy}, or set train_last_step=True"
+            nothing = f"no {which} of this model's {whose} adds noise: there is nothing to train. {remedy}."
             raise ValueError(f"num_inference_steps is {args.num_inference_steps}, and {nothing}")
         first, end = args.sde_window_range or (0, 0)
         if args.sde_window_size is not None and min(end, len(steps)) - first < args.sde_window_size:

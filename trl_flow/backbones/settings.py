@@ -80,6 +80,12 @@ def check_settings(backbone: Backbone, given: Mapping[str, Any], scales: Sequenc
                 f"{name} is {scale:g}, but has no effect: this {kind} is distilled and not guided. Leave {name} out, "
                 "or set it to 1."
             )
+    second = given.get("guidance_scale_2")
+    if second is not None and second > 1 and not any(map(backbone.uses_guidance, scales)):
+        raise ValueError(
+            f"guidance_scale_2 is {second:g}, but has no effect: {kind} guides with both scales or with none, by "
+            "guidance_scale. Raise guidance_scale above 1, or leave guidance_scale_2 out."
+        )
     length = given.get("max_sequence_length")
     if length is not None and backbone.fixed_sequence_length not in (None, length):
         raise ValueError(

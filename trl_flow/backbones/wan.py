@@ -70,8 +70,8 @@ class WanBackbone(Backbone):
         super().__init__(pipeline, **settings)
         self.num_frames = self.call_default("num_frames") if num_frames is None else num_frames
         factor = pipeline.vae_scale_factor_temporal
-        if (rest := (self.num_frames - 1) % factor) != 0:
-            near = self.num_frames - rest
+        if (rest := (self.num_frames - 1) % factor) != 0 or self.num_frames < 1:
+            near = max(1, self.num_frames - rest)
             raise ValueError(
                 f"num_frames is {self.num_frames}, but this model draws one frame and a multiple of {factor}. Set "
                 f"num_frames={near} or {near + factor}."

@@ -114,14 +114,14 @@ def draw(
     backbone = pipeline if isinstance(pipeline, Backbone) else get_backbone(pipeline, **own)
     check_weights(backbone.pipeline)
     if backbone.takes_image and images is None:
-        raise ValueError(f"{type(backbone.pipeline).__name__} edits images. Give one image for each prompt.")
+        raise ValueError(f"{type(backbone.pipeline).__name__} draws from an image. Give one for each prompt.")
     if images is not None and not backbone.takes_image:
-        raise ValueError(f"{type(backbone.pipeline).__name__} edits no images here. Leave `images` out.")
+        raise ValueError(f"{type(backbone.pipeline).__name__} draws from no image here. Leave `images` out.")
     if images is not None and len(images) != len(prompts):
         raise ValueError(f"There are {len(images)} images for {len(prompts)} prompts. Give one image for each prompt.")
     given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     sampling = with_own_settings(backbone, given)
-    given |= {"negative_prompt": negative_prompt, **sizes}
+    given |= {"negative_prompt": negative_prompt, "guidance_scale_2": guidance_scale_2, **sizes}
     check_settings(backbone, given, [sampling["guidance_scale"]])
     warn_of_long_prompts(backbone, [*prompts, negative_prompt or ""], "those to draw")
     number, options = num_images_per_prompt, {"batch_size": batch_size, "first_index": first_index}

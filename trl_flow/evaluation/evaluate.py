@@ -362,13 +362,14 @@ class _Run:
             }
             sets[name] = compare_scores(found, **own, num_images_per_prompt=number)
             sets[name]["categories"] = category_tables(self.sets[name], found, points[name], number)
+        of_videos = [] if self.frame is None else [f"Rewards of images got the {self.frame} frame of each video."]
         results = {
             "model": self.models[BASE]["path"],
             "models": self.models,
             **kinds,
             "brackets": brackets,
             "settings": asdict(self.options),
-            "notes": self.notes,
+            "notes": [*self.notes, *of_videos],
             "sets": sets,
             "votes": None,
             "versions": versions(),

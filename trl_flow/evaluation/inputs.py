@@ -101,11 +101,11 @@ def prompt_sets(prompts: Dataset | Mapping[str, Dataset]) -> dict[str, Dataset]:
 
 
 def check_images_to_edit(sets: Mapping[str, Dataset], backbone: Backbone) -> None:
-    """Raises `ValueError` if the pipeline edits images, and a set has none or one that does not fit."""
+    """Raises `ValueError` if the pipeline draws from an image, and a set has none or one that does not fit."""
     for name, dataset in sets.items() if backbone.takes_image else ():
         if "image" not in dataset.column_names:
             kind = type(backbone.pipeline).__name__
-            raise ValueError(f"{kind} edits images, but the prompt set {name!r} has no column image.")
+            raise ValueError(f"{kind} draws from an image, but the prompt set {name!r} has no column image.")
         for row, image in enumerate(dataset["image"]):
             try:
                 image = to_rgb(image)  # turned as it will be

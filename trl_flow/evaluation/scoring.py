@@ -8,7 +8,7 @@ import numpy as np
 from datasets import Dataset
 
 from trl_flow.evaluation.intervals import finite_values, paired_prompt_means, standard_error
-from trl_flow.images import Frame, Sample
+from trl_flow.images import Frame, Sample, check_samples
 from trl_flow.rewards.named import as_rewards
 from trl_flow.rewards.scorer import RewardScorer
 
@@ -33,7 +33,9 @@ def score_images(
         `dict[str, np.ndarray]`: for each function float64 of shape `(N,)`, NaN where it does not apply.
 
     Raises:
-        ValueError: if the number of images is no multiple of the number of rows.
+        ValueError: if the number of images is no multiple of the number of rows, or a function needs a column that is
+            missing, or videos and these are images.
+        TypeError: if they are neither images nor videos, or some of each, or a function cannot be called.
         RewardError: if a function fails, naming it.
     """
     if len(dataset) == 0 or len(images) % len(dataset) != 0:
@@ -41,6 +43,7 @@ def score_images(
     number = len(images) // len(dataset)
     columns = {name: [value for value in dataset[name] for _ in range(number)] for name in dataset.column_names}
     scorer = RewardScorer(as_rewards(reward_funcs), timeout=timeout, frame=frame)
+    scorer.check(dataset.column_names, videos=check_samples(images))
     scored = scorer.score(columns.pop("prompt"), list(images), columns)
     if extras is not None:
         for name, values in scored.logs.columns.items():

@@ -117,7 +117,7 @@ def check_backbone(backbone: Any, args: FlowRLConfig, peft_config: PeftConfig | 
 def check_sampling(backbone: Backbone, args: FlowRLConfig) -> None:
     """Raises `ValueError` for a sampling setting other than its default that changes no image of this pipeline."""
     fields = type(args).__dataclass_fields__
-    names = ("guidance_scale", "eval_guidance_scale", "negative_prompt", "max_sequence_length")
+    names = ("guidance_scale", "guidance_scale_2", "eval_guidance_scale", "negative_prompt", "max_sequence_length")
     given = {name: getattr(args, name) for name in names if getattr(args, name) != fields[name].default}
     scales = [args.guidance_scale, args.eval_guidance_scale]
     check_settings(backbone, given, [scale for scale in scales if scale is not None])
@@ -155,10 +155,10 @@ def _check_lora_loader(backbone: Backbone) -> None:
 
 
 def check_images(dataset: Dataset, name: str, backbone: Backbone) -> None:
-    """Raises `ValueError` unless each row of `dataset` has an image that fits, where `backbone` edits images."""
+    """Raises `ValueError` unless each row of `dataset` has an image that fits, where `backbone` draws from one."""
     if not backbone.takes_image:
         return
-    editor = f"{type(backbone).__name__} edits images"
+    editor = f"{type(backbone).__name__} draws from an image"
     if has_transform(dataset):
         image = first_row(dataset).get("image")
         if not isinstance(image, Image.Image):
