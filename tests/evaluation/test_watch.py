@@ -162,3 +162,10 @@ def test_a_chart_has_its_points_where_they_belong():
 def test_a_long_run_is_drawn_by_means():
     chart = line_chart("long", [Series("x", range(10_000), [float(i % 2) for i in range(10_000)])])
     assert len(chart) < 12_000
+
+
+def test_a_file_that_cannot_be_written_is_named(run, tmp_path, capsys):
+    for output in (tmp_path / "missing" / "page.html", tmp_path):
+        assert main(["watch", str(run), "--output", str(output)]) == 2
+        message = capsys.readouterr().err
+        assert f"--output {output} cannot be written" in message and ".tmp" not in message

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -29,6 +30,10 @@ def small_inputs(monkeypatch):
         yield
 
 
+def as_bytes(video: np.ndarray) -> np.ndarray:
+    return (video * 255).round().astype(np.uint8)
+
+
 def by_the_command(family: Family, run: Path, folder: Path, dataset) -> list[Image.Image]:
     """What `trl-flow evaluate` draws with the run's adapter when it is told the seed and nothing else."""
     file, out = folder / "prompts.parquet", folder / "comparison"
@@ -51,13 +56,15 @@ def by_the_card(family: Family, backbone: Backbone, run: Path, folder: Path, edi
         noise = draw_noise(backbone.latent_shape(), generators, torch.device("cpu"))
         scope = {"latents": family.latents(backbone, noise)}
         exec(code.replace(f'prompt="{PROMPTS[0]}"', f'prompt="{prompt}", latents=latents'), scope)
-        images.append(scope["image"])
+        video = scope.get("video")
+        images.append(scope["image"] if video is None else frame_of([Image.fromarray(f) for f in as_bytes(video)]))
     return images
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_trainer_command_and_card_draw_the_same_images(name, tmp_path, monkeypatch):
     family, shown = FAMILIES[name], []
+    monkeypatch.chdir(tmp_path)  # where the card's code writes a video
     pipeline_class = type(family.make_pipeline())
     for cls in (DiffusionPipeline, pipeline_class):
         monkeypatch.setattr(cls, "from_pretrained", lambda path, **kwargs: family.make_pipeline())

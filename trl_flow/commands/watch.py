@@ -54,8 +54,12 @@ def _write(folder: Path, output: Path) -> None:
 
     page, standing = watch_page(folder)
     while True:
-        with whole_file(output) as file:
-            file.write(page.encode())
+        try:
+            with whole_file(output) as file:
+                file.write(page.encode())
+        except OSError as error:
+            remedy = "Name a file in a folder that exists and can be written."
+            raise ValueError(f"--output {output} cannot be written: {error.strerror or error}. {remedy}") from error
         if standing.state != "running":
             print(f"{output} shows {folder}: {standing.text}.")
             return

@@ -234,7 +234,7 @@ def _with_alphas(tensors: dict[str, torch.Tensor], component: str) -> dict[str, 
             if alpha != rank:
                 tensors[name] = tensors[name].float() * (alpha.item() / rank)
             del tensors[f"{layer}.alpha"]
-            if layer.startswith("lora_transformer_"):  # a form whose converter asks for one
+            if layer.startswith(("lora_transformer_", "lora_unet_blocks_")):  # forms whose converters ask for one
                 tensors[f"{layer}.alpha"] = torch.tensor(float(rank))
     return tensors
 
@@ -245,7 +245,10 @@ def _converted(pipeline: DiffusionPipeline, readable: Path, file: Path) -> dict[
     options = {"unet_config": pipeline.unet.config} if isinstance(pipeline, StableDiffusionXLLoraLoaderMixin) else {}
     leaves = {name: t.requires_grad_(t.is_floating_point()) for name, t in load_file(readable).items()}
     with torch.enable_grad():
-        state = pipeline.lora_state_dict({name: tensor.clone() for name, tensor in leaves.items()}, **options)
+        try:
+            state = pipeline.lora_state_dict({name: tensor.clone() for name, tensor in leaves.items()}, **options)
+        except KeyError as error:  # Wan's, of which diffusers reads adapters of all layers alone
+            raise ValueError(f"diffusers' converter of this form needs {error}, which {file.name} lacks.") from error
         state = state[0] if isinstance(state, tuple) else state
         results = [tensor for tensor in state.values() if tensor.requires_grad]
         asked = [name for name, leaf in leaves.items() if leaf.requires_grad]
