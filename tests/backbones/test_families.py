@@ -114,6 +114,7 @@ def test_every_part_of_the_configs_trains(name, tmp_path):
 )
 def test_learning_on_noised_images(name, cls, sampling, tmp_path):
     fields = {"timestep_sampling": sampling, "timesteps_per_sample": 2, "guidance_scale": FAMILIES[name].unguided}
+    fields["guidance_scale_2"] = None
     trainer = family_trainer(FAMILIES[name], tmp_path, cls=cls, gradient_checkpointing=True, **fields)
     before = trained_weights(trainer)
     trainer.train()
