@@ -62,12 +62,31 @@ def summary(values: list[float], digits: int = 0) -> str:
 
 
 def read(path: Path, reward: str) -> dict[str, dict[float, list[Rows]]]:
-    """Evaluations of each run, by arm and learning rate."""
+    """Evaluations of each run, by arm and learning rate, in the order of the seeds."""
     runs: dict[str, dict[float, list[Rows]]] = defaultdict(lambda: defaultdict(list))
-    for result in map(json.loads, path.read_text().splitlines()):
+    for result in sorted(map(json.loads, path.read_text().splitlines()), key=lambda result: result["seed"]):
         if result["reward"] == reward:
             runs[result["arm"]][result["rate"]].append(result["evaluations"])
     return runs
+
+
+def differences(rows: list[Rows], others: list[Rows], level: float) -> list[float]:
+    """How much more gold the first have at `level` of the proxy, seed by seed; none is left out before the last."""
+    return [at_proxy(own, level) - at_proxy(other, level) for own, other in zip(rows, others, strict=False)]
+
+
+def print_runs(path: Path) -> None:
+    """A row for each run on the score."""
+    heads = ["score before", "best mean of two evaluations", "strict at the best evaluation", "seconds"]
+    print(f"\n| all runs: learning rate, seed | {' | '.join(heads)} |\n|{' --- |' * 5}")
+    results = [result for result in map(json.loads, path.read_text().splitlines()) if result["reward"] == "score"]
+    for result in sorted(results, key=lambda result: (result["arm"], result["rate"], result["seed"])):
+        rows, strict = result["evaluations"], "gold/shapes_strict"
+        best = max(rows, key=lambda row: row["reward"])
+        mean = max(score for _, score in smoothed(rows)[1:])
+        cells = [f"{rows[0]['reward']:.3f}", f"{mean:.3f}", f"{best[strict]:.2f} (from {rows[0][strict]:.2f})"]
+        name = f"{result['arm']}: {result['rate']:g}, {result['seed']}"
+        print(f"| {' | '.join([name, *cells, format(rows[-1]['seconds'], '.0f')])} |")
 
 
 def best_rate(rates: dict[float, list[Rows]], target: float) -> float:
@@ -105,6 +124,13 @@ def main() -> None:
             runs = max(rates.values(), key=len)
             cells = [summary([at_proxy(rows, level) for rows in runs], 2) for level in given.levels]
             print(f"| {arm} | {' | '.join(cells)} |")
+        print("\nGRPO-Guard's gold above that of the others, paired by seed:")
+        guard = max(learned["GRPO-Guard"].values(), key=len)
+        for arm, rates in learned.items():
+            if arm != "GRPO-Guard":
+                runs = max(rates.values(), key=len)
+                print(arm, *(summary(differences(guard, runs, level), 3) for level in given.levels), sep=", ")
+    print_runs(given.results)
     if given.figure:
         draw({arm: scores[arm][rate] for arm, rate in best.items()}, cost, given.target, given.figure)
 

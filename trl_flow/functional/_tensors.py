@@ -70,6 +70,12 @@ def in_groups(name: str, values: Tensor, num_generations: int) -> Tensor:
     return promote(values)[0].unflatten(0, (-1, num_generations))
 
 
+def with_group_means(grouped: Tensor) -> Tensor:
+    """The group's mean in place of each NaN, `(P, G, ...)`; 0 where a whole group is NaN."""
+    mean = grouped.nanmean(dim=1, keepdim=True).nan_to_num(nan=0.0)
+    return torch.where(grouped.isnan(), mean, grouped)
+
+
 def deviations(grouped: Tensor) -> Tensor:
     """Subtracts each group's mean over what is not NaN, `(P, G, ...)`; exactly 0 where a group's values are equal."""
     # Relative to one of them first: the mean of equal numbers may differ from them in the last digit, and division by

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from trl_flow.functional._checks import check_finite, check_shapes
-from trl_flow.functional._tensors import STD_EPSILON, deviations, in_groups, promote, spread
+from trl_flow.functional._tensors import STD_EPSILON, deviations, in_groups, promote, spread, with_group_means
 
 
 def combine_rewards(rewards_per_func: Tensor, weights: Tensor) -> Tensor:
@@ -106,9 +106,7 @@ def fill_missing(rewards: Tensor, num_generations: int) -> Tensor:
             [2., 3.]])
     ```
     """
-    grouped = in_groups("rewards", rewards, num_generations)
-    mean = grouped.nanmean(dim=1, keepdim=True).nan_to_num(nan=0.0)
-    filled = torch.where(grouped.isnan(), mean, grouped).flatten(0, 1)
+    filled = with_group_means(in_groups("rewards", rewards, num_generations)).flatten(0, 1)
     return filled.masked_fill(rewards.isnan().flatten(1).all(dim=1).view(-1, *[1] * (rewards.ndim - 1)), torch.nan)
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from trl_flow.functional._checks import check_finite, check_shapes
-from trl_flow.functional._tensors import in_groups
+from trl_flow.functional._tensors import in_groups, with_group_means
 
 
 def max_variance_subset(rewards: Tensor, num_generations: int, num_kept: int) -> Tensor:
@@ -38,9 +38,8 @@ def max_variance_subset(rewards: Tensor, num_generations: int, num_kept: int) ->
     check_finite("rewards", rewards, allow_nan=True)
     if not 1 <= num_kept <= num_generations:
         raise ValueError(f"num_kept is {num_kept}, but must be from 1 to num_generations, {num_generations}.")
-    grouped = in_groups("rewards", rewards.double(), num_generations)
-    mean = grouped.nanmean(dim=1, keepdim=True).nan_to_num(nan=0.0)
-    values, order = torch.where(grouped.isnan(), mean, grouped).sort(dim=1, stable=True)
+    filled = with_group_means(in_groups("rewards", rewards.double(), num_generations))
+    values, order = filled.sort(dim=1, stable=True)
     best = torch.full((len(values),), -1.0, dtype=values.dtype, device=values.device)
     kept = order[:, :num_kept]
     for lowest in sorted(range(num_kept + 1), key=lambda k: abs(2 * k - num_kept)):
