@@ -143,7 +143,7 @@ def draw(runs: dict[str, list[Rows]], cost: dict[str, float], target: float, pat
     import matplotlib.pyplot as plt
     import numpy as np
 
-    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=150)
+    figure, axes = plt.subplots(figsize=(9.5, 4.5), dpi=130)
     colors = ["#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7"]
     for (arm, seeds), color in zip(runs.items(), colors, strict=False):
         curves = [np.array([(updates * cost[arm], score) for updates, score in smoothed(rows)]).T for rows in seeds]
@@ -153,7 +153,7 @@ def draw(runs: dict[str, list[Rows]], cost: dict[str, float], target: float, pat
         axes.plot(grid, np.mean([np.interp(grid, *curve) for curve in curves], axis=0), color=color, lw=2.2, label=arm)
     axes.axhline(target, color="0.4", linewidth=1, linestyle="--")
     axes.set(xlabel="processor time of training, seconds", ylabel="held-out score: soft + 0.5 fidelity")
-    axes.legend(frameon=False, loc="upper right")
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
