@@ -319,8 +319,8 @@ def test_the_bundled_models_size_is_its_default_and_can_be_changed():
         _, config, *_ = training_parser(argv, {}).parse_args_and_config(argv)
         return config.height, config.width
 
-    assert size("bundled") == size("shapes") == (32, 32)
-    assert size("bundled", "--height", "16") == (16, 32)
+    assert size("bundled") == size("shapes") == (64, 64)
+    assert size("bundled", "--height", "16") == (16, 64)
     assert size("stabilityai/stable-diffusion-3.5-medium") == (512, 512)
 
 

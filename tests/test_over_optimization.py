@@ -160,14 +160,14 @@ def test_the_colors_proxy_sees_colors_only():
     def score(image, objects):
         return proxies.ColorsOnlyReward()(["unused"], [image], objects=[objects])[0]
 
-    circle = score(picture(("red", "circle", 16, 16, 10)), RED_CIRCLE)
-    assert score(picture(("red", "square", 8, 20, 10)), RED_CIRCLE) == pytest.approx(circle, rel=0.05)
-    assert score(picture(("red", "circle", 16, 16, 10)), RED_CIRCLES) == circle
+    circle = score(picture(("red", "circle", 32, 32, 20)), RED_CIRCLE)
+    assert score(picture(("red", "square", 16, 40, 20)), RED_CIRCLE) == pytest.approx(circle, rel=0.05)
+    assert score(picture(("red", "circle", 32, 32, 20)), RED_CIRCLES) == circle
     # Right colors raise it, wrong ones do not
-    assert score(picture(("green", "circle", 16, 16, 10)), RED_CIRCLE) == 0
-    assert score(picture(("red", "circle", 8, 8, 10), ("green", "circle", 24, 24, 10)), RED_CIRCLE) < 0.6 * circle
+    assert score(picture(("green", "circle", 32, 32, 20)), RED_CIRCLE) == 0
+    assert score(picture(("red", "circle", 16, 16, 20), ("green", "circle", 48, 48, 20)), RED_CIRCLE) < 0.6 * circle
     # And the best image of all is no image: plain paint
-    assert score(Image.new("RGB", (32, 32), "red"), RED_CIRCLE) == pytest.approx(1.0)
+    assert score(Image.new("RGB", (64, 64), "red"), RED_CIRCLE) == pytest.approx(1.0)
     assert circle < 0.6
 
 
@@ -175,7 +175,7 @@ def test_the_small_spread_proxy_is_a_function_of_picture_and_prompt():
     proxy = proxies.SmallSpreadReward()
     prompts = [f"a {color} circle" for color in COLORS]
     assert {proxy.spread(prompt) for prompt in prompts} == {1.0, proxy.small}
-    image = picture(("red", "circle", 16, 16, 10))
+    image = picture(("red", "circle", 32, 32, 20))
 
     def score(prompt):
         return proxy([prompt], [image], objects=[RED_CIRCLE])[0]
@@ -189,8 +189,8 @@ def test_the_small_spread_proxy_is_a_function_of_picture_and_prompt():
 
 def test_jpeg_compressibility_likes_nothing_best():
     proxy = proxies.jpeg_reward()
-    images = [Image.new("RGB", (32, 32)), picture(("red", "circle", 16, 16, 10))]
-    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    images = [Image.new("RGB", (64, 64)), picture(("red", "circle", 32, 32, 20))]
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     empty, circle, noisy = proxy(["a red circle"] * 3, [*images, Image.fromarray(noise)])
     assert empty > circle > noisy > 0
 

@@ -39,7 +39,7 @@ from proxies import LearnedReward  # noqa: E402
 PROMPTS, GENERATIONS = 12, 12  # in each sampling phase
 SEEDS = range(5)
 COMMON = {
-    "height": 32, "width": 32, "max_sequence_length": 1, "num_generations": GENERATIONS,
+    "height": 64, "width": 64, "max_sequence_length": 1, "num_generations": GENERATIONS,
     "per_device_eval_batch_size": 216, "eval_num_inference_steps": 6, "num_generations_eval": 2, "bf16": False,
     "gradient_checkpointing": False, "use_cpu": True, "save_strategy": "no", "report_to": "none",
     "log_images": False, "disable_tqdm": True, "logging_steps": 1, "eval_strategy": "steps",

@@ -183,8 +183,8 @@ def run(method: str, guidance: float, seed: int, updates: int) -> list[dict[str,
     with tempfile.TemporaryDirectory() as folder:
         args = cls(
             output_dir=folder,
-            height=32,
-            width=32,
+            height=64,
+            width=64,
             max_sequence_length=1,
             num_inference_steps=6,
             guidance_scale=guidance,

@@ -77,14 +77,14 @@ class Scorer(torch.nn.Module):
         self.judge = torch.nn.Sequential(torch.nn.Linear(2 * kinds, 64), torch.nn.SiLU(), torch.nn.Linear(64, 1))
 
     def forward(self, pictures: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        """`(B, 3, 32, 32)` in [0, 1] and counts `(B, 18)` to scores `(B,)` in [0, 1]."""
+        """`(B, 3, 64, 64)` in [0, 1] and counts `(B, 18)` to scores `(B,)` in [0, 1]."""
         # The sum over places is what makes it blind to positions and relations
         seen = self.look(2 * pictures - 1).sum(dim=(2, 3)) / 8
         return self.judge(torch.cat([(seen - wanted).abs(), seen * wanted], dim=1)).squeeze(1).sigmoid()
 
 
 def picture_tensor(image: Image.Image) -> torch.Tensor:
-    """`(3, 32, 32)`, float32 in [0, 1]."""
+    """`(3, 64, 64)`, float32 in [0, 1]."""
     image = to_rgb(image).resize((IMAGE_SIZE, IMAGE_SIZE))
     return torch.from_numpy(np.asarray(image, dtype=np.float32).transpose(2, 0, 1).copy()) / 255
 
@@ -112,9 +112,9 @@ def training_picture(objects: list[dict], rng: np.random.Generator) -> Image.Ima
         shapes.pop()
     if rng.random() < 0.25:
         shapes.append((str(rng.choice(list(COLORS))), str(rng.choice(SHAPES))))
-    placed = [PlacedShape(color, shape, *rng.uniform(6, 26, size=2), rng.uniform(7, 12)) for color, shape in shapes]
+    placed = [PlacedShape(color, shape, *rng.uniform(12, 52, size=2), rng.uniform(14, 24)) for color, shape in shapes]
     image = render(placed, ground=float(rng.choice([0.05, 0.95])))
-    image = image.filter(ImageFilter.GaussianBlur(float(rng.choice([0.0, 0.5, 1.0, 2.0]))))
+    image = image.filter(ImageFilter.GaussianBlur(float(rng.choice([0.0, 1.0, 2.0, 4.0]))))
     noise = rng.choice([0.0, 8.0, 24.0]) * rng.standard_normal((IMAGE_SIZE, IMAGE_SIZE, 3))
     return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
 
@@ -221,5 +221,5 @@ class SmallSpreadReward:
 
 
 def jpeg_reward() -> JPEGCompressibilityReward:
-    """JPEG compressibility, blind to the prompt: an empty image is the best one. Positive for 32 x 32 pixels."""
+    """JPEG compressibility, blind to the prompt: an empty image is the best one. Positive for 64 x 64 pixels."""
     return JPEGCompressibilityReward(offset=2.0)

@@ -70,7 +70,7 @@ class Backbone(ABC):
     ```pycon
     >>> from trl_flow.backbones import BACKBONES, Backbone, get_backbone
     >>> from trl_flow.shapes import load_pipeline
-    >>> backbone: Backbone = get_backbone(load_pipeline(), height=32, width=32)
+    >>> backbone: Backbone = get_backbone(load_pipeline(), height=64, width=64)
     >>> backbone.latent_shape(), backbone.component
     ((4, 16, 16), 'transformer')
     >>> type(backbone) is BACKBONES["StableDiffusion3Pipeline"]

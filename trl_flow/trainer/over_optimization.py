@@ -49,7 +49,7 @@ class OverOptimizationCallback(TrainerCallback):
     from trl_flow.shapes import load_prompts, pipeline_path
 
     args = GuardConfig(
-        "outputs/watched", height=32, width=32, max_sequence_length=1, guidance_scale=1.0, num_inference_steps=4,
+        "outputs/watched", height=64, width=64, max_sequence_length=1, guidance_scale=1.0, num_inference_steps=4,
         num_generations=4, per_device_train_batch_size=8, max_steps=2, eval_strategy="steps", eval_steps=1,
         use_cpu=True,
     )
