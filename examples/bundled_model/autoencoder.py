@@ -24,14 +24,15 @@ def difference(decoded: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     return (decoded - images).abs().mean() + 2 * (decoded - images).square().mean()
 
 
-def disturbed(latents: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+def disturbed(latents: torch.Tensor, random: torch.Generator, strength: float = 1.0) -> torch.Tensor:
     """
-    Latents as a sampler leaves them: half of them as they are, half with up to 0.4 standard deviations of noise and,
-    as much guidance does, up to 1.4 times too large. The decoder learns to draw clean shapes all the same.
+    Latents as a sampler leaves them, at a strength of 1: half of them as they are, half with up to 0.4 standard
+    deviations of noise and, as much guidance does, up to 1.4 times too large. The decoder learns to draw clean shapes
+    all the same.
     """
     shape = (len(latents), 1, 1, 1)
     mean, deviation = latents.detach().mean(), latents.detach().std()
-    some = (torch.rand(shape, generator=random) < 0.5).float()
+    some = strength * (torch.rand(shape, generator=random) < 0.5).float()
     scale = 1 + some * (0.5 * torch.rand(shape, generator=random) - 0.1).clamp(min=0)
     level = some * 0.4 * torch.rand(shape, generator=random)
     noise = torch.randn(latents.shape, generator=random)
@@ -47,7 +48,9 @@ def train_autoencoder(vae: AutoencoderKL, images: torch.Tensor, folder: Path, st
         batch = batch_of(images, random)
         posterior = vae.encode(batch).latent_dist
         latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=random)
-        decoded = vae.decode(disturbed(latents, random)).sample
+        # From the start, disturbances would hide what the encoder has to say
+        strength = min(1.0, max(0.0, (step / steps - 0.2) / 0.3))
+        decoded = vae.decode(disturbed(latents, random, strength)).sample
         return difference(decoded, batch) + 1e-6 * posterior.kl().mean()
 
     def after(step: int) -> None:

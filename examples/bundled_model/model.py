@@ -25,7 +25,7 @@ from trl_flow.shapes.prompts import all_targets, make_caption
 from trl_flow.shapes.world import IMAGE_SIZE
 
 
-LATENT_SIZE, CHANNELS = IMAGE_SIZE // 8, 16
+LATENT_SIZE, CHANNELS = IMAGE_SIZE // 4, 4
 CLIP_TOKENS = 10  # a relation's eight words and the two marks
 _WIDTH = 64  # of each CLIP text encoder
 _JOINT = 2 * _WIDTH  # of the transformer's text input, and of T5
@@ -93,9 +93,9 @@ def _clip(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
 def new_autoencoder() -> AutoencoderKL:
     """The autoencoder with untrained weights from torch's global random state."""
     vae = AutoencoderKL(
-        block_out_channels=(8, 16, 32, 32),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,
         latent_channels=CHANNELS,
         norm_num_groups=4,
@@ -111,7 +111,7 @@ def new_autoencoder() -> AutoencoderKL:
     return vae
 
 
-def new_pipeline(vae: AutoencoderKL, patch_size: int = 1, layers: int = 3, heads: int = 3) -> StableDiffusion3Pipeline:
+def new_pipeline(vae: AutoencoderKL, patch_size: int = 2, layers: int = 3, heads: int = 3) -> StableDiffusion3Pipeline:
     """The pipeline around an autoencoder, with untrained weights from torch's global random state."""
     tokenizer, tokenizer_3 = _clip_tokenizer(), _t5_tokenizer()
     text_encoder_3 = T5EncoderModel(
@@ -155,8 +155,8 @@ def new_tiny_decoder() -> AutoencoderTiny:
     """A decoder of scaled latents, five times as fast as the autoencoder's own. Its encoder is not trained."""
     return AutoencoderTiny(
         latent_channels=CHANNELS,
-        encoder_block_out_channels=(8,) * 4,
-        num_encoder_blocks=(0,) * 4,
-        decoder_block_out_channels=(8,) * 4,
-        num_decoder_blocks=(3, 2, 1, 0),
+        encoder_block_out_channels=(8,) * 3,
+        num_encoder_blocks=(0,) * 3,
+        decoder_block_out_channels=(8,) * 3,
+        num_decoder_blocks=(3, 1, 0),
     )

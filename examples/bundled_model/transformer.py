@@ -58,7 +58,6 @@ def train_transformer(
     seed: int,
     watch: Callable[[int], None] | None = None,
     watch_every: int = 1000,
-    compiled: bool = True,
 ) -> None:
     """Trains on `latents` and leaves the averaged weights in the pipeline; `watch` is called with them now and then,
     and with the number of steps done."""
@@ -66,8 +65,7 @@ def train_transformer(
     names = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
     modules = {name: getattr(pipeline, name).requires_grad_(True).train() for name in names}
     parameters = [parameter for module in modules.values() for parameter in module.parameters()]
-    ema = EMAModel(parameters, decay=0.999)
-    fast = torch.compile(transformer) if compiled else transformer
+    ema = EMAModel(parameters, decay=0.999, foreach=True)
     token_of: dict[str, torch.Tensor] = {}
 
     def tokens(text: str) -> torch.Tensor:
@@ -89,7 +87,7 @@ def train_transformer(
         clean = latents[chosen].float()
         noise = torch.randn(clean.shape, generator=source)
         t = noise_levels(len(chosen), source)
-        velocity = (transformer if long else fast)(
+        velocity = transformer(
             hidden_states=clean.lerp(noise, t.view(-1, 1, 1, 1)),
             timestep=t * 1000,
             encoder_hidden_states=states,

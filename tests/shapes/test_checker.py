@@ -17,7 +17,7 @@ BLACK, WHITE = (13, 13, 13), (240, 240, 240)
 
 
 def drawing(*shapes: tuple, ground: tuple[int, int, int] = BLACK) -> Image.Image:
-    """Shapes `(name, color, x, y, half width)`, in units of two pixels, drawn at four times the size and scaled down."""
+    """Shapes `(name, color, x, y, half width)`, in units of two pixels, drawn four times as large and scaled down."""
     image = Image.new("RGB", (256, 256), ground)
     draw = ImageDraw.Draw(image)
     for name, color, x, y, half in shapes:
