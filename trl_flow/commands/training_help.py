@@ -36,7 +36,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "Sampling": (
         *("num_generations", "num_generations_trained", "num_inference_steps", "guidance_scale", "guidance_scale_2"),
         *("negative_prompt", "height", "width", "num_frames", "max_sequence_length", "share_initial_noise"),
-        *("generation_batch_size", "steps_per_generation"),
+        *("generation_batch_size", "steps_per_generation", "dynamic_sample", "max_resample_times"),
     ),
     "Optimization": (
         *("learning_rate", "max_steps", "num_train_epochs", "num_iterations", "per_device_train_batch_size"),

@@ -178,6 +178,12 @@ class FlowGRPOConfig(FlowRLConfig):
         if self.has_value_scale and not self.dense_rewards:
             unused = f"value_scale is {self.value_scale}, but dense_rewards is False: there are no values to scale."
             raise ValueError(f"{unused} Set dense_rewards=True, or value_scale=0.")
+        if self.dynamic_sample and self.has_value_scale:
+            flat = "gives groups without spread an advantage, too: they are not in vain"
+            raise ValueError(
+                f"dynamic_sample is True, but value_scale={self.value_scale} {flat}. Set value_scale=0, or "
+                "dynamic_sample=False."
+            )
         if self.timestep_weighting in ("beta_over_dt", "inverse_beta_dt") and self.sde_type != "dance":
             raise ValueError(
                 f"timestep_weighting={self.timestep_weighting!r} needs the beta of Dance-SDE, but sde_type is "

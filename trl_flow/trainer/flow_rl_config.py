@@ -90,6 +90,12 @@ class FlowRLConfig(_BaseConfig):
             The images of each group that are trained on: those whose rewards have the largest variance, which are the
             highest and the lowest (PODS, arXiv:2504.13818). Advantages compare these alone. `None`: all.
             Micro-batches have the same share of `per_device_train_batch_size` images.
+        dynamic_sample (`bool`, *optional*, defaults to `False`):
+            Whether groups whose rewards have no spread, and so no advantages, are replaced by groups of other prompts,
+            which are sampled and scored in their places (DAPO, arXiv:2503.14476). For rewards of few values.
+        max_resample_times (`int`, *optional*):
+            How often groups of one sampling phase are replaced at most; what is left without spread stays. `None`: 3.
+            Needs `dynamic_sample`.
         num_generations_eval (`int`, *optional*, defaults to `1`):
             Images per prompt in evaluation.
         generation_batch_size (`int`, *optional*):
@@ -202,6 +208,8 @@ class FlowRLConfig(_BaseConfig):
     prompt_embeds_dir: str | None = None
     num_generations: int = 8
     num_generations_trained: int | None = None
+    dynamic_sample: bool = False
+    max_resample_times: int | None = None
     num_generations_eval: int = 1
     generation_batch_size: int | None = None
     steps_per_generation: int | None = None
@@ -277,6 +285,7 @@ class FlowRLConfig(_BaseConfig):
             instead = "Set it to False and lower per_device_train_batch_size."
             raise ValueError(f"auto_find_batch_size is set, but smaller batches would break groups apart. {instead}")
         self._resolve_batches()
+        self._resolve_resampling()
 
     def _read_yaml(self) -> None:
         """What TRL's parser makes of YAML files: False of a bare `no`, text of 1e-1 in a list."""
@@ -299,12 +308,24 @@ class FlowRLConfig(_BaseConfig):
                 f"per_device_train_batch_size to a multiple of {multiple}."
             )
         own = size * self.steps_per_generation
-        if trained < number and self.world_size > 1 and own % number != 0:
+        if self.world_size > 1 and own % number != 0 and (trained < number or self.dynamic_sample):
+            what = f"num_generations_trained is {trained} of num_generations={number}"
+            if self.dynamic_sample:
+                what = f"dynamic_sample is True, with num_generations={number}"
             raise ValueError(
-                f"num_generations_trained is {trained} of num_generations={number}, but each of {self.world_size} "
-                f"processes samples {own} images (per_device_train_batch_size x steps_per_generation), which splits "
-                f"groups over processes: they would train on unequal numbers. Make that a multiple of {number}."
+                f"{what}, but each of {self.world_size} processes samples {own} images (per_device_train_batch_size x "
+                "steps_per_generation), which splits groups over processes: they would train on, or sample, unequal "
+                f"numbers. Make that a multiple of {number}."
             )
+
+    def _resolve_resampling(self) -> None:
+        times = self._given("max_resample_times")
+        if times is not None and not self.dynamic_sample:
+            unused = f"max_resample_times is {times}, but dynamic_sample is False: nothing is sampled again"
+            raise ValueError(f"{unused}. Set dynamic_sample=True, or leave max_resample_times out.")
+        self.max_resample_times = derived(3) if times is None and self.dynamic_sample else times
+        ok = self.max_resample_times is None or self.max_resample_times >= 1
+        self._check("max_resample_times", ok, "at least 1, or None for 3")
 
     @property
     def group_size(self) -> int:

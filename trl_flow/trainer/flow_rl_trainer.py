@@ -35,6 +35,7 @@ from trl_flow.trainer import checks, resuming
 from trl_flow.trainer.best_metric import check_best_metric
 from trl_flow.trainer.callbacks import LoopCallback, RunLogCallback
 from trl_flow.trainer.checkpoints import checkpoint_to_resume, step_of
+from trl_flow.trainer.dynamic_sampling import DynamicSampler
 from trl_flow.trainer.evaluator import EvaluationResult, Evaluator, group_diversity
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.groups import of_one_reading, warn_of_prompts_left_out
@@ -197,6 +198,7 @@ class FlowRLTrainer(SavingTrainer):
         dynamics, sampled_by = self.algorithm.dynamics, self.algorithm.sampled_by
         self.sampler = Sampler(self.policy, dynamics, args, self._show_stage, sampled_by)
         self.phase_scorer = PhaseScorer(self.scorer, self.reward_weights, self.sampler, args, self.accelerator)
+        self.dynamic_sampler = DynamicSampler(args, train_dataset, self.algorithm, self.phase_scorer)
         given = self.policy, self.sampler, self.scorer, self.reward_weights, self.gold_scorer, args
         self.evaluator = Evaluator(*given, save=lambda to: self.save_model(os.fspath(to), _internal_call=True))
         stateful = {"policy": self.policy, "algorithm": self.algorithm, "evaluator": self.evaluator}
@@ -305,11 +307,15 @@ class FlowRLTrainer(SavingTrainer):
                 buffer.add(part.first, self.algorithm.keep(part.rollout))
                 phase.add(part)
             scores = phase.finish()
-        rewards, number = scores.rewards_per_func, len(rows)
+        drawn, number, refilled = scores.rewards_per_func, len(rows), {}
+        if self.args.dynamic_sample:
+            scores, refilled = self.dynamic_sampler.refill(phase, scores, buffer, self.run_state.generation)
+        phase.measure(drawn)
+        rewards = scores.rewards_per_func
         chosen, scores = phase.choose(scores)
         advantages, stats = self.algorithm.advantages(scores)
         diversity = group_diversity(self.accelerator, phase.images, self.args.num_generations, len(rewards))
-        self.metrics.append({**phase.metrics, "diversity": diversity, **stats})
+        self.metrics.append({**phase.metrics, "diversity": diversity, **refilled, **stats})
         first = self.args.process_index * number
         self.sample_log.take(rows, phase.images, rewards[first : first + number], phase.logs)
         images, trained = self.sampler.images_to_edit(rows), len(advantages) // self.args.world_size
