@@ -130,7 +130,7 @@ class ScoringPhase:
         """Takes a part, and has the groups scored that are complete: a reward may compare a group's images."""
         self.images += part.images
         if part.rollout.pred_original_samples is not None and self.parent.dense:
-            self._predicted += part.rollout.pred_original_samples.cpu().unbind()
+            self._predicted += part.rollout.pred_original_samples.cpu().unbind()[: len(part.images)]
         # What this process has of a group that is split over processes is complete when its own images are
         end, number = len(self.images), self.parent.args.num_generations
         offset = self.parent.args.process_index * len(self.rows)
