@@ -13,7 +13,7 @@ def backends_of(model) -> set:
     return {getattr(processor, "_attention_backend", "none") for processor in processors}
 
 
-@pytest.mark.parametrize("name", ["flux-dev", "qwen-image", "z-image", "klein", "wan22-high"])
+@pytest.mark.parametrize("name", ["flux-dev", "qwen-image", "z-image", "klein-base", "wan22-high"])
 def test_sampling_and_updates_use_it(name, tmp_path):
     family, active = FAMILIES[name], _AttentionBackendRegistry.get_active_backend()
     plain = family_trainer(family, tmp_path / "plain", max_steps=1)

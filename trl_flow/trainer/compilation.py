@@ -49,11 +49,11 @@ def check_compiler(args: "FlowRLConfig") -> None:
     try:
         torch.compile(line, **_options(args))(torch.ones(8, device=args.device, requires_grad=True)).sum().backward()
     except Exception as error:  # each backend has its own
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         needs = "Inductor needs a C++ compiler (g++) on a CPU, and Triton and a C compiler on a GPU"
         raise ValueError(
             f"torch_compile is on, but torch.compile with the backend {args.torch_compile_backend!r} fails on "
-            f"{args.device}: {cause} {needs}. Install what is missing, or set torch_compile=False."
+            f"{args.device}: {cause}. {needs}. Install what is missing, or set torch_compile=False."
         ) from error
 
 
@@ -108,9 +108,12 @@ def _options(args: "FlowRLConfig") -> dict[str, str | None]:
 class _LimitHandler(python_logging.Handler):
     """Says once what torch's message means for a run."""
 
+    _has_warned = False
+
     def emit(self, record: python_logging.LogRecord) -> None:
-        if "torch._dynamo hit config." in str(record.msg):
-            logger.warning_once(
+        if "torch._dynamo hit config." in str(record.msg) and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
                 "The model has met more variants of its inputs than torch.compile takes (recompile_limit): further "
                 "ones run uncompiled, so that sampling and updates may differ, and the importance ratio may not be 1 "
                 "before the first update. The message of torch says what has changed: shapes, as a rule. Keep them "
