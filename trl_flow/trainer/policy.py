@@ -158,8 +158,8 @@ class Policy:
         told when a compilation begins (`True`) and when it ends."""
         models = [*self.backbone.sampled_models, self._reference, None if self.old is None else self.old.module]
         parts = [part for model in models if model is not None for part in self.backbone.compiled_parts(model)]
-        # Of other batches there are other graphs, and with gradients they need more memory than an update; FSDP expects
-        # a backward pass of every forward with gradients
+        # Of other batches there are other graphs, and with gradients they need more memory than an update. FSDP
+        # expects a backward pass of every forward with gradients
         same_batches = self.args.trained_batch_size == self.args.per_device_train_batch_size
         self._one_graph = same_batches and not self.is_sharded
         try:
