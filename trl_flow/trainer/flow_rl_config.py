@@ -13,6 +13,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from trl_flow.descriptions import described
 from trl_flow.images import Frame
+from trl_flow.trainer.compilation import check_compile_fields
 from trl_flow.trainer.trl_compat import _BaseConfig
 
 
@@ -80,6 +81,9 @@ class FlowRLConfig(_BaseConfig):
         precompute_prompt_embeds (`bool`, *optional*, defaults to `False`):
             Whether to encode all prompts of the training and evaluation sets before training, keep their embeddings on
             disk, and take the text encoders off the device. They return while later prompts are encoded.
+        attention_backend (`str`, *optional*):
+            One of diffusers' attention backends for the trained model, such as `"flash_hub"` or `"native"`, in
+            sampling and updates alike; `None`: the model's own. Not every model has the choice.
         prompt_embeds_dir (`str`, *optional*):
             Folder for these embeddings, which later runs with the same encoders and settings reuse; `None`:
             `trl_flow/prompt_embeds` in `HF_HOME`. Needs `precompute_prompt_embeds`.
@@ -206,6 +210,7 @@ class FlowRLConfig(_BaseConfig):
     enable_vae_tiling: bool = False
     precompute_prompt_embeds: bool = False
     prompt_embeds_dir: str | None = None
+    attention_backend: str | None = None
     num_generations: int = 8
     num_generations_trained: int | None = None
     dynamic_sample: bool = False
@@ -248,10 +253,13 @@ class FlowRLConfig(_BaseConfig):
         if getattr(self, "activation_checkpointing", self) is None:
             self.activation_checkpointing = self.gradient_checkpointing  # TRL sets the old name
         self._read_yaml()
+        self._read_compilation()
         watches = self.lr_scheduler_type in WATCHING_SCHEDULES
         if (self.load_best_model_at_end or watches) and self.metric_for_best_model is None:
             self.metric_for_best_model = "reward"  # transformers would look for a loss
         super().__post_init__()
+        if self.torch_compile:
+            check_compile_fields(self)
         if watches:  # by default they expect a loss
             best = {"mode": "max" if self.greater_is_better else "min"}
             self.lr_scheduler_kwargs = best | (self.lr_scheduler_kwargs or {})
@@ -295,6 +303,15 @@ class FlowRLConfig(_BaseConfig):
         if isinstance(self.reward_weights, list):
             with contextlib.suppress(ValueError):
                 self.reward_weights = [float(w) if isinstance(w, str) else w for w in self.reward_weights]
+
+    def _read_compilation(self) -> None:
+        """What `accelerate launch` says, and the precision: transformers would switch TF32 on."""
+        launched = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+        if launched != "no" and not self.torch_compile and self.torch_compile_backend is None:
+            self.torch_compile_backend = launched
+        asked = self.torch_compile or self.torch_compile_backend is not None or self.torch_compile_mode is not None
+        if asked and self.tf32 is None:
+            self.tf32 = False
 
     def _resolve_trained(self, size: int) -> None:
         number, trained = self.num_generations, self.group_size

@@ -4,12 +4,13 @@ and what is learned stands in an [`Algorithm`]. Methods have the names and the o
 import copy
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
@@ -35,6 +36,7 @@ from trl_flow.trainer import checks, resuming
 from trl_flow.trainer.best_metric import check_best_metric
 from trl_flow.trainer.callbacks import LoopCallback, RunLogCallback
 from trl_flow.trainer.checkpoints import checkpoint_to_resume, step_of
+from trl_flow.trainer.compilation import announcement
 from trl_flow.trainer.dynamic_sampling import DynamicSampler
 from trl_flow.trainer.evaluator import EvaluationResult, Evaluator, group_diversity
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
@@ -215,6 +217,7 @@ class FlowRLTrainer(SavingTrainer):
         self.add_callback(self._run_log)
         self.add_callback(LoopCallback(self._before_training, self._after_update))
         self._clock, self._train_step_time, self._logged_at = Clock(), 0.0, 0
+        self._stage = self._interrupted = "starting"
 
     # ---- Training ----
 
@@ -250,13 +253,28 @@ class FlowRLTrainer(SavingTrainer):
                 scorer.load()  # a model that cannot be loaded is found out now, and not after the first sampling phase
             self.run_folder.begin(checkpoint)
             self.accelerator.wait_for_everyone()
-            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            with self._compiled():
+                output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
             self.optimizer_modes.eval()
             if self.args.save_strategy != "no":
                 self.save_model(_internal_call=True)
                 self.save_state()
                 self.accelerator.print(self.publisher.where(self.policy.is_adapter, self.state))
         return output
+
+    @contextmanager
+    def _compiled(self) -> Iterator[None]:
+        """While training, so that the pipeline is afterwards as it was."""
+        if not self.args.torch_compile:
+            yield
+            return
+        with self.policy.compiled(self._show_compiling) as number:
+            self.accelerator.print(announcement(self.args, number))
+            yield
+
+    def _build_accelerator_args(self, **kwargs) -> dict[str, Any]:
+        # accelerate would compile updates alone, and switch TF32 on
+        return super()._build_accelerator_args(**kwargs) | {"dynamo_plugin": TorchDynamoPlugin(backend="no")}
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         start = time.perf_counter()
@@ -416,10 +434,19 @@ class FlowRLTrainer(SavingTrainer):
 
     def _show_stage(self, stage: str) -> None:
         """`stage` is what is going on, in words of which the first is one of `PARTS` in `run_log`."""
+        self._stage = stage
         self._clock.enter(stage.split()[0].rstrip(","))
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, FlowProgressCallback):
                 callback.show_stage(stage)
+
+    def _show_compiling(self, begins: bool) -> None:
+        """In the middle of another stage, which goes on afterwards."""
+        if begins:
+            self._interrupted = self._stage
+            self._show_stage(f"compiling, while {self._stage}")
+        else:
+            self._show_stage(self._interrupted)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:

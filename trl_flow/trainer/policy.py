@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from trl_flow import sharing
 from trl_flow.backbones import Backbone
+from trl_flow.trainer.compilation import compiled
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.loading import is_quantized
 from trl_flow.trainer.old_policy import OldPolicy, local_part
@@ -91,6 +92,8 @@ class Policy:
         self._num_updates = 0
         self._gradients_checked = False
         self._forced: torch.nn.Module | None = None
+        # Whether forwards without gradients run the graph of those with them
+        self._one_graph = False
 
     # ---- The module ----
 
@@ -143,7 +146,27 @@ class Policy:
         # Gradients are reduced over processes by the wrapped module
         module = self._wrapped() if torch.is_grad_enabled() else self.sampling_module
         told = condition.positive, condition.negative, condition.guidance_scale
-        return self.backbone.guided_prediction(module, latents, timestep, *told)
+        # torch compiles a forward with gradients to other kernels than one without, which round differently
+        keeps_grad = torch.is_grad_enabled()
+        with torch.set_grad_enabled(keeps_grad or self._one_graph):
+            prediction = self.backbone.guided_prediction(module, latents, timestep, *told)
+        return prediction if keeps_grad else prediction.detach()
+
+    @contextlib.contextmanager
+    def compiled(self, on_compile: Callable[[bool], None]) -> Iterator[int]:
+        """With `torch_compile` the models run compiled; gives the number of parts that are compiled. `on_compile` is
+        told when a compilation begins (`True`) and when it ends."""
+        models = [*self.backbone.sampled_models, self._reference, None if self.old is None else self.old.module]
+        parts = [part for model in models if model is not None for part in self.backbone.compiled_parts(model)]
+        # Of other batches there are other graphs, and with gradients they need more memory than an update. FSDP
+        # expects a backward pass of every forward with gradients
+        same_batches = self.args.trained_batch_size == self.args.per_device_train_batch_size
+        self._one_graph = same_batches and not self.is_sharded
+        try:
+            with compiled(parts, self.args, on_compile):
+                yield len(parts)
+        finally:
+            self._one_graph = False
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[None]:
@@ -199,8 +222,13 @@ class Policy:
     @contextlib.contextmanager
     def _as_reference(self) -> Iterator[None]:
         if self._initial is not None:
-            with self._moved(self._initial, 0.0):
-                yield
+            # Beside an update's own forward: a second one with gradients would double its memory
+            one_graph, self._one_graph = self._one_graph, False
+            try:
+                with self._moved(self._initial, 0.0):
+                    yield
+            finally:
+                self._one_graph = one_graph
             return
         if self._reference is None:
             # PEFT switches gradients off and on for the weights that it finds: it must not be gathered ones
