@@ -13,6 +13,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from trl_flow.descriptions import described
 from trl_flow.images import Frame
+from trl_flow.trainer.sharding import shard_on_cpus
 from trl_flow.trainer.trl_compat import _BaseConfig
 
 
@@ -244,6 +245,7 @@ class FlowRLConfig(_BaseConfig):
         if (self.load_best_model_at_end or watches) and self.metric_for_best_model is None:
             self.metric_for_best_model = "reward"  # transformers would look for a loss
         super().__post_init__()
+        shard_on_cpus(self)
         if watches:  # by default they expect a loss
             best = {"mode": "max" if self.greater_is_better else "min"}
             self.lr_scheduler_kwargs = best | (self.lr_scheduler_kwargs or {})
