@@ -29,9 +29,8 @@ Train a text-to-image pipeline by online reinforcement learning.
 
 A recipe, the YAML file that --config names, is a mapping of the options below. With `extends: base.yaml`, a path from
 its folder, it takes over the options of another but for those that it names (null takes one away). Options on the
-command line come before those of the recipe; `--reward_weights null` takes one away. On CPUs several processes are
-started by
-torchrun --nproc_per_node 2 -m trl_flow train --config recipe.yaml --use_cpu true
+command line come before those of the recipe; `--reward_weights null` takes one away. With --use_cpu true
+--accelerate_config starts two processes on CPUs, or as many as --num_processes says.
 """
 
 # Set for the processes that `--accelerate_config` starts, which must not start others
@@ -59,13 +58,16 @@ def prepare(argv: list[str]) -> Callable[[], None]:
     if script_args.accelerate_config is None or os.environ.get(_LAUNCHED):
         shown = shared_recipe(argv, recipe, [script_args, *others])
         return _prepare_run(script_args, *others, shown)
-    return _prepare_launch(script_args.accelerate_config, unknown, argv, parser)
+    return _prepare_launch(script_args.accelerate_config, unknown, argv, parser, use_cpu=others[0].use_cpu)
 
 
-def _prepare_launch(name: str, options: list[str], argv: list[str], parser: "TrlParser") -> Callable[[], None]:
+def _prepare_launch(
+    name: str, options: list[str], argv: list[str], parser: "TrlParser", *, use_cpu: bool
+) -> Callable[[], None]:
     """`trl-flow train` anew in the processes of `accelerate launch`, to which `options` belong."""
     import torch
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from accelerate.utils import is_deepspeed_available
 
     path, config = read_accelerate_config(name)
     launch_parser = launch_command_parser()
@@ -75,18 +77,25 @@ def _prepare_launch(name: str, options: list[str], argv: list[str], parser: "Trl
     # The options of the launcher are met again in its processes, and left alone there
     command = ["--module", "trl_flow", "train", *argv]
     arguments = launch_parser.parse_args(["--config_file", str(path), *options, *command])
-    on_cpu = arguments.cpu or config.get("use_cpu", False)
+    on_cpu = use_cpu or arguments.cpu or config.get("use_cpu", False)
+    kind = str(config.get("distributed_type", "NO"))
     if arguments.num_processes is None:
-        arguments.num_processes = config.get("num_processes") or torch.accelerator.device_count()
-    torchrun = "`torchrun --nproc_per_node 2 -m trl_flow train ... --use_cpu true`"
+        on_cpus = 1 if kind == "NO" else 2  # enough to see a configuration at work
+        arguments.num_processes = config.get("num_processes") or (
+            on_cpus if on_cpu else torch.accelerator.device_count()
+        )
     if not on_cpu and not torch.accelerator.is_available():
         raise ValueError(
-            f"accelerate_config {name!r} is for GPUs, and torch sees none here. For processes on CPUs use {torchrun}."
+            f"accelerate_config {name!r} is for GPUs, and torch sees none here. Add --use_cpu true for processes on "
+            "CPUs (two, or --num_processes)."
         )
+    if kind == "DEEPSPEED" and not is_deepspeed_available():
+        raise ValueError(f"accelerate_config {name!r} needs DeepSpeed: pip install trl_flow[deepspeed].")
     if on_cpu and arguments.num_processes > 1:
-        # accelerate would start one process and not say so
-        started = f"{arguments.num_processes} processes on CPUs"
-        raise ValueError(f"accelerate does not start {started}. Use {torchrun} without --accelerate_config.")
+        # With `cpu` accelerate would start one process and not say so; torchrun starts them all
+        arguments.cpu, arguments.multi_gpu = False, kind not in ("FSDP", "DEEPSPEED")
+        if not use_cpu:
+            arguments.training_script_args += ["--use_cpu", "true"]
 
     def launch() -> None:
         os.environ[_LAUNCHED] = "1"

@@ -14,6 +14,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl_flow.descriptions import described
 from trl_flow.images import Frame
 from trl_flow.trainer.compilation import check_compile_fields
+from trl_flow.trainer.sharding import shard_on_cpus
 from trl_flow.trainer.trl_compat import _BaseConfig
 
 
@@ -260,6 +261,7 @@ class FlowRLConfig(_BaseConfig):
         super().__post_init__()
         if self.torch_compile:
             check_compile_fields(self)
+        shard_on_cpus(self)
         if watches:  # by default they expect a loss
             best = {"mode": "max" if self.greater_is_better else "min"}
             self.lr_scheduler_kwargs = best | (self.lr_scheduler_kwargs or {})

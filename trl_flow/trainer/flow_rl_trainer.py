@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.integrations import TrackioCallback
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import speed_metrics
 
@@ -57,6 +58,7 @@ from trl_flow.trainer.run_folder import RunFolder
 from trl_flow.trainer.run_state import RunState
 from trl_flow.trainer.sampler import Sampler
 from trl_flow.trainer.saving import SavingTrainer
+from trl_flow.trainer.sharding import set_precision
 from trl_flow.trainer.trackers import TrackioAtUpdates, log_config, sections_kept
 from trl_flow.trainer.trl_compat import identity
 
@@ -184,6 +186,7 @@ class FlowRLTrainer(SavingTrainer):
         given = {"eval_dataset": eval_dataset, "callbacks": callbacks, "optimizers": optimizers}
         super().__init__(model=module, args=args, data_collator=identity, train_dataset=train_dataset, **given)
         checks.check_single_device(args)
+        set_precision(self.accelerator, args, trains_adapter=peft_config is not None)
         # Only used with `remove_unused_columns=True`
         self._signature_columns = ["prompt", *(["image"] if self.backbone.takes_image else [])]
         for callback in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # which print all that is logged
@@ -467,18 +470,29 @@ class FlowRLTrainer(SavingTrainer):
             if Path(output_dir).resolve() == self.run_folder.path.resolve():
                 self.run_folder.claim()
             os.makedirs(output_dir, exist_ok=True)
-            self.policy.save(output_dir, base_model=self.model_id, state_dict=state_dict)
+        self.policy.save(output_dir, base_model=self.model_id, state_dict=state_dict)
+        if self.args.should_save:
             Path(output_dir, "training_args.json").write_text(self.args.shown())
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the adapter, or the model, with the weights that evaluations use."""
         with self.optimizer_modes.evaluating():
-            super().save_model(output_dir, _internal_call=_internal_call)
+            if not self.is_fsdp_enabled:
+                super().save_model(output_dir, _internal_call=_internal_call)
+                return
+            # transformers would save nothing where checkpoints are in shards
+            self._save(output_dir, self.accelerator.get_state_dict(self.model))
+            if self.args.push_to_hub and not _internal_call:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_checkpoint(self, model, trial):
         self._show_stage("saving")
         with self.optimizer_modes.evaluating():
             super()._save_checkpoint(model, trial)
+
+    def create_scheduler(self, *args, **kwargs):
+        self.policy.begin()  # the model has just been wrapped
+        return super().create_scheduler(*args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -496,6 +510,9 @@ class FlowRLTrainer(SavingTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif self.is_deepspeed_enabled:
+            strict = not self.policy.is_adapter
+            deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint, load_module_strict=strict)
         else:
             self.policy.load(resume_from_checkpoint)
 
