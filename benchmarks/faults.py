@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from fault_table import disk, kill, others, rewards
+from fault_table import disk, kill, others, rewards, soak
 from fault_table.bench import Bench, timed
 
 
@@ -30,6 +30,7 @@ ROWS = {
     "servers": rewards.servers,
     "truncated": others.truncated,
     "clock": others.clock,
+    "soak": soak.soak,
 }
 QUICK = {
     "killed": lambda bench: kill.killed(bench, 6),

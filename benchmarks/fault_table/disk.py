@@ -30,7 +30,7 @@ OPENED = {
     "the state at the end": (r"/out/trainer_state\.json", 1),
 }
 # Of the checkpoint's other files, which are written from C++ and Rust: what is left when its writing begins
-LEFT = {"the second checkpoint": (2, (0, 40, 120, 200, 260, 330, 400)), "the last checkpoint": (3, (0, 160, 320))}
+LEFT = {"the second checkpoint": (2, (80, 240, 400)), "the last checkpoint": (3, (200,))}
 QUICK = ("a grid of images", "the state of a run", "the adapter at the end")
 
 

@@ -26,10 +26,10 @@ def killed(bench: Bench, number: int = 20) -> Iterator[Row]:
             during = bench.last_part()
             if ended.code == 137:
                 break
+        kept = max((int(path.name.rsplit("-")[1]) for path in output.glob("checkpoint-*")), default=0)
         again = bench.train(output, *AUTO)
-        came = again.said(r"update \d+/8") or "no update was left"
         lost = bench.lost(output, again)
-        told = f"exit code {ended.code}; goes on ({came} first); {lost or 'as the unbroken run'}"
+        told = f"exit code {ended.code}, newest checkpoint: update {kept}; {lost or 'then as the unbroken run'}"
         fault = f"kill -9 while {during}"
         passed = ended.code == 137 and not lost
         yield Row(fault, f"{TRAIN} {' '.join(AUTO)}; {when['after'] * 1000:.0f} ms into {part}", told, passed)

@@ -145,7 +145,7 @@ def _run(trainer: "FlowRLTrainer", resume: str | None, dataset_name: str | None)
     except RewardError as error:
         print_failure(error)
         raise UsageError(str(error)) from error
-    except (CheckpointError, CheckpointWriteError, BaseMeanError) as error:
+    except (CheckpointError, CheckpointWriteError, BaseMeanError, OSError) as error:  # which is a full disk
         raise UsageError(str(error)) from error
     except KeyboardInterrupt:
         where = f"No checkpoint had been written to {folder} (save_steps says how often that happens)."

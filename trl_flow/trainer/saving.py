@@ -196,8 +196,11 @@ def _date_in_order(output_dir: Path) -> None:
     """transformers removes the checkpoints with the oldest dates first, and those may be in any order: after a clock
     was set back it would be the newest ones, or after a copy."""
     found = [(path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"), path) for path in output_dir.glob("*")]
-    for _, path in sorted((int(step), path) for step, path in found if step.isdecimal()):
-        os.utime(path)
+    in_order = sorted((int(step), path) for step, path in found if step.isdecimal())
+    for age, (_, path) in enumerate(reversed(in_order), start=1):
+        os.utime(path)  # now, by the file system's clock
+        date = path.stat().st_mtime - age  # a second between them: transformers does not trust dates that are close
+        os.utime(path, (date, date))
 
 
 @contextlib.contextmanager
