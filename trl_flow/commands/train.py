@@ -109,7 +109,7 @@ def _prepare_run(
 ) -> Callable[[], None]:
     from trl_flow.commands import options
     from trl_flow.rewards.named import named_rewards
-    from trl_flow.trainer.checkpoints import checkpoint_to_resume
+    from trl_flow.trainer.checkpoints import AUTO, RunIsCompleteError, checkpoint_to_resume
     from trl_flow.trainer.init_adapter import check_origin
 
     leave_out_bars()
@@ -121,7 +121,14 @@ def _prepare_run(
     bundled, evaluate = model_args.model_name_or_path in BUNDLED_MODELS, args.eval_strategy != "no"
     train_dataset, eval_dataset = load_datasets(script_args, mixture_args, bundled=bundled, evaluate=evaluate)
     resume = args.resume_from_checkpoint
-    resume = checkpoint_to_resume((BOOLEANS | {"last": True}).get(str(resume).lower(), resume), args)
+    resume = (BOOLEANS | {"last": True, AUTO: AUTO}).get(str(resume).lower(), resume)
+    try:
+        resume = checkpoint_to_resume(resume, args)
+    except RunIsCompleteError as error:
+        if resume != AUTO:
+            raise
+        complete = str(error)  # a scheduler starts the command again and again until it says so
+        return lambda: print(complete)
     data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "eval_reward_funcs": gold}
     if resume is not None and args.init_adapter is not None:
         check_origin(resume, args)
@@ -138,7 +145,7 @@ def _run(trainer: "FlowRLTrainer", resume: str | None, dataset_name: str | None)
     from trl_flow.rewards import CheckpointError
     from trl_flow.rewards.checks import RewardError
     from trl_flow.rewards.scorer import print_failure
-    from trl_flow.trainer.checkpoints import complete_checkpoints
+    from trl_flow.trainer.checkpoints import CheckpointWriteError, complete_checkpoints
 
     folder = trainer.args.output_dir
     trainer.resume_hint = "the same command and --resume_from_checkpoint true"
@@ -147,7 +154,7 @@ def _run(trainer: "FlowRLTrainer", resume: str | None, dataset_name: str | None)
     except RewardError as error:
         print_failure(error)
         raise UsageError(str(error)) from error
-    except (CheckpointError, BaseMeanError) as error:
+    except (CheckpointError, CheckpointWriteError, BaseMeanError, OSError) as error:  # which is a full disk
         raise UsageError(str(error)) from error
     except KeyboardInterrupt:
         where = f"No checkpoint had been written to {folder} (save_steps says how often that happens)."

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -63,6 +64,11 @@ def is_locked(folder: str | os.PathLike) -> bool | None:
         return True
     except OSError:
         return None
+
+
+def half_written(folder: Path) -> list[Path]:
+    """What [`whole_file`] has left in a folder and those in it where a process was killed."""
+    return [path for path in folder.rglob(".*.tmp") if re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", path.name)]
 
 
 @contextmanager

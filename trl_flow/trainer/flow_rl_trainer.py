@@ -44,7 +44,7 @@ from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.groups import of_one_reading, warn_of_prompts_left_out
 from trl_flow.trainer.init_adapter import adapter_of_its_own, check_origin
 from trl_flow.trainer.loading import load_pipeline
-from trl_flow.trainer.metrics import Metrics, SampleLog
+from trl_flow.trainer.metrics import Metrics, SampleLog, going_on_without
 from trl_flow.trainer.optimizer_modes import OptimizerModes
 from trl_flow.trainer.over_optimization import OverOptimizationCallback
 from trl_flow.trainer.phase_scores import PhaseScorer
@@ -227,11 +227,12 @@ class FlowRLTrainer(SavingTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """
         Trains, then saves the adapter (or model) and the trainer's state to `output_dir` unless `save_strategy` is
-        `"no"`. `resume_from_checkpoint` is a checkpoint's folder, or `True` for the last complete one in `output_dir`.
+        `"no"`. `resume_from_checkpoint` is a checkpoint's folder, `True` for the last complete one in `output_dir`, or
+        `"auto"` for that one if there is one, and else a new run.
 
         Raises:
             ValueError: if there is no complete checkpoint to resume from, it was written with other batches or another
-                adapter, or another process trains into `output_dir`.
+                adapter, the run has come to its end, or another process trains into `output_dir`.
             OSError: if a reward's model cannot be loaded; nothing has been sampled then.
             RewardError: if a reward function fails. Updates are saved first, whatever `save_strategy` is; so they are,
                 unless it is `"no"`, when a single process is interrupted or fails in another way.
@@ -430,7 +431,8 @@ class FlowRLTrainer(SavingTrainer):
             self.sample_log.write(result.images, result.prompts, name, self.state, self.callback_handler)
             is_first = result.name is None or result.name == next(iter(self.eval_dataset))
             if self.args.log_images and is_first and self.is_world_process_zero():
-                write_samples(self.args.output_dir, result.images, result.prompts, self.state.global_step)
+                with going_on_without(Path(self.args.output_dir, "images", "samples")):
+                    write_samples(self.args.output_dir, result.images, result.prompts, self.state.global_step)
         return metrics
 
     # ---- Logging ----

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
@@ -33,6 +34,7 @@ class SavingTrainer(GroupTrainer):
     # Whether the optimizer is at work, and the number of updates when it last was
     _is_stepping, _stepped_at, _counted_at = False, None, None
     _step_hooks: tuple = ()
+    _evaluated_at: int | None = None  # the step of the last evaluation that came to its end
 
     # ---- Before the evaluation ----
 
@@ -75,11 +77,25 @@ class SavingTrainer(GroupTrainer):
         self.run_state.save_values(checkpoint, contents)
         best = self.state.best_model_checkpoint
         limit = {"save_total_limit": self.args.save_total_limit, "best_model_checkpoint": best}
-        rotate_checkpoints(output_dir=folder, use_mtime=True, **limit)
+        rotate_checkpoints(output_dir=folder, **limit)
 
     @property
     def _lr_follows_evaluation(self) -> bool:
         return isinstance(self.lr_scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau | GreedyLR)
+
+    def _evaluate(self, *args, **kwargs):
+        metrics = super()._evaluate(*args, **kwargs)
+        self._evaluated_at = self.state.global_step
+        return metrics
+
+    # ---- When it was interrupted after the last update ----
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """A run that is resumed after its last update trains no more, but may lack an evaluation and its result."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     # ---- When it is interrupted ----
 
@@ -89,6 +105,7 @@ class SavingTrainer(GroupTrainer):
             hook.remove()
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         self._is_stepping, self._stepped_at, self._counted_at, self._is_training = False, None, None, True
+        self._evaluated_at = None
         if isinstance(optimizer, torch.optim.Optimizer):
             before, after = self._before_step, self._after_step
             self._step_hooks = optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)
@@ -128,7 +145,9 @@ class SavingTrainer(GroupTrainer):
         if step == 0:
             return "No update had been made, so there is nothing to save."
         if self._saved is None or self._saved[0] != step:
-            self.run_state.evaluation_due = self._misses_evaluation(step)
+            if self._misses_evaluation(step):
+                self.run_state.evaluation_due, logs = True, self.state.log_history
+                self.state.log_history = [log for log in logs if log["step"] < step or not _is_evaluation(log)]
             only_model, self.args.save_only_model = self.args.save_only_model, False
             try:
                 self._save_checkpoint(self.model, trial=None)
@@ -141,10 +160,9 @@ class SavingTrainer(GroupTrainer):
         return f"The run is saved as it was after update {step}, the last one, in {self._saved[1]}. {then}"
 
     def _misses_evaluation(self, step: int) -> bool:
-        """Whether an evaluation belongs to this step, and has not been logged."""
-        args, logs = self.args, reversed(self.state.log_history)
+        """Whether an evaluation belongs to this step, and has not come to its end."""
+        args, is_done = self.args, self._evaluated_at == step
         is_due = args.eval_strategy == "steps" and step % self.state.eval_steps == 0 and step >= args.eval_delay
-        is_done = any(log["step"] == step and any(name.startswith("eval_") for name in log) for log in logs)
         return is_due and not is_done and not self._lr_follows_evaluation
 
     def _count_update(self) -> None:
@@ -160,12 +178,29 @@ class SavingTrainer(GroupTrainer):
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.push_to_hub and self.args.hub_strategy != "end":
             self.create_model_card()
-        with writing_checkpoint(folder, self.args):
+        with writing_checkpoint(folder, self.args, self.resume_hint.format(True)):
+            if self.args.should_save:
+                _date_in_order(folder.parent)
             self.run_state.save(folder)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
         if not self.args.save_only_model:
             self._saved = self.state.global_step, str(folder)
+
+
+def _is_evaluation(log: dict[str, Any]) -> bool:
+    return any(name.startswith("eval_") for name in log)
+
+
+def _date_in_order(output_dir: Path) -> None:
+    """transformers removes the checkpoints with the oldest dates first, and those may be in any order: after a clock
+    was set back it would be the newest ones, or after a copy."""
+    found = [(path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"), path) for path in output_dir.glob("*")]
+    in_order = sorted((int(step), path) for step, path in found if step.isdecimal())
+    for age, (_, path) in enumerate(reversed(in_order), start=1):
+        os.utime(path)  # now, by the file system's clock
+        date = path.stat().st_mtime - age  # a second between them: transformers does not trust dates that are close
+        os.utime(path, (date, date))
 
 
 @contextlib.contextmanager
