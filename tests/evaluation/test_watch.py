@@ -7,9 +7,11 @@ import urllib.error
 import urllib.request
 
 import pytest
+from slow_requests import slow_request
 from tiny_training import brightness, darkness, prompts, tiny_trainer
 
 from trl_flow.cli import main
+from trl_flow.evaluation.local_handler import LocalHandler
 from trl_flow.evaluation.outputs import locked
 from trl_flow.evaluation.run_log import LOG_NAME, PROGRESS_NAME
 from trl_flow.evaluation.svg import Series, line_chart
@@ -144,6 +146,14 @@ def test_the_page_is_served_to_this_machine_alone(run):
             assert refused.value.code == code
         with pytest.raises(ValueError, match=f"port {port} cannot be had.*--port {port + 1}"):
             watch_server(run, port)
+        server.shutdown()
+
+
+def test_a_browser_that_sends_its_headers_too_slowly(run, monkeypatch):
+    monkeypatch.setattr(LocalHandler, "timeout", 0.5)
+    with watch_server(run, 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert slow_request(server.server_address, b"GET / HTTP/1.1\r\n", b"X: y\r\n") == b""
         server.shutdown()
 
 

@@ -17,9 +17,9 @@ from trl_flow.rewards.base import ModelReward
 from trl_flow.serving.command import _configure, _listen
 
 
-def form(prompt):
+def form(prompt, size=(2, 2)):
     file = io.BytesIO()
-    Image.new("RGB", (2, 2)).save(file, format="PNG")
+    Image.new("RGB", size).save(file, format="PNG")
     return [("prompts", (None, json.dumps([prompt]))), ("images", ("0.png", file.getvalue(), "image/png"))]
 
 
@@ -72,6 +72,7 @@ def mistake(capsys, *options):
         (["--rewards", "shapes_soft", "--upload-timeout", "nan"], "upload_timeout is nan"),
         (["--rewards", "shapes_soft", "--upload-timeout", "inf"], "upload_timeout is inf"),
         (["--rewards", "shapes_soft", "--grace", "-1"], "--grace is -1"),
+        (["--rewards", "shapes_soft", "--workers", "0"], "--workers is 0"),
         (["--rewards", "shapes_soft", "--device", "gpu"], "--device is 'gpu'"),
         (["--rewards", "shapes_soft", "--batch-size", "0"], "--batch-size is 0"),
     ],

@@ -31,13 +31,16 @@ def versions() -> dict[str, str]:
 
 
 @contextmanager
-def locked(folder: str | os.PathLike, doing: str) -> Iterator[None]:
-    """Keeps other processes from writing into a folder, where the system can (Windows cannot). The lock ends with the
-    process, however that ends. `ValueError` if another process has it, or the folder cannot be written."""
+def locked(
+    folder: str | os.PathLike, doing: str, *, name: str = LOCK, remedy: str = "choose another output_dir"
+) -> Iterator[None]:
+    """Keeps other processes from `doing` the same in a folder, where the system can (Windows cannot). The lock, on the
+    file `name`, ends with the process, however that ends. `ValueError` if another process has it, which is named, or
+    the folder cannot be written."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / LOCK, "w")
+        lock = open(folder / name, "a+", encoding="utf-8")
     except OSError as error:
         raise ValueError(f"output_dir {folder} cannot be written: {error}.") from error
     with lock:
@@ -45,10 +48,16 @@ def locked(folder: str | os.PathLike, doing: str) -> Iterator[None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                wait = "Wait until it ends, or choose another output_dir."
-                raise ValueError(f"another process is {doing} into {folder}. {wait}") from error
+                lock.seek(0)
+                holder = f" ({who})" if (who := lock.read(200).strip()) else ""
+                running = f"another process is {doing} {folder}{holder}"
+                raise ValueError(f"{running}. Wait until it ends, or {remedy}.") from error
             except OSError:  # not all file systems have locks
                 pass
+        with suppress(OSError):  # a full disk is found by what matters
+            lock.truncate(0)
+            lock.write(f"pid {os.getpid()} on {platform.node()}")
+            lock.flush()
         yield
 
 

@@ -35,7 +35,7 @@ class RunFolder:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keeps other processes from training into it; `ValueError` if one does."""
-        with locked(self.path, "training") if self._writes else contextlib.nullcontext():
+        with locked(self.path, "training into") if self._writes else contextlib.nullcontext():
             yield
 
     def begin(self, checkpoint: str | None) -> None:
