@@ -37,6 +37,7 @@ def logged(tmp_path_factory) -> set[str]:
     vgpo = {"cls": VGPOConfig, "advantage_power": "auto", "max_steps": 4}
     nft, awm = ({"cls": cls, "guidance_scale": 1.0} for cls in (DiffusionNFTConfig, AWMConfig))
     names = set()
+    nft |= {"dynamic_sample": True}
     for name, fields in (("guard", guard), ("vgpo", vgpo), ("nft", nft), ("awm", awm)):
         trainer = tiny_trainer(folder / name, **common, **fields)
         trainer.train()
