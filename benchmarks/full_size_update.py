@@ -152,6 +152,10 @@ def make_inputs(name: str, batch: int, size: int, tokens: int, device: str) -> d
 class RandomPrompts:
     """Of a backbone whose pipeline has no text encoders: embeddings are random numbers that follow from the prompt."""
 
+    @property
+    def token_limit(self) -> int:
+        return self.max_sequence_length
+
     def prompt_tokens(self, prompts):
         return None
 
