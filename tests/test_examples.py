@@ -237,7 +237,8 @@ def test_benchmark_of_full_size_updates_has_a_line_for_each_precision(model, mon
     assert lines.keys() == {"float16", "bfloat16", "tf32"}
     for precision in ("bfloat16", "tf32"):
         result = lines[precision]
-        assert result["update_s"] > 0 and result["update_ratio"] > 0 and result["sampling_ratio"] > 0
+        # The trainer runs what the bare transformer does, and little else
+        assert result["update_ratio"] > 0.01 and result["sampling_ratio"] > 0.01
         assert result["estimated_bytes"] > 4 * 4 * result["trained_parameters"]
         assert result["first_update_deviation"] < 0.1 * result["clip_range"]
         assert (result["peak_bytes"] is None) == (result["device"] == "cpu")
