@@ -51,6 +51,7 @@ def make_trainer(given: argparse.Namespace, folder: str, steps: int, *, compiled
         learning_rate=given.learning_rate,
         gradient_checkpointing=False,
         torch_compile=compiled,
+        use_regional_compilation=not given.whole,
         logging_steps=1,
         log_images=False,
         save_strategy="no",
@@ -128,6 +129,7 @@ def measure_learning(given: argparse.Namespace) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--learning", action="store_true", help="compare what is learned")
+    parser.add_argument("--whole", action="store_true", help="use_regional_compilation=False")
     parser.add_argument("--batch-size", type=int, default=16, help="images in a micro-batch")
     parser.add_argument("--accumulation", type=int, default=4, help="micro-batches in an update")
     parser.add_argument("--num-steps", type=int, default=10, help="sampling steps, all but the last trained")
@@ -142,7 +144,7 @@ def main() -> None:
     result = measure_learning(given) if given.learning else measure_time(given)
     result = {name: round(float(value), 10) if np.isscalar(value) else value for name, value in result.items()}
     about = {"batch_size": given.batch_size, "num_steps": given.num_steps, "guidance": given.guidance}
-    about |= {"accumulation": given.accumulation, "learning_rate": given.learning_rate}
+    about |= {"whole": given.whole, "accumulation": given.accumulation, "learning_rate": given.learning_rate}
     print(json.dumps(result | about | {"threads": torch.get_num_threads(), "torch": torch.__version__}))
 
 

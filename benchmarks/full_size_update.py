@@ -152,6 +152,10 @@ def make_inputs(name: str, batch: int, size: int, tokens: int, device: str) -> d
 class RandomPrompts:
     """Of a backbone whose pipeline has no text encoders: embeddings are random numbers that follow from the prompt."""
 
+    @property
+    def token_limit(self) -> int:
+        return self.max_sequence_length
+
     def prompt_tokens(self, prompts):
         return None
 
@@ -282,7 +286,8 @@ def measure(given: argparse.Namespace, precision: str, compiled: bool, folder: s
     trainer.remove_callback(FlowProgressCallback)
     trainer.accelerator.print = lambda *args: None  # stdout is for the results alone
     trainer.train()
-    logs, bare = {log["step"]: log for log in trainer.state.log_history}, bare_seconds(trainer, given)
+    logs = {log["step"]: log for log in trainer.state.log_history if "step_time" in log}
+    bare = bare_seconds(trainer, given)
     sampled, second = logs[2 * MEASURED - 1], logs[2 * MEASURED]
     updating, sampling = second["time/updating"], sampled["time/sampling"]
     return {

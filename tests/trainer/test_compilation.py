@@ -35,7 +35,7 @@ def test_sampling_compiles_what_updates_run(tmp_path, capsys):
     trainer = tiny_trainer(tmp_path / "compiled", **TRACED)
     stages = stages_of(trainer)
     trainer.train()
-    assert "Compiling 2 blocks of the model (eager)" in capsys.readouterr().out
+    assert "Compiling 2 parts of the model (eager)" in capsys.readouterr().out
     # One graph for each of the two blocks, which differ, in the first step of all
     compiling = [stage for stage in stages if stage.startswith("compiling")]
     assert compiling == ["compiling, while sampling images 1 to 8 of 8, step 1 of 4"] * 2
@@ -52,6 +52,7 @@ RUNS = {
     "KL": {"beta": 0.04},
     "DiffusionNFT": {"cls": DiffusionNFTConfig},
     "DiffusionNFT, all weights": {"cls": DiffusionNFTConfig, "lora": None},
+    "as a whole": {"use_regional_compilation": False, "gradient_checkpointing": True, "beta": 0.04},
     "probe": {"ratio_probe": 4, "num_iterations": 2},
     "checkpointing": {"gradient_checkpointing": True},
     "part of each group": {"num_generations_trained": 2},

@@ -45,8 +45,8 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     ),
     "Memory, precision and devices": (
         *("bf16", "fp16", "tf32", "gradient_checkpointing", "torch_compile", "torch_compile_mode"),
-        *("torch_compile_backend", "attention_backend", "precompute_prompt_embeds", "prompt_embeds_dir"),
-        *("enable_vae_slicing", "enable_vae_tiling", "use_cpu", "accelerate_config"),
+        *("torch_compile_backend", "use_regional_compilation", "attention_backend", "precompute_prompt_embeds"),
+        *("prompt_embeds_dir", "enable_vae_slicing", "enable_vae_tiling", "use_cpu", "accelerate_config"),
     ),
     "Evaluation": (
         *("eval_strategy", "eval_steps", "eval_on_start", "eval_reward_funcs", "num_generations_eval"),

@@ -64,8 +64,9 @@ def announcement(args: "FlowRLConfig", number: int) -> str:
         from torch._inductor.runtime.cache_dir_utils import cache_dir
 
         kept = f" Code is kept in {cache_dir()} (TORCHINDUCTOR_CACHE_DIR) for later runs, which wait less."
-    parts = "the model" if number == 1 else f"{number} blocks of the model"
-    return f"Compiling {parts} ({args.torch_compile_backend}): the first samples and updates take longer.{kept}"
+    parts = "part" if number == 1 else "parts"
+    what = f"Compiling {number} {parts} of the model ({args.torch_compile_backend})"
+    return f"{what}: the first samples and updates take longer.{kept}"
 
 
 @contextlib.contextmanager

@@ -82,12 +82,15 @@ class FlowRLConfig(_BaseConfig):
         precompute_prompt_embeds (`bool`, *optional*, defaults to `False`):
             Whether to encode all prompts of the training and evaluation sets before training, keep their embeddings on
             disk, and take the text encoders off the device. They return while later prompts are encoded.
-        attention_backend (`str`, *optional*):
-            One of diffusers' attention backends for the trained model, such as `"flash_hub"` or `"native"`, in
-            sampling and updates alike; `None`: the model's own. Not every model has the choice.
         prompt_embeds_dir (`str`, *optional*):
             Folder for these embeddings, which later runs with the same encoders and settings reuse; `None`:
             `trl_flow/prompt_embeds` in `HF_HOME`. Needs `precompute_prompt_embeds`.
+        use_regional_compilation (`bool`, *optional*, defaults to `True`):
+            Whether `torch_compile` compiles a transformer's blocks, each by itself, which takes a fraction of the
+            time. As a whole, a small model runs somewhat faster. U-Nets are always compiled as a whole.
+        attention_backend (`str`, *optional*):
+            One of diffusers' attention backends for the trained model, such as `"flash_hub"` or `"native"`, in
+            sampling and updates alike; `None`: the model's own. Not every model has the choice.
 
         num_generations (`int`, *optional*, defaults to `8`):
             Images per prompt, which form a group (`G` in the papers). `generation_batch_size` must be divisible by it.
@@ -211,6 +214,7 @@ class FlowRLConfig(_BaseConfig):
     enable_vae_tiling: bool = False
     precompute_prompt_embeds: bool = False
     prompt_embeds_dir: str | None = None
+    use_regional_compilation: bool = True
     attention_backend: str | None = None
     num_generations: int = 8
     num_generations_trained: int | None = None

@@ -175,7 +175,8 @@ class Policy:
         """With `torch_compile` the models run compiled; gives the number of parts that are compiled. `on_compile` is
         told when a compilation begins (`True`) and when it ends."""
         models = [*self.backbone.sampled_models, self._reference, None if self.old is None else self.old.module]
-        parts = [part for model in models if model is not None for part in self.backbone.compiled_parts(model)]
+        divided = self.backbone.compiled_parts if self.args.use_regional_compilation else lambda model: [model]
+        parts = [part for model in models if model is not None for part in divided(model)]
         # Of other batches there are other graphs, and with gradients they need more memory than an update. FSDP
         # expects a backward pass of every forward with gradients
         same_batches = self.args.trained_batch_size == self.args.per_device_train_batch_size
