@@ -388,15 +388,35 @@ def test_an_empty_file_of_prompts(recipe, tmp_path, capsys):
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="for machines without a GPU")
 def test_gpu_configs_without_gpus_are_refused_with_a_way_out(recipe, capsys):
-    error = mistake(capsys, "train", "--config", recipe(), "--accelerate_config", "multi_gpu")
-    assert "torch sees none here" in error and "torchrun" in error
+    options = ["--accelerate_config", "multi_gpu", "--use_cpu", "false"]
+    error = mistake(capsys, "train", "--config", recipe(), *options)
+    assert "torch sees none here" in error and "--use_cpu true" in error
 
 
-def test_accelerate_does_not_start_several_processes_on_cpus(recipe, tmp_path, capsys):
-    # `accelerate launch --cpu --num_processes 2` runs one process and does not say so
-    (tmp_path / "cpu.yaml").write_text(CPU_CONFIG)
-    options = ["--accelerate_config", "cpu.yaml", "--num_processes", "2"]
-    assert "torchrun" in mistake(capsys, "train", "--config", recipe(), *options)
+@pytest.mark.parametrize(
+    ("config", "options", "processes", "is_sharded"),
+    [
+        ("fsdp2", ["--use_cpu", "true"], 2, True),
+        ("multi_gpu", ["--use_cpu", "true", "--num_processes", "3"], 3, False),
+        ("single_gpu", ["--use_cpu", "true"], 1, False),
+        ("cpu.yaml", ["--num_processes", "2"], 2, False),
+    ],
+)
+def test_processes_on_cpus_are_started_as_on_gpus(
+    config, options, processes, is_sharded, recipe, tmp_path, monkeypatch
+):
+    # With --cpu `accelerate launch` starts one process, shards nothing, and does not say so
+    from accelerate.commands import launch
+
+    (tmp_path / "cpu.yaml").write_text(CPU_CONFIG.replace("num_processes: 1\n", ""))
+    started = []
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    for kind in ("multi_gpu", "simple"):
+        monkeypatch.setattr(launch, f"{kind}_launcher", lambda args, kind=kind: started.append((kind, args)))
+    assert main(["train", "--config", recipe(use_cpu=False), "--accelerate_config", config, *options]) == 0
+    ((kind, args),) = started
+    assert (kind, args.num_processes) == ("multi_gpu" if processes > 1 else "simple", processes)
+    assert args.use_fsdp == is_sharded and "--use_cpu" in args.training_script_args
 
 
 CPU_CONFIG = """\

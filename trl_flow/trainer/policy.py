@@ -428,7 +428,7 @@ class Policy:
             return state_dict
         average = self.gathered("average", self.ema.shadow_params)
         names = [name for name, p in self.module.named_parameters() if p.requires_grad]
-        return state_dict | dict(zip(names, average.values(), strict=False))
+        return (state_dict or {}) | dict(zip(names, average.values(), strict=False))  # `None` where nothing is saved
 
     def load(self, checkpoint: str) -> None:
         """Takes a checkpoint's weights; `ValueError` if it holds no adapter where one is trained, or another one."""
