@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 import weakref
 from pathlib import Path
@@ -173,3 +175,11 @@ def test_a_reward_that_runs_out_of_memory_gives_back_what_it_held():
     with pytest.raises(RewardError, match="'hungry' raised MemoryError") as error:
         RewardScorer([hungry]).score(["a cat"], [Image.new("RGB", (4, 4))], {})
     assert held[0]() is None and error.value.__cause__.__traceback__ is not None
+
+
+@pytest.mark.slow
+def test_the_fault_table_in_short():
+    program = Path(__file__).parents[2] / "benchmarks" / "faults.py"
+    ended = subprocess.run([sys.executable, program, "--quick"], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert ended.stdout.count("| ok |") == 13
