@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_comparisons import random_lora
 from tiny_training import PROMPTS
 
-from trl_flow import DiffusionNFTConfig
+from trl_flow import DiffusionNFTConfig, FlowRLTrainer
 from trl_flow.cli import main
 from trl_flow.commands.options import parse_training, training_parser
 from trl_flow.commands.recipe import ACCELERATE_CONFIGS, read_recipe
@@ -153,6 +154,23 @@ def test_train_by_a_recipe(recipe, tmp_path, capsys):
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in log if "rewards/jpeg_compressibility/mean" in entry] == [1, 2]
     assert f"in {folder}" in capsys.readouterr().out
+
+
+def test_a_scheduler_starts_one_command_until_the_run_is_complete(recipe, tmp_path, capsys):
+    argv = ["train", "--config", recipe(save_strategy="steps", save_steps=1), "--resume_from_checkpoint", "auto"]
+    for max_steps, said in (("1", "Trained 1 update."), ("2", "Trained 2 updates."), ("2", "the run is complete")):
+        assert main([*argv, "--max_steps", max_steps]) == 0
+        assert said in capsys.readouterr().out
+
+
+def test_a_full_disk_is_told_without_a_traceback(recipe, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(FlowRLTrainer, "save_model", full)
+    assert main(["train", "--config", recipe(save_strategy="steps")]) == 2
+    assert "trl-flow train: error: The checkpoint" in (said := capsys.readouterr().err) and "No space left" in said
+    assert "the same command and --resume_from_checkpoint true" in said
 
 
 def test_options_come_before_the_recipe_and_the_recipe_before_the_preset(recipe, tmp_path):

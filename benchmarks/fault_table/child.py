@@ -6,6 +6,7 @@ number) and `cgroup` (a folder). The processes are forked off from this one, whi
 what takes longest. Beside the log, `.pid` and `.code` are written, the code as `waitpid` gives it.
 """
 
+import gc
 import json
 import os
 import signal
@@ -43,7 +44,11 @@ def main() -> list[str]:
     import trl_flow.commands.options
     import trl_flow.serving.app
     import trl_flow.trainer  # noqa: F401
+    from trl_flow.shapes import load_pipeline
 
+    load_pipeline()
+    gc.collect()
+    gc.freeze()  # so that new processes need not look at all this again
     signal.signal(signal.SIGCHLD, lambda *_: None)
     print("ready", flush=True)
     for line in sys.stdin:

@@ -31,7 +31,6 @@ OPENED = {
 }
 # Of the checkpoint's other files, which are written from C++ and Rust: what is left when its writing begins
 LEFT = {"the second checkpoint": (2, (80, 240, 400)), "the last checkpoint": (3, (200,))}
-QUICK = ("a grid of images", "the state of a run", "the adapter at the end")
 
 
 @contextlib.contextmanager
@@ -45,16 +44,12 @@ def small_disk(folder: Path, size: str = "12m") -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def full(bench: Bench, quick: bool = False) -> Iterator[Row]:
+def full(bench: Bench) -> Iterator[Row]:
     """The disk is full from one write on; once there is room the same command goes on."""
     faults = {what: {"open": pattern, "count": count} for what, (pattern, count) in OPENED.items()}
-    if quick:
-        faults = {what: faults[what] for what in QUICK}
-    else:
-        for what, (number, left) in LEFT.items():
-            for kilobytes in left:
-                when = {"at": ["saving", number], "leave": kilobytes * 1024}
-                faults[f"{what} ({kilobytes} kB fit)"] = when
+    for what, (number, left) in LEFT.items():
+        for kilobytes in left:
+            faults[f"{what} ({kilobytes} kB fit)"] = {"at": ["saving", number], "leave": kilobytes * 1024}
     for index, (what, when) in enumerate(faults.items()):
         with small_disk(bench.folder / f"disk-{index}") as disk:
             output, ballast = disk / "out", disk / "ballast"

@@ -36,11 +36,11 @@ def killed(bench: Bench, number: int = 20) -> Iterator[Row]:
 
 
 def terminated(bench: Bench, parts: tuple[str, ...] = PARTS) -> Iterator[Row]:
-    """SIGTERM, to the command as a shell starts it."""
+    """SIGTERM, once to the command as a shell starts it."""
     chance = random.Random(1)
     for part in parts:
         when, output = moment(bench, part, chance), bench.new(f"sigterm-{part}")
-        ended = bench.train(output, *AUTO, faults=[when | {"do": "terminate"}], forked=False)
+        ended = bench.train(output, *AUTO, faults=[when | {"do": "terminate"}], forked=part != "updating")
         saved = ended.said(r"The run is saved as it was after update \d+") or ended.said("No update had been made")
         again = bench.train(output, *AUTO)
         lost = bench.lost(output, again)
