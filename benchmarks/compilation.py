@@ -2,14 +2,18 @@
 What `torch_compile=True` brings on the bundled model, printed as one JSON line.
 
     python benchmarks/compilation.py
+    python benchmarks/compilation.py --forwards
     python benchmarks/compilation.py --learning
 
 The first trains one model whose updates are compiled and uncompiled in turns, so that whatever else runs on a machine
-slows both. Seconds are those that the process spent computing, and figures medians over the measured updates. The
-second trains three seeds compiled and not, and compares the curves of the reward.
+slows both. The second lets three copies of the transformer take turns, uncompiled, compiled block by block and as a
+whole, in forwards as sampling runs them and in forwards and backwards. Seconds are those that the process spent
+computing, but for `compile_s`, and figures medians. The third trains three seeds compiled and not, and compares the
+curves of the reward.
 """
 
 import argparse
+import copy
 import json
 import statistics
 import tempfile
@@ -51,6 +55,7 @@ def make_trainer(given: argparse.Namespace, folder: str, steps: int, *, compiled
         learning_rate=given.learning_rate,
         gradient_checkpointing=False,
         torch_compile=compiled,
+        torch_compile_backend=given.backend if compiled else None,
         use_regional_compilation=not given.whole,
         logging_steps=1,
         log_images=False,
@@ -100,6 +105,46 @@ def measure_time(given: argparse.Namespace) -> dict:
     return result | {"repeats": given.repeats}
 
 
+def measure_forwards(given: argparse.Namespace) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(given, folder, 1, compiled=False)
+    backbone, condition = trainer.backbone, trainer.policy.condition(["a red circle"] * given.batch_size)
+    latents = torch.randn(given.batch_size, *backbone.latent_shape(), device=backbone.device)
+    timestep, scale = backbone.schedule(given.num_steps).timesteps[given.num_steps // 2], given.guidance
+    models = {name: copy.deepcopy(trainer.model).train() for name in ("eager", "blocks", "whole")}
+    for part in backbone.compiled_parts(models["blocks"].get_base_model()):
+        part.compile(backend=given.backend)
+    models["whole"].get_base_model().compile(backend=given.backend)
+
+    def run(name: str, kind: str) -> None:
+        # Compiled, sampling runs the forward with gradients, too
+        with torch.set_grad_enabled(kind == "updating" or name != "eager"):
+            told = condition.positive, condition.negative, scale
+            prediction = backbone.guided_prediction(models[name], latents, timestep, *told)
+            if kind == "updating":
+                prediction.square().mean().backward()
+
+    result, times = {}, {(name, kind): [] for name in models for kind in PARTS}
+    for name in models:
+        start = time.perf_counter()
+        run(name, "updating")
+        result[f"{name}_compile_s"] = time.perf_counter() - start
+    for _ in range(given.repeats):
+        for key, found in times.items():
+            start = time.process_time()
+            run(*key)
+            found.append(time.process_time() - start)
+    medians = {key: statistics.median(found) for key, found in times.items()}
+    # A phase of one update has all forwards of sampling, and trains all steps but the last
+    numbers = {"sampling": given.num_steps, "updating": given.num_steps - 1}
+    phases = {name: sum(number * medians[name, kind] for kind, number in numbers.items()) for name in models}
+    result |= {f"{name}_{kind}_s": seconds for (name, kind), seconds in medians.items()}
+    for name in ("blocks", "whole"):
+        result |= {f"{name}_{kind}_ratio": medians["eager", kind] / medians[name, kind] for kind in PARTS}
+        result[f"{name}_ratio"] = phases["eager"] / phases[name]
+    return result
+
+
 def measure_learning(given: argparse.Namespace) -> dict:
     curves = {False: [], True: []}
     for seed in range(given.seeds):
@@ -128,7 +173,10 @@ def measure_learning(given: argparse.Namespace) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--learning", action="store_true", help="compare what is learned")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--forwards", action="store_true", help="time the transformer alone")
+    kinds.add_argument("--learning", action="store_true", help="compare what is learned")
+    parser.add_argument("--backend", default="inductor", help="torch_compile_backend")
     parser.add_argument("--whole", action="store_true", help="use_regional_compilation=False")
     parser.add_argument("--batch-size", type=int, default=16, help="images in a micro-batch")
     parser.add_argument("--accumulation", type=int, default=4, help="micro-batches in an update")
@@ -141,7 +189,8 @@ def main() -> None:
     given = parser.parse_args()
     logging.set_verbosity_error()
     diffusers_logging.set_verbosity_error()
-    result = measure_learning(given) if given.learning else measure_time(given)
+    measure = measure_learning if given.learning else measure_forwards if given.forwards else measure_time
+    result = measure(given)
     result = {name: round(float(value), 10) if np.isscalar(value) else value for name, value in result.items()}
     about = {"batch_size": given.batch_size, "num_steps": given.num_steps, "guidance": given.guidance}
     about |= {"whole": given.whole, "accumulation": given.accumulation, "learning_rate": given.learning_rate}

@@ -262,7 +262,8 @@ def test_benchmark_of_full_size_updates_compiles(monkeypatch, capsys):
 def test_benchmark_of_compilation_compares_time_and_learning(monkeypatch, capsys):
     benchmark = load_program("benchmarks/compilation.py")
     small = ["--batch-size=8", "--accumulation=1", "--num-steps=2", "--repeats=1", "--updates=2", "--seeds=2"]
-    for more, key in ([], "both_ratio"), (["--learning"], "interval_95"):
+    small += ["--backend=eager"]
+    for more, key in ([], "both_ratio"), (["--forwards"], "whole_ratio"), (["--learning"], "interval_95"):
         monkeypatch.setattr(sys, "argv", ["compilation.py", *small, *more])
         monkeypatch.setattr(benchmark.progress, "time", benchmark.progress.time)  # which it changes
         benchmark.main()

@@ -137,10 +137,10 @@ class Backbone(ABC):
     def compiled_parts(self, model: nn.Module) -> list[nn.Module]:
         """What `torch_compile` compiles of a model of this family, each by itself: the blocks that it repeats, of
         which those of one kind share their code; without any, the model as a whole."""
-        if names := getattr(model, "_repeated_blocks", None):
-            return [part for part in model.modules() if type(part).__name__ in names]
+        names = getattr(model, "_repeated_blocks", None) or ()  # Stable Diffusion 3 names none
+        blocks = [part for part in model.modules() if type(part).__name__ in names]
         lists = [part for part in model.children() if isinstance(part, nn.ModuleList)]
-        return [block for blocks in lists for block in blocks] or [model]
+        return blocks or [block for blocks in lists for block in blocks] or [model]
 
     @property
     def device(self) -> torch.device:

@@ -30,7 +30,8 @@ def check_attention_backend(backbone: Backbone, args: FlowRLConfig) -> None:
         )
     backend, half = AttentionBackendName(name), args.bf16 or args.fp16
     dtype = (torch.bfloat16 if args.bf16 else torch.float16) if half else backbone.dtype
-    query, key, value = torch.randn(3, 1, 128, 4, 64, device=args.device, dtype=dtype, requires_grad=True).unbind()
+    # Nothing random, which would change the initial weights of an adapter
+    query, key, value = torch.zeros(3, 1, 128, 4, 64, device=args.device, dtype=dtype, requires_grad=True).unbind()
     mask = None
     if any("mask" in each for each in backbone.condition_shapes()):
         mask = torch.ones(1, 1, 1, 128, dtype=torch.bool, device=args.device)

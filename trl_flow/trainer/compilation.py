@@ -49,7 +49,8 @@ def check_compiler(args: "FlowRLConfig") -> None:
     try:
         torch.compile(line, **_options(args))(torch.ones(8, device=args.device, requires_grad=True)).sum().backward()
     except Exception as error:  # each backend has its own
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        inner = getattr(error, "inner_exception", error)  # torch puts some lines around it
+        cause = (str(inner).strip() or type(inner).__name__).splitlines()[0].rstrip(".")
         needs = "Inductor needs a C++ compiler (g++) on a CPU, and Triton and a C compiler on a GPU"
         raise ValueError(
             f"torch_compile is on, but torch.compile with the backend {args.torch_compile_backend!r} fails on "
