@@ -76,6 +76,17 @@ def run(folder: str, *names: str) -> None:
             logs.append(rest.state.log_history)
         if RANK == 0:
             (folder / f"{name}.json").write_text(json.dumps(logs))
+    if not names:
+        (folder / f"refused-{RANK}.txt").write_text(refused(folder))
+
+
+def refused(folder: Path) -> str:
+    """What is said about the gradients of single steps, of which a process has none where layers are split."""
+    try:
+        tiny_trainer(folder / "refused", diagnostics_steps=1)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def check(trainer) -> None:

@@ -434,7 +434,7 @@ class Policy:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what [`state_dict`] gave; of `{}` the average and the old policy begin at the weights as they are."""
-        if state and self._goes_on:
+        if "initial.0" in state:
             self._initial = self.parts_of("initial", state)
         if self.old is not None:
             self.old.load_state_dict(state)
