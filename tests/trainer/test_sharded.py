@@ -69,7 +69,7 @@ def one(tmp_path_factory) -> Path:
 def assert_trained_alike(two: Path, one: Path, name: str) -> None:
     half = name == "bfloat16"  # a smaller batch is rounded in other places
     of_two = weights(two / name)
-    assert distance(of_two, weights(one / name)) < (2e-3 if half else 1e-6)
+    assert distance(of_two, weights(one / name)) < (5e-3 if half else 1e-5)
     if (one / f"{name}, resumed").is_dir():
         assert distance(of_two, weights(two / f"{name}, resumed")) == 0.0
     logs = [json.loads((folder / f"{name}.json").read_text()) for folder in (two, one)]
