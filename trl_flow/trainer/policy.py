@@ -161,7 +161,9 @@ class Policy:
         # Gradients are reduced over processes by the wrapped module
         module = self._wrapped() if torch.is_grad_enabled() else self.sampling_module
         told = condition.positive, condition.negative, condition.guidance_scale
-        return self.backbone.guided_prediction(module, latents, timestep, *told)
+        # DDP's module has autocast in its forward, FSDP2's has none
+        with self.accelerator.autocast():
+            return self.backbone.guided_prediction(module, latents, timestep, *told)
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[None]:
