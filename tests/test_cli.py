@@ -411,11 +411,15 @@ def test_gpu_configs_without_gpus_are_refused_with_a_way_out(recipe, capsys):
     assert "torch sees none here" in error and "--use_cpu true" in error
 
 
+UNEVEN = "--per_device_train_batch_size 9 --steps_per_generation 1 --num_generations 6".split()
+
+
 @pytest.mark.parametrize(
     ("config", "options", "processes", "is_sharded"),
     [
         ("fsdp2", ["--use_cpu", "true"], 2, True),
-        ("multi_gpu", ["--use_cpu", "true", "--num_processes", "3"], 3, False),
+        # 9 images of a process are no whole groups of 6, those of all are
+        ("multi_gpu", ["--use_cpu", "true", "--num_processes", "4", *UNEVEN], 4, False),
         ("single_gpu", ["--use_cpu", "true"], 1, False),
         ("cpu.yaml", ["--num_processes", "2"], 2, False),
     ],

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from trl_flow.commands import UsageError, show
 from trl_flow.commands.methods import BUNDLED_MODELS
-from trl_flow.commands.recipe import option, read_accelerate_config, read_recipe, unknown_option, without_nulls
+from trl_flow.commands.recipe import (
+    Recipe,
+    option,
+    read_accelerate_config,
+    read_recipe,
+    unknown_option,
+    without_nulls,
+)
 from trl_flow.commands.shared_recipe import shared_recipe
 from trl_flow.commands.training_help import training_help, wants_help
 from trl_flow.commands.yaml_values import BOOLEANS
@@ -49,20 +56,38 @@ def prepare(argv: list[str]) -> Callable[[], None]:
         return lambda: show(text)
     from trl_flow.commands.options import parse_training, training_parser
 
-    parser = training_parser(argv, recipe, prog="trl-flow train")
+    launcher = None if os.environ.get(_LAUNCHED) else option(argv, recipe, "accelerate_config")
+    processes = None if launcher is None else _num_processes(launcher, argv, recipe)
+    parser = training_parser(argv, recipe, num_processes=processes, planned=False, prog="trl-flow train")
     if option(argv, {}, "eval_strategy") == "no" or "eval_strategy" in without_nulls(argv)[1]:
         recipe.remove_evaluation()
-    # Of options that are unknown here the launcher may know
+    # Of options that are unknown here the launcher may know, also in its processes
     strict = option(argv, recipe, "accelerate_config") is None
     script_args, *others, unknown = parse_training(parser, argv, recipe, strict=strict)
-    if script_args.accelerate_config is None or os.environ.get(_LAUNCHED):
+    if launcher is None:
         shown = shared_recipe(argv, recipe, [script_args, *others])
         return _prepare_run(script_args, *others, shown)
-    return _prepare_launch(script_args.accelerate_config, unknown, argv, parser, use_cpu=others[0].use_cpu)
+    return _prepare_launch(launcher, processes, unknown, argv, parser, use_cpu=others[0].use_cpu)
+
+
+def _num_processes(name: str, argv: list[str], recipe: Recipe) -> int:
+    """How many processes an accelerate config is to start: batches are divided among them."""
+    import torch
+
+    _, config = read_accelerate_config(name)
+    given = option(argv, recipe, "num_processes") or config.get("num_processes")
+    if given is not None:
+        if not str(given).isdecimal() or int(given) < 1:
+            raise ValueError(f"num_processes is {given!r}, but must be a whole number of at least 1.")
+        return int(given)
+    use_cpu = option(argv, recipe, "use_cpu") or config.get("use_cpu", False)
+    if BOOLEANS.get(str(use_cpu).lower()) or "--cpu" in argv:
+        return 1 if str(config.get("distributed_type", "NO")) == "NO" else 2  # enough to see it at work
+    return max(torch.accelerator.device_count(), 1)
 
 
 def _prepare_launch(
-    name: str, options: list[str], argv: list[str], parser: "TrlParser", *, use_cpu: bool
+    name: str, processes: int, options: list[str], argv: list[str], parser: "TrlParser", *, use_cpu: bool
 ) -> Callable[[], None]:
     """`trl-flow train` anew in the processes of `accelerate launch`, to which `options` belong."""
     import torch
@@ -79,11 +104,7 @@ def _prepare_launch(
     arguments = launch_parser.parse_args(["--config_file", str(path), *options, *command])
     on_cpu = use_cpu or arguments.cpu or config.get("use_cpu", False)
     kind = str(config.get("distributed_type", "NO"))
-    if arguments.num_processes is None:
-        on_cpus = 1 if kind == "NO" else 2  # enough to see a configuration at work
-        arguments.num_processes = config.get("num_processes") or (
-            on_cpus if on_cpu else torch.accelerator.device_count()
-        )
+    arguments.num_processes = processes
     if not on_cpu and not torch.accelerator.is_available():
         raise ValueError(
             f"accelerate_config {name!r} is for GPUs, and torch sees none here. Add --use_cpu true for processes on "
@@ -91,7 +112,7 @@ def _prepare_launch(
         )
     if kind == "DEEPSPEED" and not is_deepspeed_available():
         raise ValueError(f"accelerate_config {name!r} needs DeepSpeed: pip install trl_flow[deepspeed].")
-    if on_cpu and arguments.num_processes > 1:
+    if on_cpu and processes > 1:
         # With `cpu` accelerate would start one process and not say so; torchrun starts them all
         arguments.cpu, arguments.multi_gpu = False, kind not in ("FSDP", "DEEPSPEED")
         if not use_cpu:

@@ -166,7 +166,8 @@ class Policy:
         told = condition.positive, condition.negative, condition.guidance_scale
         # torch compiles a forward with gradients to other kernels than one without, which round differently
         keeps_grad = torch.is_grad_enabled()
-        with torch.set_grad_enabled(keeps_grad or self._one_graph):
+        # DDP's module has autocast in its forward, FSDP2's has none
+        with torch.set_grad_enabled(keeps_grad or self._one_graph), self.accelerator.autocast():
             prediction = self.backbone.guided_prediction(module, latents, timestep, *told)
         return prediction if keeps_grad else prediction.detach()
 
@@ -463,7 +464,7 @@ class Policy:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what [`state_dict`] gave; of `{}` the average and the old policy begin at the weights as they are."""
-        if state and self._goes_on:
+        if "initial.0" in state:
             self._initial = self.parts_of("initial", state)
         if self.old is not None:
             self.old.load_state_dict(state)
