@@ -44,9 +44,7 @@ def main() -> list[str]:
     import trl_flow.commands.options
     import trl_flow.serving.app
     import trl_flow.trainer  # noqa: F401
-    from trl_flow.shapes import load_pipeline
 
-    load_pipeline()
     gc.collect()
     gc.freeze()  # so that new processes need not look at all this again
     signal.signal(signal.SIGCHLD, lambda *_: None)

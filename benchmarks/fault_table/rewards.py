@@ -114,7 +114,6 @@ def servers(bench: Bench, kinds: tuple[str, ...] | None = None) -> Iterator[Row]
            "answers after the timeout")  # fmt: skip
     options = ("--reward_funcs", "fault_table.hooks.remote")
     command = f"{TRAIN} --reward_funcs http://localhost:8000"
-    bench.whole  # noqa: B018  (before the server takes time)
     server, url = serve(bench)
     for kind in kinds or bad:
         for how_long, wrong in (("twice", range(3, 5)), ("from then on", range(3, 10**6))):
