@@ -29,8 +29,8 @@ Train a text-to-image pipeline by online reinforcement learning.
 
 A recipe, the YAML file that --config names, is a mapping of the options below. With `extends: base.yaml`, a path from
 its folder, it takes over the options of another but for those that it names (null takes one away). Options on the
-command line come before those of the recipe; `--reward_weights null` takes one away. On CPUs several processes are
-started by
+command line come before those of the recipe; `--reward_weights null` takes one away. `--resume_from_checkpoint true`
+goes on with a run, and `auto` begins it if there is no checkpoint yet. On CPUs several processes are started by
 torchrun --nproc_per_node 2 -m trl_flow train --config recipe.yaml --use_cpu true
 """
 
