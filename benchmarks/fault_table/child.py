@@ -6,6 +6,7 @@ number) and `cgroup` (a folder). The processes are forked off from this one, whi
 what takes longest. Beside the log, `.pid` and `.code` are written, the code as `waitpid` gives it.
 """
 
+import codecs
 import gc
 import json
 import os
@@ -45,6 +46,7 @@ def main() -> list[str]:
     import trl_flow.serving.app
     import trl_flow.trainer  # noqa: F401
 
+    codecs.lookup("unicode-escape")  # which Jinja needs, and another user may not be able to import
     gc.collect()
     gc.freeze()  # so that new processes need not look at all this again
     signal.signal(signal.SIGCHLD, lambda *_: None)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from fault_table.bench import AUTO, Bench, Command, Row, wait_for
+from fault_table.bench import AUTO, Bench, Command, Row
 from fault_table.kill import TRAIN
 
 
@@ -35,6 +35,8 @@ def failing(bench: Bench, kinds: tuple[str, ...] = KINDS) -> Iterator[Row]:
 
 
 # ---- Servers ----
+
+PATIENT = {"REWARD_RETRIES": "9"}  # until a server has been started again
 
 
 class Proxy(ThreadingHTTPServer):
@@ -141,8 +143,8 @@ def servers(bench: Bench, kinds: tuple[str, ...] | None = None) -> Iterator[Row]
 def _dies(bench: Bench, server: Command, url: str, options: tuple[str, ...], command: str) -> Row:
     """kill -9 in the middle of a run, and another server on its port some seconds later."""
     output = bench.new("server")
-    run = bench.started(output, *options, env={"REWARD_SERVER": url}, faults=[])
-    _until(run, "rewarding", "updating")
+    run = bench.started(output, *options, env={"REWARD_SERVER": url, **PATIENT})
+    _until(run, "updating")
     server.kill()
     time.sleep(0.4)
     another, _ = serve(bench, port=int(url.rsplit(":", 1)[1]))
@@ -165,7 +167,7 @@ def _out_of_memory(bench: Bench, options: tuple[str, ...]) -> Iterator[Row]:
     server, url = serve(bench, "fault_table.hooks.hungry", **how)
     (group / "memory.limit_in_bytes").write_text(str(256 * 2**20))
     output = bench.new("server")
-    run = bench.started(output, *options, env={"REWARD_SERVER": url})
+    run = bench.started(output, *options, env={"REWARD_SERVER": url, **PATIENT})
     _until(run, "updating")
     hungry.touch()
     died = server.wait()
@@ -181,8 +183,10 @@ def _out_of_memory(bench: Bench, options: tuple[str, ...]) -> Iterator[Row]:
               died.code == 137 and ended.code == 0 and not lost)  # fmt: skip
 
 
-def _until(run: Command, *parts: str) -> None:
-    """Until a run has been at these parts."""
-    marks = wait_for(run.log.with_suffix(".marks"))
-    while not all(f" {part} " in marks.read_text() for part in parts):
+def _until(run: Command, part: str) -> None:
+    """Until a run has come to this part."""
+    marks, until = run.log.with_suffix(".marks"), time.monotonic() + 300
+    while f" {part} " not in marks.read_text():
+        if time.monotonic() > until:
+            raise TimeoutError(run.log.read_text())
         time.sleep(0.01)
