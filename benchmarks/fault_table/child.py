@@ -46,7 +46,8 @@ def main() -> list[str]:
     import trl_flow.serving.app
     import trl_flow.trainer  # noqa: F401
 
-    codecs.lookup("unicode-escape")  # which Jinja needs, and another user may not be able to import
+    for encoding in ("unicode-escape", "latin1", "ascii", "idna"):  # another user may not be able to import them
+        codecs.lookup(encoding)
     gc.collect()
     gc.freeze()  # so that new processes need not look at all this again
     signal.signal(signal.SIGCHLD, lambda *_: None)

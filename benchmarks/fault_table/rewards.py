@@ -141,12 +141,12 @@ def servers(bench: Bench, kinds: tuple[str, ...] | None = None) -> Iterator[Row]
 
 
 def _dies(bench: Bench, server: Command, url: str, options: tuple[str, ...], command: str) -> Row:
-    """kill -9 in the middle of a run, and another server on its port some seconds later."""
+    """kill -9 in the middle of a run, and another server on its port once that has been noticed."""
     output = bench.new("server")
     run = bench.started(output, *options, env={"REWARD_SERVER": url, **PATIENT})
     _until(run, "updating")
     server.kill()
-    time.sleep(0.4)
+    _until_in(run.log, "It is left alone for a while")
     another, _ = serve(bench, port=int(url.rsplit(":", 1)[1]))
     ended = run.wait()
     lost = bench.lost(output, ended)
@@ -185,8 +185,12 @@ def _out_of_memory(bench: Bench, options: tuple[str, ...]) -> Iterator[Row]:
 
 def _until(run: Command, part: str) -> None:
     """Until a run has come to this part."""
-    marks, until = run.log.with_suffix(".marks"), time.monotonic() + 300
-    while f" {part} " not in marks.read_text():
+    _until_in(run.log.with_suffix(".marks"), f" {part} ")
+
+
+def _until_in(path: Path, text: str) -> None:
+    until = time.monotonic() + 300
+    while text not in path.read_text():
         if time.monotonic() > until:
-            raise TimeoutError(run.log.read_text())
+            raise TimeoutError(f"{path} does not say {text!r}.")
         time.sleep(0.01)
