@@ -86,9 +86,10 @@ def read_only(bench: Bench) -> Iterator[Row]:
             else:
                 output.chmod(mode)
             ended = bench.train(output, **(how if mode else {}))
-        told = f"exit code {ended.code}: {ended.said('output_dir .* cannot be written to .[^)]*.')}, before anything is drawn"
+        said = ended.said("output_dir .* cannot be written to .[^)]*.").replace(str(output), "out")
+        told = f"exit code {ended.code}: {said}, before anything is drawn"
         passed = ended.code == 2 and "cannot be written" in ended.output and "update 0" not in ended.output
-        yield Row(f"a folder that {what}", TRAIN, told.replace(str(output), "out"), passed)
+        yield Row(f"a folder that {what}", TRAIN, told, passed)
     for part, number in (("updating", 5), ("evaluating", 3)):
         output = bench.new("read-only")
         output.mkdir()

@@ -56,6 +56,6 @@ def soak(bench: Bench) -> Iterator[Row]:
     for index, (what, unit, limit) in enumerate(LIMITS, start=1):
         values = [point[index] for point in late]
         rise, error = (100 * value for value in slope([(point[0], point[index]) for point in late]))
-        told = f"{values[0]:.0f} {unit} after {WARM_UP} updates, {values[-1]:.0f} at the end, never over {max(values):.0f}"
-        told += f"; slope {rise:+.2g} ± {error:.1g} {unit} per 100 updates"
+        told = f"{values[0]:.0f} {unit} after {WARM_UP} updates, {values[-1]:.0f} at the end"
+        told += f", never over {max(values):.0f}; slope {rise:+.2g} ± {error:.1g} {unit} per 100 updates"
         yield Row(f"soak: {what}", command, told, ended.code == 0 and abs(rise) <= limit)
