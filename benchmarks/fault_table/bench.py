@@ -99,6 +99,7 @@ class Bench:
         self._forker = subprocess.Popen(script, env=os.environ | self.environment, **options)
         if self._forker.stdout.readline() != "ready\n":
             raise RuntimeError("The library cannot be imported.")
+        self._run_whole()
         return self
 
     def __exit__(self, *_) -> None:
@@ -111,7 +112,10 @@ class Bench:
         log = self.folder / f"command-{self._number:03d}.log"
         for suffix in (".log", ".pid", ".code", ".marks"):
             log.with_suffix(suffix).unlink(missing_ok=True)
-        plan = {"marks": str(log.with_suffix(".marks")), "faults": list(faults)}
+        marks = log.with_suffix(".marks")
+        marks.touch()
+        marks.chmod(0o666)  # for a user that may not write elsewhere
+        plan = {"marks": str(marks), "faults": list(faults)}
         env = self.environment | {"FAULTS": json.dumps(plan)} | how.pop("env", {})
         if not forked:
             with open(log, "w") as file:
@@ -138,13 +142,13 @@ class Bench:
     @property
     def whole(self) -> Path:
         """A run to which nothing happens."""
-        path = self.folder / "whole"
-        if not (path / "trainer_state.json").exists():
-            ended = self.train(self.new("whole"))
-            if ended.code != 0:
-                raise RuntimeError(ended.output)
-            shutil.copy(self.folder / f"command-{self._number:03d}.marks", path / "marks")
-        return path
+        return self.folder / "whole"
+
+    def _run_whole(self) -> None:
+        ended = self.train(self.new("whole"))
+        if ended.code != 0:
+            raise RuntimeError(ended.output)
+        shutil.copy(self.folder / f"command-{self._number:03d}.marks", self.whole / "marks")
 
     def parts(self) -> dict[str, list[tuple[int, float]]]:
         """Of the whole run: of each part which time it was, and how long that took."""
@@ -156,8 +160,8 @@ class Bench:
 
     def last_part(self) -> str:
         """Of the command that was started last."""
-        marks = self.folder / f"command-{self._number:03d}.marks"
-        return marks.read_text().splitlines()[-1].split()[1] if marks.exists() else "starting"
+        marks = (self.folder / f"command-{self._number:03d}.marks").read_text().splitlines()
+        return marks[-1].split()[1] if marks else "starting"
 
     def lost(self, output: Path, ended: Ended) -> str:
         """What a run that has ended lacks of the whole one; `""` for nothing."""

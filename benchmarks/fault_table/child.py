@@ -6,6 +6,7 @@ number) and `cgroup` (a folder). The processes are forked off from this one, whi
 what takes longest. Beside the log, `.pid` and `.code` are written, the code as `waitpid` gives it.
 """
 
+import codecs
 import gc
 import json
 import os
@@ -44,9 +45,9 @@ def main() -> list[str]:
     import trl_flow.commands.options
     import trl_flow.serving.app
     import trl_flow.trainer  # noqa: F401
-    from trl_flow.shapes import load_pipeline
 
-    load_pipeline()
+    for encoding in ("unicode-escape", "latin1", "ascii", "idna"):  # another user may not be able to import them
+        codecs.lookup(encoding)
     gc.collect()
     gc.freeze()  # so that new processes need not look at all this again
     signal.signal(signal.SIGCHLD, lambda *_: None)

@@ -185,7 +185,8 @@ hungry.__name__ = "shapes_soft"
 
 def __getattr__(name: str):
     if name == "remote":  # a server that is tried again soon, so that the table does not take all day
-        return RemoteReward(os.environ["REWARD_SERVER"], timeout=2.0, retries=3, backoff=0.2)
+        retries = int(os.environ.get("REWARD_RETRIES", 3))
+        return RemoteReward(os.environ["REWARD_SERVER"], timeout=2.0, retries=retries, backoff=0.2)
     raise AttributeError(name)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from fault_table.bench import AUTO, Bench, Command, Row, wait_for
+from fault_table.bench import AUTO, Bench, Command, Row
 from fault_table.kill import TRAIN
 
 
@@ -35,6 +35,8 @@ def failing(bench: Bench, kinds: tuple[str, ...] = KINDS) -> Iterator[Row]:
 
 
 # ---- Servers ----
+
+PATIENT = {"REWARD_RETRIES": "9"}  # until a server has been started again
 
 
 class Proxy(ThreadingHTTPServer):
@@ -114,7 +116,6 @@ def servers(bench: Bench, kinds: tuple[str, ...] | None = None) -> Iterator[Row]
            "answers after the timeout")  # fmt: skip
     options = ("--reward_funcs", "fault_table.hooks.remote")
     command = f"{TRAIN} --reward_funcs http://localhost:8000"
-    bench.whole  # noqa: B018  (before the server takes time)
     server, url = serve(bench)
     for kind in kinds or bad:
         for how_long, wrong in (("twice", range(3, 5)), ("from then on", range(3, 10**6))):
@@ -140,12 +141,12 @@ def servers(bench: Bench, kinds: tuple[str, ...] | None = None) -> Iterator[Row]
 
 
 def _dies(bench: Bench, server: Command, url: str, options: tuple[str, ...], command: str) -> Row:
-    """kill -9 in the middle of a run, and another server on its port some seconds later."""
+    """kill -9 in the middle of a run, and another server on its port once that has been noticed."""
     output = bench.new("server")
-    run = bench.started(output, *options, env={"REWARD_SERVER": url}, faults=[])
-    _until(run, "rewarding", "updating")
+    run = bench.started(output, *options, env={"REWARD_SERVER": url, **PATIENT})
+    _until(run, "updating")
     server.kill()
-    time.sleep(0.4)
+    _until_in(run.log, "It is left alone for a while")
     another, _ = serve(bench, port=int(url.rsplit(":", 1)[1]))
     ended = run.wait()
     lost = bench.lost(output, ended)
@@ -166,7 +167,7 @@ def _out_of_memory(bench: Bench, options: tuple[str, ...]) -> Iterator[Row]:
     server, url = serve(bench, "fault_table.hooks.hungry", **how)
     (group / "memory.limit_in_bytes").write_text(str(256 * 2**20))
     output = bench.new("server")
-    run = bench.started(output, *options, env={"REWARD_SERVER": url})
+    run = bench.started(output, *options, env={"REWARD_SERVER": url, **PATIENT})
     _until(run, "updating")
     hungry.touch()
     died = server.wait()
@@ -182,8 +183,14 @@ def _out_of_memory(bench: Bench, options: tuple[str, ...]) -> Iterator[Row]:
               died.code == 137 and ended.code == 0 and not lost)  # fmt: skip
 
 
-def _until(run: Command, *parts: str) -> None:
-    """Until a run has been at these parts."""
-    marks = wait_for(run.log.with_suffix(".marks"))
-    while not all(f" {part} " in marks.read_text() for part in parts):
+def _until(run: Command, part: str) -> None:
+    """Until a run has come to this part."""
+    _until_in(run.log.with_suffix(".marks"), f" {part} ")
+
+
+def _until_in(path: Path, text: str) -> None:
+    until = time.monotonic() + 300
+    while text not in path.read_text():
+        if time.monotonic() > until:
+            raise TimeoutError(f"{path} does not say {text!r}.")
         time.sleep(0.01)

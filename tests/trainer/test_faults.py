@@ -149,6 +149,17 @@ def test_a_log_and_images_that_cannot_be_written_for_a_while_stop_nothing(tmp_pa
     assert [path.name for path in images.iterdir()] == ["step-000003.png"]
 
 
+def test_a_card_that_cannot_be_written_keeps_no_checkpoint_from_being_written(tmp_path):
+    trainer = tiny_trainer(tmp_path, **FIELDS)
+    trainer.args.push_to_hub = True
+    trainer.publisher.push_checkpoint = lambda *_: None
+    (tmp_path / "README.md").mkdir()
+    with warnings_of("trl_flow.trainer.metrics") as messages:
+        trainer.train()
+    assert list(complete_checkpoints(tmp_path)) == [3]
+    assert any("README.md cannot be written" in message for message in messages)
+
+
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
     (tmp_path / "_saving-1a2b").mkdir()
     (tmp_path / "_saving-1a2b" / ADAPTER).write_bytes(b"half")

@@ -36,8 +36,9 @@ Train a text-to-image pipeline by online reinforcement learning.
 
 A recipe, the YAML file that --config names, is a mapping of the options below. With `extends: base.yaml`, a path from
 its folder, it takes over the options of another but for those that it names (null takes one away). Options on the
-command line come before those of the recipe; `--reward_weights null` takes one away. With --use_cpu true
---accelerate_config starts two processes on CPUs, or as many as --num_processes says.
+command line come before those of the recipe; `--reward_weights null` takes one away. `--resume_from_checkpoint true`
+goes on with a run, and `auto` begins it if there is no checkpoint yet. With --use_cpu true --accelerate_config starts
+two processes on CPUs, or as many as --num_processes says.
 """
 
 # Set for the processes that `--accelerate_config` starts, which must not start others

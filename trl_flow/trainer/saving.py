@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from trl_flow.rewards.checks import RewardError
 from trl_flow.trainer.checkpoints import STATE_FILE, CheckpointWriteError, writing_checkpoint
+from trl_flow.trainer.metrics import going_on_without
 from trl_flow.trainer.trl_compat import GroupTrainer
 
 
@@ -177,7 +178,8 @@ class SavingTrainer(GroupTrainer):
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.push_to_hub and self.args.hub_strategy != "end":
-            self.create_model_card()
+            with going_on_without(Path(self.args.output_dir, "README.md")):
+                self.create_model_card()
         with writing_checkpoint(folder, self.args, self.resume_hint.format(True)):
             if self.args.should_save:
                 _date_in_order(folder.parent)
