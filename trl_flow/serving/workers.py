@@ -230,6 +230,8 @@ class Workers:
                     finally:
                         self._count(-1)
             except BaseException as error:
+                if self._stopped.is_set():
+                    return
                 logger.error("The reward functions could not be loaded.", exc_info=error)
                 if not loaded:
                     if self._on_failure is not None:
