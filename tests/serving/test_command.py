@@ -24,7 +24,7 @@ def form(prompt, size=(2, 2)):
 
 
 def wait_until(condition):
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.01)

@@ -1,5 +1,6 @@
 """Who scores for a reward server: one thread of its own process, or processes besides it."""
 
+import atexit
 import contextlib
 import functools
 import logging
@@ -74,7 +75,7 @@ class ScoringProcess:
         context = multiprocessing.get_context("spawn")
         self._connection, self._its_end = context.Pipe()
         arguments = self._its_end, make_rewards, max_pixels
-        self._process = context.Process(target=_main, args=arguments, name="scoring", daemon=True)
+        self._process = context.Process(target=_main, args=arguments, name="scoring")
         self._environment = environment
 
     def __enter__(self) -> "ScoringProcess":
@@ -196,6 +197,8 @@ class Workers:
 
     def start(self) -> None:
         """Loads the models, in the background."""
+        # Python waits for its processes at the end, and a second Ctrl-C ends a server at once
+        atexit.register(self.stop)
         for thread in self._threads:
             thread.start()
 
@@ -207,6 +210,7 @@ class Workers:
 
     def stop(self) -> None:
         """Ends the workers. One that is still busy then is killed if it is a process, and else left behind."""
+        atexit.unregister(self.stop)
         self._stopped.set()
         for _ in self._threads:
             self._jobs.put(None)
@@ -230,6 +234,8 @@ class Workers:
                     finally:
                         self._count(-1)
             except BaseException as error:
+                if self._stopped.is_set():
+                    return
                 logger.error("The reward functions could not be loaded.", exc_info=error)
                 if not loaded:
                     if self._on_failure is not None:
