@@ -10,8 +10,8 @@ from trl_flow import AWMConfig, DiffusionNFTConfig, GuardConfig, VGPOConfig
 
 
 PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
-# Those of reward functions that are too large for a test, and what a function calls its own
-ELSEWHERE = {"geneval/{task}", "unigenbench/{dimension}", "{name}/unreadable"}
+# Those of reward functions that are too large for a test, what a function calls its own, and of `torch_compile`
+ELSEWHERE = {"geneval/{task}", "unigenbench/{dimension}", "{name}/unreadable", "time/compiling"}
 
 
 def named() -> set[str]:
