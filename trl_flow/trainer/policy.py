@@ -161,8 +161,8 @@ class Policy:
         # Gradients are reduced over processes by the wrapped module
         module = self._wrapped() if torch.is_grad_enabled() else self.sampling_module
         told = condition.positive, condition.negative, condition.guidance_scale
-        # DDP's module has autocast in its forward, FSDP2's has none
-        with self.accelerator.autocast():
+        # Others have autocast in their forward, FSDP2's module has none
+        with self.accelerator.autocast() if self.is_sharded else contextlib.nullcontext():
             return self.backbone.guided_prediction(module, latents, timestep, *told)
 
     @contextlib.contextmanager
