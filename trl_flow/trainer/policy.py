@@ -166,8 +166,9 @@ class Policy:
         told = condition.positive, condition.negative, condition.guidance_scale
         # torch compiles a forward with gradients to other kernels than one without, which round differently
         keeps_grad = torch.is_grad_enabled()
-        # DDP's module has autocast in its forward, FSDP2's has none
-        with torch.set_grad_enabled(keeps_grad or self._one_graph), self.accelerator.autocast():
+        # Others have autocast in their forward, FSDP2's module has none
+        autocast = self.accelerator.autocast() if self.is_sharded else contextlib.nullcontext()
+        with torch.set_grad_enabled(keeps_grad or self._one_graph), autocast:
             prediction = self.backbone.guided_prediction(module, latents, timestep, *told)
         return prediction if keeps_grad else prediction.detach()
 
