@@ -105,8 +105,8 @@ def as_json(found: dict[tuple[str, float], dict[int, Rows]], target: float) -> d
 
 
 def print_tables(found: dict[tuple[str, float], dict[int, Rows]], target: float) -> None:
-    heads = ["settings", "learning rate", "seeds", "seconds an update", f"updates to {target:g}", "seconds"]
-    print(f"| {' | '.join([*heads, 'best mean of two evaluations'])} |\n|{' --- |' * (len(heads) + 1)}")
+    heads = ["settings, learning rate", "seeds", "s/update", f"updates to {target:g}", "seconds", "best score"]
+    print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
 
     def order(key: tuple[str, float]) -> tuple[float, float]:
         reached = [math.isfinite(number) for number in updates_of(found[key], target).values()]
@@ -119,7 +119,7 @@ def print_tables(found: dict[tuple[str, float], dict[int, Rows]], target: float)
         if reached < len(updates):
             seconds = f"above {at_least(runs, target):.0f}"
         best = [max((a["reward"] + b["reward"]) / 2 for a, b in zip(r, r[1:], strict=False)) for r in runs.values()]
-        cells = [name, f"{rate:g}", str(len(runs)), f"{cost:.2f}", summary(updates), seconds, summary(best, 2)]
+        cells = [f"{name}, {rate:g}", str(len(runs)), f"{cost:.2f}", summary(updates), seconds, summary(best, 2)]
         print(f"| {' | '.join(cells)} |")
 
 
