@@ -330,13 +330,13 @@ class FlowRLTrainer(SavingTrainer):
                 phase.add(part)
             scores = phase.finish()
         drawn, number, refilled = scores.rewards_per_func, len(rows), {}
+        diversity = group_diversity(self.accelerator, phase.images, self.args.num_generations, len(drawn))
         if self.args.dynamic_sample:
             scores, refilled = self.dynamic_sampler.refill(phase, scores, buffer, self.run_state.generation)
         phase.measure(drawn)
         rewards = scores.rewards_per_func
         chosen, scores = phase.choose(scores)
         advantages, stats = self.algorithm.advantages(scores)
-        diversity = group_diversity(self.accelerator, phase.images, self.args.num_generations, len(rewards))
         self.metrics.append({**phase.metrics, "diversity": diversity, **refilled, **stats})
         first = self.args.process_index * number
         self.sample_log.take(rows, phase.images, rewards[first : first + number], phase.logs)
