@@ -167,9 +167,32 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
         left = Path(file.name)
     left.write_bytes(b"half")
     (mine := tmp_path / ".my.tmp").write_bytes(b"")
-    tiny_trainer(tmp_path, **FIELDS).train()
+    (tmp_path / "evaluation").mkdir()
+    with whole_file(tmp_path / "evaluation" / "results.json") as file:  # which goes on beside the run
+        tiny_trainer(tmp_path, **FIELDS).train()
+        assert Path(file.name).exists()
     assert not left.exists() and not (tmp_path / "_saving-1a2b").exists()
     assert mine.exists()
+
+
+def test_an_evaluation_that_cannot_be_noted_leaves_its_checkpoint_whole(tmp_path, monkeypatch):
+    def full(state, path):
+        Path(path).write_text('{"best_')
+        raise OSError("No space left on device")
+
+    trainer = tiny_trainer(tmp_path, **FIELDS, **GOLD)
+    evaluate = trainer._evaluate
+
+    def then_full(*args, **kwargs):
+        metrics = evaluate(*args, **kwargs)
+        if trainer.state.global_step == 3:
+            monkeypatch.setattr(type(trainer.state), "save_to_json", full)
+        return metrics
+
+    trainer._evaluate = then_full
+    with pytest.raises(OSError, match="No space left"):
+        trainer.train()
+    assert list(complete_checkpoints(tmp_path)) == [3]
 
 
 def test_a_reward_that_runs_out_of_memory_gives_back_what_it_held():
