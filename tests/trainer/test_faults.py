@@ -90,6 +90,23 @@ def test_auto_begins_a_run_and_goes_on_with_it(tmp_path):
         tiny_trainer(tmp_path / "out", **FIELDS).train(resume_from_checkpoint="auto")
 
 
+def test_auto_leaves_a_run_alone_that_was_stopped_early(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+    for save_steps in (1, 3):  # with a checkpoint of that update, and without
+        fields = FIELDS | {"save_steps": save_steps}
+        tiny_trainer(tmp_path, callbacks=[Stop()], **fields).train()
+        with pytest.raises(RunIsCompleteError, match="stopped by a callback at update 1 of 3"):
+            tiny_trainer(tmp_path, **fields).train(resume_from_checkpoint="auto")
+        assert (tmp_path / ADAPTER).exists()
+        if save_steps == 1:
+            rest = tiny_trainer(tmp_path, **fields)
+            rest.train(resume_from_checkpoint=True)
+            assert rest.state.global_step == 3
+
+
 def test_the_newest_checkpoints_are_kept_whatever_their_dates_are(tmp_path):
     class ClockSetBack(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):

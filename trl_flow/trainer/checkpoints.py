@@ -105,6 +105,13 @@ def checkpoint_to_resume(given: str | os.PathLike | bool | None, args: FlowRLCon
     processes, which agree on one."""
     if not given:
         return None
+    if given == AUTO:
+        stopped, wanted = max(gather_object([_end(Path(args.output_dir))]))
+        if stopped < wanted:
+            raise RunIsCompleteError(
+                f"The run in {args.output_dir!r} was stopped by a callback at update {stopped} of {wanted}: it is "
+                "complete. To go on all the same, resume with True."
+            )
     if given is True or given == AUTO:
         found = complete_checkpoints(args.output_dir, args.process_index)
         everywhere = set.intersection(*map(set, gather_object([list(found)])))
@@ -124,16 +131,20 @@ def checkpoint_to_resume(given: str | os.PathLike | bool | None, args: FlowRLCon
             )
             raise ValueError(f"{checkpoint!r} {what} in output_dir.")
     step = step_of(checkpoint)
-    if 0 < args.max_steps < step or (step == args.max_steps and _has_ended(Path(checkpoint).parent, step)):
+    if 0 < args.max_steps < step or step == args.max_steps == _end(Path(checkpoint).parent)[0]:
         ended = f"max_steps is {args.max_steps}: the run is complete. Raise max_steps to continue it."
         raise RunIsCompleteError(f"{checkpoint!r} is at update {step}, and {ended}")
     return checkpoint
 
 
-def _has_ended(output_dir: Path, step: int) -> bool:
-    """Whether a run has written all that it leaves after update `step`, of which this file is the last."""
+def _end(output_dir: Path) -> tuple[int, int]:
+    """At which update a run has ended, and its `max_steps`, if it has written all that it leaves, of which this file
+    is the last; else zeros."""
     path = output_dir / STATE_FILE
-    return path.is_file() and _is_whole(path) and json.loads(path.read_text())["global_step"] == step
+    if not path.is_file() or not _is_whole(path):
+        return 0, 0
+    state = json.loads(path.read_text())
+    return state["global_step"], state["max_steps"]
 
 
 @contextlib.contextmanager
