@@ -107,6 +107,17 @@ def test_auto_leaves_a_run_alone_that_was_stopped_early(tmp_path):
             assert rest.state.global_step == 3
 
 
+def test_a_run_of_epochs_is_complete_until_there_are_more(tmp_path):
+    fields = {"max_steps": -1, "num_train_epochs": 1, "save_strategy": "steps", "save_steps": 1}
+    first = tiny_trainer(tmp_path, **fields)
+    first.train(resume_from_checkpoint="auto")
+    with pytest.raises(RunIsCompleteError, match="Raise num_train_epochs"):
+        tiny_trainer(tmp_path, **fields).train(resume_from_checkpoint="auto")
+    rest = tiny_trainer(tmp_path, **fields | {"num_train_epochs": 2})
+    rest.train(resume_from_checkpoint="auto")
+    assert rest.state.global_step == 2 * first.state.global_step
+
+
 def test_the_newest_checkpoints_are_kept_whatever_their_dates_are(tmp_path):
     class ClockSetBack(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
