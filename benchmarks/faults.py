@@ -3,7 +3,7 @@ What a training run loses by a fault, tried on the real commands; prints a table
 
     python benchmarks/faults.py            # all, about half an hour
     python benchmarks/faults.py --quick    # one of each kind, about a minute
-    python benchmarks/faults.py --rows killed disk
+    python benchmarks/faults.py --rows killed full
 
 Each row does something to a small run of the bundled model (fault_table/recipe.yaml), lets it go on by the same
 command if it has ended, and compares it with a run to which nothing happened: weights to the last bit, the best model

@@ -68,9 +68,9 @@ def read(paths: list[Path], reward: str) -> dict[tuple[str, float], dict[int, Ro
     return found
 
 
-def seconds_of(runs: dict[int, Rows]) -> float:
+def seconds_of(arm: str, found: dict[tuple[str, float], dict[int, Rows]]) -> float:
     """Processor seconds of an update: the least that was seen, as other programs slow what runs beside them."""
-    return min(map(seconds_an_update, runs.values()))
+    return min(seconds_an_update(rows) for (name, _), runs in found.items() if name == arm for rows in runs.values())
 
 
 def updates_of(runs: dict[int, Rows], target: float) -> dict[int, float]:
@@ -79,9 +79,8 @@ def updates_of(runs: dict[int, Rows], target: float) -> dict[int, float]:
 
 
 def at_least(runs: dict[int, Rows], target: float) -> float:
-    """Mean processor seconds to the target, as if runs that did not reach it had when they ended."""
-    updates = [min(number, runs[seed][-1]["update"]) for seed, number in updates_of(runs, target).items()]
-    return statistics.mean(updates) * seconds_of(runs)
+    """Mean updates to the target, as if runs that did not reach it had when they ended."""
+    return statistics.mean(min(number, runs[seed][-1]["update"]) for seed, number in updates_of(runs, target).items())
 
 
 def as_json(found: dict[tuple[str, float], dict[int, Rows]], target: float) -> dict[str, Any]:
@@ -93,15 +92,16 @@ def as_json(found: dict[tuple[str, float], dict[int, Rows]], target: float) -> d
         updates = {seed: number for seed, number in updates_of(runs, target).items() if math.isfinite(number)}
         # The evaluation at which the run ended
         walls = {seed: runs[seed][-1]["wall"] for seed in updates if "wall" in runs[seed][-1]}
+        cost = seconds_of(key[0], found) if runs else None
         result[name] = {
             "arm": key[0], "learning_rate": key[1],
             "updates": {seed: round(updates[seed], 1) if seed in updates else None for seed in runs},
-            "processor_seconds": {s: round(updates[s] * seconds_of(runs), 1) if s in updates else None for s in runs},
+            "processor_seconds": {s: round(updates[s] * cost, 1) if s in updates else None for s in runs},
             "wall_seconds": {seed: walls.get(seed) for seed in runs},
         }  # fmt: skip
     reached = [math.isfinite(number) for number in updates_of(found.get(NAMES["recommended"], {}), target).values()]
     if found.get(NAMES["published"]) and reached and all(reached):
-        slow, fast = (at_least(found[key], target) for key in NAMES.values())
+        slow, fast = (at_least(found[key], target) * seconds_of(key[0], found) for key in NAMES.values())
         result["published_over_recommended_at_least"] = round(slow / fast, 2)
     return result
 
@@ -112,14 +112,14 @@ def print_tables(found: dict[tuple[str, float], dict[int, Rows]], target: float)
 
     def order(key: tuple[str, float]) -> tuple[float, float]:
         reached = [math.isfinite(number) for number in updates_of(found[key], target).values()]
-        return -statistics.mean(reached), at_least(found[key], target)
+        return -statistics.mean(reached), at_least(found[key], target) * seconds_of(key[0], found)
 
     for name, rate in sorted(found, key=order):
         runs = found[name, rate]
-        updates, cost = list(updates_of(runs, target).values()), seconds_of(runs)
+        updates, cost = list(updates_of(runs, target).values()), seconds_of(name, found)
         seconds, reached = summary([number * cost for number in updates]), sum(map(math.isfinite, updates))
         if reached < len(updates):
-            seconds = f"above {at_least(runs, target):.0f}"
+            seconds = f"above {at_least(runs, target) * cost:.0f}"
         best = [max((a["reward"] + b["reward"]) / 2 for a, b in zip(r, r[1:], strict=False)) for r in runs.values()]
         cells = [f"{name}, {rate:g}", str(len(runs)), f"{cost:.2f}", summary(updates), seconds, summary(best, 2)]
         print(f"| {' | '.join(cells)} |")

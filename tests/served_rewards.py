@@ -70,8 +70,10 @@ def as_told(prompts, images, **kwargs):
     if word == "wait":
         while not Path(value).exists():
             time.sleep(0.01)
-    if word == "touch":
+    if word in ("touch", "begin"):
         Path(value).touch()
+    if word == "begin":
+        time.sleep(600)
     if word == "die":  # with "once" and a file, only if that is not there
         path = Path(value.removeprefix("once ")) if value else None
         if path is None or not path.exists():

@@ -61,9 +61,13 @@ class Command:
             code = int(wait_for(self.log.with_suffix(".code"), seconds).read_text())
         return Ended(128 - code if code < 0 else code, self.log.read_text())
 
-    def kill(self, number: int = signal.SIGKILL) -> Ended:
-        os.kill(self.pid, number)
+    def kill(self) -> Ended:
+        os.kill(self.pid, signal.SIGKILL)
         return self.wait()
+
+    @property
+    def runs(self) -> bool:
+        return self.process.poll() is None if self.process else not self.log.with_suffix(".code").exists()
 
 
 def wait_for(path: Path, seconds: float = 300) -> Path:
@@ -80,7 +84,7 @@ class Bench:
     """Runs commands in `folder`, which is made anew."""
 
     folder: Path
-    _number: int = 0
+    _commands: list[Command] = field(default_factory=list)
     _forker: subprocess.Popen | None = None
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -103,13 +107,15 @@ class Bench:
         return self
 
     def __exit__(self, *_) -> None:
+        for command in self._commands:  # servers, and what has taken too long
+            if command.runs:
+                command.kill()
         self._forker.stdin.close()
         self._forker.wait()
 
     def start(self, *argv: str, faults: list[dict] = (), forked: bool = True, **how) -> Command:
         """`how` may have `user`, `cgroup` and `env`."""
-        self._number += 1
-        log = self.folder / f"command-{self._number:03d}.log"
+        log = self.folder / f"command-{len(self._commands) + 1:03d}.log"
         for suffix in (".log", ".pid", ".code", ".marks"):
             log.with_suffix(suffix).unlink(missing_ok=True)
         marks = log.with_suffix(".marks")
@@ -121,11 +127,13 @@ class Bench:
             with open(log, "w") as file:
                 command = [sys.executable, "-m", "trl_flow", *argv]
                 options = {"cwd": self.folder, "env": os.environ | env, "stdout": file, "stderr": file}
-                return Command(log, subprocess.Popen(command, **options))
-        order = {"argv": argv, "cwd": str(self.folder), "env": env, "log": str(log), **how}
-        self._forker.stdin.write(json.dumps(order) + "\n")
-        self._forker.stdin.flush()
-        return Command(log)
+                self._commands.append(Command(log, subprocess.Popen(command, **options)))
+        else:
+            order = {"argv": argv, "cwd": str(self.folder), "env": env, "log": str(log), **how}
+            self._forker.stdin.write(json.dumps(order) + "\n")
+            self._forker.stdin.flush()
+            self._commands.append(Command(log))
+        return self._commands[-1]
 
     def train(self, output: Path, *options: str, **how) -> Ended:
         return self.started(output, *options, **how).wait()
@@ -148,7 +156,7 @@ class Bench:
         ended = self.train(self.new("whole"))
         if ended.code != 0:
             raise RuntimeError(ended.output)
-        shutil.copy(self.folder / f"command-{self._number:03d}.marks", self.whole / "marks")
+        shutil.copy(self._commands[-1].log.with_suffix(".marks"), self.whole / "marks")
 
     def parts(self) -> dict[str, list[tuple[int, float]]]:
         """Of the whole run: of each part which time it was, and how long that took."""
@@ -160,7 +168,7 @@ class Bench:
 
     def last_part(self) -> str:
         """Of the command that was started last."""
-        marks = (self.folder / f"command-{self._number:03d}.marks").read_text().splitlines()
+        marks = self._commands[-1].log.with_suffix(".marks").read_text().splitlines()
         return marks[-1].split()[1] if marks else "starting"
 
     def lost(self, output: Path, ended: Ended) -> str:

@@ -21,6 +21,7 @@ OPENED = {
     "the samples of a phase": (r"/checkpoint-3/rollouts-0\.json", 1),
     "the state of a run": (r"/checkpoint-6/\.run_state\.json", 1),
     "transformers' state": (r"/checkpoint-6/trainer_state\.json", 1),
+    "the result of an evaluation": (r"/checkpoint-8/\.trainer_state\.json", 1),
     "settings": (r"/checkpoint-8/training_args\.json", 1),
     "the best model": (r"/best_gold/_saving", 1),
     "the best model's settings": (r"/best_gold/training_args\.json", 1),

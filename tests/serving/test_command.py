@@ -73,6 +73,7 @@ def mistake(capsys, *options):
         (["--rewards", "shapes_soft", "--upload-timeout", "inf"], "upload_timeout is inf"),
         (["--rewards", "shapes_soft", "--grace", "-1"], "--grace is -1"),
         (["--rewards", "shapes_soft", "--workers", "0"], "--workers is 0"),
+        (["--rewards", "shapes_soft", "--workers", "40"], "Give --max-waiting 80"),
         (["--rewards", "shapes_soft", "--device", "gpu"], "--device is 'gpu'"),
         (["--rewards", "shapes_soft", "--batch-size", "0"], "--batch-size is 0"),
     ],

@@ -1,6 +1,7 @@
 """`trl-flow serve-rewards --workers N`: processes that score, die and are replaced."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import threading
@@ -116,11 +117,20 @@ def test_signals_to_all_processes_let_requests_finish(server_parent, tmp_path):
 
 
 @pytest.mark.slow
-def test_workers_end_when_the_server_is_killed(server_parent):
+def test_workers_end_when_the_server_is_killed_even_one_that_is_busy(server_parent, tmp_path):
     server = server_parent.start("--workers", "2", rewards="served_rewards.as_told")
     pids = children(server)
     assert len(pids) == 2
+
+    def ask_in_vain():
+        with contextlib.suppress(httpx2.TransportError):
+            ask(server, f"begin {tmp_path / 'busy'}")
+
+    thread = threading.Thread(target=ask_in_vain)
+    thread.start()
+    wait_until((tmp_path / "busy").exists)
     server.kill()
+    thread.join()
     wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
 
 

@@ -90,6 +90,34 @@ def test_auto_begins_a_run_and_goes_on_with_it(tmp_path):
         tiny_trainer(tmp_path / "out", **FIELDS).train(resume_from_checkpoint="auto")
 
 
+def test_auto_leaves_a_run_alone_that_was_stopped_early(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+    for save_steps in (1, 3):  # with a checkpoint of that update, and without
+        fields = FIELDS | {"save_steps": save_steps}
+        tiny_trainer(tmp_path, callbacks=[Stop()], **fields).train()
+        with pytest.raises(RunIsCompleteError, match="stopped by a callback at update 1 of 3"):
+            tiny_trainer(tmp_path, **fields).train(resume_from_checkpoint="auto")
+        assert (tmp_path / ADAPTER).exists()
+        if save_steps == 1:
+            rest = tiny_trainer(tmp_path, **fields)
+            rest.train(resume_from_checkpoint=True)
+            assert rest.state.global_step == 3
+
+
+def test_a_run_of_epochs_is_complete_until_there_are_more(tmp_path):
+    fields = {"max_steps": -1, "num_train_epochs": 1, "save_strategy": "steps", "save_steps": 1}
+    first = tiny_trainer(tmp_path, **fields)
+    first.train(resume_from_checkpoint="auto")
+    with pytest.raises(RunIsCompleteError, match="Raise num_train_epochs"):
+        tiny_trainer(tmp_path, **fields).train(resume_from_checkpoint="auto")
+    rest = tiny_trainer(tmp_path, **fields | {"num_train_epochs": 2})
+    rest.train(resume_from_checkpoint="auto")
+    assert rest.state.global_step == 2 * first.state.global_step
+
+
 def test_the_newest_checkpoints_are_kept_whatever_their_dates_are(tmp_path):
     class ClockSetBack(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -167,9 +195,32 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
         left = Path(file.name)
     left.write_bytes(b"half")
     (mine := tmp_path / ".my.tmp").write_bytes(b"")
-    tiny_trainer(tmp_path, **FIELDS).train()
+    (tmp_path / "evaluation").mkdir()
+    with whole_file(tmp_path / "evaluation" / "results.json") as file:  # which goes on beside the run
+        tiny_trainer(tmp_path, **FIELDS).train()
+        assert Path(file.name).exists()
     assert not left.exists() and not (tmp_path / "_saving-1a2b").exists()
     assert mine.exists()
+
+
+def test_an_evaluation_that_cannot_be_noted_leaves_its_checkpoint_whole(tmp_path, monkeypatch):
+    def full(state, path):
+        Path(path).write_text('{"best_')
+        raise OSError("No space left on device")
+
+    trainer = tiny_trainer(tmp_path, **FIELDS, **GOLD)
+    evaluate = trainer._evaluate
+
+    def then_full(*args, **kwargs):
+        metrics = evaluate(*args, **kwargs)
+        if trainer.state.global_step == 3:
+            monkeypatch.setattr(type(trainer.state), "save_to_json", full)
+        return metrics
+
+    trainer._evaluate = then_full
+    with pytest.raises(OSError, match="No space left"):
+        trainer.train()
+    assert list(complete_checkpoints(tmp_path)) == [3]
 
 
 def test_a_reward_that_runs_out_of_memory_gives_back_what_it_held():

@@ -1,5 +1,6 @@
 """What the servers for browsers on this machine have in common."""
 
+import contextlib
 import io
 import socket
 import time
@@ -20,6 +21,10 @@ class LocalHandler(BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         self.rfile = io.BufferedReader(_Arriving(self.connection, self.timeout))
+
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError):  # the browser has gone
+            super().handle()
 
     def log_message(self, *arguments) -> None:
         """Not to the terminal, where a line for each request would be in the way."""

@@ -76,8 +76,8 @@ def is_locked(folder: str | os.PathLike) -> bool | None:
 
 
 def half_written(folder: Path) -> list[Path]:
-    """What [`whole_file`] has left in a folder and those in it where a process was killed."""
-    return [path for path in folder.rglob(".*.tmp") if re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", path.name)]
+    """What [`whole_file`] has left in a folder where a process was killed."""
+    return [path for path in folder.glob(".*.tmp") if re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", path.name)]
 
 
 @contextmanager

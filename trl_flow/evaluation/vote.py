@@ -247,9 +247,7 @@ def _handler(votes: VoteServer) -> type[LocalHandler]:
             self.send_response(status)
             for name, value in {"Content-Type": kind, "Content-Length": str(len(content)), **_HEADERS}.items():
                 self.send_header(name, value)
-            # The browser may be gone by then
-            with contextlib.suppress(ConnectionError, TimeoutError):
-                self.end_headers()
-                self.wfile.write(content)
+            self.end_headers()
+            self.wfile.write(content)
 
     return Handler

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("models", "for the reward functions that have one")
     model.add_argument("--device", help="such as cuda:1; default: the accelerator if there is one")
     model.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: each function's own")
-    workers = "processes that score, each with models of its own, on the GPUs in turn (default: none but this one)"
+    workers = "processes that score, each with models of its own, on the GPUs in turn (default: 1, this one)"
     model.add_argument("--workers", type=int, default=1, metavar="N", help=workers)
     model.add_argument("--batch-size", type=int, metavar="N", help="images at a time; default: each function's own")
     limits = parser.add_argument_group("limits", "requests beyond them are refused, and the server keeps running")
@@ -78,6 +78,9 @@ def run(arguments: argparse.Namespace) -> int:
         )
     named = [name.strip() for name in arguments.rewards.split(",") if name.strip()]
     check_whole_number("--workers", arguments.workers, 1)
+    if arguments.workers > limits.max_waiting:
+        idle = f"--workers is {arguments.workers}, but --max-waiting lets in {limits.max_waiting} requests at a time"
+        raise ValueError(f"{idle}: some would never work. Give --max-waiting {2 * arguments.workers} or so.")
     options = arguments.device, arguments.dtype, arguments.batch_size
     rewards = _rewards(named, *options)
     make_rewards = functools.partial(_rewards, named, *options)

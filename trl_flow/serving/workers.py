@@ -80,8 +80,15 @@ class ScoringProcess:
 
     def __enter__(self) -> "ScoringProcess":
         with self._starting:
+            before = os.environ.copy()
             os.environ.update(self._environment)
-            self._process.start()
+            try:
+                self._process.start()
+            finally:
+                for name in self._environment:
+                    os.environ.pop(name)
+                    if name in before:
+                        os.environ[name] = before[name]
         self._its_end.close()  # so that its death ends the connection
         try:
             failure = self._connection.recv()
@@ -130,6 +137,7 @@ def _main(connection: Connection, make_rewards: Callable[[], Sequence[RewardFunc
     # Both may be sent to all processes at once. The server then ends by itself, and finishes its requests before
     for sent in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sent, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_server, daemon=True).start()
     with contextlib.suppress(EOFError, ConnectionError):
         try:
             scorer = RewardScorer(make_rewards())
@@ -146,6 +154,12 @@ def _main(connection: Connection, make_rewards: Callable[[], Sequence[RewardFunc
                 answer = error.status_code, error.detail
             connection.send(answer)
             del asked  # and with it the images, before waiting for the next
+
+
+def _end_with_the_server() -> None:
+    """Also if this process is busy, perhaps for ever, when the server is killed."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def pool(

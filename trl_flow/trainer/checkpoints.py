@@ -7,6 +7,7 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
@@ -105,6 +106,14 @@ def checkpoint_to_resume(given: str | os.PathLike | bool | None, args: FlowRLCon
     processes, which agree on one."""
     if not given:
         return None
+    if given == AUTO:
+        end = _end(Path(args.output_dir))
+        stopped, wanted = max(gather_object([(end.get("global_step", 0), end.get("max_steps", 0))]))
+        if stopped < wanted:
+            raise RunIsCompleteError(
+                f"The run in {args.output_dir!r} was stopped by a callback at update {stopped} of {wanted}: it is "
+                "complete. To go on all the same, resume with True."
+            )
     if given is True or given == AUTO:
         found = complete_checkpoints(args.output_dir, args.process_index)
         everywhere = set.intersection(*map(set, gather_object([list(found)])))
@@ -123,17 +132,20 @@ def checkpoint_to_resume(given: str | os.PathLike | bool | None, args: FlowRLCon
                 f"is not a complete checkpoint of this trainer: {why}. Pass True to resume from the last complete one"
             )
             raise ValueError(f"{checkpoint!r} {what} in output_dir.")
-    step = step_of(checkpoint)
-    if 0 < args.max_steps < step or (step == args.max_steps and _has_ended(Path(checkpoint).parent, step)):
-        ended = f"max_steps is {args.max_steps}: the run is complete. Raise max_steps to continue it."
+    step, end = step_of(checkpoint), _end(Path(checkpoint).parent)
+    limit = "max_steps" if args.max_steps > 0 else "num_train_epochs"
+    has_ended = end.get("global_step") == step
+    has_ended &= step == args.max_steps or (args.max_steps <= 0 and args.num_train_epochs <= end.get("epoch", 0))
+    if 0 < args.max_steps < step or has_ended:
+        ended = f"{limit} is {getattr(args, limit)}: the run is complete. Raise {limit} to continue it."
         raise RunIsCompleteError(f"{checkpoint!r} is at update {step}, and {ended}")
     return checkpoint
 
 
-def _has_ended(output_dir: Path, step: int) -> bool:
-    """Whether a run has written all that it leaves after update `step`, of which this file is the last."""
+def _end(output_dir: Path) -> dict[str, Any]:
+    """The state of a run that has written all that it leaves, of which this file is the last; empty if none has."""
     path = output_dir / STATE_FILE
-    return path.is_file() and _is_whole(path) and json.loads(path.read_text())["global_step"] == step
+    return json.loads(path.read_text()) if path.is_file() and _is_whole(path) else {}
 
 
 @contextlib.contextmanager

@@ -49,8 +49,10 @@ class RunFolder:
         elif self._writes:
             self._move_another_run()
         if self._writes:
-            for left in half_written(self.path):
-                left.unlink()
+            # Not in other folders, where another process may be writing
+            for folder in (self.path, self.path / BEST_FOLDER, *self.path.glob("checkpoint-*")):
+                for left in half_written(folder):
+                    left.unlink()
         self._is_own = True
 
     def claim(self) -> None:

@@ -15,6 +15,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 from transformers.utils import logging
 
+from trl_flow.evaluation.outputs import whole_file
 from trl_flow.rewards.checks import RewardError
 from trl_flow.trainer.checkpoints import STATE_FILE, CheckpointWriteError, writing_checkpoint
 from trl_flow.trainer.metrics import going_on_without
@@ -71,10 +72,9 @@ class SavingTrainer(GroupTrainer):
             # Of several of one class transformers keeps a list
             if isinstance(callback, ExportableState) and isinstance(self.state.stateful_callbacks.get(name), dict):
                 self.state.stateful_callbacks[name] = callback.state()
-        # Whole or not at all; if only the first is written, a resumed run evaluates again
-        temporary = checkpoint / f".{STATE_FILE}"
-        self.state.save_to_json(str(temporary))
-        os.replace(temporary, checkpoint / STATE_FILE)
+        # If only the first is written, a resumed run evaluates again
+        with whole_file(checkpoint / STATE_FILE) as file:
+            self.state.save_to_json(file.name)
         self.run_state.save_values(checkpoint, contents)
         best = self.state.best_model_checkpoint
         limit = {"save_total_limit": self.args.save_total_limit, "best_model_checkpoint": best}
@@ -122,19 +122,23 @@ class SavingTrainer(GroupTrainer):
         """Around training. A reward that fails does so on all processes; of other failures, and of Ctrl-C and SIGTERM,
         one process may know alone, so that only a run of one process is saved then."""
         self._saved, self._is_training = None, False
-        try:
-            with _sigterm_raises(self.args.world_size == 1):
-                yield
-        except RewardError as error:
-            raise RewardError(f"{error} {self._save_after_failure()}") from error
-        except BaseException as error:
-            is_alone = self.accelerator.distributed_type == DistributedType.NO
-            wanted = self.args.save_strategy != SaveStrategy.NO and not isinstance(error, CheckpointWriteError)
-            if self._is_training and is_alone and wanted:
-                logger.warning(f"Training ends with {type(error).__name__}. {self._save_after_failure()}")
-            raise
-        finally:
-            self._is_training = False
+        is_main = threading.current_thread() is threading.main_thread()
+        is_ours = self.args.world_size == 1 and is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        # While the run is saved SIGTERM is ignored: some schedulers send it again, or after Ctrl-C
+        with _at_sigterm(signal.SIG_IGN, is_ours):
+            try:
+                with _at_sigterm(_stop, is_ours):
+                    yield
+            except RewardError as error:
+                raise RewardError(f"{error} {self._save_after_failure()}") from error
+            except BaseException as error:
+                is_alone = self.accelerator.distributed_type == DistributedType.NO
+                wanted = self.args.save_strategy != SaveStrategy.NO and not isinstance(error, CheckpointWriteError)
+                if self._is_training and is_alone and wanted:
+                    logger.warning(f"Training ends with {type(error).__name__}. {self._save_after_failure()}")
+                raise
+            finally:
+                self._is_training = False
 
     def _save_after_failure(self) -> str:
         """Saves a checkpoint of the last update, unless there is one, and says where it is and how to go on."""
@@ -197,27 +201,25 @@ def _is_evaluation(log: dict[str, Any]) -> bool:
 def _date_in_order(output_dir: Path) -> None:
     """transformers removes the checkpoints with the oldest dates first, and those may be in any order: after a clock
     was set back it would be the newest ones, or after a copy."""
-    found = [(path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"), path) for path in output_dir.glob("*")]
+    found = [(path.name.rpartition("-")[2], path) for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
     in_order = sorted((int(step), path) for step, path in found if step.isdecimal())
     for age, (_, path) in enumerate(reversed(in_order), start=1):
-        os.utime(path)  # now, by the file system's clock
-        date = path.stat().st_mtime - age  # a second between them: transformers does not trust dates that are close
-        os.utime(path, (date, date))
+        with contextlib.suppress(PermissionError):  # of another user, whose checkpoints cannot be removed either
+            os.utime(path)  # now, by the file system's clock
+            date = path.stat().st_mtime - age  # a second apart: transformers trusts no dates that are close
+            os.utime(path, (date, date))
+
+
+def _stop(*_) -> None:
+    """A scheduler that takes the machine away sends SIGTERM first: as Ctrl-C, it raises where the program is."""
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def _sigterm_raises(wanted: bool) -> Iterator[None]:
-    """A scheduler that takes the machine away sends SIGTERM first: as Ctrl-C, it raises where the program is."""
-    is_main = threading.current_thread() is threading.main_thread()
-    if not wanted or not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-
-    def stop(*_) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
-
-    signal.signal(signal.SIGTERM, stop)
+def _at_sigterm(handler: Any, wanted: bool) -> Iterator[None]:
+    before = signal.signal(signal.SIGTERM, handler) if wanted else None
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if wanted:
+            signal.signal(signal.SIGTERM, before)
