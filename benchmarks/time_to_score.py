@@ -84,7 +84,8 @@ def at_least(runs: dict[int, Rows], target: float) -> float:
 
 
 def as_json(found: dict[tuple[str, float], dict[int, Rows]], target: float) -> dict[str, Any]:
-    """What the last line says of the two arms, and how many times as long the published settings take, at least."""
+    """What the last line says of the two arms, and how many times as long the published settings take, at least: this
+    once all seeds of the recommendation have reached the target."""
     result: dict[str, Any] = {"target": target}
     for name, key in NAMES.items():
         runs = found.get(key, {})
@@ -98,7 +99,8 @@ def as_json(found: dict[tuple[str, float], dict[int, Rows]], target: float) -> d
             "processor_seconds": {s: round(updates[s] * cost, 1) if s in updates else None for s in runs},
             "wall_seconds": {seed: walls.get(seed) for seed in runs},
         }  # fmt: skip
-    if all(found.get(key) for key in NAMES.values()):
+    reached = [math.isfinite(number) for number in updates_of(found.get(NAMES["recommended"], {}), target).values()]
+    if found.get(NAMES["published"]) and reached and all(reached):
         slow, fast = (at_least(found[key], target) * seconds_of(key[0], found) for key in NAMES.values())
         result["published_over_recommended_at_least"] = round(slow / fast, 2)
     return result

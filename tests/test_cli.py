@@ -418,6 +418,9 @@ UNEVEN = "--per_device_train_batch_size 9 --steps_per_generation 1 --num_generat
     ("config", "options", "processes", "is_sharded"),
     [
         ("fsdp2", ["--use_cpu", "true"], 2, True),
+        ("fsdp2", ["--use_cpu"], 2, True),
+        ("fsdp2", ["--use_cpu", "--seed", "1"], 2, True),
+        ("fsdp2", ["--use_cpu", "1"], 2, True),
         # 9 images of a process are no whole groups of 6, those of all are
         ("multi_gpu", ["--use_cpu", "true", "--num_processes", "4", *UNEVEN], 4, False),
         ("single_gpu", ["--use_cpu", "true"], 1, False),

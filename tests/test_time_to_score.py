@@ -43,6 +43,12 @@ def test_the_line_says_when_the_score_was_reached_and_how_many_times_longer_the_
     assert result["published_over_recommended_at_least"] == 1.6  # 8 updates against 5
 
 
+def test_no_number_of_times_is_claimed_where_the_recommendation_has_not_reached_the_score(program, tmp_path, capsys):
+    path = written(tmp_path, program, recommended_0=[0.9, 0.9], published_0=[0.8, 0.8, 0.8])
+    program.main(["--output", str(path), "--seeds", "0", "--target", "1.1"])
+    assert "published_over_recommended_at_least" not in capsys.readouterr().out
+
+
 def test_the_table_says_above_what_a_mean_is_of_which_not_all_came_there(program, tmp_path, capsys):
     path = written(tmp_path, program, recommended_0=[0.9, 1.0, 1.1, 1.2], recommended_1=[0.9, 0.9, 0.9])
     program.main(["--table", str(path), "--target", "1.1"])

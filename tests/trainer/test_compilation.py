@@ -6,7 +6,7 @@ from families import FAMILIES
 from family_checks import check_training
 from safetensors.torch import load_file
 from tiny_models import tiny_sd3_pipeline
-from tiny_training import assert_equal, prompts, tiny_config, tiny_trainer, trained_weights, warnings_of
+from tiny_training import assert_equal, brightness, prompts, tiny_config, tiny_trainer, trained_weights, warnings_of
 
 from trl_flow import DiffusionNFTConfig, FlowGRPOConfig, GuardConfig
 from trl_flow.trainer import compilation
@@ -14,6 +14,11 @@ from trl_flow.trainer import compilation
 
 # Traced and guarded as for any backend, but what runs are torch's own kernels
 TRACED = {"torch_compile_backend": "eager"}
+
+
+def no_cats(prompts, images, **kwargs):
+    pairs = zip(prompts, brightness(prompts, images), strict=True)
+    return [0.0 if prompt == "a cat" else value for prompt, value in pairs]
 
 
 def stages_of(trainer) -> list[str]:
@@ -56,6 +61,7 @@ RUNS = {
     "probe": {"ratio_probe": 4, "num_iterations": 2},
     "checkpointing": {"gradient_checkpointing": True},
     "part of each group": {"num_generations_trained": 2},
+    "groups sampled again": {"dynamic_sample": True, "reward_funcs": no_cats},
     "common steps": {"share_initial_noise": True, "sde_window_size": 1, "sde_window_range": [1, 2]},
     "evaluation, average": {
         "use_ema": True,

@@ -193,6 +193,31 @@ def test_the_logged_images_and_columns_are_those_of_the_samples_at_hand(tmp_path
     assert np.isfinite(metrics(trainer)).all()
 
 
+def test_a_column_that_only_the_new_samples_have_is_theirs(tmp_path):
+    def reward(prompts, images, log_extra, **kwargs):
+        if set(prompts) <= set(PROMPTS[2:]):
+            log_extra("new", prompts)
+        return but_for("a cat", "two dogs")(prompts, images)
+
+    batch, trainer = phase(tmp_path, reward, log_images=True, overlap_rewards=False)
+    lines = [caption.split("\n") for caption in trainer.sample_log._captions]
+    assert all(each[-1] == f"new {prompt}" for each, prompt in zip(lines, batch.prompts, strict=True))
+
+
+def test_what_is_logged_is_of_the_samples_that_were_drawn_first(tmp_path):
+    def reward(prompts, images, log_metric, **kwargs):
+        log_metric("cats", prompts.count("a cat"))
+        return but_for("a cat")(prompts, images)
+
+    logs = []
+    for dynamic in (True, False):
+        _, trainer = phase(tmp_path / str(dynamic), reward, dynamic_sample=dynamic)
+        logs.append(trainer.metrics.flush(trainer.algorithm))
+    assert logs[0]["dynamic_sample/groups"] == 1 and logs[1]["cats"] > 0
+    for name in ("reward", "cats", "diversity"):
+        assert logs[0][name] == logs[1][name]
+
+
 @pytest.mark.parametrize(("cls", "fields", "parts"), [
     (FlowGRPOConfig, {"max_resample_times": 2}, ["max_resample_times is 2", "Set dynamic_sample=True"]),
     (AWMConfig, {"dynamic_sample": True, "max_resample_times": 0}, ["max_resample_times is 0", "at least 1"]),

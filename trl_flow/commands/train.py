@@ -41,6 +41,8 @@ goes on with a run, and `auto` begins it if there is no checkpoint yet. With --u
 two processes on CPUs, or as many as --num_processes says.
 """
 
+# What options say for it
+_FALSE = ("no", "false", "off", "f", "n", "0")
 # Set for the processes that `--accelerate_config` starts, which must not start others
 _LAUNCHED = "TRL_FLOW_LAUNCHED"
 
@@ -81,8 +83,9 @@ def _num_processes(name: str, argv: list[str], recipe: Recipe) -> int:
         if not str(given).isdecimal() or int(given) < 1:
             raise ValueError(f"num_processes is {given!r}, but must be a whole number of at least 1.")
         return int(given)
-    use_cpu = option(argv, recipe, "use_cpu") or config.get("use_cpu", False)
-    if BOOLEANS.get(str(use_cpu).lower()) or "--cpu" in argv:
+    # Without a value, before another option or at the end, it is on
+    use_cpu = option([*argv, "true"], recipe, "use_cpu") or config.get("use_cpu", False)
+    if str(use_cpu).lower() not in _FALSE or "--cpu" in argv:
         return 1 if str(config.get("distributed_type", "NO")) == "NO" else 2  # enough to see it at work
     return max(torch.accelerator.device_count(), 1)
 

@@ -80,12 +80,11 @@ class DynamicSampler:
             found = again.finish()
         for place, index in enumerate(own):
             phase.rows[index - first], phase.images[index - first] = rows[place], again.images[place]
-            for name, column in phase.logs.columns.items():
+            for column in phase.logs.columns.values():
                 column.pop(index - first, None)
-                if place in again.logs.columns.get(name, {}):
-                    column[index - first] = again.logs.columns[name][place]
-        for name, values in again.logs.metrics.items():
-            phase.logs.metrics[name] += values
+        # Metrics stay those of the samples that were drawn first, as others do
+        for name, values in again.logs.columns.items():
+            phase.logs.columns[name].update((own[place] - first, value) for place, value in values.items())
         starts = [r * most * size for r in range(self.args.world_size)]
         gathered = [starts[r] + i for r, places in enumerate(of_ranks) for i in range(len(places) * size)]
         places = [place * size + i for place in flat for i in range(size)]

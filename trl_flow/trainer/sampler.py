@@ -120,7 +120,7 @@ class Sampler:
         predicted = torch.cat([part.pred_original_samples for part in parts]) if plan.project else None
         return torch.cat([part.final for part in parts]), predicted
 
-    def _initial_noise(self, generation: int, indices: Iterable[int], attempt: int) -> torch.Tensor:
+    def _initial_noise(self, generation: int, indices: Iterable[int], attempt: int = 0) -> torch.Tensor:
         """`x_1` of samples by their global indices, or with `share_initial_noise` of groups by theirs."""
         generators = self._generators(generation, indices, attempt, RandomStream.INITIAL_NOISE)
         return draw_noise(self.policy.backbone.latent_shape(), generators, self.policy.accelerator.device)
