@@ -45,6 +45,7 @@ SCENARIOS = {
     "goes on": {"init_adapter": "adapter", "lora": None, "beta": 0.1, **ADAM, **SAVED, **EVALUATED},
     "all weights": {"lora": None, "beta": 0.1, "use_ema": True, **ADAM, **SAVED, **EVALUATED},
     "all weights, nft": {"cls": DiffusionNFTConfig, "lora": None, **ADAM, **SAVED},
+    "compiled": {"torch_compile_backend": "eager", **ADAM},  # not under ZeRO-3
     "bfloat16": {"cls": GuardConfig, "bf16": True, **ADAM, **SAVED},
 }
 
@@ -64,7 +65,7 @@ def trainer_of(folder: Path, name: str, output_dir: Path):
 def run(folder: str, *names: str) -> None:
     """Of each scenario there is a folder, and with checkpoints a second one, of the run that was resumed."""
     folder = Path(folder)
-    for name in names or SCENARIOS:
+    for name in names or (name for name in SCENARIOS if (name, os.environ.get("EXPECTED")) != ("compiled", "zero3")):
         trainer = trainer_of(folder, name, folder / name)
         trainer.train()
         trainer.save_model()
@@ -81,12 +82,15 @@ def run(folder: str, *names: str) -> None:
 
 
 def refused(folder: Path) -> str:
-    """What is said about the gradients of single steps, of which a process has none where layers are split."""
-    try:
-        tiny_trainer(folder / "refused", diagnostics_steps=1)
-    except ValueError as error:
-        return str(error)
-    return ""
+    """What is said about the gradients of single steps, of which a process has none where layers are split, and about
+    compilation."""
+    said = []
+    for fields in ({"diagnostics_steps": 1}, {"torch_compile_backend": "eager"}):
+        try:
+            tiny_trainer(folder / "refused", **fields)
+        except ValueError as error:
+            said.append(str(error))
+    return "\n".join(said)
 
 
 def check(trainer) -> None:

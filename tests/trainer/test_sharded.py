@@ -84,8 +84,11 @@ def assert_trained_alike(two: Path, one: Path, name: str) -> None:
 def test_two_processes_train_what_one_does(kind, one, tmp_path):
     run_sharded(kind, tmp_path)
     for name in sharded_run.SCENARIOS:
-        assert_trained_alike(tmp_path, one, name)
-    assert "--accelerate_config multi_gpu" in (tmp_path / "refused-0.txt").read_text()
+        if (name, kind) != ("compiled", "zero3"):
+            assert_trained_alike(tmp_path, one, name)
+    said = (tmp_path / "refused-0.txt").read_text()
+    assert ("diagnostics_steps" in said) == (kind != "zero2") and ("torch_compile" in said) == (kind == "zero3")
+    assert said.count("--accelerate_config multi_gpu") == {"fsdp2": 1, "zero2": 0, "zero3": 2}[kind]
 
 
 def test_weights_that_stay_gathered_are_not_mistaken_for_their_parts(one, tmp_path):

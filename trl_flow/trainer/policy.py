@@ -96,6 +96,11 @@ class Policy:
                 "A quantized model cannot be sharded: its packed weights have a format of their own, which FSDP and "
                 f"DeepSpeed do not split. It is small: use {ddp}. Or leave the quantization out."
             )
+        if self.args.torch_compile and is_zero3(self.accelerator):
+            raise ValueError(
+                "torch_compile is on, but under ZeRO-3 torch would trace DeepSpeed's code around each layer, which "
+                f"takes minutes and gives no faster model. Set torch_compile=False, or use fsdp2, ZeRO-2 or {ddp}."
+            )
         is_zero2 = self.accelerator.distributed_type == DistributedType.DEEPSPEED and not is_zero3(self.accelerator)
         if self.args.diagnostics_steps and not is_zero2:
             raise ValueError(
