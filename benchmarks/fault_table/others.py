@@ -37,7 +37,7 @@ def truncated(bench: Bench, quick: bool = False) -> Iterator[Row]:
     ended = bench.train(output, *AUTO)
     lost = bench.lost(output, ended)
     kept = sorted(str(path.relative_to(output)) for path in output.glob("previous-*/checkpoint-*"))
-    told = f"begins anew, the old ones are in {', '.join(kept)}; {lost or 'as the unbroken run'}"
+    told = f"begins again, the old ones are in {', '.join(kept)}; {lost or 'as the unbroken run'}"
     yield Row("checkpoints: all damaged", f"{TRAIN} {' '.join(AUTO)}", told, len(kept) == 2 and not lost)
 
 

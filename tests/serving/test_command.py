@@ -1,42 +1,21 @@
 """`trl-flow serve-rewards` as a program: what it prints, what it refuses, and how it ends."""
 
 import contextlib
-import io
-import json
 import socket
 import sys
 import threading
-import time
 
 import httpx2
 import pytest
-from PIL import Image
+from server_requests import form, free_port, wait_until
 
 from trl_flow.cli import main
 from trl_flow.rewards.base import ModelReward
 from trl_flow.serving.command import _configure, _listen
 
 
-def form(prompt, size=(2, 2)):
-    file = io.BytesIO()
-    Image.new("RGB", size).save(file, format="PNG")
-    return [("prompts", (None, json.dumps([prompt]))), ("images", ("0.png", file.getvalue(), "image/png"))]
-
-
-def wait_until(condition):
-    until = time.monotonic() + 300
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.01)
-
-
 def wait_for_requests(server, number):
     wait_until(lambda: f"trl_flow_waiting {number}.0" in httpx2.get(f"{server.url}/metrics").text)
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def answers(url):

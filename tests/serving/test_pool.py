@@ -12,7 +12,7 @@ import httpx2
 import psutil
 import pytest
 from PIL import Image
-from test_command import form, free_port, wait_until
+from server_requests import form, free_port, wait_until
 
 from trl_flow.rewards import RemoteReward, RewardServerError
 from trl_flow.serving.workers import pool
