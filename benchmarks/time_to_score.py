@@ -53,7 +53,7 @@ KNOBS = {
     "binary reward": noised(rate=2e-3),
     "binary reward, dynamic_sample": noised(rate=2e-3, dynamic_sample=True),
 }
-PUBLISHED, RECOMMENDED = "Flow-GRPO, published", "DiffusionNFT"
+PUBLISHED, RECOMMENDED = "Flow-GRPO, published", "half of each group"
 NAMES = {"published": (PUBLISHED, 2e-3), "recommended": (RECOMMENDED, KNOBS[RECOMMENDED].rates[0])}
 ALL = {PUBLISHED: ARMS[PUBLISHED]} | KNOBS
 
