@@ -110,17 +110,21 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.fl
 MEASURED = 3  # the phase; in the first, the second and the fourth the noise floor is measured, by further forwards
 
 
+def make_transformer(name: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
+    """With random weights."""
+    with torch.device(device):
+        torch.set_default_dtype(dtype)
+        model = (FluxTransformer2DModel if "flux" in name else SD3Transformer2DModel)(**MODELS[name])
+        torch.set_default_dtype(torch.float32)
+    return model.to(device)
+
+
 def make_policy(name: str, device: str, checkpointing: bool) -> torch.nn.Module:
     """The transformer in bfloat16 with the papers' LoRA, whose weights are float32."""
-    is_flux = "flux" in name
-    with torch.device(device):
-        torch.set_default_dtype(torch.bfloat16)
-        model = (FluxTransformer2DModel if is_flux else SD3Transformer2DModel)(**MODELS[name])
-        torch.set_default_dtype(torch.float32)
-    model.to(device).requires_grad_(False)
+    model = make_transformer(name, torch.bfloat16, device).requires_grad_(False)
     if checkpointing:
         model.enable_gradient_checkpointing()
-    targets = (FluxBackbone if is_flux else StableDiffusion3Backbone).lora_target_modules
+    targets = (FluxBackbone if "flux" in name else StableDiffusion3Backbone).lora_target_modules
     policy = get_peft_model(model, LoraConfig(r=32, lora_alpha=64, target_modules=list(targets)))
     cast_training_params(policy, dtype=torch.float32)
     return policy.train()
@@ -180,13 +184,9 @@ class OwnFluxBackbone(RandomPrompts, FluxBackbone): ...
 
 
 def make_backbone(given: argparse.Namespace, dtype: torch.dtype, device: str):
-    is_flux = "flux" in given.model
+    transformer, is_flux = make_transformer(given.model, dtype, device), "flux" in given.model
     with torch.device(device):
-        torch.set_default_dtype(dtype)
-        transformer = (FluxTransformer2DModel if is_flux else SD3Transformer2DModel)(**MODELS[given.model])
-        torch.set_default_dtype(torch.float32)
         vae = AutoencoderKL(**VAE)
-    transformer.to(device)
     parts = {"transformer": transformer, "vae": vae, "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0)}
     if is_flux:
         names = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")

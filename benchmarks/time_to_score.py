@@ -27,7 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 EXAMPLE = Path(__file__).parents[1] / "examples" / "noised_images"
 sys.path.insert(0, str(EXAMPLE))
 from compare import ARMS, NOISED, WINDOW, Arm, run_missing  # noqa: E402
-from curves import Rows, seconds_an_update, summary, updates_to  # noqa: E402
+from curves import Rows, seconds_an_update, smoothed, summary, updates_to  # noqa: E402
 
 from trl_flow import AWMConfig, DiffusionNFTConfig, FlowGRPOConfig  # noqa: E402
 
@@ -120,7 +120,7 @@ def print_tables(found: dict[tuple[str, float], dict[int, Rows]], target: float)
         seconds, reached = summary([number * cost for number in updates]), sum(map(math.isfinite, updates))
         if reached < len(updates):
             seconds = f"above {at_least(runs, target) * cost:.0f}"
-        best = [max((a["reward"] + b["reward"]) / 2 for a, b in zip(r, r[1:], strict=False)) for r in runs.values()]
+        best = [max(score for _, score in smoothed(rows)[1:]) for rows in runs.values()]
         cells = [f"{name}, {rate:g}", str(len(runs)), f"{cost:.2f}", summary(updates), seconds, summary(best, 2)]
         print(f"| {' | '.join(cells)} |")
 

@@ -41,8 +41,8 @@ goes on with a run, and `auto` begins it if there is no checkpoint yet. With --u
 two processes on CPUs, or as many as --num_processes says.
 """
 
-# What options say for it
-_FALSE = ("no", "false", "off", "f", "n", "0")
+# What options say for it: in YAML, and transformers' parser
+_FALSE = {text for text, truth in BOOLEANS.items() if not truth} | {"f", "n", "0"}
 # Set for the processes that `--accelerate_config` starts, which must not start others
 _LAUNCHED = "TRL_FLOW_LAUNCHED"
 

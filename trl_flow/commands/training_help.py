@@ -13,15 +13,8 @@ from trl_flow.commands.methods import changed_defaults, config_fields, method_of
 # Subjects in the order in which a run is thought of. What is in none of them is the last one, which `--help all` lists
 SUBJECTS: dict[str, tuple[str, ...]] = {
     "Model": (
-        *(
-            "model_name_or_path",
-            "model_revision",
-            "dtype",
-            "model_init_kwargs",
-            "init_adapter",
-            "reference",
-            "component",
-        ),
+        *("model_name_or_path", "model_revision", "dtype", "model_init_kwargs"),
+        *("init_adapter", "reference", "component"),
         *("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save"),
         *("init_lora_weights", "use_rslora", "use_dora", "disable_dropout", "load_in_4bit", "load_in_8bit"),
     ),

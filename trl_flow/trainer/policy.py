@@ -166,13 +166,13 @@ class Policy:
     def predict(self, latents: torch.Tensor, timestep: torch.Tensor, condition: Condition) -> torch.Tensor:
         """The prediction for latents `(B, ...)` at a value of the schedule's `timesteps`, guidance included: the
         velocity of flow models, noise or `v` of U-Nets, float32, `(B, ...)`."""
-        # Gradients are reduced over processes by the wrapped module
-        module = self._wrapped() if torch.is_grad_enabled() else self.sampling_module
-        told = condition.positive, condition.negative, condition.guidance_scale
-        # torch compiles a forward with gradients to other kernels than one without, which round differently
         keeps_grad = torch.is_grad_enabled()
+        # Gradients are reduced over processes by the wrapped module
+        module = self._wrapped() if keeps_grad else self.sampling_module
+        told = condition.positive, condition.negative, condition.guidance_scale
         # Others have autocast in their forward, FSDP2's module has none
         autocast = self.accelerator.autocast() if self.is_sharded else contextlib.nullcontext()
+        # torch compiles a forward with gradients to other kernels than one without, which round differently
         with torch.set_grad_enabled(keeps_grad or self._one_graph), autocast:
             prediction = self.backbone.guided_prediction(module, latents, timestep, *told)
         return prediction if keeps_grad else prediction.detach()
