@@ -24,17 +24,16 @@ def difference(decoded: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     return (decoded - images).abs().mean() + 2 * (decoded - images).square().mean()
 
 
-def disturbed(latents: torch.Tensor, random: torch.Generator, strength: float = 1.0) -> torch.Tensor:
+def disturbed(latents: torch.Tensor, random: torch.Generator) -> torch.Tensor:
     """
-    Latents as a sampler leaves them, at a strength of 1: half of them as they are, half with up to 0.4 standard
-    deviations of noise and, as much guidance does, up to 1.4 times too large. The decoder learns to draw clean shapes
-    all the same.
+    Latents as a sampler leaves them: half of them as they are, half with up to 0.3 standard deviations of noise and, as
+    much guidance does, up to 1.3 times too large.
     """
     shape = (len(latents), 1, 1, 1)
-    mean, deviation = latents.detach().mean(), latents.detach().std()
-    some = strength * (torch.rand(shape, generator=random) < 0.5).float()
-    scale = 1 + some * (0.5 * torch.rand(shape, generator=random) - 0.1).clamp(min=0)
-    level = some * 0.4 * torch.rand(shape, generator=random)
+    mean, deviation = latents.mean(), latents.std()
+    some = (torch.rand(shape, generator=random) < 0.5).float()
+    scale = 1 + some * 0.3 * torch.rand(shape, generator=random)
+    level = some * 0.3 * torch.rand(shape, generator=random)
     noise = torch.randn(latents.shape, generator=random)
     return mean + (latents - mean) * scale + level * deviation * noise
 
@@ -48,21 +47,34 @@ def train_autoencoder(vae: AutoencoderKL, images: torch.Tensor, folder: Path, st
         batch = batch_of(images, random)
         posterior = vae.encode(batch).latent_dist
         latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=random)
-        # From the start, disturbances would hide what the encoder has to say
-        strength = min(1.0, max(0.0, (step / steps - 0.2) / 0.3))
-        decoded = vae.decode(disturbed(latents, random, strength)).sample
-        return difference(decoded, batch) + 1e-6 * posterior.kl().mean()
+        return difference(vae.decode(latents).sample, batch) + 1e-6 * posterior.kl().mean()
 
     def after(step: int) -> None:
         if step % 500 == 0:
             log(folder, stage="autoencoder", step=step, psnr_db=round(psnr(vae, images[:250]), 2))
 
-    parameters = list(vae.parameters())
-    stage = Stage(folder, "autoencoder", {"vae": vae}, parameters, lambda step: rate(step, steps, 2e-3))
+    # At 2e-3 it learns the ground and a blur, and stays there
+    stage = Stage(folder, "autoencoder", {"vae": vae}, list(vae.parameters()), lambda step: rate(step, steps, 1e-3))
     stage.run(steps, loss_of, after)
     vae.eval().requires_grad_(False)
     latents = encode(vae, images[:4000], scaled=False)
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+
+
+def train_decoder(vae: AutoencoderKL, images: torch.Tensor, folder: Path, steps: int, seed: int) -> None:
+    """Trains the decoder further, to draw clean shapes from disturbed latents too. What the encoder says stays."""
+    latents = encode(vae, images, scaled=False)
+
+    def loss_of(step: int) -> torch.Tensor:
+        random = generator(seed, 4, step)
+        chosen = torch.randint(len(images), (BATCH,), generator=random)
+        decoded = vae.decode(disturbed(latents[chosen], random)).sample
+        return difference(decoded, images[chosen].float() / 127.5 - 1)
+
+    parameters = list(vae.decoder.requires_grad_(True).train().parameters())
+    stage = Stage(folder, "decoder", {"vae": vae}, parameters, lambda step: rate(step, steps, 5e-4))
+    stage.run(steps, loss_of)
+    vae.eval().requires_grad_(False)
 
 
 @torch.no_grad()

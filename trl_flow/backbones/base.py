@@ -130,6 +130,19 @@ class Backbone(ABC):
         return getattr(self.pipeline, self.component)
 
     @property
+    def sampled_models(self) -> list[nn.Module]:
+        """The modules whose forwards sampling runs: the trained one, and others that take steps in turns with it."""
+        return [self.model]
+
+    def compiled_parts(self, model: nn.Module) -> list[nn.Module]:
+        """What `torch_compile` compiles of a model of this family, each by itself: the blocks that it repeats, of
+        which those of one kind share their code; without any, the model as a whole."""
+        names = getattr(model, "_repeated_blocks", None) or ()  # Stable Diffusion 3 names none
+        blocks = [part for part in model.modules() if type(part).__name__ in names]
+        lists = [part for part in model.children() if isinstance(part, nn.ModuleList)]
+        return blocks or [block for blocks in lists for block in blocks] or [model]
+
+    @property
     def device(self) -> torch.device:
         """The device where conditions are computed and images are decoded."""
         return device_of(self.pipeline)

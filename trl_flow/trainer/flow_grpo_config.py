@@ -188,6 +188,12 @@ class FlowGRPOConfig(FlowRLConfig):
                 "projection_vae is set, but dense_rewards is False: no unfinished image is decoded. Set "
                 "dense_rewards=True, or leave projection_vae out."
             )
+        if self.dynamic_sample and self.has_value_scale:
+            flat = "gives groups without spread an advantage, too: they are not in vain"
+            raise ValueError(
+                f"dynamic_sample is True, but value_scale={self.value_scale} {flat}. Set value_scale=0, or "
+                "dynamic_sample=False."
+            )
         if self.timestep_weighting in ("beta_over_dt", "inverse_beta_dt") and self.sde_type != "dance":
             raise ValueError(
                 f"timestep_weighting={self.timestep_weighting!r} needs the beta of Dance-SDE, but sde_type is "
