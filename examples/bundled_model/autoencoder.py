@@ -26,8 +26,8 @@ def difference(decoded: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
 
 def disturbed(latents: torch.Tensor, random: torch.Generator) -> torch.Tensor:
     """
-    Latents as a sampler leaves them: half of them as they are, half with up to 0.3 standard deviations of noise and, as
-    much guidance does, up to 1.3 times too large.
+    Latents as a sampler leaves them: half of them as they are, half with up to 0.3 standard deviations of noise and up
+    to 1.3 times too large, as much guidance makes them.
     """
     shape = (len(latents), 1, 1, 1)
     mean, deviation = latents.mean(), latents.std()
