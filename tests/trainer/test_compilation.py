@@ -5,6 +5,7 @@ import torch
 from families import FAMILIES
 from family_checks import check_training
 from safetensors.torch import load_file
+from tiny_flux import tiny_kontext_sizes
 from tiny_models import tiny_sd3_pipeline
 from tiny_training import assert_equal, brightness, prompts, tiny_config, tiny_trainer, trained_weights, warnings_of
 
@@ -93,7 +94,8 @@ def test_a_run_learns_what_it_does_uncompiled(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_compiles(name, tmp_path):
-    check_training(FAMILIES[name], GuardConfig, torch.float32, tmp_path, **TRACED)
+    with tiny_kontext_sizes():
+        check_training(FAMILIES[name], GuardConfig, torch.float32, tmp_path, **TRACED)
 
 
 @pytest.mark.slow
