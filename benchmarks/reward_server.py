@@ -2,7 +2,7 @@
 What a reward server can take, and how long its clients wait. Prints one line of JSON.
 
     python benchmarks/reward_server.py
-    python benchmarks/reward_server.py --rewards ocr --sizes 512 --workers 1 2 --images 500 10000
+    python benchmarks/reward_server.py --rewards ocr --sizes 512 --workers 1 2 --images 400 10000
 
 Starts `trl-flow serve-rewards` on this machine, for each number of `--workers` and each size, and has `--clients` of
 them score pictures with a word on each, through [`RemoteReward`], one call after another. A call's latency is what its
