@@ -550,9 +550,9 @@ def test_demo_passes_on_what_is_asked_for(monkeypatch, tmp_path):
     asked = {}
     monkeypatch.setattr(demo, "run_demo", lambda settings, **kwargs: asked.update(kwargs, settings=settings))
     assert main(["demo", "--full", "--method", "flow_grpo", "--output-dir", "here", "--seed", "3"]) == 0
-    assert asked == {"settings": demo.FULL, "method": "flow_grpo", "output_dir": "here", "seed": 3}
+    assert asked == {"settings": demo.FULL["flow_grpo"], "output_dir": "here", "seed": 3}
     assert main(["demo"]) == 0
-    assert asked == {"settings": demo.QUICK, "method": "guard", "output_dir": "trl-flow-demo", "seed": 0}
+    assert asked == {"settings": demo.QUICK["nft"], "output_dir": "trl-flow-demo", "seed": 0}
 
 
 def test_demo_refuses_a_folder_with_other_things(tmp_path, capsys):
