@@ -61,7 +61,7 @@ class Stage:
         rate: Callable[[int], float],
     ) -> None:
         self.folder, self.name, self.optimizers, self.rate = folder, name, optimizers, rate
-        self.groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
+        self.rates = [group["lr"] for group in self.groups]
         self.parts = parts | {f"optimizer_{i}": optimizer for i, optimizer in enumerate(optimizers)}
         self.step = 0
         self.average: float | None = None
@@ -70,6 +70,11 @@ class Stage:
             self.step, self.average = saved.pop("step"), saved.pop("average")
             for key, part in self.parts.items():
                 part.load_state_dict(saved[key])
+
+    @property
+    def groups(self) -> list[dict]:
+        # Others after a checkpoint is loaded
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     @property
     def path(self) -> Path:
@@ -81,9 +86,9 @@ class Stage:
 
     def run(self, steps: int, loss_of: Callable[[int], torch.Tensor], after: Callable[[int], None] = lambda _: None):
         """Takes the steps that are left of `steps`; `after` is called with the number of steps done."""
-        parameters = [parameter for group, _ in self.groups for parameter in group["params"]]
+        parameters = [parameter for group in self.groups for parameter in group["params"]]
         while self.step < steps:
-            for group, top in self.groups:
+            for group, top in zip(self.groups, self.rates, strict=True):
                 group["lr"] = top * self.rate(self.step)
             loss = loss_of(self.step)
             for parameter in parameters:
