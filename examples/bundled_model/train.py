@@ -26,7 +26,7 @@ from model import new_autoencoder, new_pipeline, new_tiny_decoder
 from stage import log, read, write
 from transformer import train_transformer
 
-from trl_flow.shapes.bundled import T5_TOKENS
+from trl_flow.shapes.bundled import T5_TOKENS, TINY_DECODER
 from trl_flow.shapes.checker import check
 from trl_flow.shapes.prompts import load_prompts
 
@@ -127,7 +127,7 @@ def main() -> None:
         "tiny_decoder": round(psnr(vae, images[-500:], tiny_decoder), 2),
     }
     save(pipeline, args.output_dir)
-    tiny_decoder.to(torch.float16).save_pretrained(args.output_dir / "tiny_decoder")
+    tiny_decoder.to(torch.float16).save_pretrained(args.output_dir / TINY_DECODER)
     pipeline = StableDiffusion3Pipeline.from_pretrained(args.output_dir)
     scores = {
         **{name: getattr(args, name) for name in ("seed", "images", "autoencoder_steps", "decoder_steps")},
