@@ -25,6 +25,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "Rewards and advantages": (
         *("reward_funcs", "reward_weights", "reward_timeout", "overlap_rewards", "scale_rewards"),
         *("multi_objective_aggregation", "advantage_clip", "advantage_power", "target_kl", "reward_frame"),
+        "projection_vae",
     ),
     "Sampling": (
         *("num_generations", "num_generations_trained", "num_inference_steps", "guidance_scale", "guidance_scale_2"),

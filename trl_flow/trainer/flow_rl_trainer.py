@@ -24,6 +24,7 @@ from trl_flow.algorithms import Algorithm, MicroBatch
 from trl_flow.backbones import Backbone, get_backbone
 from trl_flow.backbones.base import BACKBONE_SETTINGS
 from trl_flow.backbones.contract import scheduled
+from trl_flow.backbones.projection import load_projection_vae
 from trl_flow.backbones.prompt_length import warn_of_long_prompts
 from trl_flow.backbones.settings import evaluation_steps
 from trl_flow.prompts.rows import prompts_to_measure
@@ -167,6 +168,11 @@ class FlowRLTrainer(ModelFilesTrainer):
         self.backbone = backbone or get_backbone(self.pipeline, **settings)
         self.model_id = str(model) if is_path else self.pipeline.config.get("_name_or_path")
         checks.check_backbone(self.backbone, args, peft_config)
+        projection_vae = getattr(args, "projection_vae", None)
+        if projection_vae is not None:
+            projection_vae = load_projection_vae(projection_vae, self.backbone)
+            if not isinstance(args.projection_vae, str):  # the settings are saved as text
+                args.projection_vae = str(projection_vae.config.get("_name_or_path") or type(projection_vae).__name__)
         checks.check_rewards(*scored, videos=self.backbone.frames_per_second is not None)
         if args.eval_num_inference_steps is None:
             args.eval_num_inference_steps = evaluation_steps(self.backbone, args.num_inference_steps)
@@ -201,7 +207,8 @@ class FlowRLTrainer(ModelFilesTrainer):
         self.policy = Policy(self.backbone, args, self.accelerator, **options)
         dynamics, sampled_by = self.algorithm.dynamics, self.algorithm.sampled_by
         self.sampler = Sampler(self.policy, dynamics, args, self._show_stage, sampled_by)
-        self.phase_scorer = PhaseScorer(self.scorer, self.reward_weights, self.sampler, args, self.accelerator)
+        given = self.scorer, self.reward_weights, self.sampler, args, self.accelerator
+        self.phase_scorer = PhaseScorer(*given, projection_vae=projection_vae)
         self.dynamic_sampler = DynamicSampler(args, train_dataset, self.algorithm, self.phase_scorer)
         given = self.policy, self.sampler, self.scorer, self.reward_weights, self.gold_scorer, args
         self.evaluator = Evaluator(*given, save=lambda to: self.save_model(os.fspath(to), _internal_call=True))

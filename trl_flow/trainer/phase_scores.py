@@ -13,6 +13,7 @@ from transformers import TrainerState
 from transformers.utils import logging
 
 from trl_flow.algorithms import PhaseScores
+from trl_flow.backbones.projection import decoding_with
 from trl_flow.functional import combine_rewards, frac_zero_std, max_variance_subset, normalize_then_sum
 from trl_flow.images import Sample
 from trl_flow.rewards.checks import RewardError, is_dense
@@ -74,6 +75,7 @@ class PhaseScorer:
     sampler: Sampler
     args: FlowRLConfig
     accelerator: Accelerator
+    projection_vae: torch.nn.Module | None = None  # decodes unfinished images in place of the pipeline's VAE
     _has_scored: bool = False
 
     @property
@@ -206,7 +208,9 @@ class ScoringPhase:
         if not self.rows:
             return torch.empty(0, len(self.parent.scorer.names))
         latents = torch.stack([own[step] for own in self._predicted])
-        given = [row["prompt"] for row in self.rows], decode(self.parent.sampler.policy.backbone, latents)
+        backbone = self.parent.sampler.policy.backbone
+        with decoding_with(backbone, self.parent.projection_vae):
+            given = [row["prompt"] for row in self.rows], decode(backbone, latents)
         options = {"trainer_state": self.state, "only": self.parent.dense}
         scores = self.parent.scorer.score(*given, columns_of(self.rows), **options)
         for name, values in scores.logs.metrics.items():
