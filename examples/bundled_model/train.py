@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=60_000)
     parser.add_argument("--autoencoder-steps", type=int, default=5_000)
     parser.add_argument("--decoder-steps", type=int, default=1_500)
-    parser.add_argument("--steps", type=int, default=18_000, help="of the transformer")
+    parser.add_argument("--steps", type=int, default=16_000, help="of the transformer")
     parser.add_argument("--caption-noise", type=float, default=0.1)
     parser.add_argument("--score-every", type=int, default=1_000, help="steps of the transformer")
     args = parser.parse_args()

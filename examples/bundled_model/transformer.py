@@ -17,7 +17,7 @@ from trl_flow.shapes.bundled import T5_TOKENS
 
 BATCH, LONG_BATCH = 32, 12
 EMPTY_CAPTIONS = 0.1
-FALL = 0.3  # of the steps, at the end, in which the learning rate falls to nothing
+FALL = 0.45  # of the steps, at the end, in which the learning rate falls to nothing
 RATE, MATRIX_RATE = 1.5e-3, 3e-3
 
 
