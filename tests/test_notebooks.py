@@ -137,12 +137,12 @@ def test_one_variable_switches_to_the_real_model(name, tmp_path, monkeypatch):
     changes = {
         f'"{REAL}"': repr(pipeline_path()),
         '"cuda"': '"cpu"',
-        '"height": 512, "width": 512': '"height": 32, "width": 32',
+        '"height": 512, "width": 512': '"height": 64, "width": 64',
         '"max_sequence_length": 128': '"max_sequence_length": 1',
         # A card of 24 GB
         "torch.cuda.get_device_properties(0).total_memory": "24e9",
         '"ocr", ': f'"ocr:{tmp_path / "ocr"}", ',
-        "eval_num_inference_steps=28 if real_model else 4": "eval_num_inference_steps=2, height=32, width=32",
+        "eval_num_inference_steps=28 if real_model else 4": "eval_num_inference_steps=2, height=64, width=64",
         "precompute_prompt_embeds=real_model,": "precompute_prompt_embeds=True, max_sequence_length=1,",
         "passes = 96": "passes = 24",
     }

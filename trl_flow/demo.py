@@ -21,6 +21,7 @@ from peft import LoraConfig
 from PIL import Image
 
 from trl_flow import DiffusionNFTConfig, DiffusionNFTTrainer, FlowGRPOConfig, FlowGRPOTrainer, GuardConfig
+from trl_flow.backbones.base import JOINT_ATTENTION
 from trl_flow.evaluation.diversity import diversity
 from trl_flow.evaluation.drawing import draw
 from trl_flow.evaluation.grids import before_after_grid, evenly, image_grid
@@ -34,6 +35,7 @@ from trl_flow.trainer.run_folder import is_aside, move_aside
 
 
 RESULTS = "results.json"
+LORA_TARGETS = [*JOINT_ATTENTION, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
 EVAL_SEED = 1234  # of the images that are compared, whatever the seed of the training
 _METHODS = {
     "nft": (DiffusionNFTConfig, DiffusionNFTTrainer),
@@ -57,24 +59,24 @@ class DemoSettings:
         options (`dict`): what else the method's config is given.
         lora_rank (`int`): rank; alpha is twice that.
         rewards (`dict[str, float]`): scores of the shapes checker whose sum is optimized, with their weights. The soft
-            score alone can be raised by smeared shapes; fidelity is what that costs.
+            score alone can be raised by smeared shapes, which the strict score and fidelity are against.
         eval_prompts, eval_images_per_prompt (`int`): held-out prompts of the comparison, and images for each.
         grid_prompts (`int`): prompts in the image of before and after.
     """
 
     method: str = "nft"
-    rollouts: int = 100
+    rollouts: int = 80
     prompts_per_rollout: int = 12
     num_generations: int = 12
     updates_per_rollout: int = 1
     num_inference_steps: int = 6
     guidance_scale: float = 1.0
-    learning_rate: float = 1e-3
+    learning_rate: float = 6e-4
     lr_scheduler_type: str = "constant"
     # Half of each group is trained on, the images whose rewards differ most
     options: dict[str, Any] = field(default_factory=lambda: {"num_generations_trained": 6, "timesteps_per_sample": 4})
     lora_rank: int = 32
-    rewards: dict[str, float] = field(default_factory=lambda: {"soft": 1.0, "fidelity": 0.5})
+    rewards: dict[str, float] = field(default_factory=lambda: {"soft": 1.0, "strict": 0.5, "fidelity": 0.25})
     eval_prompts: int = 108
     eval_images_per_prompt: int = 4
     grid_prompts: int = 16
@@ -144,7 +146,12 @@ def run_demo(
         reward_funcs=[ShapesReward(score) for score in settings.rewards],
         args=_config(settings, folder, seed, _image(pipeline)),
         train_dataset=load_prompts("train"),
-        peft_config=LoraConfig(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, init_lora_weights="gaussian"),
+        peft_config=LoraConfig(
+            r=settings.lora_rank,
+            lora_alpha=2 * settings.lora_rank,
+            target_modules=LORA_TARGETS,
+            init_lora_weights="gaussian",
+        ),
     )
     try:
         trainer.train()

@@ -18,9 +18,18 @@ from trl_flow.shapes.prompts import all_targets, make_caption
 
 # Tokenizers belong to the weights: with another order of tokens the same weights read other words.
 TOKENIZER_HASHES = {
-    "tokenizer": "2bd5b8e3f9fc8779f9df143cafbfa09b3b8702d8ba3ab291e4d1872c65af89f7",
-    "tokenizer_2": "2bd5b8e3f9fc8779f9df143cafbfa09b3b8702d8ba3ab291e4d1872c65af89f7",
+    "tokenizer": "8c66be92bec11828e62b6d7fc229b1bc709b77ba2a4c7be2f6ff8f0fc15721e9",
+    "tokenizer_2": "8c66be92bec11828e62b6d7fc229b1bc709b77ba2a4c7be2f6ff8f0fc15721e9",
     "tokenizer_3": "dd78c7e6f0187bc0fa26e0b39f5bdded87177ef5caafd33de6c412f6fc5eb96a",
+}
+
+WEIGHT_HASHES = {
+    "text_encoder": "3bef91493526b56ebfd610357fef0caef6cfccc846ce596dbe0a667fb48545d0",
+    "text_encoder_2": "22a0ea3bae0e73374c12609ca48a2018e0fa78fb8ee5a31e4b5117c358447c55",
+    "text_encoder_3": "75c837158ddc66eeb42ed6706b8a216c7474d8b9326c4adba3b0212f0abcce9e",
+    "tiny_decoder": "7e8a241ada71e8336b5ec7cb401a153e8697f47de7a4ba86483403ab49334346",
+    "transformer": "27b3e0f526ed374a5de9c13865473f7e633e569c6ad74d30a26209e869ef9afa",
+    "vae": "79a4f3a82f2e71e39724caa9e2f80fc0b3b52ca674ed059d823bfcf93f5d238c",
 }
 
 
@@ -34,13 +43,19 @@ def pipeline():
 def test_folder_is_small_and_holds_only_weights_and_text():
     files = [path for path in Path(pipeline_path()).rglob("*") if path.is_file()]
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".txt"}
-    assert sum(path.stat().st_size for path in files) <= 8e6
+    assert sum(path.stat().st_size for path in files) <= 16e6
 
 
 def test_every_file_is_package_data():
     # setup.cfg ships pipeline/**/*.json, *.safetensors and *.txt; a scores.json goes with them.
     scores = json.loads((Path(pipeline_path()) / "scores.json").read_text(encoding="utf-8"))
-    assert scores["vae_psnr_db"] > 30
+    assert scores["psnr_db"]["autoencoder"] > 30
+
+
+@pytest.mark.parametrize("name", WEIGHT_HASHES)
+def test_weights_are_those_that_the_scores_belong_to(name):
+    (file,) = (Path(pipeline_path()) / name).glob("*.safetensors")
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == WEIGHT_HASHES[name]
 
 
 @pytest.mark.parametrize("name", TOKENIZER_HASHES)
@@ -66,7 +81,7 @@ def test_all_weights_load_in_single_precision(pipeline):
 
 
 def test_autoencoder_keeps_pictures(pipeline):
-    scene = [PlacedShape("red", "circle", 9, 9, 9), PlacedShape("cyan", "triangle", 22, 21, 10)]
+    scene = [PlacedShape("red", "circle", 18, 18, 18), PlacedShape("cyan", "triangle", 44, 42, 20)]
     image = render(scene, ground=0.95)
     with torch.no_grad():
         pixels = pipeline.image_processor.preprocess(image)
@@ -88,9 +103,9 @@ def test_scores_at_a_fixed_seed(pipeline):
         generator=torch.Generator().manual_seed(0),
     ).images
     results = [check(image, row["objects"], row["relation"]) for image, row in zip(images, rows, strict=True)]
-    assert np.mean([result.soft for result in results]) == pytest.approx(0.595, abs=0.01)
-    assert np.mean([result.strict for result in results]) == pytest.approx(0.167, abs=0.02)
-    assert np.mean([result.fidelity for result in results]) == pytest.approx(0.716, abs=0.01)
+    assert np.mean([result.soft for result in results]) == pytest.approx(0.647, abs=0.01)
+    assert np.mean([result.strict for result in results]) == pytest.approx(0.25, abs=0.02)
+    assert np.mean([result.fidelity for result in results]) == pytest.approx(0.705, abs=0.01)
 
 
 STOCK_USE = """
@@ -112,12 +127,12 @@ def test_stock_diffusers_draws_without_this_package(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "truncated" not in done.stderr
     with Image.open(picture) as image:
-        assert image.size == (32, 32)
+        assert image.size == (64, 64)
         red, green, blue = np.asarray(image, dtype=np.float64).transpose(2, 0, 1)
     # The pipeline's default guidance of 7 leaves the ground mottled, but the shapes have their color and their size.
     colored = np.maximum.reduce([red, green, blue]) - np.minimum.reduce([red, green, blue]) > 107
     is_red = colored & (red > green + 80) & (red > blue + 80)
-    assert 40 <= is_red.sum() <= 500
+    assert 160 <= is_red.sum() <= 2000
     assert is_red.sum() > 0.8 * colored.sum()
 
 
