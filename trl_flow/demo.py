@@ -65,18 +65,18 @@ class DemoSettings:
     """
 
     method: str = "nft"
-    rollouts: int = 80
+    rollouts: int = 72
     prompts_per_rollout: int = 12
     num_generations: int = 12
     updates_per_rollout: int = 1
     num_inference_steps: int = 6
     guidance_scale: float = 1.0
-    learning_rate: float = 6e-4
+    learning_rate: float = 7e-4
     lr_scheduler_type: str = "constant"
     # Half of each group is trained on, the images whose rewards differ most
     options: dict[str, Any] = field(default_factory=lambda: {"num_generations_trained": 6, "timesteps_per_sample": 4})
     lora_rank: int = 32
-    rewards: dict[str, float] = field(default_factory=lambda: {"soft": 1.0, "strict": 0.5, "fidelity": 0.25})
+    rewards: dict[str, float] = field(default_factory=lambda: {"soft": 1.0, "strict": 1.0, "fidelity": 0.25})
     eval_prompts: int = 108
     eval_images_per_prompt: int = 4
     grid_prompts: int = 16
@@ -86,16 +86,17 @@ def _policy_gradient(method: str, epsilon: float) -> DemoSettings:
     # The early steps decide what is drawn where
     options = {"sde_window_size": 4, "sde_window_range": [0, 4], "epsilon": epsilon, "scale_epsilon": False}
     sizes = {"rollouts": 60, "num_generations": 24, "updates_per_rollout": 2}
-    return DemoSettings(method, **sizes, learning_rate=2e-3, options=options)
+    return DemoSettings(method, **sizes, learning_rate=1e-3, options=options)
 
 
 QUICK = {
     "nft": DemoSettings(),
-    "guard": _policy_gradient("guard", epsilon=2e-4),
-    "flow_grpo": _policy_gradient("flow_grpo", epsilon=1e-3),
+    "guard": _policy_gradient("guard", epsilon=1e-4),
+    "flow_grpo": _policy_gradient("flow_grpo", epsilon=5e-4),
 }
+_LONGER: dict[str, Any] = {"prompts_per_rollout": 24, "lr_scheduler_type": "cosine"}
 FULL = {
-    method: replace(quick, rollouts=5 * quick.rollouts // 2, lr_scheduler_type="cosine")
+    method: replace(quick, rollouts=3 * quick.rollouts // 2, learning_rate=1e-3, **_LONGER)
     for method, quick in QUICK.items()
 }
 
