@@ -330,7 +330,7 @@ def test_hyphens_in_names_are_underscores(recipes):
     assert recipe == {"learning_rate": 1e-3, "out_put": 1}
     del recipe["out_put"]
     parser = training_parser(argv, recipe)
-    assert parse_training(parser, [*argv, "--output_dir", "x", "--use_cpu", "true"], recipe)[1].height == 32
+    assert parse_training(parser, [*argv, "--output_dir", "x", "--use_cpu", "true"], recipe)[1].height == 64
 
 
 @pytest.mark.parametrize("no", ["no", False, None])
