@@ -166,8 +166,8 @@ def test_a_run_ends_when_two_evaluations_are_hacked():
         assert control.should_training_stop is ends
 
 
-def test_before_an_update_every_gradient_of_one_weight_is_one():
-    measured = mechanism.lag(seed=0, prompts=1, num_generations=2, lags=[1, 2])
+def test_the_lag_grows_and_is_published_for_more_dimensions():
+    measured = mechanism.lag(seed=0, prompts=2, num_generations=3, lags=[1, 2])
     assert measured["dimensions"] == math.prod(mechanism.Policy(0).backbone.latent_shape())
     one, two = (measured["lags"][lag] for lag in ("1", "2"))
     assert all(first < second for first, second in zip(one["move"], two["move"], strict=True))

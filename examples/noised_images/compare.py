@@ -33,7 +33,7 @@ from trl_flow.trainer.progress import FlowProgressCallback
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "over_optimization"))
-from proxies import LearnedReward  # noqa: E402
+from proxies import SCORER, LearnedReward  # noqa: E402
 
 
 PROMPTS, GENERATIONS = 12, 12  # in each sampling phase
@@ -104,7 +104,7 @@ def run(
     the evaluations, `every` sampling phases one."""
     torch.set_num_threads(1)
     if reward == "learned":
-        rewards, weights = [LearnedReward(Path(tempfile.gettempdir(), "trl_flow-scorer.safetensors"))], [1.0]
+        rewards, weights = [LearnedReward(Path(tempfile.gettempdir(), SCORER))], [1.0]
     else:
         rewards, weights = [ShapesReward("soft"), ShapesReward("fidelity")], [1.0, 0.5]
     watch, test = Watch(seconds, target), load_prompts("test")

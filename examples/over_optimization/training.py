@@ -28,7 +28,7 @@ from trl_flow.trainer.progress import FlowProgressCallback
 
 # Made from the folder in which they may keep files
 PROXIES: dict[str, Callable[[Path], Callable[..., list[float]]]] = {
-    "learned": lambda folder: proxies.LearnedReward(folder / "over_optimization_scorer.safetensors"),
+    "learned": lambda folder: proxies.LearnedReward(folder / proxies.SCORER),
     "recall": lambda folder: proxies.RecallReward(),
     "binary": lambda folder: proxies.RecallReward(binary=True),
     "binary-terminal": lambda folder: proxies.RecallReward(binary=True, dense=False),
@@ -162,7 +162,7 @@ class StopWhenHacked(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         self.rows.append({name: metrics[key] for name, key in SCORES.items()})
         golds = gold({name: np.array([row[name] for row in self.rows]) for name in GOLD})
-        control.should_training_stop |= len(golds) > 1 and golds[-2:].mean() < self.least
+        control.should_training_stop |= bool(len(golds) > 1 and golds[-2:].mean() < self.least)
 
 
 def gold(scores: dict[str, np.ndarray]) -> np.ndarray:
