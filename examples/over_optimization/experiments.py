@@ -218,7 +218,7 @@ ARMS["clipping by lag"] = Measurement(
 )
 ARMS["absolute term"] = Measurement(
     "absolute_term",
-    full={"groups": 1000, "chunk": 20, "num_generations": 8},
+    full={"groups": 1000, "chunk": 20, "num_generations": 4},
     quick={"groups": 16, "chunk": 4, "num_generations": 4},
 )
 

@@ -27,6 +27,8 @@ def _style(axes: Any, title: str, x: str) -> None:
     axes.set_title(title, fontsize="medium")
     axes.set_xlabel(x)
     axes.grid(alpha=0.3)
+    if x == "sampling step":
+        axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
 
 

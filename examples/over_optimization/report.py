@@ -110,7 +110,7 @@ def _claim(name: str, claim: Claim, runs: Runs, folder: Path) -> list[str]:
         heads += ["updates for one of its", "highest proxy", "gold there", "soft", "fidelity", "diversity", "strict"]
         cells = _at_proxy
     else:
-        heads += [claim.score, "proxy", "gold", "diversity", "equal groups", "effective share"]
+        heads += [*dict.fromkeys((claim.score, "proxy", "gold", "diversity")), "equal groups", "effective share"]
         cells = _at_updates
     lines += [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for arm, by_seed in runs.items():
@@ -158,7 +158,7 @@ def _exp(of: Effect, side: int) -> float:
 
 def _at_updates(claim: Claim, by_seed: dict[int, Curve], first: dict[int, Curve]) -> list[str]:
     curves = list(by_seed.values())
-    scores = (claim.score, "proxy", "gold", "diversity", "equal", "effective")
+    scores = dict.fromkeys((claim.score, "proxy", "gold", "diversity", "equal", "effective"))
     return [Effect.of([late(score, curve) for curve in curves]).text() for score in scores]
 
 

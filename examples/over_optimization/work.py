@@ -11,8 +11,9 @@ from analysis import Rows
 from trl_flow.shapes import load_pipeline
 
 
-# In forwards of the transformer for one image: a forward with its backward, and decoding and scoring an image
-BACKWARD, IMAGE = 3.0, 4.0
+# In forwards of the transformer for one image: a forward with its backward, decoding and scoring an image, and a run's
+# start
+BACKWARD, IMAGE, START = 3.0, 4.0, 3000.0
 
 
 def units(settings: dict[str, Any]) -> float:
@@ -20,10 +21,10 @@ def units(settings: dict[str, Any]) -> float:
     if settings["kind"] == "lag":
         given = settings["arguments"]
         forwards = 6 + BACKWARD * 5 * (max(given["lags"]) + 6) + 5 * (2 * len(given["lags"]) + 1)
-        return given["prompts"] * given["num_generations"] * (forwards + IMAGE)
+        return START + given["prompts"] * given["num_generations"] * (forwards + IMAGE)
     if settings["kind"] == "absolute_term":
         given = settings["arguments"]
-        return given["groups"] * given["num_generations"] * (6 + 5 * (1 + 2 * (BACKWARD - 1)) + IMAGE)
+        return START + given["groups"] * given["num_generations"] * (6 + 5 * (1 + 2 * (BACKWARD - 1)) + IMAGE)
     fields, number = settings["fields"], settings["prompts"] * settings["num_generations"]
     steps = fields["num_inference_steps"]
     guidance = 2 if fields["guidance_scale"] > 1 else 1
@@ -35,7 +36,7 @@ def units(settings: dict[str, Any]) -> float:
     phases = settings["updates"] / (fields["steps_per_generation"] * iterations)
     evaluations = 1 + settings["updates"] / settings["eval_updates"]
     drawn = settings["eval_prompts"] * settings["eval_images"]
-    return phases * phase + evaluations * drawn * (steps * guidance + 2 * IMAGE)
+    return START + phases * phase + evaluations * drawn * (steps * guidance + 2 * IMAGE)
 
 
 def done(settings: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
