@@ -154,7 +154,8 @@ ARMS |= {
     for name, (rounding, probe) in _HALF.items()
 }
 _NOISED: dict[str, Any] = {"learning_rate": 3e-4, "timesteps_per_sample": 4, "scale_rewards": "group"}
-ARMS |= {f"learned: {name}": Arm("learned", _NOISED, method=name) for name in ("DiffusionNFT", "AWM")}
+# One update a phase, and so more phases for as many updates
+ARMS |= {f"learned: {name}": Arm("learned", _NOISED, method=name, updates=64) for name in ("DiffusionNFT", "AWM")}
 
 # ---- VGPO: a binary reward, one initial noise for a group; its advantages are always scaled by the group ----
 

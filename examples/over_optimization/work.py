@@ -14,6 +14,7 @@ from trl_flow.shapes import load_pipeline
 # In forwards of the transformer for one image: a forward with its backward, decoding and scoring an image, and a run's
 # start
 BACKWARD, IMAGE, START = 3.0, 4.0, 3000.0
+ROUNDING = 1.6  # how much slower a forward is with emulated rounding
 
 
 def units(settings: dict[str, Any]) -> float:
@@ -34,9 +35,10 @@ def units(settings: dict[str, Any]) -> float:
     images = steps if fields.get("dense_rewards") else 1
     phase = number * (steps * guidance + IMAGE * images + trained * each * guidance * iterations)
     phases = settings["updates"] / (fields["steps_per_generation"] * iterations)
-    evaluations = 1 + settings["updates"] / settings["eval_updates"]
+    evaluations = 2 + settings["updates"] / settings["eval_updates"]
     drawn = settings["eval_prompts"] * settings["eval_images"]
-    return START + phases * phase + evaluations * drawn * (steps * guidance + 2 * IMAGE)
+    slower = ROUNDING if settings["rounding"] else 1.0
+    return START + slower * (phases * phase + evaluations * drawn * (steps * guidance + 2 * IMAGE))
 
 
 def done(settings: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
