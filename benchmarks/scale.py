@@ -63,7 +63,7 @@ def phase(counts: dict[str, int], gpus: int, given: argparse.Namespace) -> dict[
     trained = math.ceil(own * given.share_trained)
     passes = math.ceil(own / given.images_at_once) * given.steps, math.ceil(trained / given.images_at_once)
     # With gradients of all weights the backward has twice a forward's products, of a LoRA once
-    update = counts["update"] + counts["forward"] * given.sharded
+    update = counts["update"] + counts["forward"] * (given.sharded + given.kl)
     seconds = {
         "sampling": own * (given.steps * counts["forward"] + counts["decoding"]) / flops,
         "rewards": own * given.reward_seconds,
@@ -80,7 +80,8 @@ def phase(counts: dict[str, int], gpus: int, given: argparse.Namespace) -> dict[
         # What the computation does not cover: blocks are gathered ahead of it
         per_pass = (seconds["sampling"] + seconds["update"]) / each
         seconds["communication"] += each * max(0.0, gathered - per_pass)
-    saved = 3 * (2 * counts["weights"] if given.sharded else counts["adapter"]) / (gpus if given.sharded else 1)
+    # Weights and the optimizer's two moments in float32
+    saved = 3 * (2 * counts["weights"] if given.sharded else counts["adapter"])
     seconds["checkpoint"] = saved / (given.disk_gb * 1e9) * given.updates / given.save_steps
     total = sum(seconds.values())
     work = sum(seconds[part] for part in ("sampling", "rewards", "update")) * given.images / gpus / own
@@ -98,6 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images-at-once", type=int, default=8, help="per_device_train_batch_size")
     parser.add_argument("--steps", type=int, default=10, help="num_inference_steps")
     parser.add_argument("--trained-steps", type=int, default=9, help="of each image")
+    parser.add_argument("--kl", action="store_true", help="beta is above 0: one forward more of the initial model")
     parser.add_argument("--share-trained", type=float, default=1.0, help="num_generations_trained / num_generations")
     parser.add_argument("--updates", type=int, default=2, help="of a phase")
     parser.add_argument("--reward-seconds", type=float, default=0.03, help="of one image, in process, one at a time")
@@ -106,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--gpus-per-node", type=int, default=8)
     parser.add_argument("--node-gb", type=float, default=400, help="GB/s of a GPU within a node")
     parser.add_argument("--network-gb", type=float, default=50, help="GB/s of a GPU between nodes")
-    parser.add_argument("--disk-gb", type=float, default=2, help="GB/s of what checkpoints are written to")
+    parser.add_argument("--disk-gb", type=float, default=2, help="GB/s of the file system, by all together")
     parser.add_argument("--save-steps", type=int, default=50)
     given = parser.parse_args(argv)
     counts = counted(given.model, given.size, given.tokens)

@@ -224,13 +224,13 @@ def family_trainer(family: Family, output_dir: Path, **fields) -> FlowGRPOTraine
     """`tiny_trainer` on the family's pipeline, two micro-batches of four for each update."""
     height, width = family.size
     pipeline = fields.pop("pipeline", None) or family.make_pipeline()
-    takes_image = family.backbone(pipeline=pipeline).takes_image
-    columns = {"image": images_to_edit(len(PROMPTS), family.size)} if takes_image else {}
+    backbone = family.backbone(pipeline=pipeline)
+    columns = {"image": images_to_edit(len(PROMPTS), family.size)} if backbone.takes_image else {}
     fields = {
         "height": height,
         "width": width,
         "max_sequence_length": family.max_sequence_length,
-        "guidance_scale": family.guidance_scale,
+        "guidance_scale": family.guidance_scale if backbone.takes_guidance else 1.0,
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
         **family.settings,

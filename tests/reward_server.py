@@ -61,7 +61,7 @@ class RewardServer:
         return None
 
     def _wait_for(self, condition, complaint: str):
-        until = time.monotonic() + 60
+        until = time.monotonic() + 300
         while time.monotonic() < until:
             if value := condition():
                 return value

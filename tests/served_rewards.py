@@ -70,11 +70,26 @@ def as_told(prompts, images, **kwargs):
     if word == "wait":
         while not Path(value).exists():
             time.sleep(0.01)
+    if word in ("touch", "begin"):
+        Path(value).touch()
+    if word == "begin":
+        time.sleep(600)
+    if word == "die":  # with "once" and a file, only if that is not there
+        path = Path(value.removeprefix("once ")) if value else None
+        if path is None or not path.exists():
+            if path is not None:
+                path.touch()
+            os._exit(7)
     if word == "short":
         return [1.0] * (len(images) - 1)
     if word == "return":
         return [{"nan": float("nan"), "text": "high"}[value]] * len(images)
     return [1.0] * len(images)
+
+
+def process(prompts, images, **kwargs):
+    """Which process it is that scores."""
+    return [os.getpid()] * len(images)
 
 
 class Broken(ModelReward):

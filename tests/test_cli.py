@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_comparisons import random_lora
 from tiny_training import PROMPTS
 
-from trl_flow import DiffusionNFTConfig
+from trl_flow import DiffusionNFTConfig, FlowRLTrainer
 from trl_flow.cli import main
 from trl_flow.commands.options import parse_training, training_parser
 from trl_flow.commands.recipe import ACCELERATE_CONFIGS, read_recipe
@@ -153,6 +154,23 @@ def test_train_by_a_recipe(recipe, tmp_path, capsys):
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in log if "rewards/jpeg_compressibility/mean" in entry] == [1, 2]
     assert f"in {folder}" in capsys.readouterr().out
+
+
+def test_a_scheduler_starts_one_command_until_the_run_is_complete(recipe, tmp_path, capsys):
+    argv = ["train", "--config", recipe(save_strategy="steps", save_steps=1), "--resume_from_checkpoint", "auto"]
+    for max_steps, said in (("1", "Trained 1 update."), ("2", "Trained 2 updates."), ("2", "the run is complete")):
+        assert main([*argv, "--max_steps", max_steps]) == 0
+        assert said in capsys.readouterr().out
+
+
+def test_a_full_disk_is_told_without_a_traceback(recipe, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(FlowRLTrainer, "save_model", full)
+    assert main(["train", "--config", recipe(save_strategy="steps")]) == 2
+    assert "trl-flow train: error: The checkpoint" in (said := capsys.readouterr().err) and "No space left" in said
+    assert "the same command and --resume_from_checkpoint true" in said
 
 
 def test_options_come_before_the_recipe_and_the_recipe_before_the_preset(recipe, tmp_path):
@@ -319,8 +337,8 @@ def test_the_bundled_models_size_is_its_default_and_can_be_changed():
         _, config, *_ = training_parser(argv, {}).parse_args_and_config(argv)
         return config.height, config.width
 
-    assert size("bundled") == size("shapes") == (32, 32)
-    assert size("bundled", "--height", "16") == (16, 32)
+    assert size("bundled") == size("shapes") == (64, 64)
+    assert size("bundled", "--height", "16") == (16, 64)
     assert size("stabilityai/stable-diffusion-3.5-medium") == (512, 512)
 
 
@@ -388,15 +406,42 @@ def test_an_empty_file_of_prompts(recipe, tmp_path, capsys):
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="for machines without a GPU")
 def test_gpu_configs_without_gpus_are_refused_with_a_way_out(recipe, capsys):
-    error = mistake(capsys, "train", "--config", recipe(), "--accelerate_config", "multi_gpu")
-    assert "torch sees none here" in error and "torchrun" in error
+    options = ["--accelerate_config", "multi_gpu", "--use_cpu", "false"]
+    error = mistake(capsys, "train", "--config", recipe(), *options)
+    assert "torch sees none here" in error and "--use_cpu true" in error
 
 
-def test_accelerate_does_not_start_several_processes_on_cpus(recipe, tmp_path, capsys):
-    # `accelerate launch --cpu --num_processes 2` runs one process and does not say so
-    (tmp_path / "cpu.yaml").write_text(CPU_CONFIG)
-    options = ["--accelerate_config", "cpu.yaml", "--num_processes", "2"]
-    assert "torchrun" in mistake(capsys, "train", "--config", recipe(), *options)
+UNEVEN = "--per_device_train_batch_size 9 --steps_per_generation 1 --num_generations 6".split()
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "processes", "is_sharded"),
+    [
+        ("fsdp2", ["--use_cpu", "true"], 2, True),
+        ("fsdp2", ["--use_cpu"], 2, True),
+        ("fsdp2", ["--use_cpu", "--seed", "1"], 2, True),
+        ("fsdp2", ["--use_cpu", "1"], 2, True),
+        # 9 images of a process are no whole groups of 6, those of all are
+        ("multi_gpu", ["--use_cpu", "true", "--num_processes", "4", *UNEVEN], 4, False),
+        ("single_gpu", ["--use_cpu", "true"], 1, False),
+        ("cpu.yaml", ["--num_processes", "2"], 2, False),
+    ],
+)
+def test_processes_on_cpus_are_started_as_on_gpus(
+    config, options, processes, is_sharded, recipe, tmp_path, monkeypatch
+):
+    # With --cpu `accelerate launch` starts one process, shards nothing, and does not say so
+    from accelerate.commands import launch
+
+    (tmp_path / "cpu.yaml").write_text(CPU_CONFIG.replace("num_processes: 1\n", ""))
+    started = []
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    for kind in ("multi_gpu", "simple"):
+        monkeypatch.setattr(launch, f"{kind}_launcher", lambda args, kind=kind: started.append((kind, args)))
+    assert main(["train", "--config", recipe(use_cpu=False), "--accelerate_config", config, *options]) == 0
+    ((kind, args),) = started
+    assert (kind, args.num_processes) == ("multi_gpu" if processes > 1 else "simple", processes)
+    assert args.use_fsdp == is_sharded and "--use_cpu" in args.training_script_args
 
 
 CPU_CONFIG = """\
@@ -505,9 +550,9 @@ def test_demo_passes_on_what_is_asked_for(monkeypatch, tmp_path):
     asked = {}
     monkeypatch.setattr(demo, "run_demo", lambda settings, **kwargs: asked.update(kwargs, settings=settings))
     assert main(["demo", "--full", "--method", "flow_grpo", "--output-dir", "here", "--seed", "3"]) == 0
-    assert asked == {"settings": demo.FULL, "method": "flow_grpo", "output_dir": "here", "seed": 3}
+    assert asked == {"settings": demo.FULL["flow_grpo"], "output_dir": "here", "seed": 3}
     assert main(["demo"]) == 0
-    assert asked == {"settings": demo.QUICK, "method": "guard", "output_dir": "trl-flow-demo", "seed": 0}
+    assert asked == {"settings": demo.QUICK["nft"], "output_dir": "trl-flow-demo", "seed": 0}
 
 
 def test_demo_refuses_a_folder_with_other_things(tmp_path, capsys):

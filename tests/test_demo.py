@@ -11,19 +11,11 @@ from safetensors.torch import load_file
 from trl_flow.demo import EVAL_SEED, FULL, QUICK, DemoError, run_demo
 
 
-TINY = replace(
-    QUICK,
-    rollouts=2,
-    prompts_per_rollout=2,
-    num_generations=4,
-    updates_per_rollout=2,
-    num_inference_steps=2,
-    sde_window=(0, 1),
-    learning_rate=7e-2,  # moves the scores by more than rounding does
-    eval_prompts=6,
-    eval_images_per_prompt=2,
-    grid_prompts=4,
-)
+SMALL = {"rollouts": 2, "prompts_per_rollout": 2, "num_generations": 4, "num_inference_steps": 2}
+SMALL |= {"eval_prompts": 6, "eval_images_per_prompt": 2, "grid_prompts": 4}
+SMALL |= {"learning_rate": 7e-2}  # moves the scores by more than rounding does
+TINY = replace(QUICK["nft"], **SMALL, options={"num_generations_trained": 2})
+TINY_FLOW = replace(QUICK["flow_grpo"], **SMALL, options={"sde_window_size": 1, "sde_window_range": [0, 1]})
 ROUNDING = 5e-6  # of a score: other kernels change a few pixels by one level
 FILES = {
     *("before.png", "after.png", "before_after.png", "rewards.png", "results.json"),
@@ -50,12 +42,12 @@ def test_everything_is_written(demo):
 def test_results_have_what_a_reader_needs(demo, tiny_sd3_path):
     results, folder = demo
     assert json.loads((folder / "results.json").read_text()) == results
-    assert results["scores"].keys() == {"reward", "shapes_soft", "shapes_strict", "shapes_fidelity"}
+    assert results["scores"].keys() == {"reward", "shapes_soft", "shapes_strict", "shapes_fidelity", "diversity"}
     for score in results["scores"].values():
         assert score["num_pairs"] == 6
         assert math.isclose(score["difference"], score["mean_after"] - score["mean_before"], abs_tol=1e-12)
         assert score["standard_error"] >= 0
-    assert results["method"] == "guard" and results["seed"] == 0
+    assert results["method"] == "nft" and results["seed"] == 0
     assert results["reward"] == "shapes_soft + 0.5 shapes_fidelity"
     means = {name: score["mean_after"] for name, score in results["scores"].items()}
     assert math.isclose(means["reward"], means["shapes_soft"] + 0.5 * means["shapes_fidelity"], abs_tol=1e-6)
@@ -84,8 +76,6 @@ def test_the_saved_adapter_draws_the_images_that_were_scored(demo, tiny_sd3_path
             num_images_per_prompt=2,
             num_inference_steps=2,
             guidance_scale=TINY.guidance_scale,
-            height=32,
-            width=32,
             max_sequence_length=1,
             batch_size=64,
         )
@@ -116,7 +106,7 @@ def test_again_in_the_same_folder_gives_the_same(demo, tiny_sd3_path, tmp_path, 
 def test_seed_and_method_matter(demo, tiny_sd3_path, tmp_path):
     results, folder = demo
     other_seed = run_demo(TINY, output_dir=tmp_path / "seed", model=tiny_sd3_path, seed=1)
-    other_method = run_demo(TINY, output_dir=tmp_path / "method", model=tiny_sd3_path, method="flow_grpo")
+    other_method = run_demo(TINY_FLOW, output_dir=tmp_path / "method", model=tiny_sd3_path)
     trained = load_file(folder / "pytorch_lora_weights.safetensors")
     for name, other in (("seed", other_seed), ("method", other_method)):
         fidelity, first = other["scores"]["shapes_fidelity"], results["scores"]["shapes_fidelity"]
@@ -130,12 +120,11 @@ def test_seed_and_method_matter(demo, tiny_sd3_path, tmp_path):
 def test_the_shipped_settings_fit_together(tmp_path):
     from trl_flow.demo import _config
 
-    for settings in (QUICK, FULL):
-        for method in ("guard", "flow_grpo"):
-            config = _config(settings, method, tmp_path, seed=0)
-            assert config.generation_batch_size == settings.prompts_per_rollout * settings.num_generations
-            assert config.max_steps == settings.rollouts * settings.updates_per_rollout
-            assert (config.epsilon, config.scale_epsilon) == (settings.epsilon[method], False)
+    for settings in (*QUICK.values(), *FULL.values()):
+        config = _config(settings, tmp_path, seed=0, image={"height": 64, "width": 64})
+        assert config.generation_batch_size == settings.prompts_per_rollout * settings.num_generations
+        assert config.max_steps == settings.rollouts * settings.updates_per_rollout
+        assert all(getattr(config, name) == value for name, value in settings.options.items())
 
 
 def test_what_cannot_be_done_is_refused_before_any_work(tmp_path):
@@ -146,21 +135,20 @@ def test_what_cannot_be_done_is_refused_before_any_work(tmp_path):
         ({"output_dir": tmp_path / "file"}, "is a file"),
         ({"output_dir": tmp_path / "file" / "below"}, "cannot be written to"),
         ({"output_dir": tmp_path / "other"}, "is not empty"),
-        ({"output_dir": tmp_path / "new", "method": "gard"}, "must be one of guard, flow_grpo"),
     ):
         with pytest.raises(DemoError, match=words):
-            run_demo(QUICK, model="never looked at", **arguments)
+            run_demo(TINY, model="never looked at", **arguments)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "other", "results.json"]
 
 
 def test_ctrl_c_leaves_a_folder_that_the_next_demo_takes(tiny_sd3_path, tmp_path, monkeypatch):
-    from trl_flow import FlowGRPOTrainer
+    from trl_flow import DiffusionNFTTrainer
 
     def interrupted(self, **kwargs):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(FlowGRPOTrainer, "train", interrupted)
+        patch.setattr(DiffusionNFTTrainer, "train", interrupted)
         with pytest.raises(KeyboardInterrupt, match="no adapter"):
             run_demo(TINY, output_dir=tmp_path / "demo", model=tiny_sd3_path)
     assert run_demo(TINY, output_dir=tmp_path / "demo", model=tiny_sd3_path)["scores"]

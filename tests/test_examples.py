@@ -226,16 +226,47 @@ def test_benchmark_compares_equal_work(monkeypatch, capsys, tiny_sd3_path):
     assert calls == {"trainer": 20, "bare": 20}
 
 
-def test_benchmark_of_one_update_prints_the_estimate(monkeypatch, capsys):
-    """On a CPU the peak is not measured; the transformers of the full size have the released models' parameters."""
+@pytest.mark.parametrize("model", ["tiny", "tiny-flux"])
+def test_benchmark_of_full_size_updates_has_a_line_for_each_precision(model, monkeypatch, capsys):
+    """On a CPU the peak is not measured, and TF32 is float32."""
     benchmark = load_program("benchmarks/full_size_update.py")
-    options = ("--model=tiny", "--batch-size=2", "--size=64", "--tokens=16", "--repeats=1")
+    options = ("--batch-size=2", "--size=32", "--tokens=8", "--steps=2", "--compiled=no", f"--model={model}")
     monkeypatch.setattr(sys, "argv", ["full_size_update.py", *options])
     benchmark.main()
+    lines = {line["precision"]: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert lines.keys() == {"float16", "bfloat16", "tf32"}
+    for precision in ("bfloat16", "tf32"):
+        result = lines[precision]
+        # The trainer runs what the bare transformer does, and little else
+        assert result["update_ratio"] > 0.01 and result["sampling_ratio"] > 0.01
+        assert result["estimated_bytes"] > 4 * 4 * result["trained_parameters"]
+        assert result["first_update_deviation"] < 0.1 * result["clip_range"]
+        assert (result["peak_bytes"] is None) == (result["device"] == "cpu")
+    # What bfloat16 rounds
+    assert lines["bfloat16"]["noise_floor"] > 10 * lines["tf32"]["noise_floor"]
+    assert "error" not in lines["float16"]
+
+
+@pytest.mark.slow
+def test_benchmark_of_full_size_updates_compiles(monkeypatch, capsys):
+    benchmark = load_program("benchmarks/full_size_update.py")
+    options = ("--batch-size=2", "--size=32", "--tokens=8", "--steps=2", "--compiled=yes", "--precisions=bfloat16")
+    monkeypatch.setattr(sys, "argv", ["full_size_update.py", "--model=tiny", *options])
+    benchmark.main()
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    weights = 2 * result["parameters"] + 4 * 4 * result["trained_parameters"]
-    assert result["update_s"] > 0 and result["estimated_bytes"] > weights
-    assert (result["peak_bytes"] is None) == (result["device"] == "cpu")
+    assert result["compile_s"] > 0 and result["first_update_deviation"] == 0
+
+
+@pytest.mark.slow
+def test_benchmark_of_compilation_compares_time_and_learning(monkeypatch, capsys):
+    benchmark = load_program("benchmarks/compilation.py")
+    small = ["--batch-size=8", "--accumulation=1", "--num-steps=2", "--repeats=1", "--updates=2", "--seeds=2"]
+    small += ["--backend=eager"]
+    for more, key in ([], "both_ratio"), (["--forwards"], "whole_ratio"), (["--learning"], "interval_95"):
+        monkeypatch.setattr(sys, "argv", ["compilation.py", *small, *more])
+        monkeypatch.setattr(benchmark.progress, "time", benchmark.progress.time)  # which it changes
+        benchmark.main()
+        assert key in json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 def test_a_phase_on_many_gpus_is_what_was_counted_divided(monkeypatch, capsys):

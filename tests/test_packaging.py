@@ -114,7 +114,7 @@ def test_what_the_package_imports_is_what_it_requires(setup_cfg):
     assert undeclared == {}
     # RapidOCR needs a runtime and leaves the choice to those who use it; ftfy is diffusers' business; the others are
     # imported by `import_module`
-    others = {"ftfy", "httpx2", "imageio-ffmpeg", "onnxruntime", "uvicorn"}
+    others = {"ftfy", "httpx2", "imageio-ffmpeg", "onnxruntime"}
     assert required - imported.keys() == others, "required, but imported nowhere"
 
 

@@ -107,7 +107,11 @@ def test_recipes_train_one_phase(recipe, prompts, tiny_models):
     if settings.get("load_in_4bit"):
         given += ["--load_in_4bit", "false"]  # which needs a GPU
     updates = settings["steps_per_generation"] // settings.get("gradient_accumulation_steps", 1)
-    given += ["--num_generations", "2", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1"]
+    number = "2"
+    if "num_generations_trained" in settings:
+        number = "4"
+        given += ["--num_generations_trained", "2"]
+    given += ["--num_generations", number, "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1"]
     given += ["--steps_per_generation", str(updates), "--max_steps", str(updates), "--eval_num_inference_steps", "2"]
     given += ["--eval_steps", str(updates), "--logging_steps", str(updates), "--save_strategy", "no"]
     given += ["--use_cpu", "true", "--bf16", "false", "--fp16", "false", "--report_to", "none"]

@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--full", action="store_true", help="train 2.5 times as long, with a falling learning rate")
-    demo.add_argument("--method", choices=("guard", "flow_grpo"), default="guard", help="the algorithm")
+    demo.add_argument("--method", choices=("nft", "guard", "flow_grpo"), default="nft", help="the algorithm")
     demo.add_argument("--output-dir", "--output_dir", default="trl-flow-demo", metavar="DIR", help="where to write")
     demo.add_argument("--seed", type=_seed, default=0, help="of the training; images are drawn from fixed seeds")
 
@@ -139,9 +139,9 @@ def _demo(arguments: argparse.Namespace) -> None:
         library.set_verbosity_error()
     from trl_flow.demo import FULL, QUICK, DemoError, run_demo
 
-    settings = FULL if arguments.full else QUICK
+    settings = (FULL if arguments.full else QUICK)[arguments.method]
     with _mistakes((DemoError,)):
-        run_demo(settings, method=arguments.method, output_dir=arguments.output_dir, seed=arguments.seed)
+        run_demo(settings, output_dir=arguments.output_dir, seed=arguments.seed)
 
 
 def _env(arguments: argparse.Namespace) -> None:

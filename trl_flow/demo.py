@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,26 @@ from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig
 from PIL import Image
 
-from trl_flow import FlowGRPOConfig, FlowGRPOTrainer, GuardConfig
+from trl_flow import DiffusionNFTConfig, DiffusionNFTTrainer, FlowGRPOConfig, FlowGRPOTrainer, GuardConfig
+from trl_flow.evaluation.diversity import diversity
 from trl_flow.evaluation.drawing import draw
 from trl_flow.evaluation.grids import before_after_grid, evenly, image_grid
 from trl_flow.evaluation.outputs import LOCK, versions, write_json
 from trl_flow.evaluation.scoring import paired_difference, score_images
 from trl_flow.evaluation.tables import score_table
 from trl_flow.rewards import ShapesReward
-from trl_flow.shapes import IMAGE_SIZE, load_prompts, pipeline_path
+from trl_flow.shapes import load_prompts, pipeline_path
 from trl_flow.shapes.bundled import BUNDLED, T5_TOKENS, is_bundled
 from trl_flow.trainer.run_folder import is_aside, move_aside
 
 
 RESULTS = "results.json"
 EVAL_SEED = 1234  # of the images that are compared, whatever the seed of the training
-_IMAGE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE, "max_sequence_length": T5_TOKENS}
+_METHODS = {
+    "nft": (DiffusionNFTConfig, DiffusionNFTTrainer),
+    "guard": (GuardConfig, FlowGRPOTrainer),
+    "flow_grpo": (FlowGRPOConfig, FlowGRPOTrainer),
+}
 
 
 @dataclass(frozen=True)
@@ -43,14 +48,13 @@ class DemoSettings:
     What a demo does.
 
     Attributes:
+        method (`str`): of the training, as in commands: `"nft"`, `"guard"` or `"flow_grpo"`.
         rollouts (`int`): sampling phases.
         prompts_per_rollout, num_generations (`int`): prompts in each, and images for each prompt.
         updates_per_rollout (`int`): updates on each sampling phase, on as many equal parts of it.
         num_inference_steps (`int`): sampling steps, in training and in the comparison.
-        sde_window (`tuple[int, int]`): first and end of the steps that are stochastic and trained. The early ones
-            decide what is drawn where.
         guidance_scale, learning_rate, lr_scheduler_type: as in the config.
-        epsilon (`dict[str, float]`): the clip range of each method, as it is (`scale_epsilon=False`).
+        options (`dict`): what else the method's config is given.
         lora_rank (`int`): rank; alpha is twice that.
         rewards (`dict[str, float]`): scores of the shapes checker whose sum is optimized, with their weights. The soft
             score alone can be raised by smeared shapes; fidelity is what that costs.
@@ -58,16 +62,17 @@ class DemoSettings:
         grid_prompts (`int`): prompts in the image of before and after.
     """
 
-    rollouts: int = 60
+    method: str = "nft"
+    rollouts: int = 100
     prompts_per_rollout: int = 12
-    num_generations: int = 24
-    updates_per_rollout: int = 2
+    num_generations: int = 12
+    updates_per_rollout: int = 1
     num_inference_steps: int = 6
-    sde_window: tuple[int, int] = (0, 4)
     guidance_scale: float = 1.0
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     lr_scheduler_type: str = "constant"
-    epsilon: dict[str, float] = field(default_factory=lambda: {"guard": 2e-4, "flow_grpo": 1e-3})
+    # Half of each group is trained on, the images whose rewards differ most
+    options: dict[str, Any] = field(default_factory=lambda: {"num_generations_trained": 6, "timesteps_per_sample": 4})
     lora_rank: int = 32
     rewards: dict[str, float] = field(default_factory=lambda: {"soft": 1.0, "fidelity": 0.5})
     eval_prompts: int = 108
@@ -75,10 +80,22 @@ class DemoSettings:
     grid_prompts: int = 16
 
 
-QUICK = DemoSettings()
-# Longer still raises the scores further, but the images become alike: one layout for all prompts (150 rollouts are a
-# compromise; `images/` in the output folder shows it happen)
-FULL = DemoSettings(rollouts=150, lr_scheduler_type="cosine")
+def _policy_gradient(method: str, epsilon: float) -> DemoSettings:
+    # The early steps decide what is drawn where
+    options = {"sde_window_size": 4, "sde_window_range": [0, 4], "epsilon": epsilon, "scale_epsilon": False}
+    sizes = {"rollouts": 60, "num_generations": 24, "updates_per_rollout": 2}
+    return DemoSettings(method, **sizes, learning_rate=2e-3, options=options)
+
+
+QUICK = {
+    "nft": DemoSettings(),
+    "guard": _policy_gradient("guard", epsilon=2e-4),
+    "flow_grpo": _policy_gradient("flow_grpo", epsilon=1e-3),
+}
+FULL = {
+    method: replace(quick, rollouts=5 * quick.rollouts // 2, lr_scheduler_type="cosine")
+    for method, quick in QUICK.items()
+}
 
 
 class DemoError(ValueError):
@@ -86,9 +103,8 @@ class DemoError(ValueError):
 
 
 def run_demo(
-    settings: DemoSettings = QUICK,
+    settings: DemoSettings,
     *,
-    method: str = "guard",
     output_dir: str | os.PathLike = "trl-flow-demo",
     seed: int = 0,
     model: str | os.PathLike | None = None,
@@ -101,7 +117,6 @@ def run_demo(
 
     Args:
         settings ([`DemoSettings`]): how long and on what.
-        method (`str`): `"guard"` or `"flow_grpo"`.
         output_dir (`str` or `os.PathLike`): a new or empty folder, or an earlier demo's.
         seed (`int`): of the training. Equal seeds give equal results on equal machines.
         model (`str` or `os.PathLike`, *optional*): folder of another Stable Diffusion 3 pipeline than the bundled one.
@@ -110,10 +125,8 @@ def run_demo(
         `dict[str, Any]`: what `results.json` holds.
 
     Raises:
-        DemoError: if `output_dir` cannot be written to or holds something else, or `method` is unknown.
+        DemoError: if `output_dir` cannot be written to or holds something else.
     """
-    if method not in settings.epsilon:
-        raise DemoError(f"method is {method!r}, but must be one of {', '.join(settings.epsilon)}.")
     folder = _claim(output_dir)
     start = time.perf_counter()
     print(f"Loading the model; results go to {folder} ...", flush=True)
@@ -125,10 +138,11 @@ def run_demo(
     scores_before = _score(before, prompts, settings)
     drawn = time.perf_counter()
 
-    trainer = FlowGRPOTrainer(
+    _, trainer_class = _METHODS[settings.method]
+    trainer = trainer_class(
         model=pipeline,
         reward_funcs=[ShapesReward(score) for score in settings.rewards],
-        args=_config(settings, method, folder, seed),
+        args=_config(settings, folder, seed, _image(pipeline)),
         train_dataset=load_prompts("train"),
         peft_config=LoraConfig(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, init_lora_weights="gaussian"),
     )
@@ -145,18 +159,15 @@ def run_demo(
     pipeline.load_lora_weights(str(folder))
     after = _draw(pipeline, prompts, settings, "Held-out prompts after training")
     scores_after = _score(after, prompts, settings)
-    per_prompt = settings.eval_images_per_prompt
     differences = {
-        name: paired_difference(of_name, scores_after[name], num_images_per_prompt=per_prompt)
+        name: paired_difference(of_name.ravel(), scores_after[name].ravel(), num_images_per_prompt=of_name.shape[1])
         for name, of_name in scores_before.items()
     }
     # The first image of every prompt that is shown: chosen by index, never by score
     shown = evenly(len(prompts), settings.grid_prompts)
     captions = prompts.select(shown)["prompt"]
-    before, after, *soft = (
-        [of[i * per_prompt] for i in shown]
-        for of in (before, after, scores_before["shapes_soft"], scores_after["shapes_soft"])
-    )
+    before, after = ([images[i * settings.eval_images_per_prompt] for i in shown] for images in (before, after))
+    soft = [[scores["shapes_soft"][i, 0] for i in shown] for scores in (scores_before, scores_after)]
     image_grid(before, captions, path=folder / "before.png")
     image_grid(after, captions, path=folder / "after.png")
     scores = list(zip(*soft, strict=True))
@@ -166,14 +177,14 @@ def run_demo(
     end = time.perf_counter()
     seconds = {"total": end - start, "before": drawn - start, "training": trained - drawn, "after": end - trained}
     results = {
-        "method": method,
+        "method": settings.method,
         "reward": _formula(settings),
         "seed": seed,
         "model": BUNDLED if is_bundled(model) else os.fspath(model),
         "scores": {name: difference.to_dict() for name, difference in differences.items()},
         "standard_error_of": "the mean over prompts of the paired difference, each prompt's images averaged first",
         "eval_seed": EVAL_SEED,
-        "settings": asdict(settings) | {"sde_window": list(settings.sde_window)},
+        "settings": asdict(settings),
         "versions": versions(),
         "cpu_threads": torch.get_num_threads(),
         "device": str(trainer.accelerator.device),
@@ -184,7 +195,7 @@ def run_demo(
     print(
         f"\n{settings.eval_prompts} prompts never trained on, {settings.eval_images_per_prompt} images each, before "
         f"and after {settings.rollouts * settings.updates_per_rollout} updates on {_formula(settings)} by "
-        f"{method}:\n\n{score_table(differences)}\n\n{_closing(folder, settings, end - start)}"
+        f"{settings.method}:\n\n{score_table(differences)}\n\n{_closing(folder, settings, end - start)}"
     )
     return results
 
@@ -220,16 +231,28 @@ def _claim(output_dir: str | os.PathLike) -> Path:
     return folder
 
 
-def _draw(pipeline: Any, prompts: Dataset, settings: DemoSettings, progress: str) -> list[Image.Image]:
+def _image(pipeline: StableDiffusion3Pipeline) -> dict[str, int]:
+    side = pipeline.default_sample_size * pipeline.vae_scale_factor
+    return {"height": side, "width": side, "max_sequence_length": T5_TOKENS}
+
+
+def _draw(
+    pipeline: StableDiffusion3Pipeline, prompts: Dataset, settings: DemoSettings, progress: str
+) -> list[Image.Image]:
     sampling = {name: getattr(settings, name) for name in ("num_inference_steps", "guidance_scale")}
     sampling |= {"seed": EVAL_SEED, "num_images_per_prompt": settings.eval_images_per_prompt}
-    return draw(pipeline, prompts["prompt"], **sampling, **_IMAGE, batch_size=64, progress=progress)
+    return draw(pipeline, prompts["prompt"], **sampling, **_image(pipeline), batch_size=64, progress=progress)
 
 
 def _score(images: list[Image.Image], prompts: Dataset, settings: DemoSettings) -> dict[str, np.ndarray]:
-    """The optimized reward, and the checker's scores one by one."""
+    """The optimized reward, the checker's scores one by one, and each prompt's diversity: of shape `(prompts, images)`
+    and `(prompts, 1)`."""
+    number = settings.eval_images_per_prompt
     scores = score_images(images, prompts, [ShapesReward(score) for score in ("soft", "strict", "fidelity")])
-    return {"reward": sum(w * scores[f"shapes_{score}"] for score, w in settings.rewards.items()), **scores}
+    scores = {name: values.reshape(-1, number) for name, values in scores.items()}
+    reward = sum(weight * scores[f"shapes_{score}"] for score, weight in settings.rewards.items())
+    each = [[diversity(images[i : i + number], number)] for i in range(0, len(images), number)]
+    return {"reward": reward, **scores, "diversity": np.array(each)}
 
 
 def _formula(settings: DemoSettings) -> str:
@@ -237,21 +260,20 @@ def _formula(settings: DemoSettings) -> str:
     return " + ".join(f"{'' if w == 1 else f'{w:g} '}shapes_{score}" for score, w in settings.rewards.items())
 
 
-def _config(settings: DemoSettings, method: str, folder: Path, seed: int) -> FlowGRPOConfig:
+def _config(
+    settings: DemoSettings, folder: Path, seed: int, image: dict[str, int]
+) -> FlowGRPOConfig | DiffusionNFTConfig:
     same = ("num_generations", "num_inference_steps", "guidance_scale", "learning_rate", "lr_scheduler_type")
-    updates, (first, end) = settings.updates_per_rollout, settings.sde_window
-    return {"guard": GuardConfig, "flow_grpo": FlowGRPOConfig}[method](
+    updates, (config, _) = settings.updates_per_rollout, _METHODS[settings.method]
+    return config(
         output_dir=str(folder),
         per_device_train_batch_size=settings.prompts_per_rollout * settings.num_generations // updates,
         steps_per_generation=updates,
         max_steps=settings.rollouts * updates,
-        sde_window_size=end - first,
-        sde_window_range=[first, end],
         reward_weights=list(settings.rewards.values()),
-        epsilon=settings.epsilon[method],
-        scale_epsilon=False,
         **{name: getattr(settings, name) for name in same},
-        **_IMAGE,
+        **settings.options,
+        **image,
         # A model this small is trained in memory and in float32 everywhere, so that it does the same everywhere
         **{"gradient_checkpointing": False, "bf16": False, "use_cpu": True, "seed": seed},
         **{"logging_steps": updates, "save_strategy": "no", "report_to": "none", "disable_tqdm": False},

@@ -21,6 +21,7 @@ class RandomStream(IntEnum):
     TRANSITIONS = 3
     EVALUATION = 4
     NOISED = 5
+    PROMPTS = 6
 
 
 @dataclass(frozen=True)

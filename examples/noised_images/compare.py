@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,14 @@ from trl_flow.trainer.progress import FlowProgressCallback
 
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "over_optimization"))
+sys.path.append(str(HERE.parent / "over_optimization"))
 from proxies import SCORER, LearnedReward  # noqa: E402
 
 
 PROMPTS, GENERATIONS = 12, 12  # in each sampling phase
 SEEDS = range(5)
 COMMON = {
-    "height": 32, "width": 32, "max_sequence_length": 1, "num_generations": GENERATIONS,
+    "height": 64, "width": 64, "max_sequence_length": 1, "num_generations": GENERATIONS,
     "per_device_eval_batch_size": 216, "eval_num_inference_steps": 6, "num_generations_eval": 2, "bf16": False,
     "gradient_checkpointing": False, "use_cpu": True, "save_strategy": "no", "report_to": "none",
     "log_images": False, "disable_tqdm": True, "logging_steps": 1, "eval_strategy": "steps",
@@ -79,20 +80,23 @@ ARMS = {
 
 
 class Watch(TrainerCallback):
-    """Measures processor time of updates, with their sampling, and keeps the scores of evaluations."""
+    """Measures processor time and wall time of updates, with their sampling, and keeps the scores of evaluations."""
 
     def __init__(self, seconds: float, target: float):
-        self.limit, self.target, self.seconds, self.rows, self._start = seconds, target, 0.0, [], 0.0
+        self.limit, self.target, self.rows = seconds, target, []
+        self.seconds, self.wall, self._start = 0.0, 0.0, (0.0, 0.0)
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self._start = time.process_time()
+        self._start = time.process_time(), time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.seconds += time.process_time() - self._start
+        self.seconds += time.process_time() - self._start[0]
+        self.wall += time.perf_counter() - self._start[1]
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         scores = {name.removeprefix("eval_"): value for name, value in metrics.items() if "/" in name or "rew" in name}
-        self.rows.append({"update": state.global_step, "seconds": round(self.seconds, 2), **scores})
+        times = {"seconds": round(self.seconds, 2), "wall": round(self.wall, 2)}
+        self.rows.append({"update": state.global_step, **times, **scores})
         reached = sum(row["reward"] for row in self.rows[-2:]) >= 2 * self.target
         control.should_training_stop |= self.seconds > self.limit or reached
 
@@ -105,15 +109,18 @@ def run(
     torch.set_num_threads(1)
     if reward == "learned":
         rewards, weights = [LearnedReward(Path(tempfile.gettempdir(), SCORER))], [1.0]
+    elif reward == "strict":
+        rewards, weights = [ShapesReward("strict")], [1.0]
     else:
         rewards, weights = [ShapesReward("soft"), ShapesReward("fidelity")], [1.0, 0.5]
     watch, test = Watch(seconds, target), load_prompts("test")
     with tempfile.TemporaryDirectory() as folder:
-        args = arm.config(
-            output_dir=folder, seed=seed, learning_rate=rate, reward_weights=weights, max_steps=100_000,
-            per_device_train_batch_size=PROMPTS * GENERATIONS // arm.updates, steps_per_generation=arm.updates,
-            eval_steps=every * arm.updates, eval_on_start=True, **COMMON | arm.fields,
-        )  # fmt: skip
+        fields = {
+            "seed": seed, "learning_rate": rate, "reward_weights": weights, "max_steps": 100_000,
+            "per_device_train_batch_size": PROMPTS * GENERATIONS // arm.updates, "steps_per_generation": arm.updates,
+            "eval_steps": every * arm.updates, "eval_on_start": True,
+        }  # fmt: skip
+        args = arm.config(output_dir=folder, **fields | COMMON | arm.fields)
         trainer = getattr(trl_flow, TRAINERS[arm.config])(
             load_pipeline(), rewards, args, load_prompts("train"), test, callbacks=[watch],
             peft_config=LoraConfig(r=32, lora_alpha=64, init_lora_weights="gaussian"),
@@ -126,6 +133,20 @@ def run(
 
 TRAINERS = {FlowGRPOConfig: "FlowGRPOTrainer", GuardConfig: "FlowGRPOTrainer"}
 TRAINERS |= {DiffusionNFTConfig: "DiffusionNFTTrainer", AWMConfig: "AWMTrainer"}
+
+
+def run_missing(arms: dict[str, Arm], runs: Iterable[tuple[str, float, int]], path: Path, given: Any) -> None:
+    """Those of the runs (arm, learning rate, seed) that `path` does not have, one after another, a line each."""
+    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = {(row["arm"], row["rate"], row["seed"], row["reward"]) for row in done}
+    for name, rate, seed in runs:
+        if (name, rate, seed, given.reward) in done:
+            continue
+        rows = run(arms[name], rate, seed, given.reward, given.seconds, given.every, given.target)
+        result = {"arm": name, "rate": rate, "seed": seed, "reward": given.reward, "evaluations": rows}
+        with path.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+        print(name, rate, seed, rows[-1], file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -144,19 +165,9 @@ def main() -> None:
     given = parser.parse_args()
     if given.quick:
         given.seconds, given.seeds = 10.0, [0]
-    path = Path(given.output)
-    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {(row["arm"], row["rate"], row["seed"], row["reward"]) for row in done}
-    for seed in given.seeds:
-        for name in given.arms:
-            for rate in given.rates or ARMS[name].rates[1:2] if given.quick else given.rates or ARMS[name].rates:
-                if (name, rate, seed, given.reward) in done:
-                    continue
-                rows = run(ARMS[name], rate, seed, given.reward, given.seconds, given.every, given.target)
-                result = {"arm": name, "rate": rate, "seed": seed, "reward": given.reward, "evaluations": rows}
-                with path.open("a") as file:
-                    file.write(json.dumps(result) + "\n")
-                print(name, rate, seed, rows[-1], flush=True)
+    rates = {name: given.rates or (ARMS[name].rates[1:2] if given.quick else ARMS[name].rates) for name in given.arms}
+    runs = [(name, rate, seed) for seed in given.seeds for name in given.arms for rate in rates[name]]
+    run_missing(ARMS, runs, Path(given.output), given)
 
 
 if __name__ == "__main__":

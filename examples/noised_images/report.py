@@ -12,32 +12,8 @@ import math
 import statistics
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
-
-Rows = list[dict[str, Any]]
-
-
-def smoothed(rows: Rows, name: str = "reward") -> list[tuple[int, float]]:
-    """Updates, and the mean of the last two evaluations, of each evaluation."""
-    means = [rows[0][name], *((a[name] + b[name]) / 2 for a, b in zip(rows, rows[1:], strict=False))]
-    return [(row["update"], mean) for row, mean in zip(rows, means, strict=True)]
-
-
-def updates_to(rows: Rows, target: float) -> float:
-    """Updates at which the smoothed score first was at `target`, between two evaluations by a straight line; infinity
-    where it never was."""
-    points = smoothed(rows)
-    for (u0, s0), (u1, s1) in zip(points, points[1:], strict=False):
-        if s1 >= target:
-            return u0 + ((target - s0) / (s1 - s0) if s1 > s0 else 0.0) * (u1 - u0)
-    return math.inf
-
-
-def seconds_an_update(rows: Rows) -> float:
-    """The least between two evaluations: what the arm takes where nothing is in its way."""
-    pairs = zip(rows, rows[1:], strict=False)
-    return min((b["seconds"] - a["seconds"]) / (b["update"] - a["update"]) for a, b in pairs)
+from curves import Rows, seconds_an_update, smoothed, summary, updates_to
 
 
 def at_proxy(rows: Rows, level: float) -> float:
@@ -49,16 +25,6 @@ def at_proxy(rows: Rows, level: float) -> float:
             share = (level - proxy[i - 1]) / (proxy[i] - proxy[i - 1]) if proxy[i] > proxy[i - 1] else 0.0
             return gold[i - 1] + share * (gold[i] - gold[i - 1])
     return math.nan
-
-
-def summary(values: list[float], digits: int = 0) -> str:
-    """Mean and standard error of what is finite, and of how many."""
-    found = [value for value in values if math.isfinite(value)]
-    if not found:
-        return "not reached"
-    error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else math.nan
-    of = "" if len(found) == len(values) else f" ({len(found)} of {len(values)} seeds)"
-    return f"{statistics.mean(found):.{digits}f} ± {error:.{digits}f}{of}"
 
 
 def read(path: Path, reward: str) -> dict[str, dict[float, list[Rows]]]:

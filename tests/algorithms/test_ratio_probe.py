@@ -168,7 +168,7 @@ def test_the_best_scale_balances_rounding_and_curvature(variance, curvature, sca
 
 
 class FakePolicy:
-    can_probe = can_measure = True
+    is_adapter = True
     updates_since_sampling = 1
 
     def __init__(self, generation: int = 0):

@@ -89,7 +89,7 @@ def test_the_bundled_model_and_prompts_have_their_own_defaults(tmp_path, capsys)
     settings = results["settings"]
     # Not the folder that this machine has it in
     assert results["model"] == results["models"]["base"]["path"] == "bundled"
-    assert (settings["height"], settings["num_inference_steps"], settings["max_sequence_length"]) == (32, 10, 1)
+    assert (settings["height"], settings["num_inference_steps"], settings["max_sequence_length"]) == (64, 10, 1)
     stored = json.loads((tmp_path / "settings.json").read_text())["sets"]["bundled"]["prompts"]
     assert stored == load_prompts("test")["prompt"][:1]
     # The checker read the set's further columns

@@ -71,7 +71,7 @@ def test_what_is_asked_for_comes_before_the_run_and_the_run_before_the_pipeline(
 
 def test_the_bundled_model_has_settings_of_its_own():
     options, _ = decided(load_pipeline())
-    assert (options.num_inference_steps, options.guidance_scale, options.height) == (10, 2.0, 32)
+    assert (options.num_inference_steps, options.guidance_scale, options.height) == (10, 2.0, 64)
 
 
 def test_settings_of_a_run_that_have_no_effect_are_left_out(tmp_path):

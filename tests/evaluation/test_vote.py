@@ -1,12 +1,17 @@
 import http.client
 import json
+import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from slow_requests import slow_request
 from tiny_comparisons import painted_folder
 
 from trl_flow.evaluation import VoteServer
+from trl_flow.evaluation.local_handler import LocalHandler
 from trl_flow.evaluation.vote_plan import Ballots
 
 
@@ -117,6 +122,7 @@ def test_a_vote_is_on_disk_before_the_answer_and_a_new_server_goes_on(serve, run
     _, second = post(server, "vote", voter="me", pair=first["pair"]["token"], answers=LEFT)
     assert len(Ballots(run.path).read("me")["votes"]) == 1 == second["done"]
     # As after a kill: another process, whose random names of images are others
+    server.close()
     again = serve()
     _, state = post(again, "next", voter="me")
     assert (state["done"], state["total"], state["pair"]["prompt"]) == (1, 4, second["pair"]["prompt"])
@@ -238,12 +244,14 @@ def test_names_that_look_like_paths_stay_in_the_folder(serve, run):
     assert all(len(path.parts) == 2 for path in files if path.name != "settings.json")
 
 
-def test_only_this_machine_is_listened_to(serve):
+def test_only_this_machine_is_listened_to(serve, tmp_path):
     server = serve()
     assert server.url.startswith("http://127.0.0.1:")
     assert server._server.socket.getsockname()[0] == "127.0.0.1"
+    other = painted_folder(tmp_path / "other", ["a prompt"], models=MODELS).path
     with pytest.raises(ValueError, match="Choose another"):
-        VoteServer(server.folder.path, port=server._server.server_address[1])
+        VoteServer(other, port=server._server.server_address[1])
+    VoteServer(other).close()  # the folder is not locked by the one that failed
 
 
 def test_a_server_can_be_closed_before_it_serves_and_twice(run):
@@ -251,3 +259,44 @@ def test_a_server_can_be_closed_before_it_serves_and_twice(run):
     server.close()
     server.close()
     server.serve_forever()  # returns
+
+
+# ---- two servers, slow browsers ----
+
+
+def test_one_server_asks_about_a_folder(run):
+    first = VoteServer(run.path)
+    with pytest.raises(ValueError, match=rf"another process is asking for votes on .*\(pid {os.getpid()} on \S+\)"):
+        VoteServer(run.path)
+    first.close()
+    VoteServer(run.path).close()
+
+
+def test_one_that_was_killed_locks_nobody_out(run):
+    ask_forever = "import sys; from trl_flow.evaluation import VoteServer; s = VoteServer(sys.argv[1])"
+    ask_forever += "; print(s.url, flush=True); s.serve_forever()"
+    process = subprocess.Popen([sys.executable, "-c", ask_forever, run.path], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("http://127.0.0.1:")
+    with pytest.raises(ValueError, match=rf"\(pid {process.pid} on \S+\). Wait until it ends, or let everyone vote"):
+        VoteServer(run.path)
+    process.kill()
+    process.communicate()
+    VoteServer(run.path).close()
+
+
+@pytest.mark.parametrize(
+    "begin, drip, answer",
+    [
+        (b"", b"", b""),
+        (b"GET / HTTP/1.1\r\n", b"X: y\r\n", b""),
+        (b"POST /next HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9000\r\n\r\n",
+         b" ", b" 408 "),
+    ],
+    ids=["nothing", "headers", "body"],
+)  # fmt: skip
+def test_a_request_that_is_too_slow(begin, drip, answer, serve, monkeypatch):
+    monkeypatch.setattr(LocalHandler, "timeout", 0.5)
+    server = serve()
+    status = slow_request(("127.0.0.1", int(server.url.rsplit(":", 1)[1].strip("/"))), begin, drip)
+    assert answer in status and bool(answer) == bool(status)
+    assert ask(server, "GET", "/")[0] == 200

@@ -2,14 +2,18 @@
 
 import json
 import re
+import socket
+import struct
 import threading
 import urllib.error
 import urllib.request
 
 import pytest
+from slow_requests import slow_request
 from tiny_training import brightness, darkness, prompts, tiny_trainer
 
 from trl_flow.cli import main
+from trl_flow.evaluation.local_handler import LocalHandler
 from trl_flow.evaluation.outputs import locked
 from trl_flow.evaluation.run_log import LOG_NAME, PROGRESS_NAME
 from trl_flow.evaluation.svg import Series, line_chart
@@ -145,6 +149,27 @@ def test_the_page_is_served_to_this_machine_alone(run):
         with pytest.raises(ValueError, match=f"port {port} cannot be had.*--port {port + 1}"):
             watch_server(run, port)
         server.shutdown()
+
+
+def test_a_browser_that_sends_its_headers_too_slowly(run, monkeypatch):
+    monkeypatch.setattr(LocalHandler, "timeout", 0.5)
+    with watch_server(run, 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert slow_request(server.server_address, b"GET / HTTP/1.1\r\n", b"X: y\r\n") == b""
+        server.shutdown()
+
+
+def test_a_browser_that_goes_away_is_no_error(run):
+    failed = []
+    with watch_server(run, 0) as server:
+        server.handle_error = lambda *_: failed.append(True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with socket.create_connection(server.server_address) as browser:
+            browser.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closed by a reset
+            browser.sendall(b"GET / HTTP/1.1\r\nHost: localhost:1\r\n\r\n")
+        urllib.request.urlopen(f"http://localhost:{server.server_address[1]}/").read()
+        server.shutdown()
+    assert not failed
 
 
 def test_a_chart_has_its_points_where_they_belong():

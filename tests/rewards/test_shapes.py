@@ -11,9 +11,9 @@ from trl_flow.shapes import PlacedShape, load_prompts, render
 CIRCLE_AND_SQUARE = "a red circle and a green square"
 LEFT_OF = "a red circle left of a green square"
 
-RED_CIRCLE = PlacedShape("red", "circle", x=8, y=16, size=9)
-GREEN_SQUARE = PlacedShape("green", "square", x=23, y=16, size=9)
-BLUE_SQUARE = PlacedShape("blue", "square", x=23, y=16, size=9)
+RED_CIRCLE = PlacedShape("red", "circle", x=16, y=32, size=18)
+GREEN_SQUARE = PlacedShape("green", "square", x=46, y=32, size=18)
+BLUE_SQUARE = PlacedShape("blue", "square", x=46, y=32, size=18)
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +47,13 @@ def test_soft_is_the_default():
 def test_a_spoilt_drawing_has_less_fidelity(images):
     clean = images["right"]
     spoilt = clean.copy()
-    spoilt.paste("gray", (12, 0, 18, 32))
+    spoilt.paste("gray", (24, 0, 36, 64))
     fidelity = ShapesReward("fidelity")([CIRCLE_AND_SQUARE] * 2, [clean, spoilt])
     assert fidelity[0] > 0.99 and fidelity[1] < 0.7
 
 
 def test_relation_is_judged_from_column_and_from_prompt(images):
-    mirrored = render([PlacedShape("red", "circle", 23, 16, 9), PlacedShape("green", "square", 8, 16, 9)])
+    mirrored = render([PlacedShape("red", "circle", 46, 32, 18), PlacedShape("green", "square", 16, 32, 18)])
     objects = [
         {"count": 1, "color": "red", "shape": "circle"},
         {"count": 1, "color": "green", "shape": "square"},

@@ -1,5 +1,6 @@
 """A reward server takes what it should, refuses everything else with a 4xx, and goes on."""
 
+import http.client
 import io
 import json
 import socket
@@ -16,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from served_rewards import brightness
+from slow_requests import slow_request
 
 from trl_flow.rewards import JPEGIncompressibilityReward
 from trl_flow.serving.form import decode_images
@@ -414,6 +416,33 @@ def test_an_upload_that_is_too_slow(server, lives):
     answer = raw(server, head, *[body[i : i + 1] for i in range(24)], pause=0.1)
     assert b" 408 " in answer.split(b"\r\n")[0] and b"after 2 seconds" in answer
     assert time.monotonic() - started < 14  # the connection is closed, too
+
+
+@pytest.mark.parametrize(
+    "begin, drip, status",
+    [
+        (b"", b"", b""),
+        (b"GET /health HTTP/1.1\r\nHost: x\r\n", b"X: y\r\n", b""),
+        (b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 90000\r\n\r\n", b"x", b" 200 "),
+        (f"{HEAD}Content-Length: 90000\r\n\r\n--{BOUNDARY}\r\n".encode(), b"x", b" 408 "),
+    ],
+    ids=["nothing", "headers", "a body that is not read", "body"],
+)
+def test_a_client_that_never_ends_its_request(server, lives, begin, drip, status):
+    address = ("127.0.0.1", int(server.url.rsplit(":", 1)[1]))
+    assert status in slow_request(address, begin, drip)
+
+
+def test_headers_of_a_second_request_that_are_too_slow(server, lives):
+    connection = http.client.HTTPConnection("127.0.0.1", int(server.url.rsplit(":", 1)[1]), timeout=20)
+    for _ in range(2):
+        connection.request("GET", "/health")
+        assert connection.getresponse().read() == b'{"ready":true}'
+        time.sleep(2.5)  # a connection may rest for longer than a request may take
+    started = time.monotonic()
+    connection.sock.sendall(b"GET /health HTTP/1.1\r\n")
+    assert connection.sock.recv(1) == b"" and time.monotonic() - started > 1
+    connection.close()
 
 
 def test_a_length_that_is_too_long_is_refused_before_it_arrives(server, lives):

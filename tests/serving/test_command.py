@@ -1,42 +1,21 @@
 """`trl-flow serve-rewards` as a program: what it prints, what it refuses, and how it ends."""
 
 import contextlib
-import io
-import json
 import socket
 import sys
 import threading
-import time
 
 import httpx2
 import pytest
-from PIL import Image
+from server_requests import form, free_port, wait_until
 
 from trl_flow.cli import main
 from trl_flow.rewards.base import ModelReward
 from trl_flow.serving.command import _configure, _listen
 
 
-def form(prompt):
-    file = io.BytesIO()
-    Image.new("RGB", (2, 2)).save(file, format="PNG")
-    return [("prompts", (None, json.dumps([prompt]))), ("images", ("0.png", file.getvalue(), "image/png"))]
-
-
-def wait_until(condition):
-    until = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.01)
-
-
 def wait_for_requests(server, number):
     wait_until(lambda: f"trl_flow_waiting {number}.0" in httpx2.get(f"{server.url}/metrics").text)
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def answers(url):
@@ -72,6 +51,8 @@ def mistake(capsys, *options):
         (["--rewards", "shapes_soft", "--upload-timeout", "nan"], "upload_timeout is nan"),
         (["--rewards", "shapes_soft", "--upload-timeout", "inf"], "upload_timeout is inf"),
         (["--rewards", "shapes_soft", "--grace", "-1"], "--grace is -1"),
+        (["--rewards", "shapes_soft", "--workers", "0"], "--workers is 0"),
+        (["--rewards", "shapes_soft", "--workers", "40"], "Give --max-waiting 80"),
         (["--rewards", "shapes_soft", "--device", "gpu"], "--device is 'gpu'"),
         (["--rewards", "shapes_soft", "--batch-size", "0"], "--batch-size is 0"),
     ],

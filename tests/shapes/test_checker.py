@@ -17,7 +17,7 @@ BLACK, WHITE = (13, 13, 13), (240, 240, 240)
 
 
 def drawing(*shapes: tuple, ground: tuple[int, int, int] = BLACK) -> Image.Image:
-    """Shapes `(name, color, x, y, half width)` drawn at eight times the size and scaled down."""
+    """Shapes `(name, color, x, y, half width)`, in units of two pixels, drawn four times as large and scaled down."""
     image = Image.new("RGB", (256, 256), ground)
     draw = ImageDraw.Draw(image)
     for name, color, x, y, half in shapes:
@@ -31,7 +31,7 @@ def drawing(*shapes: tuple, ground: tuple[int, int, int] = BLACK) -> Image.Image
             draw.polygon([(8 * x, bottom - height), (right, bottom), (left, bottom)], fill=color)
         elif name == "bar":
             draw.rectangle((left, 8 * (y - 1.5), right, 8 * (y + 1.5)), fill=color)
-    return image.resize((32, 32), Image.Resampling.BOX)
+    return image.resize((64, 64), Image.Resampling.BOX)
 
 
 def checked(image: Image.Image, caption: str) -> CheckResult:
@@ -154,22 +154,22 @@ def test_renderings_are_right_and_other_captions_wrong():
 
 
 def test_a_speck_is_no_object_but_costs_fidelity():
-    specked = render([PlacedShape("red", "circle", 8, 16, 9)])
+    specked = render([PlacedShape("red", "circle", 16, 32, 18)])
     assert checked(specked, "a red circle").fidelity > 0.999
-    ImageDraw.Draw(specked).rectangle((24, 24, 26, 26), fill=BLUE)
+    ImageDraw.Draw(specked).rectangle((48, 48, 53, 53), fill=BLUE)
     result = checked(specked, "a red circle")
     assert result.strict == 1
-    # One channel of nine pixels is off by (235 - 13) / 255, two channels by (20 - 13) / 255; there are 3072 values.
-    error = math.sqrt(9 * (222**2 + 2 * 7**2) / 255**2 / 3072)
+    # One channel of 36 pixels is off by (235 - 13) / 255, two channels by (20 - 13) / 255; there are 12288 values.
+    error = math.sqrt(36 * (222**2 + 2 * 7**2) / 255**2 / 12288)
     assert result.fidelity == pytest.approx(math.exp(-(error - 0.04) / 0.08), abs=0.01)
     assert result.fidelity < 0.93
 
 
 def test_fidelity_of_a_flat_grey_by_hand():
     # No ground of this world is gray: 128/255 counts as the nearest light one, 0.90, and misses it by 0.398.
-    result = checked(Image.new("RGB", (32, 32), (128, 128, 128)), "a red circle")
+    result = checked(Image.new("RGB", (64, 64), (128, 128, 128)), "a red circle")
     assert result.fidelity == pytest.approx(math.exp(-(0.90 - 128 / 255 - 0.04) / 0.08), rel=1e-4)
-    assert checked(Image.new("RGB", (32, 32), BLACK), "a red circle").fidelity == 1
+    assert checked(Image.new("RGB", (64, 64), BLACK), "a red circle").fidelity == 1
 
 
 def test_fidelity_falls_with_noise():
@@ -186,17 +186,17 @@ def test_fidelity_falls_with_noise():
 
 def test_larger_pictures_are_scaled_down():
     image = drawing(RED_CIRCLE, GREEN_SQUARE)
-    large = image.resize((128, 128), Image.Resampling.NEAREST)
+    large = image.resize((256, 256), Image.Resampling.NEAREST)
     caption = "a red circle left of a green square"
     assert checked(large, caption) == checked(image, caption)
 
 
 def test_every_picture_has_scores_between_zero_and_one():
     rng = np.random.default_rng(0)
-    for size in (1, 4, 8, 32):
+    for size in (1, 4, 8, 64):
         for _ in range(20):
             blocks = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
-            image = Image.fromarray(blocks).resize((32, 32), Image.Resampling.NEAREST)
+            image = Image.fromarray(blocks).resize((64, 64), Image.Resampling.NEAREST)
             result = checked(image, "a red circle left of a green square")
             assert all(0 <= value <= 1 for value in [*result.parts.values(), result.soft, result.fidelity])
 

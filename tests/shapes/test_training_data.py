@@ -18,7 +18,7 @@ from trl_flow.shapes.prompts import is_held_out, load_prompts
 FOLDER = Path(__file__).parents[2] / "examples" / "bundled_model"
 sys.path.insert(0, str(FOLDER))
 
-from train import noisy_caption, random_scene, render_images  # noqa: E402
+from data import noisy_caption, random_scene, render_images  # noqa: E402
 
 
 def test_no_scene_and_no_caption_is_held_out():
@@ -64,11 +64,11 @@ def test_every_held_out_part_is_met_in_training():
 @pytest.mark.slow
 def test_the_training_script_writes_a_pipeline_and_its_scores(tmp_path):
     # Long enough for a few steps of everything, not for an image
-    options = "--images 1200 --vae-minutes 0.05 --minutes 0.05".split()
+    options = "--images 1100 --autoencoder-steps 3 --tiny-decoder-steps 3 --steps 2".split()
     command = [sys.executable, str(FOLDER / "train.py"), "--output-dir", str(tmp_path), *options]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     scores = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
-    assert scores["seed"] == 0 and scores["transformer_steps"] >= 1
+    assert scores["seed"] == 0 and scores["steps"] == 2
     pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path)
-    assert pipeline("a red circle", num_inference_steps=2).images[0].size == (32, 32)
+    assert pipeline("a red circle", num_inference_steps=2).images[0].size == (64, 64)

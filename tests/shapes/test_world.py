@@ -14,30 +14,30 @@ from trl_flow.shapes.world import COLOR_CHROMA, place, random_ground, relation_h
 @pytest.mark.parametrize("shape", SHAPES)
 def test_area_and_centre_of_mass_are_those_of_the_scene(shape):
     # On black, the red channel of a red shape is 0.92 times its coverage.
-    picture = render_array([PlacedShape("red", shape, 15.3, 16.8, 10.0)], ground=0.0)
+    picture = render_array([PlacedShape("red", shape, 30.6, 33.6, 20.0)], ground=0.0)
     coverage = picture[:, :, 0] / 0.92
-    centres = np.arange(32) + 0.5
-    assert coverage.sum() == pytest.approx(10.0**2, rel=0.01)
-    assert (coverage.sum(axis=0) * centres).sum() / coverage.sum() == pytest.approx(15.3, abs=0.05)
-    assert (coverage.sum(axis=1) * centres).sum() / coverage.sum() == pytest.approx(16.8, abs=0.05)
+    centres = np.arange(64) + 0.5
+    assert coverage.sum() == pytest.approx(20.0**2, rel=0.01)
+    assert (coverage.sum(axis=0) * centres).sum() / coverage.sum() == pytest.approx(30.6, abs=0.05)
+    assert (coverage.sum(axis=1) * centres).sum() / coverage.sum() == pytest.approx(33.6, abs=0.05)
 
 
 def test_square_on_pixel_borders_is_exact():
     # A square of side 4 around (8, 8) covers the pixels 6 to 9 of both axes, and no part of any other.
     picture = render_array([PlacedShape("blue", "square", 8.0, 8.0, 4.0)], ground=0.05)
-    expected = np.full((32, 32, 3), 0.05, dtype=np.float32)
+    expected = np.full((64, 64, 3), 0.05, dtype=np.float32)
     expected[6:10, 6:10] = COLORS["blue"]
     np.testing.assert_allclose(picture, expected, atol=1e-6)
 
 
 def test_triangle_points_up():
-    picture = render_array([PlacedShape("green", "triangle", 16.0, 16.0, 12.0)], ground=0.0)
+    picture = render_array([PlacedShape("green", "triangle", 32.0, 32.0, 24.0)], ground=0.0)
     widths = (picture[:, :, 1] > 0.46).sum(axis=1)
     rows = np.flatnonzero(widths)
     # The apex is one circumradius above the centre, the base half of one below, as wide as the side.
-    circumradius = 12 * math.sqrt(4 / (3 * math.sqrt(3)))
-    assert rows[0] == pytest.approx(16 - circumradius, abs=1.5)
-    assert rows[-1] + 1 == pytest.approx(16 + circumradius / 2, abs=1)
+    circumradius = 24 * math.sqrt(4 / (3 * math.sqrt(3)))
+    assert rows[0] == pytest.approx(32 - circumradius, abs=1.5)
+    assert rows[-1] + 1 == pytest.approx(32 + circumradius / 2, abs=1)
     assert widths[rows[-1]] == pytest.approx(circumradius * math.sqrt(3), abs=1.5)
     assert all(np.diff(widths[rows]) >= 0)
 
@@ -64,7 +64,7 @@ def test_random_scenes_are_whole_and_clear_and_are_seen_as_they_are(seed, number
     scene = place(wanted, rng)
     assert [(placed.color, placed.shape) for placed in scene] == wanted
     boxes = [placed.box() for placed in scene]
-    assert all(min(box) >= 0 and max(box) <= 32 for box in boxes)
+    assert all(min(box) >= 0 and max(box) <= 64 for box in boxes)
     for index, (left, top, right, bottom) in enumerate(boxes):
         for other in boxes[:index]:
             assert right < other[0] or other[2] < left or bottom < other[1] or other[3] < top

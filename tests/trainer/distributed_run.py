@@ -235,6 +235,27 @@ def resume(folder: str) -> list[float]:
     return [log["advantage_power"] for log in whole.state.log_history if "advantage_power" in log]
 
 
+# Of four groups, two in each process, some are replaced: in one process more than in the other, or none
+RESAMPLED = {
+    "in a window": {"share_initial_noise": True, "sde_window_size": 1, "sde_window_range": [1, 3]},
+    "dense": {"dense_rewards": True},
+}
+
+
+def resampled(folder: str, name: str) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    """The weights and logs of a run that replaces groups without spread: about half of the prompts give such."""
+
+    def picky(prompts, images, **kwargs):
+        pairs = zip(prompts, brightness(prompts, images), strict=True)
+        return [0.0 if prompt.startswith("a ") else value for prompt, value in pairs]
+
+    fields = {"reward_funcs": picky, "train_dataset": prompts(16), "max_steps": 3, "dynamic_sample": True, **SGD}
+    batch = {"per_device_train_batch_size": 16 // WORLD_SIZE}
+    trainer = tiny_trainer(folder, **batch | fields | RESAMPLED[name])
+    trainer.train()
+    return trained_weights(trainer), trainer.state.log_history
+
+
 class Failing:
     """Rewards, random ones if asked for; in the last process call number `gone_at` fails."""
 
@@ -325,6 +346,10 @@ def main(folder: str) -> None:
         weights, record = run(folder, name)
         save_file(weights, Path(folder, f"{name}-{RANK}.safetensors"))
         Path(folder, f"{name}-{RANK}.json").write_text(json.dumps(record))
+    for name in RESAMPLED:
+        weights, logs = resampled(os.path.join(folder, name), name)
+        save_file(weights, Path(folder, f"resampled {name}-{RANK}.safetensors"))
+        Path(folder, f"resampled {name}-{RANK}.json").write_text(json.dumps(logs))
     report = {
         "error": error_on_the_last_process(os.path.join(folder, "error")),
         "cut": cut_groups(os.path.join(folder, "cut")),

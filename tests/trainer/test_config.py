@@ -51,6 +51,7 @@ FLOW_GRPO = {
     "dense_rewards": False,
     "value_discount": 0.9,
     "value_scale": 0.0,
+    "projection_vae": None,
     "reward_weights": None,
     "num_iterations": 1,
     "learning_rate": 3e-4,

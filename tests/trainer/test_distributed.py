@@ -91,6 +91,19 @@ def test_two_processes_log_what_one_does(name, two, one):
             assert logs["grad_norm"] == pytest.approx(expected_logs["grad_norm"], rel=1e-2)
 
 
+@pytest.mark.parametrize("name", distributed_run.RESAMPLED)
+def test_two_processes_replace_the_groups_that_one_does(name, two, tmp_path):
+    expected, expected_logs = distributed_run.resampled(str(tmp_path), name)
+    first, second = (load_file(two / f"resampled {name}-{rank}.safetensors") for rank in (0, 1))
+    assert_equal(first, second)
+    moved = distance(expected, trained_weights(tiny_trainer(tmp_path / "start")))
+    assert moved > 1e-4 and distance(first, expected) < 5e-3 * moved
+    keys = [f"dynamic_sample/{key}" for key in ("times", "groups", "frac_zero_std")]
+    logs, expected = ([[log[k] for k in keys] for log in each if keys[0] in log]
+                      for each in (records(two, f"resampled {name}")[0], expected_logs))  # fmt: skip
+    assert logs == expected and len(logs) == 3 and sum(groups for _, groups, _ in logs) > 2
+
+
 def test_an_error_in_one_process_ends_both(two):
     first, second = (json.loads((two / f"report-{rank}.json").read_text())["error"] for rank in (0, 1))
     assert "'picky' raised OSError: the scorer is gone" in second

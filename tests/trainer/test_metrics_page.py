@@ -10,8 +10,8 @@ from trl_flow import AWMConfig, DiffusionNFTConfig, GuardConfig, VGPOConfig
 
 
 PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
-# Those of reward functions that are too large for a test, and what a function calls its own
-ELSEWHERE = {"geneval/{task}", "unigenbench/{dimension}", "{name}/unreadable"}
+# Those of reward functions that are too large for a test, what a function calls its own, and of `torch_compile`
+ELSEWHERE = {"geneval/{task}", "unigenbench/{dimension}", "{name}/unreadable", "time/compiling"}
 
 
 def named() -> set[str]:
@@ -37,6 +37,7 @@ def logged(tmp_path_factory) -> set[str]:
     vgpo = {"cls": VGPOConfig, "advantage_power": "auto", "max_steps": 4}
     nft, awm = ({"cls": cls, "guidance_scale": 1.0} for cls in (DiffusionNFTConfig, AWMConfig))
     names = set()
+    nft |= {"dynamic_sample": True}
     for name, fields in (("guard", guard), ("vgpo", vgpo), ("nft", nft), ("awm", awm)):
         trainer = tiny_trainer(folder / name, **common, **fields)
         trainer.train()

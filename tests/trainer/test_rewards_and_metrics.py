@@ -330,7 +330,7 @@ def test_no_grid_when_switched_off(tmp_path):
 def test_captions_say_prompt_rewards_and_what_the_reward_adds(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        "trl_flow.trainer.metrics.image_grid", lambda images, captions, path: drawn.append((images, captions))
+        "trl_flow.trainer.metrics.image_grid", lambda images, texts: drawn.append((images, texts)) or images[0]
     )
     log = SampleLog(tiny_config(tmp_path, log_images=True, num_images_to_log=3), ["reward"])
     rows = [{"prompt": text} for text in ["a cat"] * 4 + ["two dogs"] * 4]

@@ -115,6 +115,20 @@ def test_sigterm_saves(tmp_path):
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+def test_a_second_sigterm_does_not_keep_the_run_from_being_saved(tmp_path):
+    trainer = tiny_trainer(tmp_path, callbacks=[Interrupt("on_step_begin", KeyboardInterrupt(), 2)], **FIELDS)
+    save = trainer._save_checkpoint
+
+    def terminated(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(*args, **kwargs)
+
+    trainer._save_checkpoint = terminated
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert list(complete_checkpoints(tmp_path)) == [2]
+
+
 def best_after(step: int):
     def reward(prompts, images, trainer_state, **kwargs):
         return [value - abs(trainer_state.global_step - step) for value in brightness(prompts, images)]

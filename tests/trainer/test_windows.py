@@ -119,7 +119,7 @@ def test_common_steps_lead_to_where_each_samples_own_would(guidance_scale, tmp_p
     (common,) = stages.micro_batches([0.0] * 8)
     # each sample from its group's noise on
     noise = stages.sampler._initial_noise(0, [0, 1]).repeat_interleave(4, dim=0)
-    monkeypatch.setattr(stages.sampler, "_starts", lambda generation, rows, plan: (0, noise, None))
+    monkeypatch.setattr(stages.sampler, "_starts", lambda *_: (0, noise, None))
     (apart,) = stages.micro_batches([0.0] * 8)
     for name in ("latents", "next_latents", "means"):
         torch.testing.assert_close(common.tensors[name], apart.tensors[name], rtol=1e-4, atol=1e-4)
@@ -133,7 +133,7 @@ def test_common_steps_are_projected_as_each_samples_own_would_be(tmp_path, monke
     plan, rows = stages.algorithm.plan(0), stages.rows()
     (common,) = stages.sampler.sample(rows, plan, 0)
     noise = stages.sampler._initial_noise(0, [0, 1]).repeat_interleave(4, dim=0)
-    monkeypatch.setattr(stages.sampler, "_starts", lambda generation, rows, plan: (0, noise, None))
+    monkeypatch.setattr(stages.sampler, "_starts", lambda *_: (0, noise, None))
     (apart,) = stages.sampler.sample(rows, plan, 0)
     predicted = common.rollout.pred_original_samples
     assert predicted.shape[1] == 4

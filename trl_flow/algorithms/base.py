@@ -83,6 +83,15 @@ class PhaseScores:
         instant = None if self.instant is None else self.instant[samples]
         return replace(self, rewards_per_func=self.rewards_per_func[samples], instant=instant)
 
+    def replaced(self, samples: list[int], others: "PhaseScores") -> "PhaseScores":
+        """These scores with `others`, `(M, ...)`, in the places of the `M` samples."""
+        rewards = self.rewards_per_func.clone()
+        rewards[samples] = others.rewards_per_func
+        instant = None if self.instant is None else self.instant.clone()
+        if instant is not None:
+            instant[samples] = others.instant
+        return replace(self, rewards_per_func=rewards, instant=instant)
+
 
 @dataclass(frozen=True)
 class LossOutput:

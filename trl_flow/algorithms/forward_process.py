@@ -174,7 +174,7 @@ class NegativeAwareFinetuning(ForwardProcess):
     >>> from trl_flow.backbones import get_backbone
     >>> from trl_flow.shapes import load_pipeline
     >>> args = DiffusionNFTConfig("run", use_cpu=True, bf16=False)
-    >>> backbone = get_backbone(load_pipeline(), height=32, width=32, max_sequence_length=16)
+    >>> backbone = get_backbone(load_pipeline(), height=64, width=64, max_sequence_length=16)
     >>> algorithm = NegativeAwareFinetuning(args, backbone, reward_weights=torch.ones(1))
     >>> algorithm.plan(generation=0).stochastic  # sampling follows the ODE
     ()
@@ -206,7 +206,7 @@ class AdvantageWeightedMatching(ForwardProcess):
     >>> from trl_flow.backbones import get_backbone
     >>> from trl_flow.shapes import load_pipeline
     >>> args = AWMConfig("run", use_cpu=True, bf16=False, timesteps_per_sample=4)
-    >>> backbone = get_backbone(load_pipeline(), height=32, width=32, max_sequence_length=16)
+    >>> backbone = get_backbone(load_pipeline(), height=64, width=64, max_sequence_length=16)
     >>> algorithm = AdvantageWeightedMatching(args, backbone, reward_weights=torch.ones(1))
     >>> algorithm.args.timesteps_per_sample
     4

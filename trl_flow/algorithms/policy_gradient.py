@@ -52,7 +52,7 @@ class ClippedPolicyGradient(Algorithm):
     >>> from trl_flow.backbones import get_backbone
     >>> from trl_flow.shapes import load_pipeline
     >>> args = GuardConfig("run", use_cpu=True, bf16=False, sde_window_size=2, sde_window_range=[0, 2])
-    >>> backbone = get_backbone(load_pipeline(), height=32, width=32, max_sequence_length=16)
+    >>> backbone = get_backbone(load_pipeline(), height=64, width=64, max_sequence_length=16)
     >>> algorithm = ClippedPolicyGradient(args, backbone, reward_weights=torch.ones(1))
     >>> algorithm.plan(generation=0).kept
     (0, 1)

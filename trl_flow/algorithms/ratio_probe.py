@@ -44,12 +44,12 @@ class RatioProbe:
 
     def is_active(self, policy: "Policy") -> bool:
         """Whether the ratios are the probe's."""
-        return self._half_precision and policy.can_probe if self._given == "auto" else self._given > 0
+        return self._half_precision and policy.is_adapter if self._given == "auto" else self._given > 0
 
     def measures(self, policy: "Policy") -> bool:
         """Whether rounding is measured in this phase."""
         number = policy.generation + 1
-        return policy.can_measure and number & (number - 1) == 0
+        return number & (number - 1) == 0
 
     @property
     def _scale(self) -> float:

@@ -53,7 +53,7 @@ def get_backbone(pipeline: DiffusionPipeline, **settings: int | float | str | No
     ```pycon
     >>> from trl_flow.backbones import get_backbone
     >>> from trl_flow.shapes import load_pipeline
-    >>> backbone = get_backbone(load_pipeline(), height=32, width=32, max_sequence_length=16)
+    >>> backbone = get_backbone(load_pipeline(), height=64, width=64, max_sequence_length=16)
     >>> type(backbone).__name__, backbone.schedule(4).num_steps
     ('StableDiffusion3Backbone', 4)
     ```

@@ -70,7 +70,7 @@ class Backbone(ABC):
     ```pycon
     >>> from trl_flow.backbones import BACKBONES, Backbone, get_backbone
     >>> from trl_flow.shapes import load_pipeline
-    >>> backbone: Backbone = get_backbone(load_pipeline(), height=32, width=32)
+    >>> backbone: Backbone = get_backbone(load_pipeline(), height=64, width=64)
     >>> backbone.latent_shape(), backbone.component
     ((4, 16, 16), 'transformer')
     >>> type(backbone) is BACKBONES["StableDiffusion3Pipeline"]
@@ -128,6 +128,19 @@ class Backbone(ABC):
     def model(self) -> nn.Module:
         """The module that is trained, unwrapped."""
         return getattr(self.pipeline, self.component)
+
+    @property
+    def sampled_models(self) -> list[nn.Module]:
+        """The modules whose forwards sampling runs: the trained one, and others that take steps in turns with it."""
+        return [self.model]
+
+    def compiled_parts(self, model: nn.Module) -> list[nn.Module]:
+        """What `torch_compile` compiles of a model of this family, each by itself: the blocks that it repeats, of
+        which those of one kind share their code; without any, the model as a whole."""
+        names = getattr(model, "_repeated_blocks", None) or ()  # Stable Diffusion 3 names none
+        blocks = [part for part in model.modules() if type(part).__name__ in names]
+        lists = [part for part in model.children() if isinstance(part, nn.ModuleList)]
+        return blocks or [block for blocks in lists for block in blocks] or [model]
 
     @property
     def device(self) -> torch.device:

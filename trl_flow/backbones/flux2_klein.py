@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from PIL import Image
 from torch import Tensor, nn
@@ -31,6 +32,11 @@ class Flux2KleinBackbone(PackedBackbone):
     # The attention of the blocks with two streams, and the layer of the others that attention and feed-forward share
     lora_target_modules = [*JOINT_ATTENTION, "attn.to_qkv_mlp_proj"]
     takes_negative_prompt = False
+
+    def __init__(self, pipeline: DiffusionPipeline, **settings: int | None):
+        super().__init__(pipeline, **settings)
+        # The latents are normalized by its statistics, whatever decodes them
+        self._normalized_by = pipeline.vae
 
     @property
     def takes_guidance(self) -> bool:
@@ -80,7 +86,7 @@ class Flux2KleinBackbone(PackedBackbone):
         return guidance_scale > 1 and self.takes_guidance
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        vae = self.pipeline.vae
+        vae = self._normalized_by
         latents = self.pipeline._unpack_latents_with_ids(latents, self._image_ids(latents), *self._grid())
         # In the VAE's own normalization, kept in its batch norm
         mean, variance = (values.view(1, -1, 1, 1) for values in (vae.bn.running_mean, vae.bn.running_var))

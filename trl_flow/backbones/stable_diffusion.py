@@ -112,6 +112,9 @@ class StableDiffusionBackbone(Backbone):
                 "and draws poor images when they are much smaller."
             )
 
+    def compiled_parts(self, model: nn.Module) -> list[nn.Module]:
+        return [model]  # half of the work is in its convolutions, of which each is another shape
+
     @property
     def fixed_sequence_length(self) -> int:
         return self.pipeline.text_encoder.config.max_position_embeddings

@@ -96,6 +96,10 @@ class WanBackbone(Backbone):
             )
 
     @property
+    def sampled_models(self) -> list[nn.Module]:
+        return [self.model] if self._boundary is None else [getattr(self.pipeline, name) for name in EXPERTS]
+
+    @property
     def frames_per_second(self) -> float:
         # As in diffusers' examples: the 5B's videos have 24, those of all others 16
         return 24.0 if self.pipeline.config.expand_timesteps else 16.0

@@ -74,8 +74,8 @@ class FlowScriptArguments(ScriptArguments):
         init_lora_weights (`str`, *optional*):
             How a LoRA begins, PEFT's option: `gaussian`, as Flow-GRPO; PEFT's own.
         accelerate_config (`str`, *optional*):
-            Start one process for each GPU: single_gpu, multi_gpu, fsdp2, zero2, zero3 or the path of an accelerate
-            config. Options of `accelerate launch`, such as --num_processes, go with it.
+            Start a process for each GPU, or with `use_cpu` two on CPUs: single_gpu, multi_gpu, fsdp2, zero2, zero3 or
+            the path of an accelerate config. Options of `accelerate launch`, such as --num_processes, go with it.
     """
 
     method: Literal["flow_grpo", "guard", "slas", "vgpo", "nft", "awm"] = "flow_grpo"
@@ -94,13 +94,20 @@ class FlowScriptArguments(ScriptArguments):
 
 
 def training_parser(
-    argv: Sequence[str], recipe: Mapping[str, Any], *, num_processes: int | None = None, **kwargs: Any
+    argv: Sequence[str],
+    recipe: Mapping[str, Any],
+    *,
+    num_processes: int | None = None,
+    planned: bool = True,
+    **kwargs: Any,
 ) -> TrlParser:
     """The parser of all options of a training, with `kwargs` of its own. Defaults depend on the method and the model
-    that `argv` and `recipe` name. With `num_processes` it is for a plan: of so many, each on a GPU with bfloat16."""
+    that `argv` and `recipe` name. With `num_processes` it is for a run of so many: one that is `planned`, each on a
+    GPU with bfloat16, or one that starts on this machine."""
     config = METHODS[methods.method_of(argv, recipe)]
     if num_processes is not None:
-        config = type(config.__name__, (_Planned, config), {"world_size": num_processes})
+        bases = (_Planned, config) if planned else (config,)
+        config = type(config.__name__, bases, {"world_size": num_processes})
     layout = {"add_help": False, "allow_abbrev": False}  # see `training_help`
     parser = TrlParser((FlowScriptArguments, config, ModelConfig, DatasetMixtureConfig), **layout, **kwargs)
     parser.set_defaults(**methods.changed_defaults(argv, recipe))

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from trl_flow.commands import UsageError, show
 from trl_flow.commands.methods import BUNDLED_MODELS
-from trl_flow.commands.recipe import option, read_accelerate_config, read_recipe, unknown_option, without_nulls
+from trl_flow.commands.recipe import (
+    Recipe,
+    option,
+    read_accelerate_config,
+    read_recipe,
+    unknown_option,
+    without_nulls,
+)
 from trl_flow.commands.shared_recipe import shared_recipe
 from trl_flow.commands.training_help import training_help, wants_help
 from trl_flow.commands.yaml_values import BOOLEANS
@@ -29,11 +36,13 @@ Train a text-to-image pipeline by online reinforcement learning.
 
 A recipe, the YAML file that --config names, is a mapping of the options below. With `extends: base.yaml`, a path from
 its folder, it takes over the options of another but for those that it names (null takes one away). Options on the
-command line come before those of the recipe; `--reward_weights null` takes one away. On CPUs several processes are
-started by
-torchrun --nproc_per_node 2 -m trl_flow train --config recipe.yaml --use_cpu true
+command line come before those of the recipe; `--reward_weights null` takes one away. `--resume_from_checkpoint true`
+goes on with a run, and `auto` begins it if there is no checkpoint yet. With --use_cpu true --accelerate_config starts
+two processes on CPUs, or as many as --num_processes says.
 """
 
+# What options say for it: in YAML, and transformers' parser
+_FALSE = {text for text, truth in BOOLEANS.items() if not truth} | {"f", "n", "0"}
 # Set for the processes that `--accelerate_config` starts, which must not start others
 _LAUNCHED = "TRL_FLOW_LAUNCHED"
 
@@ -50,22 +59,44 @@ def prepare(argv: list[str]) -> Callable[[], None]:
         return lambda: show(text)
     from trl_flow.commands.options import parse_training, training_parser
 
-    parser = training_parser(argv, recipe, prog="trl-flow train")
+    launcher = None if os.environ.get(_LAUNCHED) else option(argv, recipe, "accelerate_config")
+    processes = None if launcher is None else _num_processes(launcher, argv, recipe)
+    parser = training_parser(argv, recipe, num_processes=processes, planned=False, prog="trl-flow train")
     if option(argv, {}, "eval_strategy") == "no" or "eval_strategy" in without_nulls(argv)[1]:
         recipe.remove_evaluation()
-    # Of options that are unknown here the launcher may know
+    # Of options that are unknown here the launcher may know, also in its processes
     strict = option(argv, recipe, "accelerate_config") is None
     script_args, *others, unknown = parse_training(parser, argv, recipe, strict=strict)
-    if script_args.accelerate_config is None or os.environ.get(_LAUNCHED):
+    if launcher is None:
         shown = shared_recipe(argv, recipe, [script_args, *others])
         return _prepare_run(script_args, *others, shown)
-    return _prepare_launch(script_args.accelerate_config, unknown, argv, parser)
+    return _prepare_launch(launcher, processes, unknown, argv, parser, use_cpu=others[0].use_cpu)
 
 
-def _prepare_launch(name: str, options: list[str], argv: list[str], parser: "TrlParser") -> Callable[[], None]:
+def _num_processes(name: str, argv: list[str], recipe: Recipe) -> int:
+    """How many processes an accelerate config is to start: batches are divided among them."""
+    import torch
+
+    _, config = read_accelerate_config(name)
+    given = option(argv, recipe, "num_processes") or config.get("num_processes")
+    if given is not None:
+        if not str(given).isdecimal() or int(given) < 1:
+            raise ValueError(f"num_processes is {given!r}, but must be a whole number of at least 1.")
+        return int(given)
+    # Without a value, before another option or at the end, it is on
+    use_cpu = option([*argv, "true"], recipe, "use_cpu") or config.get("use_cpu", False)
+    if str(use_cpu).lower() not in _FALSE or "--cpu" in argv:
+        return 1 if str(config.get("distributed_type", "NO")) == "NO" else 2  # enough to see it at work
+    return max(torch.accelerator.device_count(), 1)
+
+
+def _prepare_launch(
+    name: str, processes: int, options: list[str], argv: list[str], parser: "TrlParser", *, use_cpu: bool
+) -> Callable[[], None]:
     """`trl-flow train` anew in the processes of `accelerate launch`, to which `options` belong."""
     import torch
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from accelerate.utils import is_deepspeed_available
 
     path, config = read_accelerate_config(name)
     launch_parser = launch_command_parser()
@@ -75,18 +106,21 @@ def _prepare_launch(name: str, options: list[str], argv: list[str], parser: "Trl
     # The options of the launcher are met again in its processes, and left alone there
     command = ["--module", "trl_flow", "train", *argv]
     arguments = launch_parser.parse_args(["--config_file", str(path), *options, *command])
-    on_cpu = arguments.cpu or config.get("use_cpu", False)
-    if arguments.num_processes is None:
-        arguments.num_processes = config.get("num_processes") or torch.accelerator.device_count()
-    torchrun = "`torchrun --nproc_per_node 2 -m trl_flow train ... --use_cpu true`"
+    on_cpu = use_cpu or arguments.cpu or config.get("use_cpu", False)
+    kind = str(config.get("distributed_type", "NO"))
+    arguments.num_processes = processes
     if not on_cpu and not torch.accelerator.is_available():
         raise ValueError(
-            f"accelerate_config {name!r} is for GPUs, and torch sees none here. For processes on CPUs use {torchrun}."
+            f"accelerate_config {name!r} is for GPUs, and torch sees none here. Add --use_cpu true for processes on "
+            "CPUs (two, or --num_processes)."
         )
-    if on_cpu and arguments.num_processes > 1:
-        # accelerate would start one process and not say so
-        started = f"{arguments.num_processes} processes on CPUs"
-        raise ValueError(f"accelerate does not start {started}. Use {torchrun} without --accelerate_config.")
+    if kind == "DEEPSPEED" and not is_deepspeed_available():
+        raise ValueError(f"accelerate_config {name!r} needs DeepSpeed: pip install trl_flow[deepspeed].")
+    if on_cpu and processes > 1:
+        # With `cpu` accelerate would start one process and not say so; torchrun starts them all
+        arguments.cpu, arguments.multi_gpu = False, kind not in ("FSDP", "DEEPSPEED")
+        if not use_cpu:
+            arguments.training_script_args += ["--use_cpu", "true"]
 
     def launch() -> None:
         os.environ[_LAUNCHED] = "1"
@@ -100,7 +134,7 @@ def _prepare_run(
 ) -> Callable[[], None]:
     from trl_flow.commands import options
     from trl_flow.rewards.named import named_rewards
-    from trl_flow.trainer.checkpoints import checkpoint_to_resume
+    from trl_flow.trainer.checkpoints import AUTO, RunIsCompleteError, checkpoint_to_resume
     from trl_flow.trainer.init_adapter import check_origin
 
     leave_out_bars()
@@ -112,7 +146,14 @@ def _prepare_run(
     bundled, evaluate = model_args.model_name_or_path in BUNDLED_MODELS, args.eval_strategy != "no"
     train_dataset, eval_dataset = load_datasets(script_args, mixture_args, bundled=bundled, evaluate=evaluate)
     resume = args.resume_from_checkpoint
-    resume = checkpoint_to_resume((BOOLEANS | {"last": True}).get(str(resume).lower(), resume), args)
+    resume = (BOOLEANS | {"last": True, AUTO: AUTO}).get(str(resume).lower(), resume)
+    try:
+        resume = checkpoint_to_resume(resume, args)
+    except RunIsCompleteError as error:
+        if resume != AUTO:
+            raise
+        complete = str(error)  # a scheduler starts the command again and again until it says so
+        return lambda: print(complete)
     data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "eval_reward_funcs": gold}
     if resume is not None and args.init_adapter is not None:
         check_origin(resume, args)
@@ -129,7 +170,7 @@ def _run(trainer: "FlowRLTrainer", resume: str | None, dataset_name: str | None)
     from trl_flow.rewards import CheckpointError
     from trl_flow.rewards.checks import RewardError
     from trl_flow.rewards.scorer import print_failure
-    from trl_flow.trainer.checkpoints import complete_checkpoints
+    from trl_flow.trainer.checkpoints import CheckpointWriteError, complete_checkpoints
 
     folder = trainer.args.output_dir
     trainer.resume_hint = "the same command and --resume_from_checkpoint true"
@@ -138,7 +179,7 @@ def _run(trainer: "FlowRLTrainer", resume: str | None, dataset_name: str | None)
     except RewardError as error:
         print_failure(error)
         raise UsageError(str(error)) from error
-    except (CheckpointError, BaseMeanError) as error:
+    except (CheckpointError, CheckpointWriteError, BaseMeanError, OSError) as error:  # which is a full disk
         raise UsageError(str(error)) from error
     except KeyboardInterrupt:
         where = f"No checkpoint had been written to {folder} (save_steps says how often that happens)."

@@ -13,15 +13,8 @@ from trl_flow.commands.methods import changed_defaults, config_fields, method_of
 # Subjects in the order in which a run is thought of. What is in none of them is the last one, which `--help all` lists
 SUBJECTS: dict[str, tuple[str, ...]] = {
     "Model": (
-        *(
-            "model_name_or_path",
-            "model_revision",
-            "dtype",
-            "model_init_kwargs",
-            "init_adapter",
-            "reference",
-            "component",
-        ),
+        *("model_name_or_path", "model_revision", "dtype", "model_init_kwargs"),
+        *("init_adapter", "reference", "component"),
         *("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save"),
         *("init_lora_weights", "use_rslora", "use_dora", "disable_dropout", "load_in_4bit", "load_in_8bit"),
     ),
@@ -32,11 +25,12 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "Rewards and advantages": (
         *("reward_funcs", "reward_weights", "reward_timeout", "overlap_rewards", "scale_rewards"),
         *("multi_objective_aggregation", "advantage_clip", "advantage_power", "target_kl", "reward_frame"),
+        "projection_vae",
     ),
     "Sampling": (
         *("num_generations", "num_generations_trained", "num_inference_steps", "guidance_scale", "guidance_scale_2"),
         *("negative_prompt", "height", "width", "num_frames", "max_sequence_length", "share_initial_noise"),
-        *("generation_batch_size", "steps_per_generation"),
+        *("generation_batch_size", "steps_per_generation", "dynamic_sample", "max_resample_times"),
     ),
     "Optimization": (
         *("learning_rate", "max_steps", "num_train_epochs", "num_iterations", "per_device_train_batch_size"),
@@ -44,7 +38,8 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
         *("max_grad_norm", "use_ema", "ema_decay", "ema_update_every", "seed"),
     ),
     "Memory, precision and devices": (
-        *("bf16", "fp16", "tf32", "gradient_checkpointing", "torch_compile", "precompute_prompt_embeds"),
+        *("bf16", "fp16", "tf32", "gradient_checkpointing", "torch_compile", "torch_compile_mode"),
+        *("torch_compile_backend", "use_regional_compilation", "attention_backend", "precompute_prompt_embeds"),
         *("prompt_embeds_dir", "enable_vae_slicing", "enable_vae_tiling", "use_cpu", "accelerate_config"),
     ),
     "Evaluation": (

@@ -49,7 +49,7 @@ class ImageFolder:
 
     def locked(self) -> AbstractContextManager[None]:
         """Keeps other processes from writing here, see `trl_flow.evaluation.outputs.locked`."""
-        return locked(self.path, "evaluating")
+        return locked(self.path, "evaluating into")
 
     def claim(self, settings: dict[str, Any], models: Models, sets: dict[str, PromptList], *, write=True) -> None:
         """Makes the folder this evaluation's, or goes on with an earlier one of the same settings. Models and prompt

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -30,13 +31,16 @@ def versions() -> dict[str, str]:
 
 
 @contextmanager
-def locked(folder: str | os.PathLike, doing: str) -> Iterator[None]:
-    """Keeps other processes from writing into a folder, where the system can (Windows cannot). The lock ends with the
-    process, however that ends. `ValueError` if another process has it, or the folder cannot be written."""
+def locked(
+    folder: str | os.PathLike, doing: str, *, name: str = LOCK, remedy: str = "choose another output_dir"
+) -> Iterator[None]:
+    """Keeps other processes from `doing` the same in a folder, where the system can (Windows cannot). The lock, on the
+    file `name`, ends with the process, however that ends. `ValueError` if another process has it, which is named, or
+    the folder cannot be written."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / LOCK, "w")
+        lock = open(folder / name, "a+", encoding="utf-8")
     except OSError as error:
         raise ValueError(f"output_dir {folder} cannot be written: {error}.") from error
     with lock:
@@ -44,10 +48,16 @@ def locked(folder: str | os.PathLike, doing: str) -> Iterator[None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                wait = "Wait until it ends, or choose another output_dir."
-                raise ValueError(f"another process is {doing} into {folder}. {wait}") from error
+                lock.seek(0)
+                holder = f" ({who})" if (who := lock.read(200).strip()) else ""
+                running = f"another process is {doing} {folder}{holder}"
+                raise ValueError(f"{running}. Wait until it ends, or {remedy}.") from error
             except OSError:  # not all file systems have locks
                 pass
+        with suppress(OSError):  # a full disk is found by what matters
+            lock.truncate(0)
+            lock.write(f"pid {os.getpid()} on {platform.node()}")
+            lock.flush()
         yield
 
 
@@ -63,6 +73,11 @@ def is_locked(folder: str | os.PathLike) -> bool | None:
         return True
     except OSError:
         return None
+
+
+def half_written(folder: Path) -> list[Path]:
+    """What [`whole_file`] has left in a folder where a process was killed."""
+    return [path for path in folder.glob(".*.tmp") if re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", path.name)]
 
 
 @contextmanager

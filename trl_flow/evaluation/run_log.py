@@ -16,7 +16,7 @@ from typing import Any
 LOG_NAME, _STATE_NAME = "log_history.jsonl", "trainer_state.json"
 PROGRESS_NAME = "progress.json"  # where the run stands
 # Of a run, as `time/{part}` has their seconds
-PARTS = ("sampling", "decoding", "scoring", "updating", "logging", "saving", "evaluating")
+PARTS = ("compiling", "sampling", "decoding", "scoring", "updating", "logging", "saving", "evaluating")
 BETWEEN = ("logging", "saving", "evaluating")  # of these, what is between updates, and not in `step_time`
 
 # The table shows the latest of so many logs, so that it says how training is doing and not how it has been

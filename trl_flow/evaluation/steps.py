@@ -70,10 +70,10 @@ def predict_steps(
     >>> from trl_flow.shapes import load_pipeline
     >>> pipeline = load_pipeline()
     >>> pipeline.set_progress_bar_config(disable=True)
-    >>> backbone = get_backbone(pipeline, height=32, width=32, max_sequence_length=16)
+    >>> backbone = get_backbone(pipeline, height=64, width=64, max_sequence_length=16)
     >>> images = predict_steps(backbone, "a red circle", seed=0, num_inference_steps=4, guidance_scale=2.0)
     >>> len(images), images[-1].size
-    (4, (32, 32))
+    (4, (64, 64))
     ```
     """
     edited = [] if image is None else [to_rgb(image)]

@@ -8,13 +8,15 @@ import secrets
 import threading
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from trl_flow.evaluation.image_folder import ImageFolder
+from trl_flow.evaluation.local_handler import LocalHandler
+from trl_flow.evaluation.outputs import locked
 from trl_flow.evaluation.page import MEDIA_TYPES, script_json, with_policy
 from trl_flow.evaluation.vote_plan import (
     QUESTIONS,
@@ -30,6 +32,8 @@ from trl_flow.evaluation.vote_results import update_votes, vote_results
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _LONGEST_BODY = 16_384
+# Not an evaluation's lock: models may be added while people vote
+_LOCK = ".vote.lock"
 _NOTHING = HTTPStatus.NOT_FOUND, "There is nothing here."
 _HEADERS = {
     "Cache-Control": "no-store",
@@ -59,7 +63,8 @@ class VoteServer:
 
     `folder` is an evaluation's. The first of the `models` (names; by default all, the base model first) is compared
     with each of the others, on `pairs` prompts of each set. `seed` is of the choice of pairs, their order and their
-    sides; port 0 is any that is free. `ValueError` if there is nothing to vote on, or the port is taken.
+    sides; port 0 is any that is free. One server asks about a folder at a time. `ValueError` if there is nothing to
+    vote on, another server asks about the folder, or the port is taken.
 
     Example:
 
@@ -82,6 +87,10 @@ class VoteServer:
         self.pairs = vote_pairs(self.folder, models=models, pairs=pairs, seed=seed)
         self.ballots = Ballots(self.folder.path)
         self.ballots.voters()  # damaged files are found before anyone has voted
+        self._resources = contextlib.ExitStack()
+        remedy = "let everyone vote on its page"
+        held = locked(self.folder.path, "asking for votes on", name=_LOCK, remedy=remedy)
+        self._resources.enter_context(held)
         # What images and pairs are called in the browser says nothing, and cannot be worked out
         self._salt = secrets.token_hex(16)
         self._lock, self._report_lock = threading.Lock(), threading.Lock()
@@ -96,6 +105,7 @@ class VoteServer:
         try:
             self._server = ThreadingHTTPServer(("127.0.0.1", port), _handler(self))
         except (OSError, OverflowError) as error:
+            self._resources.close()
             raise ValueError(f"The vote cannot be served on port {port}: {error}. Choose another, or 0.") from error
         self._server.daemon_threads = True
 
@@ -118,7 +128,8 @@ class VoteServer:
         if self._serving:  # else `shutdown` would wait forever
             self._server.shutdown()
         self._server.server_close()
-        self.write_report()
+        with self._resources:
+            self.write_report()
 
     def write_report(self) -> None:
         """Puts the votes so far into `results.json`, `results.md` and `votes.png`."""
@@ -186,12 +197,8 @@ class VoteServer:
         return left_models(self._order(voter), voter=voter.casefold(), seed=self.seed)[pair.key]
 
 
-def _handler(votes: VoteServer) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        # HTTP/1.0, a connection for each request: none is left that goes on being answered after `close`
-        server_version, sys_version = "trl_flow", ""
-        timeout = 60  # seconds, for a browser that says nothing
-
+def _handler(votes: VoteServer) -> type[LocalHandler]:
+    class Handler(LocalHandler):
         def do_GET(self) -> None:
             self._reply(self._get)
 
@@ -220,6 +227,8 @@ def _handler(votes: VoteServer) -> type[BaseHTTPRequestHandler]:
             try:
                 request = json.loads(self.rfile.read(int(length)))
                 return urlsplit(self.path).path.removeprefix("/"), dict(request.items())
+            except TimeoutError as error:
+                raise VoteError(HTTPStatus.REQUEST_TIMEOUT, "The request has not arrived in time.") from error
             except (ValueError, RecursionError, AttributeError) as error:
                 raise VoteError(HTTPStatus.BAD_REQUEST, "The request must be a JSON object.") from error
 
@@ -238,12 +247,7 @@ def _handler(votes: VoteServer) -> type[BaseHTTPRequestHandler]:
             self.send_response(status)
             for name, value in {"Content-Type": kind, "Content-Length": str(len(content)), **_HEADERS}.items():
                 self.send_header(name, value)
-            # The browser may be gone by then
-            with contextlib.suppress(ConnectionError, TimeoutError):
-                self.end_headers()
-                self.wfile.write(content)
-
-        def log_message(self, *arguments) -> None:
-            """Not to the terminal, where names of images would be in the way."""
+            self.end_headers()
+            self.wfile.write(content)
 
     return Handler

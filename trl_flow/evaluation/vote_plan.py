@@ -102,8 +102,7 @@ def check_voter(name: object) -> str:
 
 class Ballots:
     """The votes of an evaluation's folder: one JSON file for each voter in `votes/`, written anew with every vote,
-    whole or not at all. Files are read at every call, so that several servers can share a folder. All methods raise
-    `ValueError` if a file is damaged."""
+    whole or not at all. Files are read at every call. All methods raise `ValueError` if a file is damaged."""
 
     def __init__(self, folder: Path):
         self.folder = folder / "votes"

@@ -1,9 +1,10 @@
 """The server of `trl-flow watch`: one page, to this machine alone."""
 
 import html
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
+from trl_flow.evaluation.local_handler import LocalHandler
 from trl_flow.evaluation.watch import watch_page
 
 
@@ -15,7 +16,7 @@ def watch_server(folder: Path, port: int) -> ThreadingHTTPServer:
     """Serves the page of the run in `folder`, made anew for each request. Port 0 is any that is free. `ValueError` if
     the port cannot be had."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(LocalHandler):
         def do_GET(self):
             if self.headers.get("Host", "").rpartition(":")[0] not in _HOSTS:
                 self._send(403, "Open http://localhost, by this name.")
@@ -36,9 +37,6 @@ def watch_server(folder: Path, port: int) -> ThreadingHTTPServer:
             self.send_header("Cache-Control", "no-store")
             self.end_headers()
             self.wfile.write(content)
-
-        def log_message(self, *args) -> None:  # a line for each refresh would be all that one sees
-            pass
 
     if not 0 <= port < 2**16:
         raise ValueError(f"--port is {port}, but must be from 0 (any that is free) to 65535.")

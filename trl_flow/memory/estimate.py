@@ -144,7 +144,7 @@ def estimate(model: str | Path | Backbone, plan: Plan) -> Estimate:
     >>> from trl_flow import GuardConfig
     >>> from trl_flow.memory import GIB, Plan, estimate
     >>> from trl_flow.shapes import pipeline_path
-    >>> args = GuardConfig("run", height=32, width=32, max_sequence_length=16, bf16=False, use_cpu=True)
+    >>> args = GuardConfig("run", height=64, width=64, max_sequence_length=16, bf16=False, use_cpu=True)
     >>> plan = Plan(args, LoraConfig(r=4))
     >>> found = estimate(pipeline_path(), plan)
     >>> found.trained_parameters, found.total < 2 * GIB

@@ -42,7 +42,8 @@ class OCRReward(ModelReward):
     upright, and lines are put together from top to bottom.
 
     Args:
-        num_threads (`int`, *optional*): CPU threads of one inference; default: all cores. Processes should share them.
+        num_threads (`int`, *optional*): CPU threads of one inference; default: as many as PyTorch uses, which are all
+            cores, or `OMP_NUM_THREADS` where processes share them.
 
     Raises:
         ImportError: if RapidOCR, ONNX Runtime or rapidfuzz is missing.
@@ -86,8 +87,7 @@ class OCRReward(ModelReward):
         settings: dict[str, Any] = {"Global.use_preprocess_img": False, "Det.limit_type": "max"}
         # At other levels it logs a line for every image without text
         settings |= {"Det.limit_side_len": 960, "Global.use_cls": False, "Global.log_level": "error"}
-        if self.num_threads is not None:
-            settings["EngineConfig.onnxruntime.intra_op_num_threads"] = self.num_threads
+        settings["EngineConfig.onnxruntime.intra_op_num_threads"] = self.num_threads or torch.get_num_threads()
         return RapidOCR(params=settings)
 
     def _score(self, loaded: Any, prompts: list[str], images: Images, columns: Columns) -> list[float | None]:

@@ -24,8 +24,6 @@ TOKEN_VARIABLE = "TRL_FLOW_REWARD_TOKEN"
 # Seconds until a machine that does not react counts as away
 _CONNECT_TIMEOUT = 5.0
 _LONGEST_REST = 60.0
-# Requests to each server at a time: one is scored while the next one is sent
-_REQUESTS_PER_SERVER = 2
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +89,8 @@ class RemoteReward:
         columns (`Sequence[str]`, *optional*): Columns of the data set that are sent; default: all. They must fit JSON.
         token (`str`, *optional*): The servers' token; default: the environment variable `TRL_FLOW_REWARD_TOKEN`.
         batch_size (`int`, *optional*): Most images in a request; default: what the servers accept. A batch is spread
-            over the servers in equal parts, between groups where the function compares the images of a group.
+            over the servers and their workers in equal parts, between groups where the function compares the images
+            of a group.
         timeout (`float`, defaults to 120): Seconds to wait for an answer, and for a server that is busy or loads.
         retries (`int`, defaults to 5): How often each server is asked again about the same images.
         backoff (`float`, defaults to 1.0): Seconds for which a server is left alone after its first failure, doubled
@@ -146,6 +145,7 @@ class RemoteReward:
         self.columns = None if columns is None else list(columns)
         self.timeout, self.retries, self.backoff = timeout, retries, backoff
         self._reward, self._card = reward, None
+        self._workers = 1  # of each server
         accepted = self._introduce()
         self.__name__ = self._reward
         self.dense: bool = self._card["dense"]
@@ -178,7 +178,8 @@ class RemoteReward:
             raise ValueError(f"There are {len(prompts)} prompts for {len(images)} images. Give one for each image.")
         sent = kwargs if self.columns is None else [name for name in kwargs if name in self.columns]
         columns = {name: kwargs[name] for name in sent if isinstance(kwargs[name], list | tuple)}
-        running = asyncio.Semaphore(_REQUESTS_PER_SERVER * len(self._servers))
+        # While each worker scores one, the next one is sent
+        running = asyncio.Semaphore((self._workers + 1) * len(self._servers))
         timeout = self._http.Timeout(self.timeout, connect=min(self.timeout, _CONNECT_TIMEOUT))
         # One for each call: its connections belong to the event loop that opened them
         async with self._http.AsyncClient(timeout=timeout, **self._options) as client:
@@ -238,21 +239,23 @@ class RemoteReward:
     # ---- What servers say ----
 
     def _introduce(self) -> int:
-        """Asks every server what it offers, and returns how many images all of them accept in a request."""
-        accepted, away = [], []
+        """Asks every server what it offers, and returns how many images all of them accept in a request. How a batch
+        is cut may not depend on which of them is asked, so the least of all counts."""
+        offers, away = [], []
         with self._http.Client(timeout=min(self.timeout, 2 * _CONNECT_TIMEOUT), **self._options) as client:
             for server in self._servers:
                 try:
-                    accepted.append(self._read_offer(server, client.get(f"{server.url}/rewards")))
+                    offers.append(self._read_offer(server, client.get(f"{server.url}/rewards")))
                 except (_Failed, self._http.TransportError) as error:
                     away.append(f"The reward server {server.url} does not answer ({server.note(error)}).")
-        if not accepted:
+        if not offers:
             raise self._none_left("offers its reward functions")
         for sentence in away:
             logger.warning(f"{sentence} The others are used, and it is tried again later.")
-        return min(accepted)
+        accepted, self._workers = map(min, zip(*offers, strict=True))
+        return accepted
 
-    def _read_offer(self, server: _Server, response: Any) -> int:
+    def _read_offer(self, server: _Server, response: Any) -> tuple[int, int]:
         offer = self._read(server, response)
         try:
             if offer["protocol"] != PROTOCOL:
@@ -260,6 +263,7 @@ class RemoteReward:
                 raise _Failed(f"it speaks protocol {offer['protocol']} and this client {PROTOCOL}: {same}")
             cards = {card["name"]: card for card in offer["rewards"]}
             names, max_images = ", ".join(cards), int(offer["limits"]["max_images"])
+            workers = max(int(offer.get("workers", 1)), 1)
         except (KeyError, TypeError, ValueError) as error:
             raise _Failed("it is not a reward server of trl-flow") from error
         if self._reward is None and len(cards) != 1:
@@ -271,7 +275,7 @@ class RemoteReward:
         self._card = self._card or card
         if card != self._card:
             raise ValueError(f"The reward server {server.url}: {self._other_settings(card)}")
-        return max_images
+        return max_images, workers
 
     def _other_settings(self, card: Any) -> str:
         why = "Scores would depend on which server is asked"
@@ -323,8 +327,8 @@ class RemoteReward:
         return most
 
     def _parts(self, prompts: list[str], most: int) -> list[slice]:
-        """Where to cut a batch: into equal parts for all servers, but a function that compares gets whole groups."""
-        size = min(most, math.ceil(len(prompts) / len(self._servers)))
+        """Where to cut a batch: into equal parts for all workers, but a function that compares gets whole groups."""
+        size = min(most, math.ceil(len(prompts) / (self._workers * len(self._servers))))
         if not self.needs_group:
             return [slice(start, start + size) for start in range(0, len(prompts), size or 1)]
         parts: list[slice] = []

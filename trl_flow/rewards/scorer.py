@@ -337,6 +337,9 @@ def _late(names: list[str], timeout: float) -> RewardError:
 
 
 def _failed(name: str, error: Exception) -> RewardError:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        # What the function held would be kept by the traceback, and the run needs memory to be saved
+        traceback.clear_frames(error.__traceback__)
     raised = f"The reward function '{name}' raised {type(error).__name__}: {error}".rstrip(".")
     advice = "Fix it, or have it return None for samples that it cannot judge."
     if isinstance(error, ConnectionError | TimeoutError | JudgeError):

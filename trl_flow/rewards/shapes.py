@@ -31,7 +31,7 @@ class ShapesReward:
     ```pycon
     >>> from trl_flow.rewards import ShapesReward
     >>> from trl_flow.shapes import PlacedShape, render
-    >>> image = render([PlacedShape("red", "circle", x=16, y=16, size=10)])
+    >>> image = render([PlacedShape("red", "circle", x=32, y=32, size=20)])
     >>> rows = {"prompts": ["a red circle", "a blue circle"], "images": [image, image]}
     >>> ShapesReward("strict")(**rows)
     [1.0, 0.0]

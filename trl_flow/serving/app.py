@@ -5,45 +5,39 @@ import contextlib
 import dataclasses
 import functools
 import hmac
-import itertools
-import logging
-import math
-import queue
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future
 from typing import Any
 
-import torch
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.requests import ClientDisconnect
 
-from trl_flow.rewards.base import Images, RewardInfo, check_callable, model_of
-from trl_flow.rewards.checks import RewardError, RewardFunc, check_reward_func, is_dense, needs_group, takes_videos
+from trl_flow.rewards.base import RewardInfo, check_callable, model_of
+from trl_flow.rewards.checks import RewardFunc, check_reward_func, is_dense, needs_group, takes_videos
 from trl_flow.rewards.named import as_rewards
 from trl_flow.rewards.remote import PROTOCOL
 from trl_flow.rewards.scorer import RewardScorer
-from trl_flow.serving.form import Body, ScoreRequest, decode_images, read_score_request, refuse
+from trl_flow.serving.form import Body, ScoreRequest, read_score_request, refuse
 from trl_flow.serving.limits import Limits
+from trl_flow.serving.scoring import Scored, decoded
+from trl_flow.serving.workers import OwnProcess, ScoringProcess, WorkerDied, Workers
 
 
 # What proxies report for a client that went away. It never gets to see it
 _CLIENT_CLOSED_REQUEST = 499
-# Seconds that a reward function is waited for once the server has been told to end and its requests are answered
-_STOP = 1.0
 # Bounds of the latencies that are counted
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
-logger = logging.getLogger(__name__)
+Pool = Sequence[Callable[[], ScoringProcess]]
 
 
 def create_app(
     rewards: Sequence[RewardFunc | str], *, limits: Limits | None = None, token: str | None = None,
-    on_ready: Callable[[], None] | None = None, on_failure: Callable[[BaseException], None] | None = None,
+    pool: Pool = (), on_ready: Callable[[], None] | None = None,
+    on_failure: Callable[[BaseException], None] | None = None,
 ) -> FastAPI:  # fmt: skip
     """
     An application that scores images with `rewards`.
@@ -55,19 +49,21 @@ def create_app(
     | `GET /metrics` | counters in Prometheus' text format |
     | `GET /health` | 200 when it can score, 503 while models are loaded; the only one without a token |
 
-    Reward functions run in one thread, one request after another. Models are loaded when it starts, freed at the end.
+    Reward functions run in one thread, one request after another, or in the processes of a `pool`. Models are loaded
+    when it starts, freed at the end.
 
     Args:
         rewards (`Sequence[Callable | str]`): reward functions or names of them, called as in metrics.
         limits ([`Limits`], *optional*): what is accepted.
         token (`str`, *optional*): what clients must send as `Authorization: Bearer ...`. `None` lets everyone in.
-        on_ready (`Callable`, *optional*): called, in the scoring thread, once the models are loaded.
+        pool (`Sequence[Callable]`, *optional*): what starts each process, see [`trl_flow.serving.workers.pool`].
+        on_ready (`Callable`, *optional*): called, in a scoring thread, once all models are loaded.
         on_failure (`Callable`, *optional*): called there instead with the exception, if loading fails.
 
     Raises:
         TypeError, ValueError: if one of `rewards` is not a reward function, or there is none.
     """  # noqa: E501
-    service = _Service(as_rewards(rewards), limits or Limits(), token)
+    service = _Service(as_rewards(rewards), limits or Limits(), token, pool)
 
     # Without the pages that describe an API: they load scripts from elsewhere
     pages = dict.fromkeys(("docs_url", "redoc_url", "openapi_url"))
@@ -75,7 +71,7 @@ def create_app(
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        return JSONResponse({"ready": service.ready}, 200 if service.ready else 503)
+        return JSONResponse({"ready": service.up > 0}, 200 if service.up else 503)
 
     @app.get("/rewards")
     async def cards(request: Request) -> JSONResponse:
@@ -110,13 +106,10 @@ def create_app(
     return app
 
 
-_Job = tuple[Future, Callable[[], Any]]
-
-
 class _Service:
     """The reward functions of a server, and what stands between them and the requests."""
 
-    def __init__(self, rewards: Sequence[RewardFunc], limits: Limits, token: str | None):
+    def __init__(self, rewards: Sequence[RewardFunc], limits: Limits, token: str | None, pool: Pool):
         if not rewards:
             raise ValueError("There is no reward function to serve. Give at least one.")
         self.scorer = RewardScorer(rewards)
@@ -124,10 +117,11 @@ class _Service:
         for name, func in self.rewards.items():
             check_callable(f"The reward {name!r}", func, "")
         self.limits = limits
-        self.ready = False
+        self._pool = pool
+        self._workers: Workers | None = None
         self._cards = {name: _card(name, func) for name, func in self.rewards.items()}
         own = {"rewards": [*self._cards.values()], "limits": dataclasses.asdict(limits)}
-        self.description = {"protocol": PROTOCOL, **own}
+        self.description = {"protocol": PROTOCOL, "workers": len(pool) or 1, **own}
         self._authorization = None if token is None else f"Bearer {token}".encode()
         self._inside = 0
         # Not the process's default registry: a process may have several servers, as tests do
@@ -141,40 +135,30 @@ class _Service:
         latency = "Seconds from a request's headers to its answer with scores."
         self._latency = Histogram("trl_flow_request_seconds", latency, buckets=_SECONDS, registry=self.registry)
         inside = "Requests that are uploading, waiting or being scored."
-        Gauge("trl_flow_waiting", inside, registry=self.registry).set_function(lambda: self._inside)
-        # One request is scored while the images of the next are decoded; more would only take memory
+        gauge = functools.partial(Gauge, registry=self.registry)
+        gauge("trl_flow_waiting", inside).set_function(lambda: self._inside)
+        gauge("trl_flow_workers", "Threads or processes that can score.").set_function(lambda: self.up)
+        # One request is scored while the images of the next are decoded; more would only take memory. A process of a
+        # pool decodes by itself
         self._decoded = asyncio.Semaphore(2)
+
+    @property
+    def up(self) -> int:
+        """How many workers can score now."""
+        return 0 if self._workers is None else self._workers.up
+
+    def _alone(self) -> OwnProcess:
+        return OwnProcess(self.scorer)
 
     @contextlib.asynccontextmanager
     async def running(
         self, on_ready: Callable[[], None] | None, on_failure: Callable[[BaseException], None] | None
     ) -> AsyncIterator[None]:
         """Loads the models; at the end it frees them, unless a function hangs, which is left behind with its model."""
-
-        def load() -> None:
-            try:
-                self.scorer.load()
-            except BaseException as error:
-                logger.error("The reward functions could not be loaded.", exc_info=error)
-                if on_failure is not None:
-                    on_failure(error)
-                return
-            self.ready = True
-            if on_ready is not None:
-                on_ready()
-
-        # The one thread in which reward functions run: they need not be safe to call from several. Not an executor's,
-        # for which Python waits at the end of the process even if a function hangs
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        worker = threading.Thread(target=_work, args=(self._jobs,), name="scoring", daemon=True)
-        worker.start()
-        self._jobs.put((Future(), load))
+        self._workers = Workers(self._pool or [self._alone], on_ready, on_failure)
+        self._workers.start()
         yield
-        self.ready = False
-        self._jobs.put(None)
-        await run_in_threadpool(worker.join, _STOP)
-        if not worker.is_alive():
-            self.scorer.close()
+        await run_in_threadpool(self._workers.stop)
 
     def authorize(self, request: Request) -> None:
         """Answers 401 without the token."""
@@ -192,25 +176,29 @@ class _Service:
         started = time.perf_counter()
         self.authorize(request)
         # Before anything of the upload is read: this is what bounds the memory
-        if not self.ready or self._inside >= self.limits.max_waiting:
+        if not self.up or self._inside >= self.limits.max_waiting:
             full = f"{self._inside} requests are waiting, which is the limit."
-            reason = full if self.ready else "The models of this server are being loaded."
+            reason = full if self.up else "The models of this server are being loaded."
             raise HTTPException(503, f"{reason} Try again.", headers={"Retry-After": "1"})
         self._inside += 1
         try:
             asked = await read_score_request(body, request.headers.get("content-type", ""), self.limits)
             names = self._names(asked)
-            async with self._decoded:
-                images = await run_in_threadpool(decode_images, asked.images, self.limits.max_pixels)
-                if asked.videos is not None:
-                    frames = iter(await run_in_threadpool(decode_images, asked.frames, self.limits.max_pixels))
-                    asked.columns["videos"] = [list(itertools.islice(frames, number)) for number in asked.videos]
-                scores = await self._scored(request, names, asked, images)
+            async with contextlib.nullcontext() if self._pool else self._decoded:
+                if not self._pool:
+                    asked = await run_in_threadpool(decoded, asked, self.limits.max_pixels)
+                scored = await self._scored(request, names, asked)
         finally:
             self._inside -= 1
-        self._images.inc(len(images))
+        for name, seconds in scored.seconds.items():
+            self._scoring.labels(name).inc(seconds)
+        if scored.failure is not None:
+            name, reason = scored.failure
+            self._errors.labels(name).inc()
+            raise HTTPException(500, reason)
+        self._images.inc(len(asked.prompts))
         self._latency.observe(time.perf_counter() - started)
-        return {"rewards": scores, "cards": {name: self._cards[name] for name in names}}
+        return {"rewards": scored.scores, "cards": {name: self._cards[name] for name in names}}
 
     def _names(self, asked: ScoreRequest) -> list[str]:
         # Each once: a field of a megabyte may hold a name very often
@@ -225,45 +213,19 @@ class _Service:
                 raise HTTPException(422, str(error)) from error
         return names
 
-    async def _scored(
-        self, request: Request, names: list[str], asked: ScoreRequest, images: Images
-    ) -> dict[str, list[float | None]]:
-        future: Future = Future()
-        self._jobs.put((future, lambda: self._score(names, asked, images)))
-        scores, gone = asyncio.wrap_future(future), asyncio.ensure_future(_disconnected(request))
+    async def _scored(self, request: Request, names: list[str], asked: ScoreRequest) -> Scored:
+        scored = asyncio.wrap_future(self._workers.submit(names, asked))
+        gone = asyncio.ensure_future(_disconnected(request))
         try:
-            await asyncio.wait([scores, gone], return_when=asyncio.FIRST_COMPLETED)
-            if not scores.done():
+            await asyncio.wait([scored, gone], return_when=asyncio.FIRST_COMPLETED)
+            if not scored.done():
                 raise ClientDisconnect  # a client that waits no longer has asked elsewhere
-            return await scores
-        except RewardError as error:
-            cause, message = error.__cause__, str(error)
-            logger.error("%s", error, exc_info=cause or error)
-            if cause is not None:  # the client does not see the traceback that the message speaks of
-                reason = f"{message.split(' raised ')[0]} raised {type(cause).__name__}: {cause}"
-                message = f"{reason[:2000]}. The server's log has the traceback."
-            raise HTTPException(500, message[:3000].encode("utf-8", "backslashreplace").decode()) from error
+            return await scored
+        except WorkerDied as error:
+            raise HTTPException(500, f"{error} Another one is started. Ask again.") from error
         finally:
             gone.cancel()
-            scores.cancel()
-
-    def _score(self, names: list[str], asked: ScoreRequest, images: Images) -> dict[str, list[float | None]]:
-        scores = {}
-        for name in names:
-            index, started = self.scorer.names.index(name), time.perf_counter()
-            try:
-                with torch.no_grad():
-                    values = self.scorer.score(asked.prompts, images, asked.columns, only=[index]).values[index]
-            except BaseException as error:
-                self._errors.labels(name).inc()
-                if isinstance(error, RewardError):
-                    raise
-                # A reward function that calls sys.exit() may not end the server
-                raise RewardError(f"The reward function {name!r} raised {type(error).__name__}: {error}") from error
-            finally:
-                self._scoring.labels(name).inc(time.perf_counter() - started)
-            scores[name] = [None if math.isnan(value) else value for value in values]
-        return scores
+            scored.cancel()
 
 
 def _card(name: str, func: RewardFunc) -> dict[str, Any]:
@@ -282,15 +244,3 @@ def _card(name: str, func: RewardFunc) -> dict[str, Any]:
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _work(jobs: "queue.SimpleQueue[_Job | None]") -> None:
-    """Does what is submitted, but for what has been cancelled by then."""
-    while (job := jobs.get()) is not None:
-        future, function = job
-        if future.set_running_or_notify_cancel():
-            try:
-                future.set_result(function())
-            except BaseException as error:
-                future.set_exception(error)
-        del job, future, function  # and with them the images, before waiting for the next

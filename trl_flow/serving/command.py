@@ -1,6 +1,7 @@
 """The command `trl-flow serve-rewards`."""
 
 import argparse
+import functools
 import ipaddress
 import os
 import signal
@@ -41,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("models", "for the reward functions that have one")
     model.add_argument("--device", help="such as cuda:1; default: the accelerator if there is one")
     model.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: each function's own")
+    workers = "processes that score, each with models of its own, on the GPUs in turn (default: 1, this one)"
+    model.add_argument("--workers", type=int, default=1, metavar="N", help=workers)
     model.add_argument("--batch-size", type=int, metavar="N", help="images at a time; default: each function's own")
     limits = parser.add_argument_group("limits", "requests beyond them are refused, and the server keeps running")
     for field in fields(Limits):
@@ -59,10 +62,11 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from trl_flow.rewards.base import check_whole_number
     from trl_flow.rewards.checks import reward_names
-    from trl_flow.rewards.named import named_rewards
 
     uvicorn = _import_server()
     from trl_flow.serving.app import create_app
+    from trl_flow.serving.connection import protocol
+    from trl_flow.serving.workers import pool
 
     limits = Limits(**{field.name: getattr(arguments, field.name) for field in fields(Limits)})
     check_whole_number("--grace", arguments.grace, 0)
@@ -73,9 +77,14 @@ def run(arguments: argparse.Namespace) -> int:
             "this server. Set TRL_FLOW_REWARD_TOKEN or give --token-file, and the same to the clients."
         )
     named = [name.strip() for name in arguments.rewards.split(",") if name.strip()]
-    rewards = named_rewards(named, "--rewards")
-    for reward in rewards:
-        _configure(reward, arguments.device, arguments.dtype, arguments.batch_size)
+    check_whole_number("--workers", arguments.workers, 1)
+    if arguments.workers > limits.max_waiting:
+        idle = f"--workers is {arguments.workers}, but --max-waiting lets in {limits.max_waiting} requests at a time"
+        raise ValueError(f"{idle}: some would never work. Give --max-waiting {2 * arguments.workers} or so.")
+    options = arguments.device, arguments.dtype, arguments.batch_size
+    rewards = _rewards(named, *options)
+    make_rewards = functools.partial(_rewards, named, *options)
+    started = () if arguments.workers == 1 else pool(make_rewards, limits.max_pixels, arguments.workers, options[0])
 
     listening = _listen(arguments.host, arguments.port)
     host, port = listening.getsockname()[:2]
@@ -90,10 +99,11 @@ def run(arguments: argparse.Namespace) -> int:
         failures.append(error)
         server.should_exit = True
 
-    app = create_app(rewards, limits=limits, token=token, on_ready=on_ready, on_failure=on_failure)
+    app = create_app(rewards, limits=limits, token=token, pool=started, on_ready=on_ready, on_failure=on_failure)
     server = uvicorn.Server(
         uvicorn.Config(
-            app, log_level="warning", access_log=False, server_header=False, ws="none",
+            app, http=protocol(limits.upload_timeout), ws="none", log_level="warning", access_log=False,
+            server_header=False,
             timeout_graceful_shutdown=arguments.grace,
             # Longer than clients keep a connection, so that none is closed just when it is used again
             timeout_keep_alive=30,
@@ -146,6 +156,16 @@ def _listen(host: str, port: int) -> socket.socket:
     # some 40 ms for the client to acknowledge its headers
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listening
+
+
+def _rewards(names: list[str], *options: Any) -> list[Any]:
+    """The reward functions of these names, with the options of [`_configure`]. The processes of a pool call it too."""
+    from trl_flow.rewards.named import named_rewards
+
+    rewards = named_rewards(names, "--rewards")
+    for reward in rewards:
+        _configure(reward, *options)
+    return rewards
 
 
 def _configure(reward: Any, device: str | None, dtype: str | None, batch_size: int | None) -> None:

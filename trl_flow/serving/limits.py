@@ -22,7 +22,7 @@ class Limits:
     max_json_bytes: int = _limit(2**20, "bytes of each JSON field: the prompts, the columns")
     max_body_bytes: int = _limit(256 * 2**20, "bytes of a request, counted while they arrive")
     max_waiting: int = _limit(32, "requests that are uploading, waiting or being scored; more are told to come again")
-    upload_timeout: float = _limit(60.0, "seconds within which a request must have arrived")
+    upload_timeout: float = _limit(60.0, "seconds in which a request's headers must arrive, and then its body")
 
     def __post_init__(self):
         for name, value in vars(self).items():

@@ -56,7 +56,7 @@ def load_pipeline() -> "StableDiffusion3Pipeline":
     >>> drawing = {"height": IMAGE_SIZE, "width": IMAGE_SIZE, "num_inference_steps": 4}
     >>> image = pipeline("two red circles", guidance_scale=2.0, **drawing).images[0]
     >>> image.size
-    (32, 32)
+    (64, 64)
     ```
     """
     from diffusers import StableDiffusion3Pipeline

@@ -1,7 +1,7 @@
 """Rule-based checker of images of the world, in the manner of GenEval (Ghosh et al., 2023, arXiv:2310.11513).
 
 The image is segmented by hue, split into connected components, and each component is compared with a circle, a
-square and a triangle at about four times the image's resolution. What was detected is then held against the target.
+square and a triangle at about twice the image's resolution. What was detected is then held against the target.
 An image takes about a millisecond.
 """
 
@@ -33,11 +33,11 @@ from trl_flow.shapes.world import (
 
 # A pixel belongs to a shape when its chroma is at least half of a pure color's, that is when the shape covers half of
 # it. Components below the smallest area are specks: they do not count as objects, and fidelity pays for them.
-_CHROMA_THRESHOLD, _MIN_PIXELS, _MIN_OVERLAP = 0.5 * COLOR_CHROMA, 12, 0.75
+_CHROMA_THRESHOLD, _MIN_PIXELS, _MIN_OVERLAP = 0.5 * COLOR_CHROMA, 48, 0.75
 
 # Templates live on a grid of positions relative to the center of mass, in units of the square root of the area. With
-# the usual sizes of 8 to 12 pixels one grid step is about a quarter of a pixel.
-_GRID = (np.arange(36, dtype=np.float32) + 0.5) / 18 - 1
+# the usual sizes of 16 to 24 pixels one grid step is about half a pixel.
+_GRID = (np.arange(72, dtype=np.float32) + 0.5) / 36 - 1
 _TEMPLATES = np.stack([signed_distance(shape, _GRID[None, :], _GRID[:, None], 1.0) < 0 for shape in SHAPES])
 _TEMPLATE_AREAS = _TEMPLATES.sum(axis=(1, 2))
 
@@ -55,7 +55,7 @@ class Detection:
 
     ```pycon
     >>> from trl_flow.shapes import Detection, PlacedShape, detect, render
-    >>> seen: Detection = detect(render([PlacedShape("red", "circle", x=16, y=16, size=10)], ground=0.95))
+    >>> seen: Detection = detect(render([PlacedShape("red", "circle", x=32, y=32, size=20)], ground=0.95))
     >>> seen.recognized, round(seen.ground, 2)
     ((True,), 0.95)
     ```
@@ -87,7 +87,7 @@ class CheckResult:
 
     ```pycon
     >>> from trl_flow.shapes import CheckResult, PlacedShape, check, parse_caption, render
-    >>> image = render([PlacedShape("red", "circle", x=16, y=16, size=10)])
+    >>> image = render([PlacedShape("red", "circle", x=32, y=32, size=20)])
     >>> result: CheckResult = check(image, *parse_caption("two red circles"))
     >>> result.count, result.color, result.strict
     (0.5, 0.5, 0.0)
@@ -116,7 +116,7 @@ def check(image: Image.Image, objects: Sequence[dict], relation: str | None = No
     Score an image against a target.
 
     Args:
-        image (`PIL.Image.Image`): an image; one of another size than 32 x 32 is resized first.
+        image (`PIL.Image.Image`): an image; one of another size than 64 x 64 is resized first.
         objects (sequence of `dict`): what is asked for (`count`, `color` and `shape`), as from [`parse_caption`].
         relation (`str`, *optional*): one of `RELATIONS`, of the first to the second entry of `objects`.
 
@@ -128,7 +128,7 @@ def check(image: Image.Image, objects: Sequence[dict], relation: str | None = No
 
     ```pycon
     >>> from trl_flow.shapes import PlacedShape, check, parse_caption, render
-    >>> image = render([PlacedShape("red", "circle", x=16, y=16, size=10)])
+    >>> image = render([PlacedShape("red", "circle", x=32, y=32, size=20)])
     >>> check(image, *parse_caption("a red circle")).strict
     1.0
     >>> check(image, *parse_caption("a red square")).parts
@@ -177,7 +177,7 @@ def detect(image: Image.Image) -> Detection:
 
     ```pycon
     >>> from trl_flow.shapes import PlacedShape, detect, render
-    >>> seen = detect(render([PlacedShape("red", "circle", x=16, y=16, size=10)]))
+    >>> seen = detect(render([PlacedShape("red", "circle", x=32, y=32, size=20)]))
     >>> [(shape.color, shape.shape) for shape in seen.shapes]
     [('red', 'circle')]
     ```
@@ -227,7 +227,7 @@ def _detect(array: np.ndarray) -> Detection:
 
 
 def _connected(classes: np.ndarray) -> tuple[np.ndarray, list[int]]:
-    """Labels (32, 32) of the regions of equal class that hang together through pixel edges, from 1 on in the order of
+    """Labels (64, 64) of the regions of equal class that hang together through pixel edges, from 1 on in the order of
     their first pixels, and 0 where the class is -1; and the number of pixels of each label."""
     regions = np.zeros(classes.shape, dtype=np.int64)
     for kind in np.unique(classes[classes >= 0]):
@@ -255,5 +255,5 @@ def _fit(coverage: np.ndarray) -> tuple[str, float, float, float, float]:
 
 
 def _interpolation(positions: np.ndarray) -> np.ndarray:
-    """Weights (36, 32) that interpolate pixel values linearly at the positions; nothing lies outside the image."""
+    """Weights (72, 64) that interpolate pixel values linearly at the positions; nothing lies outside the image."""
     return np.maximum(0, 1 - np.abs(positions[:, None] - (CENTERS - 0.5)[None, :]))

@@ -1,6 +1,6 @@
 """Scenes of colored shapes on a plain ground, and their anti-aliased images.
 
-An image is 32 x 32 pixels and shows one to three shapes. Positions and sizes are in pixels, with x to the right and y
+An image is 64 x 64 pixels and shows one to three shapes. Positions and sizes are in pixels, with x to the right and y
 downwards; the center of the top left pixel is at (0.5, 0.5). The size of a shape is the square root of its area, so
 that shapes of equal size cover equally many pixels, and its position is its center of mass.
 """
@@ -8,12 +8,13 @@ that shapes of equal size cover equally many pixels, and its position is its cen
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 from PIL import Image
 
 
-IMAGE_SIZE = 32
+IMAGE_SIZE = 64
 """Width and height of the images, in pixels."""
 CENTERS = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5
 
@@ -41,7 +42,7 @@ _EXTENTS = {
     "triangle": (_TRIANGLE_CIRCUMRADIUS * math.sqrt(3) / 2, _TRIANGLE_CIRCUMRADIUS, _TRIANGLE_CIRCUMRADIUS / 2),
 }
 # Of a random scene: the range of sizes by the number of shapes, the space between and around them
-_SIZES, _GAP, _MARGIN = {1: (8.5, 13.0), 2: (8.0, 11.5), 3: (7.5, 10.0)}, 2.0, 1.0
+_SIZES, _GAP, _MARGIN = {1: (17.0, 26.0), 2: (16.0, 23.0), 3: (14.5, 19.5)}, 4.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,9 @@ class PlacedShape:
 
     ```pycon
     >>> from trl_flow.shapes import SHAPES, PlacedShape
-    >>> row = [PlacedShape("blue", shape, x=6 + 10 * i, y=16, size=8) for i, shape in enumerate(SHAPES)]
+    >>> row = [PlacedShape("blue", shape, x=12 + 20 * i, y=32, size=16) for i, shape in enumerate(SHAPES)]
     >>> row[0].shape, row[1].box()
-    ('circle', (12.0, 12.0, 20.0, 20.0))
+    ('circle', (24.0, 24.0, 40.0, 40.0))
     ```
     """
 
@@ -91,7 +92,7 @@ def signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, size: float) -> 
 
 
 def render_array(shapes: Sequence[PlacedShape], ground: float) -> np.ndarray:
-    """Image of a scene, anti-aliased, later shapes over earlier ones: float32, (32, 32, 3), from 0 to 1, as `ground`
+    """Image of a scene, anti-aliased, later shapes over earlier ones: float32, (64, 64, 3), from 0 to 1, as `ground`
     is."""
     if not 0 <= ground <= 1:
         raise ValueError(f"`ground` is a gray level from 0 (black) to 1 (white), received {ground!r}")
@@ -105,15 +106,15 @@ def render_array(shapes: Sequence[PlacedShape], ground: float) -> np.ndarray:
 
 
 def render(shapes: Sequence[PlacedShape], ground: float = 0.05) -> Image.Image:
-    """A scene as an 8 bit RGB image of 32 x 32 pixels: the shapes, which may be none, later ones over earlier ones, on
+    """A scene as an 8 bit RGB image of 64 x 64 pixels: the shapes, which may be none, later ones over earlier ones, on
     a ground of the gray level `ground`; `ValueError` when that is outside 0 (black) to 1 (white).
 
     Example:
 
     ```pycon
     >>> from trl_flow.shapes import PlacedShape, render
-    >>> image = render([PlacedShape("red", "circle", x=16, y=16, size=10)], ground=0.05)
-    >>> image.getpixel((16, 16))
+    >>> image = render([PlacedShape("red", "circle", x=32, y=32, size=20)], ground=0.05)
+    >>> image.getpixel((32, 32))
     (235, 20, 20)
     ```
     """
@@ -137,21 +138,21 @@ def place(wanted: Sequence[tuple[str, str]], rng: np.random.Generator) -> list[P
     """Random positions and sizes for one to three shapes `(color, shape)`, whole in the image and clear of each
     other."""
     low, high = _SIZES[len(wanted)]
+    extents = np.array([_EXTENTS[shape] for _, shape in wanted])
     while True:
-        placed: list[PlacedShape] = []
-        for color, shape in wanted:
-            size = float(rng.uniform(low, high))
-            sideways, up, down = (extent * size + _MARGIN for extent in _EXTENTS[shape])
-            x = float(rng.uniform(sideways, IMAGE_SIZE - sideways))
-            y = float(rng.uniform(up, IMAGE_SIZE - down))
-            placed.append(PlacedShape(color, shape, x, y, size))
-            if not all(_clear(placed[-1], other) for other in placed[:-1]):
-                break
-        else:
-            return placed
-
-
-def _clear(one: PlacedShape, other: PlacedShape) -> bool:
-    left, top, right, bottom = one.box()
-    other_left, other_top, other_right, other_bottom = other.box()
-    return max(left - other_right, other_left - right) >= _GAP or max(top - other_bottom, other_top - bottom) >= _GAP
+        # Many draws at once: few of three shapes are clear of each other
+        sizes = rng.uniform(low, high, (64, len(wanted)))
+        sideways, up, down = (extent * sizes for extent in extents.T)
+        x, y = (
+            rng.uniform(before + _MARGIN, IMAGE_SIZE - _MARGIN - after)
+            for before, after in ((sideways, sideways), (up, down))
+        )
+        clear = np.ones(len(sizes), dtype=bool)
+        for one, other in combinations(range(len(wanted)), 2):
+            beside = np.abs(x[:, one] - x[:, other]) - sideways[:, one] - sideways[:, other]
+            tops, bottoms = y - up, y + down
+            above = np.maximum(tops[:, one] - bottoms[:, other], tops[:, other] - bottoms[:, one])
+            clear &= np.maximum(beside, above) >= _GAP
+        if clear.any():
+            found = zip(x[clear][0], y[clear][0], sizes[clear][0], strict=True)
+            return [PlacedShape(*what, *map(float, where)) for what, where in zip(wanted, found, strict=True)]

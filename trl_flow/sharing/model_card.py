@@ -173,7 +173,7 @@ def create_model_card(
     >>> from trl_flow.sharing import create_model_card
     >>> card = create_model_card(
     ...     "run",
-    ...     backbone=get_backbone(load_pipeline(), height=32, width=32),
+    ...     backbone=get_backbone(load_pipeline(), height=64, width=64),
     ...     base_model="stabilityai/stable-diffusion-3.5-medium",
     ...     settings={"sde_type": "flow", "importance_ratio": "ratio_norm"},
     ...     is_lora=True,

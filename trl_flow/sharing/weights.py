@@ -1,6 +1,7 @@
 """Trained weights on disk: LoRA in diffusers' format, full weights as diffusers saves a model."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,6 +22,7 @@ from trl_flow.lora import LORA_WEIGHT_NAME, PEFT_FILES, check_lora_config, write
 
 _FULL_STEM = SAFETENSORS_WEIGHTS_NAME.removesuffix(".safetensors")  # diffusers' name of a model's weights
 _ADAPTER = "default"  # the adapter's name in PEFT
+_STAGING = "_saving-"
 
 
 def hub_model_id(name_or_path: str | os.PathLike | None) -> str | None:
@@ -235,7 +237,9 @@ def _staged(output_dir: Path) -> Iterator[Path]:
     is atomic on one file system only, and its name begins with an underscore: uploads leave it out."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="_saving-", dir=output_dir) as staging:
+        for left in output_dir.glob(f"{_STAGING}*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=_STAGING, dir=output_dir) as staging:
             yield Path(staging)
             for file in sorted(Path(staging).iterdir()):
                 if file.is_file():

@@ -3,14 +3,14 @@
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer_callback import TrainerCallback
 from transformers.utils import logging
 
-from trl_flow.evaluation.outputs import write_json
+from trl_flow.evaluation.outputs import whole_file, write_json
 from trl_flow.evaluation.run_log import LOG_NAME, PROGRESS_NAME, diagnostics_table
 
 
@@ -30,13 +30,18 @@ class LoopCallback(TrainerCallback):
         self._on_optimizer_step()
 
 
+def _line(log: dict[str, Any]) -> str:
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in log.items()}
+    return json.dumps(finite) + "\n"
+
+
 class RunLogCallback(TrainerCallback):
     """Writes logs to `output_dir/log_history.jsonl`, one a line, the table of `diagnostics_table` to
     `output_dir/diagnostics.md`, and where the run stands, with `about`, to `output_dir/progress.json`. A run that is
     resumed begins the logs anew with its checkpoint's. `counts` go into the next log of the run's own history and
     file, and to no tracker, which take numbers only."""
 
-    _writes = False
+    _writes, _is_behind, _is_warned = False, False, False
 
     def __init__(self, about: dict[str, Any]):
         self._about, self._began = about, {}
@@ -49,26 +54,31 @@ class RunLogCallback(TrainerCallback):
             state.log_history.extend(self.before)
         self.before = []
         self._began = {"began_at": time.time(), "began_at_update": state.global_step}
-        self._write(args, state, "w", state.log_history)
+        self._is_behind = True
+        self._write(args, state)
 
     def on_log(self, args, state, control, **kwargs):
         state.log_history[-1] |= self.counts
         self.counts = {}
-        self._write(args, state, "a", state.log_history[-1:])
+        self._write(args, state, state.log_history[-1:])
 
     def on_train_end(self, args, state, control, **kwargs):
-        self._write(args, state, "a", [], finished=True)
+        self._write(args, state, finished=True)
 
-    def _write(self, args, state, mode: str, logs: list[dict[str, Any]], *, finished: bool = False) -> None:
+    def _write(self, args, state, new: Sequence[dict[str, Any]] = (), *, finished: bool = False) -> None:
         if not self._writes:
             return
         path = Path(args.output_dir, LOG_NAME)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open(mode, encoding="utf-8") as file:
-                for log in logs:
-                    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in log.items()}
-                    file.write(json.dumps(finite) + "\n")
+            if self._is_behind:
+                with whole_file(path) as file:
+                    file.write("".join(map(_line, state.log_history)).encode())
+            else:
+                self._is_behind = True  # until all of it is written
+                with path.open("a", encoding="utf-8") as file:
+                    file.writelines(map(_line, new))
+            self._is_behind = False
             if (table := diagnostics_table(state.log_history)) is not None:
                 path = path.with_name("diagnostics.md")
                 path.write_text(table, encoding="utf-8")
@@ -76,5 +86,6 @@ class RunLogCallback(TrainerCallback):
             written = {"written_at": time.time()}
             write_json(path.with_name(PROGRESS_NAME), self._about | self._began | place | written)
         except OSError as error:  # training is worth more than its log, which checkpoints hold too
-            self._writes = False
-            logger.warning(f"{path} cannot be written ({error}): logs are kept in checkpoints and trackers only.")
+            if not self._is_warned:
+                logger.warning(f"{path} cannot be written ({error}). It is tried again with each log.")
+            self._is_warned = True

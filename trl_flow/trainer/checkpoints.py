@@ -7,6 +7,7 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
@@ -21,6 +22,12 @@ from trl_flow.trainer.run_state import STATE_NAME, TENSORS_NAME
 logger = logging.get_logger(__name__)
 
 STATE_FILE = "trainer_state.json"
+# For a scheduler, which starts a run and goes on with it by one command
+AUTO = "auto"
+
+
+class RunIsCompleteError(ValueError):
+    """There is nothing to go on with: the last update is made, and the result is written."""
 
 
 class CheckpointWriteError(RuntimeError):
@@ -94,13 +101,24 @@ def complete_checkpoints(output_dir: str | os.PathLike, rank: int = 0) -> dict[i
 
 
 def checkpoint_to_resume(given: str | os.PathLike | bool | None, args: FlowRLConfig) -> str | None:
-    """The checkpoint that `train(resume_from_checkpoint=given)` means; `ValueError` without one to go on from. To be
-    called on all processes, which agree on one."""
+    """The checkpoint that `train(resume_from_checkpoint=given)` means; `ValueError` without one to go on from, but for
+    `"auto"`, which then means a new run, and `RunIsCompleteError` if the run has come to its end. To be called on all
+    processes, which agree on one."""
     if not given:
         return None
-    if given is True:
+    if given == AUTO:
+        end = _end(Path(args.output_dir))
+        stopped, wanted = max(gather_object([(end.get("global_step", 0), end.get("max_steps", 0))]))
+        if stopped < wanted:
+            raise RunIsCompleteError(
+                f"The run in {args.output_dir!r} was stopped by a callback at update {stopped} of {wanted}: it is "
+                "complete. To go on all the same, resume with True."
+            )
+    if given is True or given == AUTO:
         found = complete_checkpoints(args.output_dir, args.process_index)
         everywhere = set.intersection(*map(set, gather_object([list(found)])))
+        if not everywhere and given == AUTO:
+            return None
         if not everywhere:
             raise ValueError(
                 f"resume_from_checkpoint=True, but {args.output_dir!r} has no complete checkpoint. Train from the "
@@ -114,17 +132,26 @@ def checkpoint_to_resume(given: str | os.PathLike | bool | None, args: FlowRLCon
                 f"is not a complete checkpoint of this trainer: {why}. Pass True to resume from the last complete one"
             )
             raise ValueError(f"{checkpoint!r} {what} in output_dir.")
-    # transformers would look at max_steps after one more update only
-    if 0 < args.max_steps <= (step := step_of(checkpoint)):
-        ended = f"max_steps is {args.max_steps}: the run is complete. Raise max_steps to continue it."
-        raise ValueError(f"{checkpoint!r} is at update {step}, and {ended}")
+    step, end = step_of(checkpoint), _end(Path(checkpoint).parent)
+    limit = "max_steps" if args.max_steps > 0 else "num_train_epochs"
+    has_ended = end.get("global_step") == step
+    has_ended &= step == args.max_steps or (args.max_steps <= 0 and args.num_train_epochs <= end.get("epoch", 0))
+    if 0 < args.max_steps < step or has_ended:
+        ended = f"{limit} is {getattr(args, limit)}: the run is complete. Raise {limit} to continue it."
+        raise RunIsCompleteError(f"{checkpoint!r} is at update {step}, and {ended}")
     return checkpoint
 
 
+def _end(output_dir: Path) -> dict[str, Any]:
+    """The state of a run that has written all that it leaves, of which this file is the last; empty if none has."""
+    path = output_dir / STATE_FILE
+    return json.loads(path.read_text()) if path.is_file() and _is_whole(path) else {}
+
+
 @contextlib.contextmanager
-def writing_checkpoint(folder: Path, args: FlowRLConfig) -> Iterator[None]:
+def writing_checkpoint(folder: Path, args: FlowRLConfig, resume_hint: str) -> Iterator[None]:
     """Around the writing of a checkpoint, on all processes: a failed one is removed, and a `CheckpointWriteError`
-    raised."""
+    raised, which says how to resume."""
     is_main = args.process_index == 0
     try:
         # A folder left by a process that was killed while writing it would mix with this one
@@ -138,6 +165,5 @@ def writing_checkpoint(folder: Path, args: FlowRLConfig) -> Iterator[None]:
         free = shutil.disk_usage(Path(args.output_dir)).free / 2**20
         raise CheckpointWriteError(
             f"The checkpoint {folder} could not be written ({type(error).__name__}: {error}); {free:.0f} MiB are free "
-            "there. It is removed, and earlier checkpoints are untouched. Make room and resume with "
-            "train(resume_from_checkpoint=True)."
+            f"there. It is removed, and earlier checkpoints are untouched. Make room and resume with {resume_hint}."
         ) from error

@@ -25,6 +25,8 @@ from trl_flow.lora.diffusers_format import file_component
 from trl_flow.prompts.rows import check_prompts, columns_of_rows, first_row, has_transform
 from trl_flow.rewards.checks import RESERVED_COLUMNS, needs_group
 from trl_flow.rewards.scorer import RewardScorer
+from trl_flow.trainer.attention import check_attention_backend
+from trl_flow.trainer.compilation import check_compiler
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.loading import is_quantized
 from trl_flow.trainer.over_optimization import OverOptimizationCallback
@@ -94,6 +96,9 @@ def check_backbone(backbone: Any, args: FlowRLConfig, peft_config: PeftConfig | 
     latent_shape(backbone)
     scheduled(backbone, args.num_inference_steps)
     pipeline, model = backbone.pipeline, backbone.model
+    if args.torch_compile:
+        check_compiler(args)
+    check_attention_backend(backbone, args)
     if args.gradient_checkpointing and not getattr(model, "_supports_gradient_checkpointing", False):
         what = f"gradient_checkpointing is on, which {type(model).__name__} does not support"
         raise ValueError(f"{what}. Set gradient_checkpointing=False.")

@@ -83,6 +83,10 @@ class FlowGRPOConfig(FlowRLConfig):
         value_scale (`float` or `list[float]`, *optional*, defaults to `0.0`):
             VGPO's k: share of the absolute value in the advantage, or a list with one for each of the
             `num_inference_steps`. Needs `dense_rewards`.
+        projection_vae (`str` or `torch.nn.Module`, *optional*):
+            What decodes the unfinished images of `dense_rewards`, which are only scored: hub id, folder or module of
+            a [`~diffusers.AutoencoderTiny`], such as `madebyollin/taesd3` for SD3 and `madebyollin/taef1` for FLUX;
+            or a module of the class of the pipeline's VAE. By default the pipeline's VAE.
 
     Example:
 
@@ -114,6 +118,7 @@ class FlowGRPOConfig(FlowRLConfig):
     dense_rewards: bool = False
     value_discount: float = 0.9
     value_scale: float | str | list[float] | None = 0.0  # as advantage_power
+    projection_vae: str | None = None
 
     def __post_init__(self):
         self._read_number("ratio_probe")
@@ -178,6 +183,17 @@ class FlowGRPOConfig(FlowRLConfig):
         if self.has_value_scale and not self.dense_rewards:
             unused = f"value_scale is {self.value_scale}, but dense_rewards is False: there are no values to scale."
             raise ValueError(f"{unused} Set dense_rewards=True, or value_scale=0.")
+        if self.projection_vae is not None and not self.dense_rewards:
+            raise ValueError(
+                "projection_vae is set, but dense_rewards is False: no unfinished image is decoded. Set "
+                "dense_rewards=True, or leave projection_vae out."
+            )
+        if self.dynamic_sample and self.has_value_scale:
+            flat = "gives groups without spread an advantage, too: they are not in vain"
+            raise ValueError(
+                f"dynamic_sample is True, but value_scale={self.value_scale} {flat}. Set value_scale=0, or "
+                "dynamic_sample=False."
+            )
         if self.timestep_weighting in ("beta_over_dt", "inverse_beta_dt") and self.sde_type != "dance":
             raise ValueError(
                 f"timestep_weighting={self.timestep_weighting!r} needs the beta of Dance-SDE, but sde_type is "

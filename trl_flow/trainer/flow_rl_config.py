@@ -13,6 +13,8 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from trl_flow.descriptions import described
 from trl_flow.images import Frame
+from trl_flow.trainer.compilation import check_compile_fields
+from trl_flow.trainer.sharding import shard_on_cpus
 from trl_flow.trainer.trl_compat import _BaseConfig
 
 
@@ -83,6 +85,12 @@ class FlowRLConfig(_BaseConfig):
         prompt_embeds_dir (`str`, *optional*):
             Folder for these embeddings, which later runs with the same encoders and settings reuse; `None`:
             `trl_flow/prompt_embeds` in `HF_HOME`. Needs `precompute_prompt_embeds`.
+        use_regional_compilation (`bool`, *optional*, defaults to `True`):
+            Whether `torch_compile` compiles a transformer's blocks, each by itself, which takes a fraction of the
+            time. As a whole, a small model runs somewhat faster. U-Nets are always compiled as a whole.
+        attention_backend (`str`, *optional*):
+            One of diffusers' attention backends for the trained model, such as `"flash_hub"` or `"native"`, in
+            sampling and updates alike; `None`: the model's own. Not every model has the choice.
 
         num_generations (`int`, *optional*, defaults to `8`):
             Images per prompt, which form a group (`G` in the papers). `generation_batch_size` must be divisible by it.
@@ -90,6 +98,12 @@ class FlowRLConfig(_BaseConfig):
             The images of each group that are trained on: those whose rewards have the largest variance, which are the
             highest and the lowest (PODS, arXiv:2504.13818). Advantages compare these alone. `None`: all.
             Micro-batches have the same share of `per_device_train_batch_size` images.
+        dynamic_sample (`bool`, *optional*, defaults to `False`):
+            Whether groups whose rewards have no spread, and so no advantages, are replaced by groups of other prompts,
+            which are sampled and scored in their places (DAPO, arXiv:2503.14476). For rewards of few values.
+        max_resample_times (`int`, *optional*):
+            How often groups of one sampling phase are replaced at most; what is left without spread stays. `None`: 3.
+            Needs `dynamic_sample`.
         num_generations_eval (`int`, *optional*, defaults to `1`):
             Images per prompt in evaluation.
         generation_batch_size (`int`, *optional*):
@@ -200,8 +214,12 @@ class FlowRLConfig(_BaseConfig):
     enable_vae_tiling: bool = False
     precompute_prompt_embeds: bool = False
     prompt_embeds_dir: str | None = None
+    use_regional_compilation: bool = True
+    attention_backend: str | None = None
     num_generations: int = 8
     num_generations_trained: int | None = None
+    dynamic_sample: bool = False
+    max_resample_times: int | None = None
     num_generations_eval: int = 1
     generation_batch_size: int | None = None
     steps_per_generation: int | None = None
@@ -240,10 +258,14 @@ class FlowRLConfig(_BaseConfig):
         if getattr(self, "activation_checkpointing", self) is None:
             self.activation_checkpointing = self.gradient_checkpointing  # TRL sets the old name
         self._read_yaml()
+        self._read_compilation()
         watches = self.lr_scheduler_type in WATCHING_SCHEDULES
         if (self.load_best_model_at_end or watches) and self.metric_for_best_model is None:
             self.metric_for_best_model = "reward"  # transformers would look for a loss
         super().__post_init__()
+        if self.torch_compile:
+            check_compile_fields(self)
+        shard_on_cpus(self)
         if watches:  # by default they expect a loss
             best = {"mode": "max" if self.greater_is_better else "min"}
             self.lr_scheduler_kwargs = best | (self.lr_scheduler_kwargs or {})
@@ -277,6 +299,7 @@ class FlowRLConfig(_BaseConfig):
             instead = "Set it to False and lower per_device_train_batch_size."
             raise ValueError(f"auto_find_batch_size is set, but smaller batches would break groups apart. {instead}")
         self._resolve_batches()
+        self._resolve_resampling()
 
     def _read_yaml(self) -> None:
         """What TRL's parser makes of YAML files: False of a bare `no`, text of 1e-1 in a list."""
@@ -286,6 +309,15 @@ class FlowRLConfig(_BaseConfig):
         if isinstance(self.reward_weights, list):
             with contextlib.suppress(ValueError):
                 self.reward_weights = [float(w) if isinstance(w, str) else w for w in self.reward_weights]
+
+    def _read_compilation(self) -> None:
+        """What `accelerate launch` says, and the precision: transformers would switch TF32 on."""
+        launched = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+        if launched != "no" and not self.torch_compile and self.torch_compile_backend is None:
+            self.torch_compile_backend = launched
+        asked = self.torch_compile or self.torch_compile_backend is not None or self.torch_compile_mode is not None
+        if asked and self.tf32 is None:
+            self.tf32 = False
 
     def _resolve_trained(self, size: int) -> None:
         number, trained = self.num_generations, self.group_size
@@ -299,12 +331,24 @@ class FlowRLConfig(_BaseConfig):
                 f"per_device_train_batch_size to a multiple of {multiple}."
             )
         own = size * self.steps_per_generation
-        if trained < number and self.world_size > 1 and own % number != 0:
+        if self.world_size > 1 and own % number != 0 and (trained < number or self.dynamic_sample):
+            what = f"num_generations_trained is {trained} of num_generations={number}"
+            if self.dynamic_sample:
+                what = f"dynamic_sample is True, with num_generations={number}"
             raise ValueError(
-                f"num_generations_trained is {trained} of num_generations={number}, but each of {self.world_size} "
-                f"processes samples {own} images (per_device_train_batch_size x steps_per_generation), which splits "
-                f"groups over processes: they would train on unequal numbers. Make that a multiple of {number}."
+                f"{what}, but each of {self.world_size} processes samples {own} images (per_device_train_batch_size x "
+                "steps_per_generation), which splits groups over processes: they would train on, or sample, unequal "
+                f"numbers. Make that a multiple of {number}."
             )
+
+    def _resolve_resampling(self) -> None:
+        times = self._given("max_resample_times")
+        if times is not None and not self.dynamic_sample:
+            unused = f"max_resample_times is {times}, but dynamic_sample is False: nothing is sampled again"
+            raise ValueError(f"{unused}. Set dynamic_sample=True, or leave max_resample_times out.")
+        self.max_resample_times = derived(3) if times is None and self.dynamic_sample else times
+        ok = self.max_resample_times is None or self.max_resample_times >= 1
+        self._check("max_resample_times", ok, "at least 1, or None for 3")
 
     @property
     def group_size(self) -> int:

@@ -4,12 +4,13 @@ and what is learned stands in an [`Algorithm`]. Methods have the names and the o
 import copy
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
@@ -23,6 +24,7 @@ from trl_flow.algorithms import Algorithm, MicroBatch
 from trl_flow.backbones import Backbone, get_backbone
 from trl_flow.backbones.base import BACKBONE_SETTINGS
 from trl_flow.backbones.contract import scheduled
+from trl_flow.backbones.projection import load_projection_vae
 from trl_flow.backbones.prompt_length import warn_of_long_prompts
 from trl_flow.backbones.settings import evaluation_steps
 from trl_flow.prompts.rows import prompts_to_measure
@@ -35,12 +37,15 @@ from trl_flow.trainer import checks, resuming
 from trl_flow.trainer.best_metric import check_best_metric
 from trl_flow.trainer.callbacks import LoopCallback, RunLogCallback
 from trl_flow.trainer.checkpoints import checkpoint_to_resume, step_of
+from trl_flow.trainer.compilation import announcement
+from trl_flow.trainer.dynamic_sampling import DynamicSampler
 from trl_flow.trainer.evaluator import EvaluationResult, Evaluator, group_diversity
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.groups import of_one_reading, warn_of_prompts_left_out
 from trl_flow.trainer.init_adapter import adapter_of_its_own, check_origin
 from trl_flow.trainer.loading import load_pipeline
-from trl_flow.trainer.metrics import Metrics, SampleLog
+from trl_flow.trainer.metrics import Metrics, SampleLog, going_on_without
+from trl_flow.trainer.model_files import ModelFilesTrainer
 from trl_flow.trainer.optimizer_modes import OptimizerModes
 from trl_flow.trainer.over_optimization import OverOptimizationCallback
 from trl_flow.trainer.phase_scores import PhaseScorer
@@ -53,7 +58,7 @@ from trl_flow.trainer.rollout_buffer import RolloutBuffer
 from trl_flow.trainer.run_folder import RunFolder
 from trl_flow.trainer.run_state import RunState
 from trl_flow.trainer.sampler import Sampler
-from trl_flow.trainer.saving import SavingTrainer
+from trl_flow.trainer.sharding import set_precision
 from trl_flow.trainer.trackers import TrackioAtUpdates, log_config, sections_kept
 from trl_flow.trainer.trl_compat import identity
 
@@ -61,7 +66,7 @@ from trl_flow.trainer.trl_compat import identity
 RewardFunc = Callable[..., list[float | None]] | str
 
 
-class FlowRLTrainer(SavingTrainer):
+class FlowRLTrainer(ModelFilesTrainer):
     """
     Base of the trainers: all but the algorithm, which [`create_algorithm`] of a subclass returns.
 
@@ -163,6 +168,11 @@ class FlowRLTrainer(SavingTrainer):
         self.backbone = backbone or get_backbone(self.pipeline, **settings)
         self.model_id = str(model) if is_path else self.pipeline.config.get("_name_or_path")
         checks.check_backbone(self.backbone, args, peft_config)
+        projection_vae = getattr(args, "projection_vae", None)
+        if projection_vae is not None:
+            projection_vae = load_projection_vae(projection_vae, self.backbone)
+            if not isinstance(args.projection_vae, str):  # the settings are saved as text
+                args.projection_vae = str(projection_vae.config.get("_name_or_path") or type(projection_vae).__name__)
         checks.check_rewards(*scored, videos=self.backbone.frames_per_second is not None)
         if args.eval_num_inference_steps is None:
             args.eval_num_inference_steps = evaluation_steps(self.backbone, args.num_inference_steps)
@@ -181,6 +191,7 @@ class FlowRLTrainer(SavingTrainer):
         given = {"eval_dataset": eval_dataset, "callbacks": callbacks, "optimizers": optimizers}
         super().__init__(model=module, args=args, data_collator=identity, train_dataset=train_dataset, **given)
         checks.check_single_device(args)
+        set_precision(self.accelerator, args, trains_adapter=peft_config is not None)
         # Only used with `remove_unused_columns=True`
         self._signature_columns = ["prompt", *(["image"] if self.backbone.takes_image else [])]
         for callback in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # which print all that is logged
@@ -196,7 +207,9 @@ class FlowRLTrainer(SavingTrainer):
         self.policy = Policy(self.backbone, args, self.accelerator, **options)
         dynamics, sampled_by = self.algorithm.dynamics, self.algorithm.sampled_by
         self.sampler = Sampler(self.policy, dynamics, args, self._show_stage, sampled_by)
-        self.phase_scorer = PhaseScorer(self.scorer, self.reward_weights, self.sampler, args, self.accelerator)
+        given = self.scorer, self.reward_weights, self.sampler, args, self.accelerator
+        self.phase_scorer = PhaseScorer(*given, projection_vae=projection_vae)
+        self.dynamic_sampler = DynamicSampler(args, train_dataset, self.algorithm, self.phase_scorer)
         given = self.policy, self.sampler, self.scorer, self.reward_weights, self.gold_scorer, args
         self.evaluator = Evaluator(*given, save=lambda to: self.save_model(os.fspath(to), _internal_call=True))
         stateful = {"policy": self.policy, "algorithm": self.algorithm, "evaluator": self.evaluator}
@@ -213,17 +226,19 @@ class FlowRLTrainer(SavingTrainer):
         self.add_callback(self._run_log)
         self.add_callback(LoopCallback(self._before_training, self._after_update))
         self._clock, self._train_step_time, self._logged_at = Clock(), 0.0, 0
+        self._stage = self._interrupted = "starting"
 
     # ---- Training ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """
         Trains, then saves the adapter (or model) and the trainer's state to `output_dir` unless `save_strategy` is
-        `"no"`. `resume_from_checkpoint` is a checkpoint's folder, or `True` for the last complete one in `output_dir`.
+        `"no"`. `resume_from_checkpoint` is a checkpoint's folder, `True` for the last complete one in `output_dir`, or
+        `"auto"` for that one if there is one, and else a new run.
 
         Raises:
             ValueError: if there is no complete checkpoint to resume from, it was written with other batches or another
-                adapter, or another process trains into `output_dir`.
+                adapter, the run has come to its end, or another process trains into `output_dir`.
             OSError: if a reward's model cannot be loaded; nothing has been sampled then.
             RewardError: if a reward function fails. Updates are saved first, whatever `save_strategy` is; so they are,
                 unless it is `"no"`, when a single process is interrupted or fails in another way.
@@ -248,13 +263,28 @@ class FlowRLTrainer(SavingTrainer):
                 scorer.load()  # a model that cannot be loaded is found out now, and not after the first sampling phase
             self.run_folder.begin(checkpoint)
             self.accelerator.wait_for_everyone()
-            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            with self._compiled():
+                output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
             self.optimizer_modes.eval()
             if self.args.save_strategy != "no":
                 self.save_model(_internal_call=True)
                 self.save_state()
                 self.accelerator.print(self.publisher.where(self.policy.is_adapter, self.state))
         return output
+
+    @contextmanager
+    def _compiled(self) -> Iterator[None]:
+        """While training, so that the pipeline is afterwards as it was."""
+        if not self.args.torch_compile:
+            yield
+            return
+        with self.policy.compiled(self._show_compiling) as number:
+            self.accelerator.print(announcement(self.args, number))
+            yield
+
+    def _build_accelerator_args(self, **kwargs) -> dict[str, Any]:
+        # accelerate would compile updates alone, and switch TF32 on
+        return super()._build_accelerator_args(**kwargs) | {"dynamo_plugin": TorchDynamoPlugin(backend="no")}
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         start = time.perf_counter()
@@ -305,11 +335,15 @@ class FlowRLTrainer(SavingTrainer):
                 buffer.add(part.first, self.algorithm.keep(part.rollout))
                 phase.add(part)
             scores = phase.finish()
-        rewards, number = scores.rewards_per_func, len(rows)
+        drawn, number, refilled = scores.rewards_per_func, len(rows), {}
+        diversity = group_diversity(self.accelerator, phase.images, self.args.num_generations, len(drawn))
+        if self.args.dynamic_sample:
+            scores, refilled = self.dynamic_sampler.refill(phase, scores, buffer, self.run_state.generation)
+        phase.measure(drawn)
+        rewards = scores.rewards_per_func
         chosen, scores = phase.choose(scores)
         advantages, stats = self.algorithm.advantages(scores)
-        diversity = group_diversity(self.accelerator, phase.images, self.args.num_generations, len(rewards))
-        self.metrics.append({**phase.metrics, "diversity": diversity, **stats})
+        self.metrics.append({**phase.metrics, "diversity": diversity, **refilled, **stats})
         first = self.args.process_index * number
         self.sample_log.take(rows, phase.images, rewards[first : first + number], phase.logs)
         images, trained = self.sampler.images_to_edit(rows), len(advantages) // self.args.world_size
@@ -351,6 +385,15 @@ class FlowRLTrainer(SavingTrainer):
         self.policy.after_update()
         self.run_state.after_update()
         self.metrics.append(self.algorithm.after_update(self.policy))
+
+    def _save_checkpoint(self, model, trial):
+        self._show_stage("saving")
+        with self.optimizer_modes.evaluating():
+            super()._save_checkpoint(model, trial)
+
+    def create_scheduler(self, *args, **kwargs):
+        self.policy.begin()  # the model has just been wrapped
+        return super().create_scheduler(*args, **kwargs)
 
     # ---- Evaluation ----
 
@@ -403,17 +446,27 @@ class FlowRLTrainer(SavingTrainer):
             self.sample_log.write(result.images, result.prompts, name, self.state, self.callback_handler)
             is_first = result.name is None or result.name == next(iter(self.eval_dataset))
             if self.args.log_images and is_first and self.is_world_process_zero():
-                write_samples(self.args.output_dir, result.images, result.prompts, self.state.global_step)
+                with going_on_without(Path(self.args.output_dir, "images", "samples")):
+                    write_samples(self.args.output_dir, result.images, result.prompts, self.state.global_step)
         return metrics
 
     # ---- Logging ----
 
     def _show_stage(self, stage: str) -> None:
         """`stage` is what is going on, in words of which the first is one of `PARTS` in `run_log`."""
+        self._stage = stage
         self._clock.enter(stage.split()[0].rstrip(","))
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, FlowProgressCallback):
                 callback.show_stage(stage)
+
+    def _show_compiling(self, begins: bool) -> None:
+        """In the middle of another stage, which goes on afterwards."""
+        if begins:
+            self._interrupted = self._stage
+            self._show_stage(f"compiling, while {self._stage}")
+        else:
+            self._show_stage(self._interrupted)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
@@ -425,86 +478,3 @@ class FlowRLTrainer(SavingTrainer):
             self.sample_log.flush(self.state, self.callback_handler)
         with sections_kept():
             super().log(logs, start_time)
-
-    # ---- Saving and resuming ----
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        output_dir = self.args.output_dir if output_dir is None else output_dir
-        if self.args.should_save:
-            if Path(output_dir).resolve() == self.run_folder.path.resolve():
-                self.run_folder.claim()
-            os.makedirs(output_dir, exist_ok=True)
-            self.policy.save(output_dir, base_model=self.model_id, state_dict=state_dict)
-            Path(output_dir, "training_args.json").write_text(self.args.shown())
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the adapter, or the model, with the weights that evaluations use."""
-        with self.optimizer_modes.evaluating():
-            super().save_model(output_dir, _internal_call=_internal_call)
-
-    def _save_checkpoint(self, model, trial):
-        self._show_stage("saving")
-        with self.optimizer_modes.evaluating():
-            super()._save_checkpoint(model, trial)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self.run_state.load(Path(checkpoint), self.accelerator.device)
-
-    def _load_best_model(self) -> None:
-        self.optimizer_modes.eval()  # which would change the weights that are loaded
-        self._is_training = False
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-        # The average is what was found best, and what will be saved
-        self.run_state.load_part("policy", Path(self.state.best_model_checkpoint))
-        self.publisher.best_step = self.state.best_global_step
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            self.policy.load(resume_from_checkpoint)
-
-    # ---- Sharing ----
-
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """Writes `README.md` for diffusers users: how to load the result, scores, the reward curve, sample images,
-        settings, and papers. `model_name` is the title. `dataset_name` is the Hub id or name of the prompts, by
-        default what they were loaded from."""
-        if self.is_world_process_zero():
-            self.run_folder.claim()
-            names = {"model_name": model_name, "dataset_name": dataset_name, "tags": tags}
-            self.publisher.write_card(self.policy.module, self.state, self.hub_model_id, **names)
-
-    def push_to_hub(
-        self,
-        commit_message: str = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        include: Sequence[str] = (),
-        **kwargs,
-    ):
-        """Saves the model, writes its card (which gets `kwargs`) and uploads both, with the images that the card shows
-        and nothing else but what matches `include` (patterns in `output_dir`, such as `["images/*.png"]`), to
-        `args.hub_model_id`, by default the name of `output_dir`. `token`, `revision` and `private` default to the
-        `hub_` fields of the config. Raises `PushError` if the Hub refuses or cannot be reached; nothing is lost."""
-        if self.hub_model_id is None:
-            self.hub_model_id = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        self.create_model_card(**kwargs)
-        where = {"token": token, "revision": revision, "private": private, "include": include}
-        return self.publisher.push(self.hub_model_id, commit_message=commit_message, blocking=blocking, **where)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self.is_world_process_zero():
-            self.publisher.push_checkpoint(checkpoint_folder, self.hub_model_id, self.state.global_step)
-
-    def _finish_current_push(self) -> None:
-        self.publisher.wait()

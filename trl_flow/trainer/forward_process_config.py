@@ -16,7 +16,7 @@ _TRANSITIONS = (
 )
 _WHY = dict.fromkeys(_TRANSITIONS, "it is about stochastic steps of sampling, and here sampling follows the ODE")
 _WHY |= dict.fromkeys(
-    ("dense_rewards", "value_discount", "value_scale"),
+    ("dense_rewards", "value_discount", "value_scale", "projection_vae"),
     "VGPO's values belong to the steps of a sampled trajectory, and here only the finished image is kept",
 )
 _WHY["importance_ratio"] = (

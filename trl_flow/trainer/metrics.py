@@ -1,8 +1,9 @@
 """What is logged: [`Metrics`], in one flat dictionary, and [`SampleLog`], grids of images."""
 
+import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from transformers import TrainerState
 from transformers.trainer_callback import CallbackHandler
+from transformers.utils import logging
 
 from trl_flow.algorithms import Algorithm, LossOutput, StepSums
 from trl_flow.evaluation.grids import image_grid
@@ -17,6 +19,9 @@ from trl_flow.images import Sample
 from trl_flow.rewards.scorer import RewardLogs
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.trackers import log_image
+
+
+logger = logging.get_logger(__name__)
 
 
 class Metrics:
@@ -79,6 +84,15 @@ class Metrics:
         return metrics
 
 
+@contextlib.contextmanager
+def going_on_without(path: Path) -> Iterator[None]:
+    """Around the writing of what training can do without: if that fails, on a full disk, it is warned of."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning(f"{path} cannot be written ({error}): training goes on without it.")
+
+
 class SampleLog:
     """The latest images of this process with their captions, until they are logged."""
 
@@ -110,6 +124,9 @@ class SampleLog:
         if not self.args.log_images or not state.is_world_process_zero:
             return
         number, tag = self.args.num_images_to_log, name.rsplit("-", 1)[0]
+        grid = image_grid(images[:number], captions[:number])
         path = Path(self.args.output_dir, "images", f"{name}.png")
-        grid = image_grid(images[:number], captions[:number], path=path)
+        with going_on_without(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            grid.save(path)
         log_image(grid, f"images/{tag}", self.args.report_to, state, handler)

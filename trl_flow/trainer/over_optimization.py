@@ -49,7 +49,7 @@ class OverOptimizationCallback(TrainerCallback):
     from trl_flow.shapes import load_prompts, pipeline_path
 
     args = GuardConfig(
-        "outputs/watched", height=32, width=32, max_sequence_length=1, guidance_scale=1.0, num_inference_steps=4,
+        "outputs/watched", height=64, width=64, max_sequence_length=1, guidance_scale=1.0, num_inference_steps=4,
         num_generations=4, per_device_train_batch_size=8, max_steps=2, eval_strategy="steps", eval_steps=1,
         use_cpu=True,
     )
@@ -144,11 +144,12 @@ class OverOptimizationCallback(TrainerCallback):
 
         difference, error = gold_difference(self._best, evaluation.gold)
         is_worse = evaluation.reward > self._best_reward and -difference > self.num_standard_errors * error
+        # First: if it fails, on a full disk, this evaluation is repeated when the run is resumed
+        if state.global_step > 0 and evaluation.gold.average > self._kept_average:
+            self._keep(evaluation, Path(args.output_dir, BEST_FOLDER), state)
         self._count = self._count + 1 if is_worse else 0
         if difference > 0:
             self._best_step, self._best_reward, self._best = state.global_step, evaluation.reward, evaluation.gold
-        if state.global_step > 0 and evaluation.gold.average > self._kept_average:
-            self._keep(evaluation, Path(args.output_dir, BEST_FOLDER), state)
         if self._count < self.patience:
             return control
         if state.is_world_process_zero and (self._count == self.patience or self.stop):
@@ -159,9 +160,12 @@ class OverOptimizationCallback(TrainerCallback):
 
     def _keep(self, evaluation: EvaluationResult, folder: Path, state: TrainerState) -> None:
         evaluation.save(folder)
+        if state.is_world_process_zero:
+            self._write_scores(evaluation, folder, state)
         self._kept_step, self._kept_average = state.global_step, evaluation.gold.average
-        if not state.is_world_process_zero:
-            return
+
+    @staticmethod
+    def _write_scores(evaluation: EvaluationResult, folder: Path, state: TrainerState) -> None:
         gold = evaluation.gold
         scores = {"reward": evaluation.reward, "base_reward": evaluation.base_reward}
         scores |= {"gold_average": gold.average, "gold_average_std_err": gold.standard_error}

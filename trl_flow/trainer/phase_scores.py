@@ -13,6 +13,7 @@ from transformers import TrainerState
 from transformers.utils import logging
 
 from trl_flow.algorithms import PhaseScores
+from trl_flow.backbones.projection import decoding_with
 from trl_flow.functional import combine_rewards, frac_zero_std, max_variance_subset, normalize_then_sum
 from trl_flow.images import Sample
 from trl_flow.rewards.checks import RewardError, is_dense
@@ -30,8 +31,11 @@ def columns_of(rows: list[dict[str, Any]]) -> dict[str, list]:
     return {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
 
 
-def gather_rewards(accelerator: Accelerator, score: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """What `score` gives in all processes. An error in one is raised in all, so that none waits."""
+def gather_rewards(
+    accelerator: Accelerator, score: Callable[[], torch.Tensor], number: int | None = None
+) -> torch.Tensor:
+    """What `score` gives in all processes, each filled up with NaN to `number` samples where they have other numbers.
+    An error in one is raised in all, so that none waits."""
     error = None
     try:
         rewards = score()
@@ -43,6 +47,8 @@ def gather_rewards(accelerator: Accelerator, score: Callable[[], torch.Tensor]) 
             raise RewardError(f"On another process: {errors[0]}")
     if error is not None:
         raise error
+    if number is not None:
+        rewards = torch.nn.functional.pad(rewards, (0, 0, 0, number - len(rewards)), value=torch.nan)
     return accelerator.gather(rewards.to(accelerator.device))
 
 
@@ -69,6 +75,7 @@ class PhaseScorer:
     sampler: Sampler
     args: FlowRLConfig
     accelerator: Accelerator
+    projection_vae: torch.nn.Module | None = None  # decodes unfinished images in place of the pipeline's VAE
     _has_scored: bool = False
 
     @property
@@ -78,8 +85,11 @@ class PhaseScorer:
         return [i for i, (func, weight) in enumerate(pairs) if is_dense(func) and weight != 0]
 
     @contextlib.contextmanager
-    def phase(self, rows: list[dict[str, Any]], plan: StepPlan, state: TrainerState) -> Iterator["ScoringPhase"]:
-        """Scores one phase of this process's `rows`; a context manager around sampling."""
+    def phase(
+        self, rows: list[dict[str, Any]], plan: StepPlan, state: TrainerState, *, number: int | None = None
+    ) -> Iterator["ScoringPhase"]:
+        """Scores one phase of this process's `rows`; a context manager around sampling. If processes have other
+        numbers of rows, `number` is that of the most."""
         # Not in the first phase: the functions load their models then, and while one loads, the default dtype is
         # the model's. Nor with dropout, which draws from the global random generators, as the functions may.
         background = self.args.overlap_rewards and self.args.disable_dropout and self._has_scored
@@ -87,7 +97,7 @@ class PhaseScorer:
         try:
             with self.scorer.session(background=background, trainer_state=state) as session:
                 try:
-                    yield ScoringPhase(self, rows, plan, state, session, is_first=is_first)
+                    yield ScoringPhase(self, rows, plan, state, session, is_first=is_first, number=number)
                 finally:
                     busy = session.busy
         except torch.OutOfMemoryError as error:
@@ -100,8 +110,9 @@ class PhaseScorer:
 
 @dataclass(eq=False)
 class ScoringPhase:
-    """One sampling phase: `add` the parts as they are sampled, then `finish`. `images` are the finished ones so far;
-    `logs`, of this process's samples, and `metrics`, of all processes', are there at the end."""
+    """One sampling phase: `add` the parts as they are sampled, then `finish`, and `measure`. `images` are the finished
+    ones so far; `logs`, of this process's samples, are there once it is finished, and `metrics`, of all processes',
+    once it is measured."""
 
     parent: PhaseScorer
     rows: list[dict[str, Any]]
@@ -109,6 +120,7 @@ class ScoringPhase:
     state: TrainerState
     session: ScoringSession
     is_first: bool = False  # of this run of the program
+    number: int | None = None
     images: list[Sample] = field(default_factory=list)
     logs: RewardLogs = field(default_factory=RewardLogs)
     metrics: dict[str, float] = field(default_factory=dict)
@@ -120,7 +132,7 @@ class ScoringPhase:
         """Takes a part, and has the groups scored that are complete: a reward may compare a group's images."""
         self.images += part.images
         if part.rollout.pred_original_samples is not None and self.parent.dense:
-            self._predicted += part.rollout.pred_original_samples.cpu().unbind()
+            self._predicted += part.rollout.pred_original_samples.cpu().unbind()[: len(part.images)]
         # What this process has of a group that is split over processes is complete when its own images are
         end, number = len(self.images), self.parent.args.num_generations
         offset = self.parent.args.process_index * len(self.rows)
@@ -150,9 +162,8 @@ class ScoringPhase:
                 logger.warning(f"{what}: the sample is left out of its group.")
             return scores.rewards
 
-        rewards_per_func = gather_rewards(self.parent.accelerator, collect)
+        rewards_per_func = gather_rewards(self.parent.accelerator, collect, self.number)
         instant = self._instant(rewards_per_func) if self.plan.project else None
-        self._measure(rewards_per_func)
         return PhaseScores(rewards_per_func, self.parent.scorer.names, self.plan, instant)
 
     def choose(self, scores: PhaseScores) -> tuple[torch.Tensor | None, PhaseScores]:
@@ -182,9 +193,8 @@ class ScoringPhase:
             by_func = terminal
             if parent.dense and t < number - 1:
                 parent.sampler.show_stage(f"scoring step {t + 1} of {number}")
-                latents = torch.stack([own[t] for own in self._predicted])
                 by_func = terminal.clone()
-                scored = gather_rewards(parent.accelerator, lambda latents=latents: self._score_predicted(latents))
+                scored = gather_rewards(parent.accelerator, lambda t=t: self._score_predicted(t), self.number)
                 by_func[:, parent.dense] = scored[:, parent.dense]
             steps.append(by_func)
             rewards = self._combine(by_func)
@@ -194,15 +204,28 @@ class ScoringPhase:
                 self.metrics[f"instant_reward/std_step_{t}"] = present.std().item()
         return torch.stack(steps, dim=1)
 
-    def _score_predicted(self, latents: torch.Tensor) -> torch.Tensor:
-        given = [row["prompt"] for row in self.rows], decode(self.parent.sampler.policy.backbone, latents)
+    def _score_predicted(self, step: int) -> torch.Tensor:
+        if not self.rows:
+            return torch.empty(0, len(self.parent.scorer.names))
+        latents = torch.stack([own[step] for own in self._predicted])
+        backbone = self.parent.sampler.policy.backbone
+        with decoding_with(backbone, self.parent.projection_vae):
+            given = [row["prompt"] for row in self.rows], decode(backbone, latents)
         options = {"trainer_state": self.state, "only": self.parent.dense}
         scores = self.parent.scorer.score(*given, columns_of(self.rows), **options)
         for name, values in scores.logs.metrics.items():
             self.logs.metrics[name] += values
         return scores.rewards
 
-    def _measure(self, rewards_per_func: torch.Tensor) -> None:
+    def compared(self, rewards_per_func: torch.Tensor, instant: torch.Tensor | None = None) -> torch.Tensor:
+        """What must differ within a group for it to have advantages, `(N, M)`: the sum of the rewards, with `instant`
+        at any step, or any of the rewards that count."""
+        if self.parent.args.multi_objective_aggregation == "normalize_then_sum":
+            return rewards_per_func[:, (self.parent.reward_weights != 0).to(rewards_per_func.device)]
+        return self._combine(rewards_per_func)[:, None] if instant is None else self._combine(instant)
+
+    def measure(self, rewards_per_func: torch.Tensor) -> None:
+        """The metrics of the rewards `(N, K)`, of all processes."""
         parent, rewards = self.parent, self._combine(rewards_per_func)
         self.metrics |= reward_metrics(rewards_per_func, rewards, parent.scorer.names)
         silent = [name for name in parent.scorer.names if self.metrics[f"rewards/{name}/frac_none"] == 1]
@@ -211,11 +234,8 @@ class ScoringPhase:
             so = "nothing is trained" if rewards.isnan().all() else "they train nothing"
             advice = "Look at the columns and prompts that they need; rewards/{name}/frac_none is the share of Nones."
             logger.warning(f"None was returned for {whose}: {so} while that stays so. {advice}")
-        # What must differ within a group for it to have advantages: the sum, or any of the rewards that count
-        compared = rewards[:, None]
-        if parent.args.multi_objective_aggregation == "normalize_then_sum":
-            compared = rewards_per_func[:, (parent.reward_weights != 0).to(rewards.device)]
-        self.metrics["frac_reward_zero_std"] = frac_zero_std(compared, parent.args.num_generations).item()
+        flat = frac_zero_std(self.compared(rewards_per_func), parent.args.num_generations)
+        self.metrics["frac_reward_zero_std"] = flat.item()
         for name in sorted(set(gather_object(list(self.logs.metrics)))):
             values = gather_object(self.logs.metrics.get(name, []))
             self.metrics[name] = sum(values) / len(values)

@@ -15,17 +15,17 @@ from diffusers.training_utils import EMAModel
 from peft import PeftModel, set_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from trl_flow import sharing
 from trl_flow.backbones import Backbone
+from trl_flow.trainer.compilation import compiled
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.loading import is_quantized
-from trl_flow.trainer.old_policy import OldPolicy, local_part
+from trl_flow.trainer.old_policy import OldPolicy
 from trl_flow.trainer.prompt_cache import PromptCache
+from trl_flow.trainer.sharding import forget_gathered, is_zero3, local_part, part_of, whole
 
 
 logger = logging.get_logger(__name__)
@@ -65,32 +65,60 @@ class Policy:
         self.sampling_weights: list[torch.Tensor] = []
         self._wrapped = wrapped
         self.is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        copied, old_copied = ((wanted and not self.is_adapter) for wanted in (keep_reference, keep_old))
         self._goes_on = args.init_adapter is not None and args.reference == "initial"
-        not_sharded = {"use_ema": args.use_ema, "diagnostics_steps": args.diagnostics_steps}
-        not_sharded |= {"a quantized model": is_quantized(backbone.model), "beta > 0 with full fine-tuning": copied}
-        not_sharded |= {"beta > 0 with init_adapter and reference='initial'": keep_reference and self._goes_on}
-        not_sharded |= {"an old policy beside full fine-tuning": old_copied}
-        for name, used in not_sharded.items():
-            if used and self.is_sharded:
-                instead = "Leave it out, or use processes without sharding (--accelerate_config multi_gpu)."
-                raise ValueError(f"{name} is not supported with FSDP or DeepSpeed, which shard the weights. {instead}")
-        if keep_old and self._is_split:
-            splits = "a second set of all trained weights, which DeepSpeed's ZeRO-3 splits over processes"
-            raise ValueError(f"The old policy is {splits}. Use ZeRO-2 or FSDP2.")
+        self._check_sharding()
         for name, module in backbone.pipeline.components.items():
             # The prompt cache moves text encoders whose embeddings are on disk
             elsewhere = module is backbone.model or (name.startswith("text_encoder") and args.precompute_prompt_embeds)
             if isinstance(module, torch.nn.Module) and not elsewhere and not is_quantized(module):
                 module.to(accelerator.device)
-        self._reference = copy.deepcopy(self.module).requires_grad_(False).eval() if copied else None
+        is_whole = not self.is_sharded
+        copied = keep_reference and not self.is_adapter
+        self._reference = copy.deepcopy(self.module).requires_grad_(False).eval() if copied and is_whole else None
+        # The weights before training, where they are a reference; of sharded ones there are parts later on
+        self._keeps_initial, self._initial = self._goes_on or (copied and self.is_sharded), None
+        if self._keeps_initial and is_whole:
+            self._initial = self._copies_of(self.local_weights())
         self.old = OldPolicy(self) if keep_old else None
-        # An adapter's weights before training, where they are a reference
-        self._initial = self._copies_of(self.local_weights()) if self._goes_on and not self.is_sharded else None
-        self.ema = EMAModel(self.trained_parameters, decay=args.ema_decay) if args.use_ema else None
+        self.ema = self._new_average() if is_whole else None
         self._num_updates = 0
         self._gradients_checked = False
         self._forced: torch.nn.Module | None = None
+        # Whether forwards without gradients run the graph of those with them
+        self._one_graph = False
+
+    def _check_sharding(self) -> None:
+        if not self.is_sharded:
+            return
+        ddp = "processes without sharding (--accelerate_config multi_gpu)"
+        if is_quantized(self.backbone.model):
+            raise ValueError(
+                "A quantized model cannot be sharded: its packed weights have a format of their own, which FSDP and "
+                f"DeepSpeed do not split. It is small: use {ddp}. Or leave the quantization out."
+            )
+        if self.args.torch_compile and is_zero3(self.accelerator):
+            raise ValueError(
+                "torch_compile is on, but under ZeRO-3 torch would trace DeepSpeed's code around each layer, which "
+                f"takes minutes and gives no faster model. Set torch_compile=False, or use fsdp2, ZeRO-2 or {ddp}."
+            )
+        is_zero2 = self.accelerator.distributed_type == DistributedType.DEEPSPEED and not is_zero3(self.accelerator)
+        if self.args.diagnostics_steps and not is_zero2:
+            raise ValueError(
+                "diagnostics_steps measures the gradient of one step, but under FSDP and ZeRO-3 weights are whole "
+                "only while a layer is at work, and gradients are at once those of all processes. Leave it out, or "
+                f"use {ddp} or ZeRO-2."
+            )
+
+    def begin(self) -> None:
+        """Takes what is kept of sharded weights as they are: once the model is wrapped, before a checkpoint is loaded.
+        To be called on all processes."""
+        if not self.is_sharded:
+            return
+        if self._keeps_initial and self._initial is None:
+            self._initial = self._copies_of(self.local_weights())
+        self.ema = self._new_average()
+        if self.old is not None:
+            self.old.weights()
 
     # ---- The module ----
 
@@ -106,9 +134,7 @@ class Policy:
     @property
     def has_reference(self) -> bool:
         """Whether the reference can still be had when training has begun."""
-        if self._goes_on:
-            return self._initial is not None
-        return self.is_adapter or self._reference is not None
+        return self.is_adapter or self._reference is not None or self._keeps_initial
 
     @property
     def starts_at_reference(self) -> bool:
@@ -140,10 +166,33 @@ class Policy:
     def predict(self, latents: torch.Tensor, timestep: torch.Tensor, condition: Condition) -> torch.Tensor:
         """The prediction for latents `(B, ...)` at a value of the schedule's `timesteps`, guidance included: the
         velocity of flow models, noise or `v` of U-Nets, float32, `(B, ...)`."""
+        keeps_grad = torch.is_grad_enabled()
         # Gradients are reduced over processes by the wrapped module
-        module = self._wrapped() if torch.is_grad_enabled() else self.sampling_module
+        module = self._wrapped() if keeps_grad else self.sampling_module
         told = condition.positive, condition.negative, condition.guidance_scale
-        return self.backbone.guided_prediction(module, latents, timestep, *told)
+        # Others have autocast in their forward, FSDP2's module has none
+        autocast = self.accelerator.autocast() if self.is_sharded else contextlib.nullcontext()
+        # torch compiles a forward with gradients to other kernels than one without, which round differently
+        with torch.set_grad_enabled(keeps_grad or self._one_graph), autocast:
+            prediction = self.backbone.guided_prediction(module, latents, timestep, *told)
+        return prediction if keeps_grad else prediction.detach()
+
+    @contextlib.contextmanager
+    def compiled(self, on_compile: Callable[[bool], None]) -> Iterator[int]:
+        """With `torch_compile` the models run compiled; gives the number of parts that are compiled. `on_compile` is
+        told when a compilation begins (`True`) and when it ends."""
+        models = [*self.backbone.sampled_models, self._reference, None if self.old is None else self.old.module]
+        divided = self.backbone.compiled_parts if self.args.use_regional_compilation else lambda model: [model]
+        parts = [part for model in models if model is not None for part in divided(model)]
+        # Of other batches there are other graphs, and with gradients they need more memory than an update. FSDP
+        # expects a backward pass of every forward with gradients
+        same_batches = self.args.trained_batch_size == self.args.per_device_train_batch_size
+        self._one_graph = same_batches and not self.is_sharded
+        try:
+            with compiled(parts, self.args, on_compile):
+                yield len(parts)
+        finally:
+            self._one_graph = False
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[None]:
@@ -188,19 +237,20 @@ class Policy:
         elif self.ema is None:
             yield
         else:
-            parameters = self.trained_parameters
-            self.ema.store(parameters)
-            self.ema.copy_to(parameters)
-            try:
+            with self._replaced(self.local_weights(), self.ema.shadow_params):
                 yield
-            finally:
-                self.ema.restore(parameters)
 
     @contextlib.contextmanager
     def _as_reference(self) -> Iterator[None]:
-        if self._initial is not None:
-            with self._moved(self._initial, 0.0):
-                yield
+        if self._keeps_initial:
+            # Beside an update's own forward: a second one with gradients would double its memory
+            one_graph, self._one_graph = self._one_graph, False
+            try:
+                # Without the copies training has not begun
+                with contextlib.nullcontext() if self._initial is None else self._moved(self._initial, 0.0):
+                    yield
+            finally:
+                self._one_graph = one_graph
             return
         if self._reference is None:
             # PEFT switches gradients off and on for the weights that it finds: it must not be gathered ones
@@ -226,7 +276,7 @@ class Policy:
     @contextlib.contextmanager
     def _old_in_place(self) -> Iterator[None]:
         if self.old.module is None:
-            with self._replaced(self.local_weights(), map(local_part, self.old.weights())):
+            with self._replaced(self.local_weights(), self.old.weights()):
                 yield
             return
         with self._forcing(self.old.module):
@@ -255,33 +305,39 @@ class Policy:
 
     # ---- Weights ----
 
-    def whole_or_sharded(self) -> list[torch.nn.Parameter]:
-        """The trained parameters, of which FSDP has gathered none."""
-        self._forget_copies()
-        return self.trained_parameters
-
     @torch.no_grad()
     def local_weights(self) -> list[torch.Tensor]:
         """The trained weights, of sharded ones this process's part; what is written into them counts."""
-        return [p.to_local() if isinstance(p, DTensor) else p.data for p in self.whole_or_sharded()]
+        self._forget_copies()
+        return [local_part(p) for p in self.trained_parameters]
 
     def _forget_copies(self) -> None:
-        """Of weights that were written to: autocast's in half precision, and those that FSDP has gathered."""
+        """Of weights that were written to: autocast's in half precision, and those that have been gathered."""
         torch.clear_autocast_cache()
         self._reshard()
 
     def _reshard(self) -> None:
-        for module in self._wrapped().modules() if self.is_sharded else ():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        if self.is_sharded:
+            forget_gathered(self._wrapped(), self.trained_parameters)
+
+    def gathered(self, name: str, parts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Of another set of [`local_weights`] whole tensors, as `{name}.{i}`: of sharded ones in the processes that
+        save, in the host's memory. To be called on all processes."""
+        if not self.is_sharded:
+            return {f"{name}.{i}": part for i, part in enumerate(parts)}
+        found = {}
+        for i, (weight, part) in enumerate(zip(self.trained_parameters, parts, strict=True)):
+            tensor = whole(weight, part.to(local_part(weight).device))
+            if self.args.should_save:
+                found[f"{name}.{i}"] = tensor.to("cpu", copy=True)
+        return found
+
+    def parts_of(self, name: str, state: dict[str, Any]) -> list[torch.Tensor]:
+        """What this process has of what [`gathered`] gave. To be called on all processes."""
+        return [part_of(weight, state[f"{name}.{i}"]) for i, weight in enumerate(self.trained_parameters)]
 
     def copy_weights(self) -> list[torch.Tensor]:
-        """Copies of the trained weights, for `at("probe")`. Raises `ValueError` where no process has them whole."""
-        if self._is_split:
-            raise ValueError(
-                "The ratio's probe moves all trained weights, which DeepSpeed's ZeRO-3 splits over processes. Set "
-                "ratio_probe=0, or use ZeRO-2 or FSDP2."
-            )
+        """Copies of the trained weights, for `at("probe")`; of sharded ones this process's part."""
         return self._copies_of(self.local_weights())
 
     def _copies_of(self, weights: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -290,20 +346,12 @@ class Policy:
         is_adapter = self.is_adapter
         return [w.clone() if is_adapter else w.to("cpu", copy=True) for w in weights]
 
-    @property
-    def _is_split(self) -> bool:
-        plugin = self.accelerator.state.deepspeed_plugin
-        return plugin is not None and plugin.zero_stage == 3
+    def _new_average(self) -> EMAModel | None:
+        return EMAModel(self._averaged_weights(), decay=self.args.ema_decay) if self.args.use_ema else None
 
-    @property
-    def can_probe(self) -> bool:
-        """Whether `at("probe")` costs little: for an adapter, whose weights are few, that is not split."""
-        return self.is_adapter and self.can_measure
-
-    @property
-    def can_measure(self) -> bool:
-        """Whether `at("probe")` can be asked for."""
-        return not self._is_split
+    def _averaged_weights(self) -> list[torch.Tensor]:
+        # Of those without gradients EMAModel takes no average
+        return [weights.detach().requires_grad_() for weights in self.local_weights()]
 
     # ---- Updates ----
 
@@ -340,7 +388,7 @@ class Policy:
             self._warn_of_unreached()
         self._num_updates += 1
         if self.ema is not None and self._num_updates % self.args.ema_update_every == 0:
-            self.ema.step(self.trained_parameters)
+            self.ema.step(self._averaged_weights())
 
     def _warn_of_unreached(self) -> None:
         """Names the trained parameters that the first update's backward passes have not reached. One whose gradient is
@@ -362,19 +410,32 @@ class Policy:
     def save(self, folder: str | os.PathLike, *, base_model: str | None, state_dict: dict | None) -> None:
         """Writes the adapter in diffusers' format and in PEFT's, which resuming needs, or the full model; of the
         average, where there is one, but in a folder `checkpoint-...` the trained weights for resuming. `base_model` is
-        the pipeline's hub id or folder, `state_dict` that of sharded weights, gathered."""
+        the pipeline's hub id or folder, `state_dict` that of sharded weights, gathered. To be called on all processes:
+        those that should save do."""
         is_checkpoint = Path(folder).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+        averaged, at_average = state_dict, self.at("average")
+        if self.is_sharded:
+            averaged, at_average = self._with_average(state_dict), contextlib.nullcontext()
+        if not self.args.should_save:
+            return
         if not self.is_adapter:
-            with contextlib.nullcontext() if is_checkpoint else self.at("average"):
-                sharing.save_full(self.module, folder, state_dict=state_dict)
+            with contextlib.nullcontext() if is_checkpoint else at_average:
+                sharing.save_full(self.module, folder, state_dict=state_dict if is_checkpoint else averaged)
             return
         pipeline_class, component = type(self.backbone.pipeline), self.backbone.component
-        revision = (self.args.model_init_kwargs or {}).get("revision")
-        common = {"state_dict": state_dict, "base_model": base_model, "revision": revision}
-        with self.at("average"):
-            sharing.save_lora(pipeline_class, self.module, folder, component=component, **common)
+        common = {"base_model": base_model, "revision": (self.args.model_init_kwargs or {}).get("revision")}
+        with at_average:
+            sharing.save_lora(pipeline_class, self.module, folder, component=component, state_dict=averaged, **common)
         if is_checkpoint and self.ema is not None:
-            sharing.save_adapter(self.module, folder, **common)
+            sharing.save_adapter(self.module, folder, state_dict=state_dict, **common)
+
+    def _with_average(self, state_dict: dict) -> dict:
+        """The gathered weights of a sharded model with the average in place of the trained ones."""
+        if self.ema is None:
+            return state_dict
+        average = self.gathered("average", self.ema.shadow_params)
+        names = [name for name, p in self.module.named_parameters() if p.requires_grad]
+        return (state_dict or {}) | dict(zip(names, average.values(), strict=False))  # `None` where nothing is saved
 
     def load(self, checkpoint: str) -> None:
         """Takes a checkpoint's weights; `ValueError` if it holds no adapter where one is trained, or another one."""
@@ -398,24 +459,26 @@ class Policy:
         """The moving average, the old policy and where training began; the trained weights themselves are the
         trainer's to save. To be called on all processes."""
         state = {"init_adapter": self.args.init_adapter, "reference": self.args.reference}
-        state |= {f"initial.{i}": weights for i, weights in enumerate(self._initial or [])}
+        if self._goes_on and self._initial is not None:
+            state |= self.gathered("initial", self._initial)
         if self.old is not None:
             state |= self.old.state_dict()
         if self.ema is None:
             return state
-        average = {f"average.{i}": parameter for i, parameter in enumerate(self.ema.shadow_params)}
+        average = self.gathered("average", self.ema.shadow_params)
         return state | {"ema_step": self.ema.optimization_step, "num_updates": self._num_updates, **average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what [`state_dict`] gave; of `{}` the average and the old policy begin at the weights as they are."""
-        if state and self._initial is not None:
-            self._initial = [state[f"initial.{i}"].to(weights.device) for i, weights in enumerate(self._initial)]
+        if "initial.0" in state:
+            self._initial = self.parts_of("initial", state)
         if self.old is not None:
             self.old.load_state_dict(state)
         self._num_updates = state.get("num_updates", 0)
-        if self.ema is None:
+        if not state and self.is_sharded:
+            self.ema = None  # until `begin`
             return
-        self.ema = EMAModel(self.trained_parameters, decay=self.args.ema_decay)
-        if "ema_step" in state:
-            averages = [state[f"average.{i}"].to(self.accelerator.device) for i in range(len(self.ema.shadow_params))]
-            self.ema.optimization_step, self.ema.shadow_params = state["ema_step"], averages
+        self.ema = self._new_average()
+        if self.ema is not None and "ema_step" in state:
+            self.ema.optimization_step = state["ema_step"]
+            self.ema.shadow_params = self.parts_of("average", state)

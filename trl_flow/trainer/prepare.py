@@ -9,6 +9,7 @@ from peft import PeftConfig
 
 from trl_flow.backbones import Backbone
 from trl_flow.backbones.passed_in import modules_of, prepare_for_training
+from trl_flow.trainer.attention import set_attention_backend
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.init_adapter import with_init_adapter
 from trl_flow.trainer.lora_targets import with_adapter
@@ -47,6 +48,7 @@ def prepare_module(backbone: Backbone, args: FlowRLConfig, peft_config: PeftConf
     config = TrainerConfigDict(model.config)
     vars(config).update(vars(model.config))  # diffusers sets some values as attributes only
     model._internal_dict = config
+    set_attention_backend(backbone, args.attention_backend)
     if args.gradient_checkpointing:
         # transformers would call a method that diffusers' models do not have
         model.enable_gradient_checkpointing()

@@ -22,7 +22,7 @@ SAMPLED_WITH = (
     *("num_generations", "num_inference_steps", "guidance_scale", "negative_prompt", "height", "width", "num_frames"),
     *("max_sequence_length", "component", "guidance_scale_2", "reward_frame"),
     *("sde_type", "noise_level", "importance_ratio", "dense_rewards"),
-    *("bf16", "fp16"),
+    *("bf16", "fp16", "attention_backend"),
 )
 # Of where and how often things are written, which changes nothing in the training
 _ELSEWHERE = (

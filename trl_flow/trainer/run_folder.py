@@ -6,10 +6,10 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from trl_flow.evaluation.outputs import locked
+from trl_flow.evaluation.outputs import half_written, locked
 from trl_flow.evaluation.run_log import LOG_NAME, PROGRESS_NAME
 from trl_flow.sharing import weight_files
-from trl_flow.trainer.checkpoints import complete_checkpoints, missing_in, step_of
+from trl_flow.trainer.checkpoints import STATE_FILE, complete_checkpoints, missing_in, step_of
 from trl_flow.trainer.flow_rl_config import FlowRLConfig
 from trl_flow.trainer.over_optimization import BEST_FOLDER
 
@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 PREVIOUS = "previous"
 # What a run writes besides checkpoints and weights
 _OF_A_RUN = (
-    *("README.md", "rewards.png", "training_args.json", "trainer_state.json", LOG_NAME, "diagnostics.md"),
+    *("README.md", "rewards.png", "training_args.json", STATE_FILE, LOG_NAME, "diagnostics.md"),
     PROGRESS_NAME,
     *("images", "plots", BEST_FOLDER),
 )
@@ -35,7 +35,7 @@ class RunFolder:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keeps other processes from training into it; `ValueError` if one does."""
-        with locked(self.path, "training") if self._writes else contextlib.nullcontext():
+        with locked(self.path, "training into") if self._writes else contextlib.nullcontext():
             yield
 
     def begin(self, checkpoint: str | None) -> None:
@@ -45,8 +45,14 @@ class RunFolder:
         goes_on = checkpoint is not None and Path(checkpoint).parent.resolve() == self.path.resolve()
         if goes_on and self._writes:
             self._move_later_than(checkpoint)
+            (self.path / STATE_FILE).unlink(missing_ok=True)  # it stands for a run that has ended
         elif self._writes:
             self._move_another_run()
+        if self._writes:
+            # Not in other folders, where another process may be writing
+            for folder in (self.path, self.path / BEST_FOLDER, *self.path.glob("checkpoint-*")):
+                for left in half_written(folder):
+                    left.unlink()
         self._is_own = True
 
     def claim(self) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,17 +37,21 @@ class Sampler:
     show_stage: Callable[[str], None]
     weights: str = "trained"  # a name for `policy.at`
 
-    def sample(self, rows: list[dict[str, Any]], plan: StepPlan, generation: int) -> Iterator[SampledPart]:
-        """The local part of a generation batch: `rows` has one for each image of this process. Raises
-        `FloatingPointError` if the latents are not finite."""
+    def sample(
+        self, rows: list[dict[str, Any]], plan: StepPlan, generation: int, *, indices: Sequence[int] | None = None,
+        attempt: int = 0,
+    ) -> Iterator[SampledPart]:  # fmt: skip
+        """The local part of a generation batch: `rows` has one for each image of this process, and `indices`, where
+        they are sampled again, their indices in the global batch, of whole groups. Raises `FloatingPointError` if the
+        latents are not finite."""
         size, num_steps = self.args.per_device_train_batch_size, self.args.num_inference_steps
-        offset = self.args.process_index * len(rows)
-        first_step, starts, predicted = self._starts(generation, rows, plan)
+        if indices is None:
+            indices = range(self.args.process_index * len(rows), (self.args.process_index + 1) * len(rows))
+        first_step, starts, predicted = self._starts(generation, rows, plan, indices, attempt)
         for first in range(0, len(rows), size):
-            key = self.args.seed, generation, RandomStream.TRANSITIONS
-            stage = f"sampling images {first + 1} to {first + size} of {len(rows)}, step "
             part, start = rows[first : first + size], starts[first : first + size]
-            options = {"generators": [sample_generator(*key, offset + first + i) for i in range(size)]}
+            stage = f"sampling images {first + 1} to {first + len(part)} of {len(rows)}, step "
+            options = {"generators": self._generators(generation, indices[first : first + size], attempt)}
             options["on_step"] = lambda step, stage=stage: self.show_stage(f"{stage}{step + 1} of {num_steps}")
             sampled = self._rollout(part, start, plan, first_step=first_step, **options)
             if not sampled.final.isfinite().all():
@@ -72,19 +76,24 @@ class Sampler:
             predict = functools.partial(self.policy.predict, condition=condition)
             return rollout(predict, self.dynamics, latents, plan, **kwargs)
 
+    def _generators(
+        self, generation: int, indices: Iterable[int], attempt: int, stream: RandomStream = RandomStream.TRANSITIONS
+    ) -> list[torch.Generator]:
+        again = (attempt,) if attempt else ()
+        return [sample_generator(self.args.seed, generation, stream, index, *again) for index in indices]
+
     def _starts(
-        self, generation: int, rows: list[dict[str, Any]], plan: StepPlan
+        self, generation: int, rows: list[dict[str, Any]], plan: StepPlan, indices: Sequence[int], attempt: int
     ) -> tuple[int, torch.Tensor, torch.Tensor | None]:
         """Where the local samples of a generation batch begin: a step, the latents there, `(N, ...)`, and with
         `plan.project` the clean latents predicted before, if any. With `share_initial_noise` the images of a group are
         one and the same up to the first stochastic step: the ODE steps before it are taken once for each group."""
         number, size, first_step = len(rows), self.args.num_generations, min(plan.stochastic, default=0)
-        indices = range(self.args.process_index * number, (self.args.process_index + 1) * number)
         if not self.args.share_initial_noise:
-            return 0, self._initial_noise(generation, indices), None
+            return 0, self._initial_noise(generation, indices, attempt), None
         groups = [index // size for index in indices]
         distinct = sorted(set(groups))
-        latents, predicted = self._initial_noise(generation, distinct), None
+        latents, predicted = self._initial_noise(generation, distinct, attempt), None
         if first_step > 0:
             # A process may have the end of one group and the beginning of another, and so one group more than others:
             # all take as many forwards, so that sharded ones stay in step
@@ -111,8 +120,7 @@ class Sampler:
         predicted = torch.cat([part.pred_original_samples for part in parts]) if plan.project else None
         return torch.cat([part.final for part in parts]), predicted
 
-    def _initial_noise(self, generation: int, indices: Iterable[int]) -> torch.Tensor:
+    def _initial_noise(self, generation: int, indices: Iterable[int], attempt: int = 0) -> torch.Tensor:
         """`x_1` of samples by their global indices, or with `share_initial_noise` of groups by theirs."""
-        key = self.args.seed, generation, RandomStream.INITIAL_NOISE
-        generators = [sample_generator(*key, index) for index in indices]
+        generators = self._generators(generation, indices, attempt, RandomStream.INITIAL_NOISE)
         return draw_noise(self.policy.backbone.latent_shape(), generators, self.policy.accelerator.device)

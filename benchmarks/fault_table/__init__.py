@@ -1,0 +1,1 @@
+"""The rows of the fault table, which `benchmarks/faults.py` tries."""
