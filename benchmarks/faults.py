@@ -1,7 +1,7 @@
 """
 What a training run loses by a fault, tried on the real commands; prints a table.
 
-    python benchmarks/faults.py            # all, about half an hour
+    python benchmarks/faults.py            # all, about ten minutes
     python benchmarks/faults.py --quick    # one of each kind, about a minute
     python benchmarks/faults.py --rows killed full
 

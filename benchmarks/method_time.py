@@ -7,8 +7,9 @@ What GRPO-Guard, its probe, SLAS and VGPO add to a phase of plain Flow-GRPO with
 One trainer for each method, all with the same model, prompts, dynamics and trained steps, so that only the method's
 own arithmetic differs: the ratio and the weight (Guard), one more forward of the second update (its probe), the shape
 of the advantages (SLAS), the reward of every step and the values made of them (VGPO; here with the bundled world's
-checker). They take turns in one process, phase by phase, so that whatever else runs on the machine slows all; each
-figure is the median over the measured phases of the method's time divided by that of the plain trainer's beside it.
+checker, of images that the VAE has drawn or the tiny decoder). They take turns in one process, phase by phase, so that
+whatever else runs on the machine slows all; each figure is the median over the measured phases of the method's time
+divided by that of the plain trainer's beside it.
 """
 
 import argparse
@@ -27,20 +28,23 @@ from transformers.utils import logging
 
 from trl_flow import FlowGRPOConfig, FlowGRPOTrainer
 from trl_flow.rewards import ShapesReward
-from trl_flow.shapes import load_pipeline, load_prompts
+from trl_flow.shapes import load_pipeline, load_prompts, pipeline_path
+from trl_flow.shapes.bundled import TINY_DECODER
 from trl_flow.trainer.progress import FlowProgressCallback
 
 
 WARM_UP = 2  # phases that are not counted: the first ones encode the prompts and allocate
 
 GUARD = {"importance_ratio": "ratio_norm", "timestep_weighting": "inverse_dt", "scale_rewards": "group"}
+VGPO = {"dense_rewards": True, "value_discount": 0.9, "value_scale": 0.1}
 UPDATES = 2  # in a phase
 METHODS = {
     "plain": {},
     "guard": GUARD,
     "guard_probe": GUARD | {"ratio_probe": 32},
     "slas": {"advantage_power": 0.5},
-    "vgpo": {"dense_rewards": True, "value_discount": 0.9, "value_scale": 0.1},
+    "vgpo": VGPO,
+    "vgpo_projection": VGPO | {"projection_vae": str(Path(pipeline_path(), TINY_DECODER))},
 }
 
 

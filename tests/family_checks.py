@@ -230,7 +230,7 @@ def family_trainer(family: Family, output_dir: Path, **fields) -> FlowGRPOTraine
         "height": height,
         "width": width,
         "max_sequence_length": family.max_sequence_length,
-        "guidance_scale": family.guidance_scale if backbone.takes_guidance else 1.0,
+        "guidance_scale": family.guidance_scale if backbone.takes_guidance else family.unguided,
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
         **family.settings,

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from stage import Stage, generator, log
+from stage import Stage, adamw, generator, log
 
 
 BATCH = 8
 
 
-def rate(step: int, steps: int, top: float) -> float:
+def rate(step: int, steps: int) -> float:
     """Constant, then a linear fall: what comes before the fall does not depend on the number of steps."""
-    return top * min(1, step / 50 + 0.02, max(0.005, (steps - step) / (0.4 * steps)))
+    return min(1, step / 50 + 0.02, max(0.005, (steps - step) / (0.4 * steps)))
 
 
 def batch_of(images: torch.Tensor, random: torch.Generator) -> torch.Tensor:
@@ -54,7 +54,8 @@ def train_autoencoder(vae: AutoencoderKL, images: torch.Tensor, folder: Path, st
             log(folder, stage="autoencoder", step=step, psnr_db=round(psnr(vae, images[:250]), 2))
 
     # At 2e-3 it learns the ground and a blur, and stays there
-    stage = Stage(folder, "autoencoder", {"vae": vae}, list(vae.parameters()), lambda step: rate(step, steps, 1e-3))
+    optimizer = adamw(list(vae.parameters()), 1e-3)
+    stage = Stage(folder, "autoencoder", {"vae": vae}, [optimizer], lambda step: rate(step, steps))
     stage.run(steps, loss_of, after)
     vae.eval().requires_grad_(False)
     latents = encode(vae, images[:4000], scaled=False)
@@ -71,8 +72,8 @@ def train_decoder(vae: AutoencoderKL, images: torch.Tensor, folder: Path, steps:
         decoded = vae.decode(disturbed(latents[chosen], random)).sample
         return difference(decoded, images[chosen].float() / 127.5 - 1)
 
-    parameters = list(vae.decoder.requires_grad_(True).train().parameters())
-    stage = Stage(folder, "decoder", {"vae": vae}, parameters, lambda step: rate(step, steps, 5e-4))
+    optimizer = adamw(list(vae.decoder.requires_grad_(True).train().parameters()), 5e-4)
+    stage = Stage(folder, "decoder", {"vae": vae}, [optimizer], lambda step: rate(step, steps))
     stage.run(steps, loss_of)
     vae.eval().requires_grad_(False)
 
@@ -114,7 +115,7 @@ def train_tiny_decoder(
             wanted = vae.decode(given / vae.config.scaling_factor + vae.config.shift_factor).sample.clamp(-1, 1)
         return difference(tiny.decode(given).sample, wanted)
 
-    parameters = list(tiny.decoder.train().parameters())
-    stage = Stage(folder, "tiny_decoder", {"tiny": tiny}, parameters, lambda step: rate(step, steps, 2e-3))
+    optimizer = adamw(list(tiny.decoder.train().parameters()), 2e-3)
+    stage = Stage(folder, "tiny_decoder", {"tiny": tiny}, [optimizer], lambda step: rate(step, steps))
     stage.run(steps, loss_of)
     tiny.eval().requires_grad_(False)

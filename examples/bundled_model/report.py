@@ -11,16 +11,21 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import Dataset
-from diffusers import StableDiffusion3Pipeline
+from diffusers import AutoencoderTiny, StableDiffusion3Pipeline
 from matplotlib import pyplot as plt
 
-from trl_flow.evaluation.drawing import draw
+from trl_flow.backbones import get_backbone
+from trl_flow.backbones.contract import encoded
+from trl_flow.backbones.projection import decoding_with
+from trl_flow.evaluation.drawing import draw, draw_batch
 from trl_flow.evaluation.grids import evenly, image_grid
 from trl_flow.evaluation.intervals import standard_error
 from trl_flow.evaluation.tables import markdown_table
-from trl_flow.shapes import IMAGE_SIZE, load_pipeline, load_prompts
-from trl_flow.shapes.bundled import T5_TOKENS
+from trl_flow.rollout import decode
+from trl_flow.shapes import IMAGE_SIZE, load_pipeline, load_prompts, pipeline_path
+from trl_flow.shapes.bundled import T5_TOKENS, TINY_DECODER
 from trl_flow.shapes.checker import CheckResult, check
 
 
@@ -84,6 +89,30 @@ def tables(pipeline: StableDiffusion3Pipeline) -> str:
     return f"{first}\n\n{markdown_table(['sampling', 'guidance', *PARTS, *by_kind], parts, left=2)}"
 
 
+@torch.no_grad()
+def projections(pipeline: StableDiffusion3Pipeline, tiny: AutoencoderTiny) -> str:
+    """What the tiny decoder does to the soft scores of the steps' predicted images, one image for each prompt."""
+    rows, steps = load_prompts("test"), SAMPLINGS[0][0]
+    backbone = get_backbone(pipeline, height=IMAGE_SIZE, width=IMAGE_SIZE, max_sequence_length=T5_TOKENS)
+    conditions = [encoded(backbone, prompt) for prompt in rows["prompt"]]
+    condition = {name: torch.cat([each[name] for each in conditions]) for name in conditions[0]}
+    predictions = []
+    given = {"seed": 0, "indices": range(len(rows)), "num_inference_steps": steps, "guidance_scale": 1.0}
+    draw_batch(backbone, backbone.model, condition, None, **given, predictions=predictions)
+    lines = []
+    for step, latents in enumerate(predictions):
+        scores = []
+        for vae in (None, tiny):
+            with decoding_with(backbone, vae):
+                images = decode(backbone, latents)
+            results = [check(i, row["objects"], row["relation"]) for i, row in zip(images, rows, strict=True)]
+            scores.append([result.soft for result in results])
+        own, other = np.array(scores)
+        correlation = np.corrcoef(own, other)[0, 1]
+        lines.append([str(step + 1), f"{own.mean():.3f}", f"{other.mean():.3f}", f"{correlation:.3f}"])
+    return markdown_table(["step", "soft by the VAE", "by the tiny decoder", "correlation"], lines)
+
+
 def curve(log: Path, path: Path) -> None:
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     scores = [line for line in lines if "scores" in line]
@@ -117,6 +146,8 @@ def main() -> None:
         if options.work_dir is not None:
             curve(options.work_dir / "log.jsonl", options.images / "world_curve.png")
     print(tables(pipeline))
+    folder = Path(options.model or pipeline_path(), TINY_DECODER)
+    print(f"\n{projections(pipeline, AutoencoderTiny.from_pretrained(folder))}")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,10 @@ def log(folder: Path, **values) -> None:
         )
 
 
+def adamw(parameters: list[torch.nn.Parameter], lr: float) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+
+
 def generator(seed: int, *numbers: int) -> torch.Generator:
     """Random numbers of one step, whatever ran before it."""
     for number in numbers:
@@ -44,8 +48,8 @@ class Stage:
     Args:
         folder: where its checkpoint `{name}.pt` and the log are.
         parts: what is trained and kept in the checkpoint, by name; each has `state_dict` and `load_state_dict`.
-        parameters: of the optimizer, AdamW.
-        rate: the learning rate of a step, from its number.
+        optimizers: of all that is trained.
+        rate: the share of the optimizers' learning rates in a step, from its number.
     """
 
     def __init__(
@@ -53,13 +57,12 @@ class Stage:
         folder: Path,
         name: str,
         parts: dict,
-        parameters: list[torch.nn.Parameter],
+        optimizers: list[torch.optim.Optimizer],
         rate: Callable[[int], float],
-        betas: tuple[float, float] = (0.9, 0.99),
     ) -> None:
-        self.folder, self.name, self.parameters, self.rate = folder, name, parameters, rate
-        self.optimizer = torch.optim.AdamW(parameters, lr=rate(0), betas=betas, weight_decay=0.01)
-        self.parts = parts | {"optimizer": self.optimizer}
+        self.folder, self.name, self.optimizers, self.rate = folder, name, optimizers, rate
+        self.rates = [group["lr"] for group in self.groups]
+        self.parts = parts | {f"optimizer_{i}": optimizer for i, optimizer in enumerate(optimizers)}
         self.step = 0
         self.average: float | None = None
         if self.path.is_file():
@@ -67,6 +70,11 @@ class Stage:
             self.step, self.average = saved.pop("step"), saved.pop("average")
             for key, part in self.parts.items():
                 part.load_state_dict(saved[key])
+
+    @property
+    def groups(self) -> list[dict]:
+        # Others after a checkpoint is loaded
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     @property
     def path(self) -> Path:
@@ -78,14 +86,17 @@ class Stage:
 
     def run(self, steps: int, loss_of: Callable[[int], torch.Tensor], after: Callable[[int], None] = lambda _: None):
         """Takes the steps that are left of `steps`; `after` is called with the number of steps done."""
+        parameters = [parameter for group in self.groups for parameter in group["params"]]
         while self.step < steps:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.rate(self.step)
+            for group, top in zip(self.groups, self.rates, strict=True):
+                group["lr"] = top * self.rate(self.step)
             loss = loss_of(self.step)
-            self.optimizer.zero_grad()
+            for parameter in parameters:
+                parameter.grad = None
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-            self.optimizer.step()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            for optimizer in self.optimizers:
+                optimizer.step()
             self.step += 1
             self.average = loss.item() if self.average is None else 0.99 * self.average + 0.01 * loss.item()
             after(self.step)

@@ -26,7 +26,7 @@ from model import new_autoencoder, new_pipeline, new_tiny_decoder
 from stage import log, read, write
 from transformer import train_transformer
 
-from trl_flow.shapes.bundled import T5_TOKENS
+from trl_flow.shapes.bundled import T5_TOKENS, TINY_DECODER
 from trl_flow.shapes.checker import check
 from trl_flow.shapes.prompts import load_prompts
 
@@ -83,9 +83,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=60_000)
     parser.add_argument("--autoencoder-steps", type=int, default=5_000)
     parser.add_argument("--decoder-steps", type=int, default=1_500)
-    parser.add_argument("--steps", type=int, default=16_000, help="of the transformer")
+    parser.add_argument("--steps", type=int, default=38_000, help="of the transformer")
     parser.add_argument("--caption-noise", type=float, default=0.1)
-    parser.add_argument("--score-every", type=int, default=1_000, help="steps of the transformer")
+    parser.add_argument("--score-every", type=int, default=2_000, help="steps of the transformer")
     args = parser.parse_args()
     work = args.work_dir or args.output_dir.with_name(args.output_dir.name + "-work")
     work.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ def main() -> None:
         "tiny_decoder": round(psnr(vae, images[-500:], tiny_decoder), 2),
     }
     save(pipeline, args.output_dir)
-    tiny_decoder.to(torch.float16).save_pretrained(args.output_dir / "tiny_decoder")
+    tiny_decoder.to(torch.float16).save_pretrained(args.output_dir / TINY_DECODER)
     pipeline = StableDiffusion3Pipeline.from_pretrained(args.output_dir)
     scores = {
         **{name: getattr(args, name) for name in ("seed", "images", "autoencoder_steps", "decoder_steps")},

@@ -6,7 +6,6 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny
 from families import FAMILIES
-from test_decoding import FAMILIES as DECODED
 from tiny_models import tiny_sd3_pipeline
 from tiny_training import tiny_trainer
 
@@ -31,10 +30,10 @@ def channels_of(backbone) -> int:
     return backbone.pipeline.vae.config.latent_channels
 
 
-@pytest.mark.parametrize("name", ["sd3", "sd", "sdxl", "flux", "kontext", "klein", "z-image"])
+@pytest.mark.parametrize("name", ["sd3", "sd", "sdxl", "flux-dev", "kontext", "klein", "z-image"])
 @torch.no_grad()
 def test_every_family_with_a_vae_for_images_decodes_with_a_tiny_one(name):
-    backbone = DECODED[name].backbone()
+    backbone = FAMILIES[name].backbone()
     own = backbone.pipeline.vae
     latents = torch.randn(2, *backbone.latent_shape(), generator=torch.Generator().manual_seed(0))
     before = backbone.decode(latents)
@@ -48,7 +47,7 @@ def test_every_family_with_a_vae_for_images_decodes_with_a_tiny_one(name):
 @torch.no_grad()
 def test_it_takes_latents_as_they_are_scaled_for_the_transformer():
     # As in diffusers, where its scaling factor is 1 and its shift 0
-    backbone = DECODED["sd3"].backbone()
+    backbone = FAMILIES["sd3"].backbone()
     latents = torch.randn(1, *backbone.latent_shape(), generator=torch.Generator().manual_seed(0))
     vae = load_projection_vae(tiny_decoder(channels_of(backbone)), backbone)
     expected = backbone.pipeline.image_processor.postprocess(vae.decode(latents).sample, output_type="pil")
@@ -57,7 +56,7 @@ def test_it_takes_latents_as_they_are_scaled_for_the_transformer():
 
 
 def test_a_folder_is_loaded_and_an_error_leaves_the_vae_in_its_place(tmp_path):
-    backbone = DECODED["sd3"].backbone()
+    backbone = FAMILIES["sd3"].backbone()
     own = backbone.pipeline.vae
     tiny_decoder(channels_of(backbone)).save_pretrained(tmp_path)
     vae = load_projection_vae(tmp_path, backbone)

@@ -64,7 +64,7 @@ def test_every_held_out_part_is_met_in_training():
 @pytest.mark.slow
 def test_the_training_script_writes_a_pipeline_and_its_scores(tmp_path):
     # Long enough for a few steps of everything, not for an image
-    options = "--images 1100 --autoencoder-steps 3 --tiny-decoder-steps 3 --steps 2".split()
+    options = "--images 1100 --autoencoder-steps 3 --decoder-steps 3 --steps 2".split()
     command = [sys.executable, str(FOLDER / "train.py"), "--output-dir", str(tmp_path), *options]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr

@@ -16,6 +16,7 @@ from trl_flow.commands.recipe import Recipe, unknown_option, without_nulls
 from trl_flow.commands.yaml_values import meant
 from trl_flow.descriptions import described
 from trl_flow.shapes import pipeline_path
+from trl_flow.shapes.bundled import TINY_DECODER
 from trl_flow.trainer import (
     AWMTrainer,
     DiffusionNFTTrainer,
@@ -216,6 +217,8 @@ def resolve_model(model: Any, args: FlowGRPOConfig, model_args: ModelConfig) -> 
         if getattr(model_args, name) != default:
             raise ValueError(f"{name} is TRL's option for language models and has no effect here. Remove it.")
     model = pipeline_path() if model in methods.BUNDLED_MODELS else model
+    if getattr(args, "projection_vae", None) in methods.BUNDLED_MODELS:
+        args.projection_vae = os.path.join(pipeline_path(), TINY_DECODER)
     kwargs = dict(args.model_init_kwargs or {})
     if model_args.model_revision != "main":
         kwargs.setdefault("revision", model_args.model_revision)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 # Prompt tokens of its T5 encoder, of one layer for form's sake; the pipeline's default of 256 works too, but is slow
 T5_TOKENS = 1
 BUNDLED = "bundled"  # what commands and reports call it
+TINY_DECODER = "tiny_decoder"  # folder in the pipeline's, of an AutoencoderTiny for `projection_vae`
 # With which it draws its prompts best, where nothing else is said
 DRAWING_SETTINGS = {
     **{"num_inference_steps": 10, "guidance_scale": 2.0},
@@ -22,7 +23,11 @@ DRAWING_SETTINGS = {
 
 
 def pipeline_path() -> str:
-    """Folder of the bundled `StableDiffusion3Pipeline`; `FileNotFoundError` where the package has no data.
+    """
+    Folder of the bundled `StableDiffusion3Pipeline`; `FileNotFoundError` where the package has no data.
+
+    `tiny_decoder` in it is an [`~diffusers.AutoencoderTiny`] that decodes the same latents several times as fast, for
+    [`FlowGRPOConfig.projection_vae`].
 
     Example:
 

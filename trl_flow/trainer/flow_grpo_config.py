@@ -86,7 +86,8 @@ class FlowGRPOConfig(FlowRLConfig):
         projection_vae (`str` or `torch.nn.Module`, *optional*):
             What decodes the unfinished images of `dense_rewards`, which are only scored: hub id, folder or module of
             a [`~diffusers.AutoencoderTiny`], such as `madebyollin/taesd3` for SD3 and `madebyollin/taef1` for FLUX;
-            or a module of the class of the pipeline's VAE. By default the pipeline's VAE.
+            or a module of the class of the pipeline's VAE; in commands also `bundled`, that of the bundled model. By
+            default the pipeline's VAE.
 
     Example:
 
