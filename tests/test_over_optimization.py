@@ -1,6 +1,7 @@
 """The laboratory (examples/over_optimization) in a minimal form: what it runs, skips, repeats and reports."""
 
 import json
+import math
 import re
 import sys
 from dataclasses import replace
@@ -11,78 +12,77 @@ import pytest
 import torch
 from PIL import Image
 
-from trl_flow.shapes import COLORS, PlacedShape, render
+from trl_flow.shapes import IMAGE_SIZE, PlacedShape, load_pipeline, load_prompts, render
+from trl_flow.shapes.bundled import T5_TOKENS
 
 
 LABORATORY = Path(__file__).parents[1] / "examples" / "over_optimization"
 sys.path.insert(0, str(LABORATORY))
 
+import analysis  # noqa: E402
 import experiments  # noqa: E402
+import mechanism  # noqa: E402
 import proxies  # noqa: E402
-import ratios  # noqa: E402
 import report  # noqa: E402
-import results  # noqa: E402
+import rounding  # noqa: E402
 import run  # noqa: E402
 import training  # noqa: E402
+import work  # noqa: E402
 
 
-TINY = experiments.Scale(updates=2, prompts=2, num_generations=2, eval_steps=2, eval_prompts=24)
-TWO = {"tiny/plain": experiments.Arm("colors"), "tiny/guard": experiments.Arm("colors", experiments.ABLATION["guard"])}
+PLAIN, GUARD = "recall: baseline", "recall: guard"
 
 
 @pytest.fixture
 def laboratory(monkeypatch, tmp_path):
-    """The program with one section of two arms, one seed and two updates; gives `(command line) -> failures`."""
-    arms = dict(TWO)
-    sections = {"tiny": experiments.Section("Two arms", "none", tuple(TWO), seeds=1)}
-    for module in (experiments, run, results, report):
-        for name, value in (("ARMS", arms), ("SECTIONS", sections)):
+    """The program with one claim of two arms, one seed and a few updates; gives `(command line) -> failures`."""
+    claim = replace(experiments.CLAIMS["guard-recall"], title="Two arms")
+    tables = {"ARMS": dict(experiments.ARMS), "CLAIMS": {"tiny": claim}, "MEASUREMENTS": ()}
+    for module in (experiments, run, analysis, report):
+        for name, value in tables.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr(run, "QUICK", TINY)
+    monkeypatch.setattr(work, "measured", lambda: 1e-3)
 
     def call(*options: str) -> int:
-        return run.main(["--quick", "--only", "tiny", "--output-dir", str(tmp_path), *options])
+        return run.main(["--quick", "--output", str(tmp_path / "results.jsonl"), *options])
 
-    call.arms, call.folder, call.page = arms, tmp_path, tmp_path / "report" / report.TABLE
+    call.arms, call.results, call.page = run.ARMS, tmp_path / "results.jsonl", tmp_path / "report" / report.PAGE
     return call
 
 
-def result_files(folder: Path) -> dict[str, Path]:
-    return {path.parent.parent.name: path for path in folder.rglob(training.RESULT)}
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_runs_are_done_once_and_repeated_when_their_settings_change(laboratory, monkeypatch):
+def test_runs_are_done_once_and_repeated_when_their_settings_change(laboratory, monkeypatch, capsys):
+    assert laboratory("--estimate") == 0
+    assert "2 runs to do" in capsys.readouterr().out and not laboratory.results.exists()
     assert laboratory() == 0
-    files = result_files(laboratory.folder)
-    assert sorted(files) == ["guard", "plain"]
-    curve = results.read_curve(files["guard"])
-    assert curve.steps.tolist() == [0, 2]
-    assert curve.scores["gold"][0] == 1.0
+    plain, guard = lines(laboratory.results)
+    assert (plain["arm"], guard["arm"]) == (PLAIN, GUARD)
+    assert plain["evaluations"]["update"] == [0, 4]
     page = laboratory.page.read_text()
-    assert "| tiny/plain | 1 |" in page and "| tiny/guard | 1 |" in page
+    assert "| baseline | 1 of 5 |" in page and "| guard | 1 of 5 |" in page
+    assert "1 of 5 seeds" in page.split("\n\n")[1]  # the first paragraph
     assert (laboratory.page.parent / "tiny.png").is_file()
+    # Equal seeds start from the same base model, the same images and the same evaluation
+    assert plain["evaluations"]["soft"][0] == pytest.approx(guard["evaluations"]["soft"][0], rel=1e-4)
+    assert plain["evaluations"]["reward"][1] == pytest.approx(guard["evaluations"]["reward"][1], rel=1e-4)
 
-    # Equal settings and seeds start from the same base model, the same images and the same evaluation
-    first = [results.read_curve(files[name]) for name in ("plain", "guard")]
-    assert first[0].scores["proxy"][0] == pytest.approx(first[1].scores["proxy"][0], rel=1e-4)
-    assert first[0].training[0]["reward"] == pytest.approx(first[1].training[0]["reward"], rel=1e-4)
-
-    before = {name: path.read_bytes() for name, path in files.items()}
     with monkeypatch.context() as patch:
-        patch.setattr(training, "train", lambda *args: pytest.fail("a finished run was repeated"))
+        patch.setattr(training, "run", lambda *args: pytest.fail("a finished run was repeated"))
         assert laboratory() == 0
-    assert {name: path.read_bytes() for name, path in files.items()} == before
 
-    # Half a result is none: the run is done again, and gives the same
-    files["plain"].write_bytes(before["plain"][:100])
-    laboratory.arms["tiny/guard"] = replace(TWO["tiny/guard"], config={"learning_rate": 2e-3})
+    # Half a line is none: the run is done again, and gives the same
+    whole = laboratory.results.read_text().splitlines()
+    laboratory.results.write_text(whole[0][:100] + "\n" + whole[1] + "\n")
     assert laboratory() == 0
-    log = {name: json.loads(content)["log_history"] for name, content in before.items()}
-    again = {name: json.loads(path.read_text()) for name, path in files.items()}
-    assert again["plain"]["log_history"][1]["grad_norm"] == pytest.approx(log["plain"][1]["grad_norm"], rel=1e-3)
-    assert results.read_curve(files["plain"]).scores["proxy"] == pytest.approx(first[0].scores["proxy"], rel=1e-4)
-    assert again["guard"]["settings"]["config"]["learning_rate"] == 2e-3
+    again = analysis.read(laboratory.results)[plain["fingerprint"]]
+    assert again["evaluations"]["proxy"] == pytest.approx(plain["evaluations"]["proxy"], abs=1e-3)
+
+    changed = replace(laboratory.arms[GUARD], fields=laboratory.arms[GUARD].fields | {"learning_rate": 2e-4})
+    assert training.fingerprint(changed.settings(0, True)) not in analysis.read(laboratory.results)
 
 
 def test_a_run_that_fails_is_reported_and_the_others_are_kept(laboratory, monkeypatch, capsys):
@@ -90,109 +90,167 @@ def test_a_run_that_fails_is_reported_and_the_others_are_kept(laboratory, monkey
         raise OSError("the reward server is down")
 
     monkeypatch.setitem(training.PROXIES, "broken", lambda folder: broken)
-    laboratory.arms["tiny/plain"] = experiments.Arm("broken")
+    monkeypatch.setitem(laboratory.arms, PLAIN, replace(laboratory.arms[PLAIN], proxy="broken"))
     assert laboratory() == 1
-    assert "the reward server is down" in capsys.readouterr().err
-    assert sorted(result_files(laboratory.folder)) == ["guard"]
-    assert "the reward server is down" in (laboratory.folder / "runs/tiny/plain/seed-0" / training.ERROR).read_text()
-    page = laboratory.page.read_text()
-    assert "the reward server is down" in page and "| tiny/guard | 1 |" in page
+    assert "the reward server is down" in capsys.readouterr().out
+    assert [row["arm"] for row in lines(laboratory.results)] == [GUARD]
+    assert "| baseline | 0 of 5 |" in laboratory.page.read_text()
 
 
-def test_only_the_whole_laboratory_replaces_the_committed_results():
-    committed = LABORATORY.parents[1] / "docs" / "results"
-    output = Path("somewhere")
-    for options in (["--quick"], ["--only", "guard"], ["--seeds", "1"]):
-        assert run.report_folder(output, run.parse(options)) == output / "report"
-    assert run.report_folder(output, run.parse([])) == committed
+def test_after_its_hours_no_run_is_begun(laboratory):
+    assert laboratory("--hours", "0") == 0
+    assert not laboratory.results.exists()
 
 
-def test_every_arm_can_be_configured():
+def test_every_arm_can_be_configured_with_the_papers_proportions():
     for name, arm in experiments.ARMS.items():
-        config = arm.full_config
-        training.FlowGRPOConfig(
-            **config, output_dir="unused", num_generations=2, per_device_train_batch_size=2, use_cpu=True
-        )
-        assert arm.proxy in training.PROXIES, name
-    for section in experiments.SECTIONS.values():
-        assert len({experiments.ARMS[arm].proxy.removesuffix("-terminal") for arm in section.arms}) == 1
-        assert set(section.slow) < set(section.arms)
+        settings = arm.settings(0, quick=False)
+        assert work.units(settings) > 0
+        if settings["kind"] != "training":
+            continue
+        assert settings["proxy"] in training.PROXIES, name
+        fields = settings["fields"]
+        fields = fields if settings["method"] == "FlowGRPO" else training.without_noise(fields)
+        config = getattr(training.trl_flow, f"{settings['method']}Config")
+        args = config(output_dir="unused", num_generations=2, per_device_train_batch_size=2, use_cpu=True, **fields)
+        assert not getattr(args, "train_last_step", False)
+    plain, guard = (
+        experiments.ARMS[f"learned: {name}"].settings(0, False)["fields"] for name in ("baseline", "guard")
+    )
+    assert guard["learning_rate"] == pytest.approx(plain["learning_rate"] / 3)
+    assert guard["epsilon"] / 2e-6 == pytest.approx(plain["epsilon"] / 1e-4)
+    for claim in experiments.CLAIMS.values():
+        assert claim.subject in claim.arms[1:] and set(claim.arms) <= set(experiments.ARMS)
 
 
-def test_scores_are_read_where_the_proxy_first_reaches_a_level():
-    scores = {"proxy": np.array([0.0, 1.0, 0.5, 2.0]), "gold": np.array([1.0, 0.8, 0.9, 0.4])}
-    curve = results.Curve(steps=np.array([0, 10, 20, 30]), scores=scores, training=[], seconds=0.0)
-    # A quarter of the way up the first climb, and a third of the way up the second one
-    assert curve.updates_to(0.25) == pytest.approx(2.5)
-    assert curve.score_at("gold", 0.25) == pytest.approx(0.95)
-    assert curve.score_at("gold", 1.25) == pytest.approx(0.65)
-    assert np.isnan(curve.updates_to(2.5))
-    assert results.spread([1.0, 2.0, float("nan")]) == "1.500 ± 0.707 (2 of 3)"
+def curve(proxy, gold, updates=(0, 10, 20, 30)) -> analysis.Curve:
+    scores = {"proxy": np.array(proxy), "gold": np.array(gold)}
+    return analysis.Curve(np.array(updates), scores, {})
 
 
-def test_before_an_update_every_ratio_is_one():
-    measured = ratios.measure("flow", prompts=1, num_generations=2, updates=0, learning_rate=1e-3, num_steps=2, seed=0)
-    assert measured["dimensions"] == 1024
-    for ratio in measured["ratios"].values():
-        assert ratio["mean"] == pytest.approx([0, 0], abs=1e-6) and ratio["std"] == pytest.approx([0, 0], abs=1e-6)
-    # The mean-revised ratio differs from the standard one by a square, whose gradient is 0 there
-    assert measured["gradients"]["mean-revised"] == pytest.approx(measured["gradients"]["baseline"], rel=1e-4)
+def test_runs_are_compared_where_both_have_been():
+    fast, slow = curve([0.0, 1.0, 2.0, 4.0], [1.0, 0.9, 0.8, 0.6]), curve([0.0, 0.5, 0.8, 1.0], [1.0, 1.0, 1.0, 1.0])
+    # Of the way to 1: 5/8, 6/8, 7/8 and 8/8, where the fast one has lost a tenth of it
+    assert analysis.difference("gold", "proxy", fast, slow) == pytest.approx(-0.1 * (5 + 6 + 7 + 8) / 32)
+    assert analysis.difference("gold", "updates", fast, slow) == pytest.approx(0.7 - 1.0)
+    # To 5/8: 6.25 updates against 10 and 10 / 3 x 1.25
+    assert math.exp(analysis.slowness(fast, slow)) == pytest.approx(6.25 / (10 + 10 * 0.125 / 0.3))
 
 
-def test_ratios_of_fewer_dimensions_spread_as_one_over_the_root():
-    products = torch.randn(2, 20_000, 256, generator=torch.Generator().manual_seed(0))
-    spreads = ratios.by_dimensions(products, torch.Generator().manual_seed(1))
-    assert spreads == pytest.approx({"4": 1 / 2, "16": 1 / 4, "64": 1 / 8, "256": 1 / 16}, rel=0.02)
+def test_intervals_are_students_over_seeds():
+    effect = analysis.Effect.of([0.1, 0.2, 0.3, math.nan])
+    assert (effect.mean, effect.seeds) == (pytest.approx(0.2), 3)
+    assert effect.half == pytest.approx(4.303 * 0.1 / 3**0.5, rel=1e-3)
+    assert not effect.is_detected and not analysis.Effect.of([1.0]).is_detected
+    assert analysis.Effect.of([0.1, 0.11, 0.09]).is_detected
+    assert report._told(effect).startswith("not detected")
+
+
+def test_a_claim_needs_five_seeds_and_an_interval_without_zero():
+    claim = experiments.CLAIMS["guard-recall"]
+
+    def verdict(gold: float, seeds: int) -> str:
+        first = {seed: curve([0.0, 1.0], [1.0, 0.8 + seed / 100], (0, 10)) for seed in range(seeds)}
+        own = {seed: curve([0.0, 1.0], [1.0, gold + seed / 90], (0, 10)) for seed in range(seeds)}
+        return analysis.verdict(claim, {PLAIN: first, GUARD: own})
+
+    assert verdict(0.9, 5) == "holds" and verdict(0.7, 5) == "does not hold"
+    assert verdict(0.7999, 5) == "not detected" and verdict(0.9, 4) == "not decided"
+
+
+def test_a_run_ends_when_two_evaluations_are_hacked():
+    stop, control = training.StopWhenHacked(0.8), type("Control", (), {"should_training_stop": False})()
+    for value, ends in ((1.0, False), (0.7, False), (0.85, True)):
+        metrics = dict.fromkeys(training.SCORES.values(), value)
+        stop.on_evaluate(None, None, control, metrics)
+        assert control.should_training_stop is ends
+
+
+def test_the_lag_grows_and_is_published_for_more_dimensions():
+    measured = mechanism.lag(seed=0, prompts=2, num_generations=3, lags=[1, 2])
+    assert measured["dimensions"] == math.prod(mechanism.Policy(0).backbone.latent_shape())
+    one, two = (measured["lags"][lag] for lag in ("1", "2"))
+    assert all(first < second for first, second in zip(one["move"], two["move"], strict=True))
+    # Published for more dimensions: the same move has a larger delta sqrt(D)
+    scale = math.sqrt(mechanism.REFERENCE_DIM / measured["dimensions"])
+    assert measured["published"] == pytest.approx([move * scale for move in one["move"]])
+
+
+def test_a_random_walk_and_a_signal_are_told_apart():
+    noise = torch.randn(400, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    walk, signal = mechanism.walk(noise, chunk=2), mechanism.walk(noise + 1, chunk=2)
+    assert list(walk["norms"])[-1] == "800"
+    assert report._exponent(walk["norms"]) == pytest.approx(-0.5, abs=0.1)
+    assert abs(walk["signal"]) < 0.5 and signal["signal"] > 0.95
+    assert abs(report._exponent(signal["norms"])) < 0.1
+
+
+def test_emulated_rounding_is_autocasts():
+    transformer = load_pipeline().transformer
+    config, generator = transformer.config, torch.Generator().manual_seed(0)
+    latents = torch.randn(2, config.in_channels, config.sample_size, config.sample_size, generator=generator)
+    given = {
+        "encoder_hidden_states": torch.randn(2, 12 + T5_TOKENS, config.joint_attention_dim, generator=generator),
+        "pooled_projections": torch.randn(2, config.pooled_projection_dim, generator=generator),
+        "timestep": torch.tensor([668.0, 100.0]),
+    }
+
+    @torch.no_grad()
+    def error(forward, context=None) -> float:
+        with context or torch.autocast("cpu", enabled=False):
+            return (forward(latents, **given).sample.float() - exact).square().mean().sqrt().item()
+
+    exact = transformer(latents, **given).sample.detach()
+    for dtype in (torch.bfloat16, torch.float16):
+        emulated = error(rounding.rounded(transformer.forward, dtype))
+        assert emulated == pytest.approx(error(transformer, torch.autocast("cpu", dtype)), rel=0.3)
+    tensor = torch.ones(3, requires_grad=True)
+    rounding._Round.apply(tensor * 1.001, torch.bfloat16).sum().backward()
+    assert tensor.grad.tolist() == pytest.approx([1.001] * 3)
 
 
 # ---- Blind spots ----
 
 
 def picture(*shapes: tuple) -> Image.Image:
-    return render([PlacedShape(*shape) for shape in shapes])
+    """Shapes by color, shape, and place and size in 32nds of the image."""
+    scale = IMAGE_SIZE / 32
+    return render([PlacedShape(color, shape, *(scale * number for number in rest)) for color, shape, *rest in shapes])
 
 
 RED_CIRCLE = [{"count": 1, "color": "red", "shape": "circle"}]
 RED_CIRCLES = [{"count": 2, "color": "red", "shape": "circle"}]
 
 
-def test_the_colors_proxy_sees_colors_only():
-    def score(image, objects):
-        return proxies.ColorsOnlyReward()(["unused"], [image], objects=[objects])[0]
-
-    circle = score(picture(("red", "circle", 32, 32, 20)), RED_CIRCLE)
-    assert score(picture(("red", "square", 16, 40, 20)), RED_CIRCLE) == pytest.approx(circle, rel=0.05)
-    assert score(picture(("red", "circle", 32, 32, 20)), RED_CIRCLES) == circle
-    # Right colors raise it, wrong ones do not
-    assert score(picture(("green", "circle", 32, 32, 20)), RED_CIRCLE) == 0
-    assert score(picture(("red", "circle", 16, 16, 20), ("green", "circle", 48, 48, 20)), RED_CIRCLE) < 0.6 * circle
-    # And the best image of all is no image: plain paint
-    assert score(Image.new("RGB", (64, 64), "red"), RED_CIRCLE) == pytest.approx(1.0)
-    assert circle < 0.6
-
-
-def test_the_small_spread_proxy_is_a_function_of_picture_and_prompt():
-    proxy = proxies.SmallSpreadReward()
-    prompts = [f"a {color} circle" for color in COLORS]
-    assert {proxy.spread(prompt) for prompt in prompts} == {1.0, proxy.small}
-    image = picture(("red", "circle", 32, 32, 20))
-
-    def score(prompt):
-        return proxy([prompt], [image], objects=[RED_CIRCLE])[0]
-
-    assert score("a red circle") == score("a red circle")
-    color = proxies.ColorsOnlyReward()(["unused"], [image], objects=[RED_CIRCLE])[0]
-    noise = [score(prompt) - 0.5 - proxy.spread(prompt) * color for prompt in prompts]
-    assert len(set(noise)) == len(prompts)
-    assert max(abs(value) for value in noise) < 4 * proxy.noise
+def test_the_recall_rule_sees_what_is_named_and_nothing_else():
+    circle, other = ("red", "circle", 9, 9, 9), ("red", "circle", 23, 23, 9)
+    square, green = ("red", "square", 23, 9, 9), ("green", "circle", 9, 23, 9)
+    cases = [
+        ((circle,), RED_CIRCLE, 1.0), ((green,), RED_CIRCLE, 0.0), ((square,), RED_CIRCLE, 0.5),
+        ((circle,), RED_CIRCLES, 0.5), ((circle, square), RED_CIRCLES, 0.75), ((circle, other), RED_CIRCLES, 1.0),
+        ((circle, square, green), RED_CIRCLE, 1.0),  # more is free
+    ]  # fmt: skip
+    for shapes, objects, expected in cases:
+        assert proxies.RecallReward()(["unused"], [picture(*shapes)], objects=[objects]) == [expected]
+        binary = proxies.RecallReward(binary=True)(["unused"], [picture(*shapes)], objects=[objects])
+        assert binary == [float(expected == 1)]
 
 
-def test_jpeg_compressibility_likes_nothing_best():
-    proxy = proxies.jpeg_reward()
-    images = [Image.new("RGB", (64, 64)), picture(("red", "circle", 32, 32, 20))]
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    empty, circle, noisy = proxy(["a red circle"] * 3, [*images, Image.fromarray(noise)])
-    assert empty > circle > noisy > 0
+def test_clean_drawings_have_the_rules_full_reward():
+    rng = np.random.default_rng(0)
+    objects = load_prompts("test")["objects"][:24]
+    images = [proxies.clean_drawing(each, rng) for each in objects]
+    assert np.mean(proxies.RecallReward()([""] * 24, images, objects=objects)) >= 0.99
+
+
+def test_noise_is_bounded_and_a_function_of_image_and_prompt():
+    proxy, image = proxies.NoisyStrictReward(0.3), picture(("red", "circle", 16, 16, 10))
+    prompts = [f"prompt {i}" for i in range(200)]
+    draws = np.array([proxy.draw(prompt, image) for prompt in prompts])
+    assert draws.std() == pytest.approx(0.3, rel=0.1) and abs(draws).max() <= 0.3 * 3**0.5
+    assert proxy.draw("prompt 7", image) == draws[7]
+    given = {"objects": [RED_CIRCLE], "relation": [None]}
+    assert proxies.NoisyStrictReward(0.0)(["a red circle"], [image], **given) == [1.0]
 
 
 def test_the_learned_proxy_is_repeatable_and_blind_to_relations(tmp_path):
@@ -207,9 +265,14 @@ def test_the_learned_proxy_is_repeatable_and_blind_to_relations(tmp_path):
     scores = proxy(prompts, [image, image], objects=[pair, pair], relation=["left of", "right of"])
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
     assert repeated(prompts[:1], [image], objects=[pair])[0] == pytest.approx(scores[0], abs=1e-3)
-    # The shapes change places, by whole strides of the net: nothing changes but at the image's rim
-    moved = picture(("red", "circle", 23, 16, 8), ("blue", "square", 9, 16, 8))
-    assert proxy(prompts[:1], [moved], objects=[pair])[0] == pytest.approx(scores[0], abs=0.02)
+
+
+@pytest.mark.slow
+def test_clean_drawings_have_the_scorers_full_reward(tmp_path):
+    proxy, rng = proxies.LearnedReward(tmp_path / "scorer.safetensors"), np.random.default_rng(0)
+    objects = load_prompts("test")["objects"][:]
+    images = [proxies.clean_drawing(each, rng) for each in objects]
+    assert np.mean(proxy([""] * len(images), images, objects=objects)) >= 0.95
 
 
 @pytest.mark.slow

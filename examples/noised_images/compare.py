@@ -34,7 +34,7 @@ from trl_flow.trainer.progress import FlowProgressCallback
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent / "over_optimization"))
-from proxies import LearnedReward  # noqa: E402
+from proxies import SCORER, LearnedReward  # noqa: E402
 
 
 PROMPTS, GENERATIONS = 12, 12  # in each sampling phase
@@ -108,7 +108,7 @@ def run(
     the evaluations, `every` sampling phases one."""
     torch.set_num_threads(1)
     if reward == "learned":
-        rewards, weights = [LearnedReward(Path(tempfile.gettempdir(), "trl_flow-scorer.safetensors"))], [1.0]
+        rewards, weights = [LearnedReward(Path(tempfile.gettempdir(), SCORER))], [1.0]
     elif reward == "strict":
         rewards, weights = [ShapesReward("strict")], [1.0]
     else:

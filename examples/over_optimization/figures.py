@@ -1,144 +1,141 @@
 """Figures of the report, as PNG. They are made without pyplot, so that no global state is touched."""
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from analysis import Curve, Effect, Runs
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from results import Curve
 
 
 # Okabe and Ito's colors, which color-blind readers can tell apart, without the yellow one that white paper swallows;
-# lines that lie on each other differ in their dashes as well. The first arm is the baseline.
-_COLORS = ("#000000", "#E69F00", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#56B4E9", "#888888")
+# lines that lie on each other differ in their dashes as well. The first arm is the one that others are compared with.
+_COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#888888")
 _DASHES = ("-", (0, (5, 1.5)))
-_ABOVE, _BELOW = _COLORS[4], _COLORS[1]
 
 
-def _figure(columns: int, rows: int = 1) -> tuple[Figure, np.ndarray]:
-    figure = Figure(figsize=(4.6 * columns, 3.6 * rows), dpi=110, layout="constrained")
+def _figure(columns: int) -> tuple[Figure, np.ndarray]:
+    figure = Figure(figsize=(4.6 * columns, 3.7), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
-def _style(axes: Any, title: str, x: str, y: str = "") -> None:
+def _style(axes: Any, title: str, x: str) -> None:
     axes.set_title(title, fontsize="medium")
     axes.set_xlabel(x)
-    axes.set_ylabel(y)
     axes.grid(alpha=0.3)
+    if x == "sampling step":
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
-def _line(number: int) -> dict[str, Any]:
-    """How the line of an arm looks."""
-    return {"color": _COLORS[number % len(_COLORS)], "linestyle": _DASHES[number % 2], "linewidth": 1.6}
-
-
-def _legend(figure: Figure, axes: Any) -> None:
-    """One legend for all panels, below them, where it hides nothing."""
+def _save(figure: Figure, axes: Any, path: Path) -> None:
+    """With one legend for all panels, below them, where it hides nothing."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 8), fontsize="medium")
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), fontsize="medium")
+    figure.savefig(path)
 
 
-def training_curves(runs: dict[str, dict[int, Curve]], path: Path) -> None:
-    """
-    Proxy and gold over training, gold against proxy, diversity, and the spread of the reward while training.
-
-    Lines are means over seeds; the bars behind their ends reach from the lowest seed to the highest.
-    """
-    figure, ((proxy, gold, against), (strict, diversity, deviation)) = _figure(3, 2)
+def _lines(runs: Runs) -> Iterator[tuple[dict[str, Any], list[Curve]]]:
+    """How the line of each arm looks, and its curves."""
     for number, (arm, by_seed) in enumerate(runs.items()):
-        curves = list(by_seed.values())
-        line = _line(number) | {"label": arm.split("/")[1]}
-        steps = curves[0].steps
-        # Side by side: on one place nobody could tell them apart
-        place = steps[-1] * (1.02 + 0.015 * number)
-        for axes, name in ((proxy, "proxy"), (gold, "gold"), (strict, "strict"), (diversity, "diversity")):
-            values = np.array([curve.scores[name] for curve in curves])
-            axes.plot(steps, values.mean(axis=0), **line)
-            if len(curves) > 1:
-                axes.vlines(place, values[:, -1].min(), values[:, -1].max(), color=line["color"], linewidth=2)
-            axes.set_xticks(steps[:: max(1, len(steps) // 4)])  # none among the bars, which are no updates
-        against.plot(
-            np.mean([curve.scores["proxy"] for curve in curves], axis=0),
-            np.mean([curve.scores["gold"] for curve in curves], axis=0),
-            marker=".",
-            **line,
-        )
-        series = [curve.training_series("reward_std") for curve in curves]
-        deviation.plot(series[0][0], _smooth(np.mean([values for _, values in series], axis=0)), marker=".", **line)
-    _style(proxy, "proxy (optimized), held-out prompts", "update")
-    _style(gold, "gold (never optimized), base model = 1", "update")
-    _style(against, "gold against proxy", "proxy", "gold")
-    _style(strict, "strict checker", "update")
-    _style(diversity, "diversity within a prompt", "update")
-    _style(deviation, "standard deviation of the training reward", "update")
-    against.locator_params(axis="x", nbins=6)  # labels of three digits would touch
-    _legend(figure, proxy)
-    figure.savefig(path, format="png")
+        if by_seed:
+            look = {"color": _COLORS[number % 8], "linestyle": _DASHES[number % 2], "linewidth": 1.6}
+            yield look | {"label": arm.split(": ")[-1]}, list(by_seed.values())
 
 
-def _smooth(values: np.ndarray, width: int = 4) -> np.ndarray:
-    if len(values) < 2 * width:
-        return values
-    padded = np.concatenate([values[:1].repeat(width // 2), values, values[-1:].repeat(width - 1 - width // 2)])
-    return np.convolve(padded, np.ones(width) / width, mode="valid")
+def _band(axes: Any, x: np.ndarray, columns: list[list[float]], line: dict[str, Any]) -> None:
+    """The mean over seeds, and its 95% interval behind it."""
+    effects = [Effect.of(column) for column in columns]
+    mean, half = (np.array([getattr(effect, name) for effect in effects]) for name in ("mean", "half"))
+    axes.plot(x, mean, **line)
+    if not np.isnan(half).all():
+        axes.fill_between(x, mean - half, mean + half, color=line["color"], alpha=0.12, linewidth=0)
 
 
-def ratios(measured: list[dict[str, Any]], path: Path) -> None:
-    """Ratios, shares outside the clip range and gradient norms per step, on the same rollouts."""
-    largest = max(entry["updates"] for entry in measured)
-    entries = [entry for entry in measured if entry["updates"] == largest]
-    kinds = [kind for kind in ("standard", "ratio_norm") if kind in entries[0]["ratios"]]
-    figure, ((means, gradients), shares) = _figure(2, 2)
-    for number, kind in enumerate(kinds):
-        mean = np.mean([entry["ratios"][kind]["mean"] for entry in entries], axis=0)
-        std = np.mean([entry["ratios"][kind]["std"] for entry in entries], axis=0)
-        epsilon = np.mean([entry["ratios"][kind]["epsilon"] for entry in entries])
-        steps = np.arange(len(mean))
-        # In units of the clip range: the two ratios have different scales
-        means.errorbar(
-            steps + 0.16 * number - 0.08,
-            mean / epsilon,
-            std / epsilon,
-            **_line(number),
-            label=kind,
-            capsize=3,
-            marker="o",
-        )
-        above = np.mean([entry["ratios"][kind]["above"] for entry in entries], axis=0)
-        below = np.mean([entry["ratios"][kind]["below"] for entry in entries], axis=0)
-        shares[number].bar(steps - 0.2, above, 0.4, color=_ABOVE, label="above 1 + ε")
-        shares[number].bar(steps + 0.2, below, 0.4, color=_BELOW, label="below 1 - ε")
-        shares[number].set_ylim(0, 1)
-        shares[number].legend(fontsize="small", loc="upper left")
-        _style(shares[number], f"share outside the clip range, {kind}", "step")
-    means.axhline(0, color="black", linewidth=0.5)
-    means.legend(fontsize="small", loc="lower left")
-    _style(means, f"r - 1, {largest} updates after sampling", "step", "mean ± std, in clip ranges")
-    for number, name in enumerate(entries[0]["gradients"]):
-        norms = np.array([entry["gradients"][name] for entry in entries])
-        norms = (norms / np.exp(np.log(norms).mean(axis=1, keepdims=True))).mean(axis=0)
-        gradients.plot(np.arange(len(norms)), norms, **_line(number), marker=".", label=name)
-    gradients.set_yscale("log")
-    gradients.legend(fontsize="small", loc="upper left")
-    _style(gradients, "gradient norm (geometric mean over steps = 1)", "step")
-    figure.savefig(path, format="png")
+def _over_updates(axes: Any, runs: Runs, score: str) -> None:
+    """As far as all seeds of an arm have come."""
+    for line, curves in _lines(runs):
+        number = min(len(curve.updates) for curve in curves)
+        _band(axes, curves[0].updates[:number], [[c.scores[score][i] for c in curves] for i in range(number)], line)
 
 
-def steps_in_training(runs: dict[str, dict[int, Curve]], num_steps: int, path: Path) -> None:
-    """What each arm's own training logged per step: spread of the ratio, and shares outside the clip range."""
-    figure, (axes,) = _figure(3)
-    keys = ("ratio/std", "clip_ratio/high", "clip_ratio/low")
-    titles = ("std of the ratio", "share above 1 + ε", "share below 1 - ε")
-    for number, (arm, by_seed) in enumerate(runs.items()):
-        for place, key in enumerate(keys):
-            values = np.mean([curve.per_step(key, num_steps) for curve in by_seed.values()], axis=0)
-            axes[place].plot(np.arange(num_steps), values, **_line(number), marker=".", label=arm.split("/")[1])
-    for place, title in enumerate(titles):
-        _style(axes[place], title, "step")
-    axes[0].set_yscale("log")
-    # The two shares are there to be compared
-    axes[2].sharey(axes[1])
-    _legend(figure, axes[0])
-    figure.savefig(path, format="png")
+def _over_proxy(axes: Any, runs: Runs, score: str) -> None:
+    for line, curves in _lines(runs):
+        first, top = max(curve.scores["proxy"][0] for curve in curves), min(curve.highest for curve in curves)
+        levels = np.linspace(first, top, 25)
+        _band(axes, levels, [[curve.at_proxy(score, level) for curve in curves] for level in levels], line)
+
+
+def gold(runs: Runs, path: Path) -> None:
+    """Gold against proxy, and both over the updates."""
+    figure, (against, proxy, over) = _figure(3)
+    _over_proxy(against, runs, "gold")
+    _over_updates(proxy, runs, "proxy")
+    _over_updates(over, runs, "gold")
+    _style(against, "gold (base model = 1) against proxy", "proxy")
+    _style(proxy, "proxy, held-out prompts", "update")
+    _style(over, "gold", "update")
+    _save(figure, against, path)
+
+
+def strict(runs: dict[str, Runs], path: Path) -> None:
+    """The strict score over the updates, a panel for each noise."""
+    figure, panels = _figure(len(runs))
+    for axes, (noise, own) in zip(panels, runs.items(), strict=True):
+        _over_updates(axes, own, "strict")
+        _style(axes, f"strict score, held-out prompts; noise {noise}", "update")
+        axes.sharey(panels[0])
+    _save(figure, panels[0], path)
+
+
+def values(runs: Runs, path: Path) -> None:
+    """The reward, how many groups are constant, and diversity over the updates."""
+    figure, (proxy, equal, diversity) = _figure(3)
+    for axes, score, title in (
+        (proxy, "proxy", "binary reward, held-out prompts"),
+        (equal, "equal", "share of groups with equal rewards"),
+        (diversity, "diversity", "diversity within a prompt"),
+    ):
+        _over_updates(axes, runs, score)
+        _style(axes, title, "update")
+    _save(figure, proxy, path)
+
+
+def clipping(by_seed: dict[int, dict[str, Any]], lag: str, path: Path) -> None:
+    """Shares outside of the clip range by step at a lag, and gradient norms."""
+    figure, (below, above, norms) = _figure(3)
+    rows = list(by_seed.values())
+    for number, kind in enumerate(("standard", "mean_revised", "ratio_norm")):
+        line = {"color": _COLORS[number], "linestyle": _DASHES[number % 2], "label": kind, "marker": "."}
+        for axes, side in ((below, "below"), (above, "above")):
+            columns = np.array([row["lags"][lag][kind][side] for row in rows])
+            _band(axes, np.arange(columns.shape[1]), columns.T.tolist(), line)
+            axes.set_ylim(0, 1)
+    for number, name in enumerate(rows[0]["gradients"]):
+        line = {"color": _COLORS[number], "linestyle": _DASHES[number % 2]}
+        each = np.array([row["gradients"][name] for row in rows])
+        norms.plot((each / each.max(axis=1, keepdims=True)).mean(axis=0), label=name, marker=".", **line)
+    norms.set_yscale("log")
+    norms.legend(fontsize="small")
+    _style(below, "share of ratios below the clip range", "sampling step")
+    _style(above, "share above", "sampling step")
+    _style(norms, "gradient norm, largest = 1", "sampling step")
+    _save(figure, below, path)
+
+
+def walks(by_seed: dict[int, dict[str, Any]], path: Path) -> None:
+    """Norm of the mean gradient over the number of groups, relative to the first."""
+    figure, (axes,) = _figure(1)
+    for number, name in enumerate(("absolute", "relative")):
+        for seed, row in by_seed.items():
+            groups = [int(key) for key in row[name]["norms"]]
+            norms = np.array(list(row[name]["norms"].values()))
+            label = f"{name} part" if seed == min(by_seed) else None
+            axes.loglog(groups, norms / norms[0], color=_COLORS[number + 1], marker=".", label=label)
+    axes.loglog(groups, [math.sqrt(groups[0] / n) for n in groups], color="0.5", linestyle=":", label="random walk")
+    _style(axes, "norm of the mean gradient, first = 1", "groups")
+    _save(figure, axes, path)

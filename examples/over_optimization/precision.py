@@ -32,6 +32,7 @@ from trl_flow.algorithms import MicroBatch
 from trl_flow.functional import log_ratio
 from trl_flow.rewards import ShapesReward
 from trl_flow.shapes import load_pipeline, load_prompts
+from trl_flow.shapes.bundled import DRAWING_SETTINGS
 
 
 # Each paper's learning rate and clip range; that of Guard is 2e-6 at 65,536 dimensions and 1.6e-5 at the model's 1,024
@@ -183,9 +184,7 @@ def run(method: str, guidance: float, seed: int, updates: int) -> list[dict[str,
     with tempfile.TemporaryDirectory() as folder:
         args = cls(
             output_dir=folder,
-            height=64,
-            width=64,
-            max_sequence_length=1,
+            **{name: DRAWING_SETTINGS[name] for name in ("height", "width", "max_sequence_length")},
             num_inference_steps=6,
             guidance_scale=guidance,
             num_generations=8,

@@ -1,5 +1,10 @@
-"""One page of tables, and the figures beside it, from the runs that are finished."""
+"""The page: one table a claim, and figures, from the results that run.py has written.
 
+python examples/over_optimization/report.py over_optimization/results.jsonl --folder docs/results
+"""
+
+import argparse
+import math
 import os
 import platform
 from pathlib import Path
@@ -7,260 +12,253 @@ from typing import Any
 
 import figures
 import numpy as np
-from experiments import ARMS, COMMON, SECTIONS, Scale
-from results import Curve, common_level, ratio_file, ratio_settings, read_ratio, read_section, spread
+from analysis import (
+    Curve,
+    Effect,
+    Rows,
+    Runs,
+    effect,
+    late,
+    read,
+    runs_of,
+    slowness,
+    summary,
+    verdict,
+)
+from experiments import ARMS, CLAIMS, NOISES, SEEDS, SHAPES, STEP, Claim
 
 from trl_flow.evaluation.outputs import versions
 
 
-TABLE = "over_optimization.md"
+PAGE = "over_optimization.md"
 FINDINGS = Path(__file__).parent / "findings.md"
+_PROXIES = {
+    "learned": "a small scorer that was taught on drawings that texture does not count; blind to places, and to "
+    "whatever is no drawing",
+    "recall": "a rule: how much of what the prompt names is there; blind to what it does not name",
+    "binary": "the rule, 1 if all of what the prompt names is there, else 0",
+    "strict": "the strict checker, plus noise",
+}
 
 
-def write(
-    output: Path,
-    folder: Path,
-    scale: Scale,
-    command: str,
-    failed: dict[str, str],
-    *,
-    seeds: int | None = None,
-    findings: bool = False,
-) -> None:
-    """
-    Writes `over_optimization.md` and its figures.
-
-    Args:
-        output (`Path`): folder of the runs.
-        folder (`Path`): folder of the report, made if need be.
-        scale ([`Scale`]): only runs of this scale are shown.
-        command (`str`): what made them, to be shown.
-        failed (`dict[str, str]`): runs that failed, and why.
-        seeds (`int`, *optional*): seeds of each arm that are shown; default: each section's own number.
-        findings (`bool`): whether `findings.md`, what was read in the full results, belongs on the page.
-    """
+def write(results: Path, folder: Path, *, quick: bool = False) -> None:
+    """Writes the page and its figures from `results` to `folder`, made if need be; `quick`: of the small runs."""
     folder.mkdir(parents=True, exist_ok=True)
-    sections = {name: read_section(output, name, scale, seeds) for name in SECTIONS}
-    lines = ["# Over-optimization, measured", "", *_preamble(sections, scale, command)]
-    if findings:
+    rows = read(results)
+    lines = ["# Over-optimization, measured", "", *_first_paragraph(rows, quick), "", *_preamble(rows, quick)]
+    if FINDINGS.is_file() and not quick:
         lines += ["", FINDINGS.read_text(encoding="utf-8").strip()]
-    lines += _ratios(output, folder, scale)
-    for name, runs in sections.items():
-        if runs:
-            lines += _section(name, runs, folder)
-    if failed:
-        lines += ["", "## Runs that failed", ""] + [f"* {name}: {error}" for name, error in failed.items()]
-    (folder / TABLE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines += _clipping(rows, folder, quick)
+    for name, claim in CLAIMS.items():
+        runs = runs_of(rows, claim.arms, quick=quick)
+        if any(runs.values()):
+            lines += _claim(name, claim, runs, folder)
+    lines += _absolute_term(rows, folder, quick)
+    lines += _figures_of_several(rows, folder, quick)
+    (folder / PAGE).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _preamble(sections: dict[str, dict[str, dict[int, Curve]]], scale: Scale, command: str) -> list[str]:
-    every = {
-        (arm, seed): curve.seconds
-        for runs in sections.values()
-        for arm, by_seed in runs.items()
-        for seed, curve in by_seed.items()
+def _first_paragraph(rows: Rows, quick: bool) -> list[str]:
+    """What holds, what does not, and what is not decided."""
+    found = summary(rows, quick=quick)
+    heads = {
+        "holds": "Holds",
+        "does not hold": "Does not hold; the opposite was measured",
+        "not detected": "Not detected; the interval contains 0",
+        "not decided": f"Not decided; fewer than {SEEDS} seeds",
     }
+    lines = [f"* **{head}**: {'; '.join(found[name]) or 'none'}." for name, head in heads.items()]
+    return [*lines, "* Differences are means over seeds, paired by seed, with 95% intervals by Student's t."]
+
+
+def _preamble(rows: Rows, quick: bool) -> list[str]:
+    hours = sum(row["seconds"] for row in rows.values()) / 3600
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
+    command = "python examples/over_optimization/run.py" + (" --quick" if quick else " --jobs 2")
+    arm = ARMS["learned: baseline"].settings(0, quick)
+    evaluation = f"{arm['eval_prompts']} held-out prompts x {arm['eval_images']} images"
     return [
-        "The bundled model of colored shapes, trained against rewards that are imperfect on purpose, with every "
-        "method of the three papers. Written by",
+        "The bundled model of colored shapes, trained against rewards that are imperfect on purpose. Written by",
         "",
         "```bash",
         command,
+        "python examples/over_optimization/report.py over_optimization/results.jsonl --folder docs/results",
         "```",
         "",
-        f"on {platform.machine()} with {os.cpu_count()} cores (one core for each run; CPU, float32), "
-        f"{platform.system()}; {packages}. {len(every)} runs, {sum(every.values()) / 60:.0f} minutes of one core.",
+        f"on {platform.machine()} with {os.cpu_count()} cores (one for each run; CPU, float32), {platform.system()}; "
+        f"{packages}. {len(rows)} runs, {hours:.1f} core-hours.",
         "",
-        f"Each run: {scale.updates} updates of AdamW, learning rate 1e-3, LoRA of rank 32; sampling phases of "
-        f"{scale.prompts} prompts x {scale.num_generations} pictures, 6 steps, no guidance, trained on in two halves, "
-        f"twice. Evaluation every {scale.eval_steps} updates on {scale.eval_prompts} held-out prompts x 2 pictures "
-        "along the ODE, the same noise for all arms of a seed. **Gold** is the mean of the strict checker, the "
-        "fidelity to a clean rendering and the diversity, each divided by the base model's value; the diversity is "
-        "the root mean square difference of the two pictures of a prompt. Neither these nor the soft checker are "
-        "optimized. Numbers are means over seeds ± their standard deviation (one seed: no spread). In the figures "
-        "lines are means over seeds, and the bars behind their ends reach from the lowest seed to the highest.",
+        f"Settings are the papers'; learning rates and clip ranges are multiplied by {STEP:.3g}, both alike, and clip "
+        "ranges scaled to the latent's dimensions by the library. So Guard has a third of the baseline's rate; "
+        "tables that say `one rate` are the second reading. LoRA of rank 32; sampling phases of "
+        f"{arm['prompts']} prompts x {arm['num_generations']} images (SLAS: {ARMS['strict + 0: group'].prompts}), 6 "
+        "steps, of which the last is an ODE step and not trained, trained on in two halves, twice. Evaluation every "
+        f"{arm['eval_updates']} updates on {evaluation} along the ODE, the same noise for all arms of a seed. "
+        "**Gold** is the mean of the soft checker and the fidelity to a clean drawing, each divided by the base "
+        "model's; neither is optimized. Runs on the learned scorer and the rule end when gold is below 0.8. "
+        "Differences at equal proxy are means over the upper half of the way that both runs of a pair have gone.",
     ]
 
 
-def _section(name: str, runs: dict[str, dict[int, Curve]], folder: Path) -> list[str]:
-    section = SECTIONS[name]
-    level = common_level(runs, section.slow)
-    base = np.mean([curve.scores["proxy"][0] for by_seed in runs.values() for curve in by_seed.values()])
-    half = (base + level) / 2
-    aside = f" ({', '.join(section.slow)} aside)" if section.slow else ""
-    baseline = runs.get(section.arms[0], {})
-    proxy = ARMS[section.arms[0]].proxy
-    figures.training_curves(runs, folder / f"{name}.png")
-    lines = [
-        "",
-        f"## {section.title}",
-        "",
-        f"*The papers' claim: {section.claim}*",
-        "",
-        f"Proxy: {_PROXIES.get(proxy, proxy)}.",
-        "",
-        f"The last five columns compare runs at equal proxy, {level:.3f} being the highest that all runs reached"
-        f"{aside} and {half:.3f} half of the way: updates until a run first gets there, gold at that place, its "
-        f"difference Δ from `{section.arms[0]}` at the same seed, and the mean of this difference at eight equal "
-        "steps of the way.",
-        "",
-        f"| arm | seeds | proxy | gold | strict | fidelity | soft | diversity | updates to {half:.3f} | updates to "
-        f"{level:.3f} | gold at {level:.3f} | Δ gold there | Δ gold on the way |",
-        "| --- " * 13 + "|",
-    ]
+def _claim(name: str, claim: Claim, runs: Runs, folder: Path) -> list[str]:
+    proxy = claim.arms[0].split(": ")[0].split(" ")[0]
+    first, at = claim.arms[0], "at equal proxy" if claim.at == "proxy" else "in the second half of the updates"
+    lines = ["", f"## {claim.title}", "", f"*{claim.says}* Proxy: {_PROXIES[proxy]}.", ""]
+    lines += [f"**{verdict(claim, runs).capitalize()}**, `{_name(claim.subject)}` compared with `{_name(first)}`.", ""]
+    heads = ["arm", "seeds", f"{claim.score} more than `{_name(first)}`'s, {at}"]
+    if claim.at == "proxy":
+        heads += ["updates for one of its", "highest proxy", "gold there", "soft", "fidelity", "diversity", "strict"]
+        cells = _at_proxy
+    else:
+        heads += [*dict.fromkeys((claim.score, "proxy", "gold", "diversity")), "equal groups", "effective share"]
+        cells = _at_updates
+    lines += [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for arm, by_seed in runs.items():
         curves = list(by_seed.values())
-        final = [spread([curve.scores[score][-1] for curve in curves]) for score in _FINAL]
-        difference = [
-            curve.score_at("gold", level) - baseline[seed].score_at("gold", level)
-            for seed, curve in by_seed.items()
-            if seed in baseline
-        ]
-        on_the_way = [
-            curve.mean_on_the_way("gold", level) - baseline[seed].mean_on_the_way("gold", level)
-            for seed, curve in by_seed.items()
-            if seed in baseline
-        ]
-        lines.append(
-            f"| {arm} | {len(curves)} | "
-            + " | ".join(
-                [
-                    *final,
-                    spread([curve.updates_to(half) for curve in curves]),
-                    spread([curve.updates_to(level) for curve in curves]),
-                    spread([curve.score_at("gold", level) for curve in curves]),
-                    "" if arm == section.arms[0] else spread(difference),
-                    "" if arm == section.arms[0] else spread(on_the_way),
-                ]
-            )
-            + " |"
-        )
-    lines += ["", f"![{section.title}]({name}.png)"]
-    if name == "guard":
-        figures.steps_in_training(runs, COMMON["num_inference_steps"], folder / "guard_steps.png")
-        lines += [
-            "",
-            "Over the whole training of each arm, every arm with its own policy and pictures:",
-            "",
-            "![ratios and clipping per step in training](guard_steps.png)",
-        ]
+        of = "–" if arm == first else _told(effect(claim, arm, runs))
+        row = [_name(arm), f"{len(curves)} of {SEEDS}", of]
+        row += cells(claim, by_seed, runs[first]) if curves else ["–"] * (len(heads) - 3)
+        lines.append(f"| {' | '.join(row)} |")
+    if claim.score == "gold":
+        figures.gold(runs, folder / f"{name}.png")
+        lines += ["", f"![{claim.title}]({name}.png)"]
     return lines
 
 
-_PROXIES = {
-    "colors": "paint in the colors that the prompt names; blind to shapes, counts and places",
-    "learned": "a small scorer, trained on rendered pictures; blind to places, and to whatever is not like those",
-    "jpeg": "JPEG compressibility; blind to the prompt",
-    "small-spread": "the colors' reward, at a twentieth of its spread for two thirds of the prompts, plus noise",
-}
-_FINAL = ("proxy", "gold", "strict", "fidelity", "soft", "diversity")
+def _name(arm: str) -> str:
+    return arm.split(": ")[-1]
 
 
-def _ratios(output: Path, folder: Path, scale: Scale) -> list[str]:
-    measured = []
-    for settings in ratio_settings(scale):
-        content = read_ratio(ratio_file(output, settings), settings)
-        if content is not None:
-            measured.append(settings | content)
-    # As the runs are trained; the others tell how clip ranges depend on it
-    usual = [entry for entry in measured if entry["learning_rate"] == COMMON["learning_rate"]]
-    if not usual:
+def _told(of: Effect) -> str:
+    """A difference, and whether it is one."""
+    if not of.seeds:
+        return "–"
+    text = of.text(signed=True)
+    if of.seeds == 1:
+        return f"{text} (one seed)"
+    return text if of.is_detected else f"not detected ({text})"
+
+
+def _at_proxy(claim: Claim, by_seed: dict[int, Curve], first: dict[int, Curve]) -> list[str]:
+    curves = list(by_seed.values())
+    ratio = Effect.of([slowness(curve, first[seed]) for seed, curve in by_seed.items() if seed in first])
+    slower = "–"
+    if ratio.seeds:
+        bounds = "" if math.isnan(ratio.half) else f" ({_exp(ratio, -1):.2f} to {_exp(ratio, 1):.2f})"
+        slower = f"{math.exp(ratio.mean):.2f}{bounds}"
+    cells = [slower, Effect.of([curve.highest for curve in curves]).text()]
+    for score in ("gold", "soft", "fidelity", "diversity", "strict"):
+        cells.append(Effect.of([curve.at_proxy(score, curve.highest) for curve in curves]).text())
+    return cells
+
+
+def _exp(of: Effect, side: int) -> float:
+    return math.exp(of.mean + side * of.half)
+
+
+def _at_updates(claim: Claim, by_seed: dict[int, Curve], first: dict[int, Curve]) -> list[str]:
+    curves = list(by_seed.values())
+    scores = dict.fromkeys((claim.score, "proxy", "gold", "diversity", "equal", "effective"))
+    return [Effect.of([late(score, curve) for curve in curves]).text() for score in scores]
+
+
+def _clipping(rows: Rows, folder: Path, quick: bool) -> list[str]:
+    """The lag at which a small latent is clipped as a large one."""
+    by_seed = runs_of(rows, ["clipping by lag"], quick=quick)["clipping by lag"]
+    if not by_seed:
         return []
+    measured, step = list(by_seed.values()), 4
+    published = Effect.of([row["published"][step] for row in measured])
+    lags = list(measured[0]["lags"])
+    moved = {lag: Effect.of([row["lags"][lag]["move"][step] for row in measured]) for lag in lags}
+    matched = min(lags, key=lambda lag: abs(math.log(moved[lag].mean / published.mean)))
     lines = [
         "",
-        "## Ratios and gradients on the same rollouts",
+        "## Clipping at the paper's lag",
         "",
-        "*The papers' claim: standard ratios drift below 1 with a spread that differs over steps, and RatioNorm "
-        "centers them (Guard, Figure 2); gradient norms differ about 20 times over steps, Guard's about 2.5 times "
-        "(Figure 3); Flow-GRPO clips below 1 and never above, Guard both alike (supplement, Figure 4).*",
+        "*The standard ratio is clipped below its range and hardly above it; RatioNorm is clipped alike (GRPO-Guard, "
+        "supplement, Figure 4).*",
         "",
-        "One batch is sampled, the policy is moved by unclipped updates on it, and then every variant is computed at "
-        "this policy on these samples. Means over seeds; all steps are trained. The clip range is the one that a "
-        "fifth of all ratios lie outside of.",
+        "One batch, and a policy that is ever more updates away. A step's mean has moved by delta standard "
+        "deviations; the standard ratio is shifted by delta sqrt(D) / 2 of its spread. With 65,536 dimensions "
+        f"delta sqrt(D) is {published.text(2)} one update of Flow-GRPO's rate after sampling (step {step}, the last "
+        f"that is trained); with this model's {measured[0]['dimensions']:,} it is so after about {matched}. Clip "
+        "ranges are the "
+        f"published ones, scaled by dimensions and delta. Means at step {step}, {len(measured)} of {SEEDS} seeds.",
+        "",
+        "| updates | delta sqrt(D) | ratio | shift / spread | below | above | below less above |",
+        "| --- " * 7 + "|",
     ]
-    for kind in dict.fromkeys(entry["sde_type"] for entry in usual):
-        for updates in dict.fromkeys(entry["updates"] for entry in usual):
-            entries = [e for e in usual if e["sde_type"] == kind and e["updates"] == updates]
-            lines += _ratio_table(entries, kind, updates)
-        figures.ratios([e for e in usual if e["sde_type"] == kind], folder / f"ratios_{kind}.png")
-        lines += ["", f"![ratios, clipping and gradients, {kind}](ratios_{kind}.png)"]
-    return lines + _dimensions(usual) + _learning_rates(measured)
+    for lag in lags:
+        for kind in ("standard", "mean_revised", "ratio_norm"):
+            each = [{key: column[step] for key, column in row["lags"][lag][kind].items()} for row in measured]
+            cells = [Effect.of([one[key] for one in each]).text(2) for key in ("shift", "below", "above")]
+            cells.append(_told(Effect.of([one["below"] - one["above"] for one in each])))
+            lines.append(f"| {lag} | {moved[lag].text(2)} | {kind} | {' | '.join(cells)} |")
+    lines += ["", "Gradient norms one update after sampling, the largest over the smallest of the trained steps:", ""]
+    lines += ["| variant | ratio |", "| --- | --- |"]
+    for name in measured[0]["gradients"]:
+        ratios = [max(row["gradients"][name]) / min(row["gradients"][name]) for row in measured]
+        lines.append(f"| {name} | {Effect.of(ratios).text(1)} |")
+    figures.clipping(by_seed, matched, folder / "ratios_flow.png")
+    return [*lines, "", f"![Ratios at a lag of {matched} updates, and gradients](ratios_flow.png)"]
 
 
-def _ratio_table(entries: list[dict[str, Any]], kind: str, updates: int) -> list[str]:
-    steps = len(entries[0]["ratios"]["standard"]["mean"])
-
-    def mean(path: tuple[str, str, str | None]) -> np.ndarray:
-        group, name, key = path
-        return np.mean([e[group][name] if key is None else e[group][name][key] for e in entries], axis=0)
-
-    columns = " | ".join(str(step) for step in range(steps))
+def _absolute_term(rows: Rows, folder: Path, quick: bool) -> list[str]:
+    by_seed = runs_of(rows, ["absolute term"], quick=quick)["absolute term"]
+    if not by_seed:
+        return []
+    figures.walks(by_seed, folder / "absolute_term.png")
     lines = [
         "",
-        f"### {kind}-SDE, {updates} update{'s' if updates > 1 else ''} after sampling",
+        "## VGPO: the absolute term's gradient where all rewards are equal",
         "",
-        f"| ratio | clip range | of r - 1, by step | {columns} |",
-        "| --- " * (3 + steps) + "|",
-    ]
-    for name in entries[0]["ratios"]:
-        epsilon = f"{mean(('ratios', name, 'epsilon')):.1e}"
-        for key, pattern in (("mean", "{:.1e}"), ("std", "{:.1e}"), ("above", "{:.2f}"), ("below", "{:.2f}")):
-            values = " | ".join(pattern.format(value) for value in mean(("ratios", name, key)))
-            lines.append(f"| {name} | {epsilon} | {key} | {values} |")
-    lines += [
+        "*The absolute value is a persistent signal when diversity vanishes (VGPO, Section 3.3).* A signal's mean "
+        "over more groups tends to a vector; a random walk's falls as one over the root of their number (exponent "
+        "-0.5). "
+        f"The relative part has real rewards. {len(by_seed)} of {SEEDS} seeds.",
         "",
-        f"| gradient norm | max / min over steps | without the first and the last | {columns} |",
-        "| --- " * (3 + steps) + "|",
+        "| part | exponent | share of the squared norm that is a signal |",
+        "| --- | --- | --- |",
     ]
-    for name in entries[0]["gradients"]:
-        each = np.array([e["gradients"][name] for e in entries])
-        ratio = spread(list(each.max(axis=1) / each.min(axis=1)))
-        inner = spread(list(each[:, 1:-1].max(axis=1) / each[:, 1:-1].min(axis=1)))
-        lines.append(f"| {name} | {ratio} | {inner} | " + " | ".join(f"{v:.1e}" for v in each.mean(axis=0)) + " |")
+    for name in ("absolute", "relative"):
+        exponents = [_exponent(row[name]["norms"]) for row in by_seed.values()]
+        signal = Effect.of([row[name]["signal"] for row in by_seed.values()])
+        lines.append(f"| {name} | {Effect.of(exponents).text(2)} | {_told(signal)} |")
+    return [*lines, "", "![Norm of the mean gradient](absolute_term.png)"]
+
+
+def _exponent(norms: dict[str, float]) -> float:
+    return float(np.polyfit(np.log([int(n) for n in norms]), np.log(list(norms.values())), 1)[0])
+
+
+def _figures_of_several(rows: Rows, folder: Path, quick: bool) -> list[str]:
+    """Figures that are of more than one claim."""
+    lines: list[str] = []
+    noises: dict[str, Any] = {}
+    for noise in sorted(NOISES):
+        runs = runs_of(rows, [f"strict + {noise}: {shape}" for shape in SHAPES], quick=quick)
+        if any(runs.values()):
+            noises[noise] = runs
+    if noises:
+        figures.strict(noises, folder / "slas.png")
+        lines += ["", "## SLAS: the strict score over the updates", "", "![Strict score by noise](slas.png)"]
+    runs = runs_of(rows, [arm for arm in ARMS if arm.startswith("binary: ")], quick=quick)
+    if any(runs.values()):
+        figures.values(runs, folder / "vgpo.png")
+        lines += ["", "## VGPO: reward, equal groups and diversity over the updates", "", "![VGPO](vgpo.png)"]
     return lines
 
 
-def _dimensions(measured: list[dict[str, Any]]) -> list[str]:
-    sizes = list(measured[0]["by_dimensions"]["fresh"])
-    lines = [
-        "",
-        "### Clip ranges and the size of the latent",
-        "",
-        "Standard deviation of RatioNorm's log-ratio when the mean is taken over `d` of the latent's "
-        f"{measured[0]['dimensions']} dimensions, drawn at random (mean over the steps). On fresh samples the move of "
-        "the mean and the noise are independent; on samples that were trained on they are not, for that is what was "
-        "trained.",
-        "",
-        "| dynamics | updates | samples | " + " | ".join(f"d = {size}" for size in sizes) + " | exponent of d |",
-        "| --- " * (4 + len(sizes)) + "|",
-    ]
-    for kind, updates in dict.fromkeys((e["sde_type"], e["updates"]) for e in measured):
-        for samples in ("fresh", "trained"):
-            entries = [
-                e["by_dimensions"][samples] for e in measured if (e["sde_type"], e["updates"]) == (kind, updates)
-            ]
-            values = np.mean([[entry[size] for size in sizes] for entry in entries], axis=0)
-            exponent = np.polyfit(np.log([int(size) for size in sizes]), np.log(values), 1)[0]
-            cells = " | ".join(f"{value:.1e}" for value in values)
-            lines.append(f"| {kind} | {updates} | {samples} | {cells} | {exponent:.2f} |")
-    return lines
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--folder", type=Path, default=Path("over_optimization/report"), help="Of page and figures.")
+    parser.add_argument("--quick", action="store_true", help="The results are those of run.py --quick.")
+    given = parser.parse_args()
+    write(given.results, given.folder, quick=given.quick)
+    print(given.folder / PAGE)
 
 
-def _learning_rates(measured: list[dict[str, Any]]) -> list[str]:
-    entries = [entry for entry in measured if entry["sde_type"] == "flow" and entry["updates"] == 1]
-    kinds = list(entries[0]["ratios"])
-    lines = [
-        "",
-        "### Clip ranges and the learning rate",
-        "",
-        "The range that a fifth of the ratios lie outside of, Flow-SDE, one update after sampling:",
-        "",
-        "| learning rate | " + " | ".join(kinds) + " |",
-        "| --- " * (1 + len(kinds)) + "|",
-    ]
-    for rate in sorted({entry["learning_rate"] for entry in entries}):
-        same = [entry for entry in entries if entry["learning_rate"] == rate]
-        ranges = [np.mean([entry["ratios"][kind]["epsilon"] for entry in same]) for kind in kinds]
-        lines.append(f"| {rate:g} | " + " | ".join(f"{value:.1e}" for value in ranges) + " |")
-    return lines
+if __name__ == "__main__":
+    main()

@@ -88,7 +88,7 @@ def export_lora(
     >>> model = get_peft_model(pipeline.transformer, LoraConfig(r=4, target_modules=["attn.to_q"]))
     >>> _ = save_lora(type(pipeline), model, "adapter")
     >>> [export_lora(load_pipeline(), "transformer", "adapter", name, f"{name}.safetensors") for name in FORMATS]
-    [4, 4]
+    [3, 3]
     ```
     """
     if format not in FORMATS:

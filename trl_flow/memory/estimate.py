@@ -148,7 +148,7 @@ def estimate(model: str | Path | Backbone, plan: Plan) -> Estimate:
     >>> plan = Plan(args, LoraConfig(r=4))
     >>> found = estimate(pipeline_path(), plan)
     >>> found.trained_parameters, found.total < 2 * GIB
-    (31744, True)
+    (17664, True)
     ```
     """
     backbone = _without_data(model) if isinstance(model, Backbone) else _from_configs(str(model), plan)
