@@ -48,11 +48,11 @@ def test_results_have_what_a_reader_needs(demo, tiny_sd3_path):
         assert math.isclose(score["difference"], score["mean_after"] - score["mean_before"], abs_tol=1e-12)
         assert score["standard_error"] >= 0
     assert results["method"] == "nft" and results["seed"] == 0
-    assert results["reward"] == "shapes_soft + shapes_strict + 0.25 shapes_fidelity"
+    assert results["reward"] == "shapes_soft + 0.5 shapes_strict + 0.25 shapes_fidelity"
     means = {name: score["mean_after"] for name, score in results["scores"].items()}
     assert math.isclose(
         means["reward"],
-        means["shapes_soft"] + means["shapes_strict"] + 0.25 * means["shapes_fidelity"],
+        means["shapes_soft"] + 0.5 * means["shapes_strict"] + 0.25 * means["shapes_fidelity"],
         abs_tol=1e-6,
     )
     assert results["settings"]["rollouts"] == 2 and results["eval_seed"] == EVAL_SEED

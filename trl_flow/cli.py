@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         "results.json and the adapter.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument("--full", action="store_true", help="train three times as long, with a rate that falls")
+    demo.add_argument("--full", action="store_true", help="train 2.5 times as long, with a falling learning rate")
     demo.add_argument("--method", choices=("nft", "guard", "flow_grpo"), default="nft", help="the algorithm")
     demo.add_argument("--output-dir", "--output_dir", default="trl-flow-demo", metavar="DIR", help="where to write")
     demo.add_argument("--seed", type=_seed, default=0, help="of the training; images are drawn from fixed seeds")
