@@ -78,7 +78,7 @@ def test_the_methods_own_options_come_first_with_what_it_changes(capsys):
     assert main(["train", "--method=nft", "--model_name_or_path", "bundled", "--help", "all"]) == 0
     everything = capsys.readouterr().out
     assert "--nft_beta 1.0" in everything and "--adam_beta1 0.9 " in everything and "--epsilon " not in everything
-    assert "--height 32 " in everything and not any(f"--{name} " in everything for name in REFUSED)
+    assert "--height 64 " in everything and not any(f"--{name} " in everything for name in REFUSED)
 
 
 def test_help_by_a_recipe_is_of_its_method_and_memory_has_options_of_its_own(tmp_path, capsys):

@@ -403,4 +403,4 @@ def test_images_are_seen_in_full_and_nothing_tells_them_apart(browser, server, r
     press(browser, *["ArrowLeft"] * 3)  # no votes from behind the dialog
     browser.execute_script("document.querySelector('dialog').click()")
     assert browser.execute_script("return document.querySelectorAll('[aria-pressed=true]').length") == 0
-    assert Image.open(run.image_path("shapes", "base", 0)).size == (64, 64)
+    assert Image.open(run.image_path("shapes", "base", 0)).size == (32, 32)
