@@ -27,7 +27,7 @@ def pipeline_path() -> str:
     Folder of the bundled `StableDiffusion3Pipeline`; `FileNotFoundError` where the package has no data.
 
     `tiny_decoder` in it is an [`~diffusers.AutoencoderTiny`] that decodes the same latents several times as fast, for
-    [`FlowGRPOConfig.projection_vae`].
+    `projection_vae` of the configurations.
 
     Example:
 
