@@ -24,7 +24,7 @@ from trl_flow.evaluation.grids import evenly, image_grid
 from trl_flow.evaluation.intervals import standard_error
 from trl_flow.evaluation.tables import markdown_table
 from trl_flow.rollout import decode
-from trl_flow.shapes import IMAGE_SIZE, load_pipeline, load_prompts, pipeline_path
+from trl_flow.shapes import IMAGE_SIZE, load_pipeline, load_prompts, pipeline_path, prompt_kind
 from trl_flow.shapes.bundled import T5_TOKENS, TINY_DECODER
 from trl_flow.shapes.checker import CheckResult, check
 
@@ -35,14 +35,6 @@ NUMBER = 3  # images of each prompt
 # Steps, guidance and T5 tokens: the demo's rollouts, `DRAWING_SETTINGS`, and the stock pipeline's defaults among them
 SAMPLINGS = [(6, 1.0, 1), (10, 1.0, 1), (10, 2.0, 1), (10, 3.0, 1), (10, 4.5, 1), (28, 7.0, 256)]
 SETTINGS = {"seed": 0, "height": IMAGE_SIZE, "width": IMAGE_SIZE}
-
-
-def kind_of(row: dict) -> str:
-    if row["relation"] is not None:
-        return "relation"
-    if len(row["objects"]) == 2:
-        return "pair"
-    return "single" if row["objects"][0]["count"] == 1 else "count"
 
 
 def measure(pipeline: StableDiffusion3Pipeline, rows: Dataset, steps: int, guidance: float, t5: int) -> list:
@@ -69,7 +61,7 @@ def mean(results: list[CheckResult], name: str) -> str:
 
 def tables(pipeline: StableDiffusion3Pipeline) -> str:
     rows = load_prompts("test")
-    kinds = [kind_of(row) for row in rows for _ in range(NUMBER)]
+    kinds = [prompt_kind(row["objects"], row["relation"]) for row in rows for _ in range(NUMBER)]
     names = list(dict.fromkeys(kinds))
     whole, parts = [], []
     for steps, guidance, t5 in SAMPLINGS:

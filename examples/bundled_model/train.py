@@ -14,7 +14,6 @@ which leaves reinforcement learning something to do.
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,7 @@ from model import new_autoencoder, new_pipeline, new_tiny_decoder
 from stage import log, read, write
 from transformer import train_transformer
 
+from trl_flow.evaluation.outputs import write_json
 from trl_flow.shapes.bundled import T5_TOKENS, TINY_DECODER
 from trl_flow.shapes.checker import check
 from trl_flow.shapes.prompts import load_prompts
@@ -135,9 +135,7 @@ def main() -> None:
         **{name: score(pipeline, 324, **sampling) for name, sampling in list(SAMPLINGS.items())[:2]},
         "pipeline defaults": score(pipeline, 108, **SAMPLINGS["28 steps, guidance 7"], max_sequence_length=256),
     }
-    part = args.output_dir / "scores.part"
-    part.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, args.output_dir / "scores.json")
+    write_json(args.output_dir / "scores.json", scores)
     print(json.dumps(scores, indent=2))
 
 

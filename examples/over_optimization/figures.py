@@ -9,6 +9,7 @@ import numpy as np
 from analysis import Curve, Effect, Runs
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from mechanism import RATIOS
 
 
 # Okabe and Ito's colors, which color-blind readers can tell apart, without the yellow one that white paper swallows;
@@ -109,7 +110,7 @@ def clipping(by_seed: dict[int, dict[str, Any]], lag: str, path: Path) -> None:
     """Shares outside of the clip range by step at a lag, and gradient norms."""
     figure, (below, above, norms) = _figure(3)
     rows = list(by_seed.values())
-    for number, kind in enumerate(("standard", "mean_revised", "ratio_norm")):
+    for number, kind in enumerate(RATIOS):
         line = {"color": _COLORS[number], "linestyle": _DASHES[number % 2], "label": kind, "marker": "."}
         for axes, side in ((below, "below"), (above, "above")):
             columns = np.array([row["lags"][lag][kind][side] for row in rows])

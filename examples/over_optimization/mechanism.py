@@ -1,9 +1,11 @@
 """What is measured without training: clipping by the lag of the policy, and the mean gradient of the absolute term."""
 
 import math
+from itertools import islice
 from typing import Any
 
 import torch
+from experiments import ABLATION, COMMON, DENSE, FLOW_GRPO, ONE_RATE
 from peft import LoraConfig, get_peft_model
 from proxies import RecallReward
 
@@ -23,21 +25,17 @@ from trl_flow.shapes import load_pipeline, load_prompts
 from trl_flow.shapes.bundled import DRAWING_SETTINGS
 
 
-NUM_STEPS, NOISE_LEVEL, DISCOUNT = 6, 0.7, 0.9
+NUM_STEPS, NOISE_LEVEL, DISCOUNT = COMMON["num_inference_steps"], COMMON["noise_level"], DENSE["value_discount"]
 STEPS = tuple(range(NUM_STEPS - 1))  # those that are trained
-RATE = 3e-4  # Flow-GRPO's
+RATE = FLOW_GRPO["learning_rate"]
 RATIOS = ("standard", "mean_revised", "ratio_norm")
 # GRPO-Guard's ablation: `importance_ratio` and `timestep_weighting`
 VARIANTS = {
-    "baseline": ("standard", "none"),
-    "temp-reweight": ("standard", "temp"),
-    "guard-reweight": ("standard", "inverse_dt"),
-    "mean-revised": ("mean_revised", "none"),
-    "ratio-norm": ("ratio_norm", "none"),
-    "guard": ("ratio_norm", "inverse_dt"),
+    name: (fields.get("importance_ratio", "standard"), fields.get("timestep_weighting", "none"))
+    for name, fields in islice(ABLATION.items(), 6)
 }
-# Published clip ranges for the rate above and latents of 65,536 dimensions (Guard's rate is a third)
-PUBLISHED = {"standard": 1e-4, "mean_revised": 1e-4, "ratio_norm": 6e-6}
+# Clip ranges for the rate above and latents of 65,536 dimensions
+PUBLISHED = dict.fromkeys(RATIOS, FLOW_GRPO["epsilon"]) | {"ratio_norm": ONE_RATE["epsilon"]}
 
 
 class Policy:

@@ -26,6 +26,7 @@ from analysis import (
     verdict,
 )
 from experiments import ARMS, CLAIMS, NOISES, SEEDS, SHAPES, STEP, Claim
+from mechanism import RATIOS, STEPS
 
 from trl_flow.evaluation.outputs import versions
 
@@ -167,7 +168,7 @@ def _clipping(rows: Rows, folder: Path, quick: bool) -> list[str]:
     by_seed = runs_of(rows, ["clipping by lag"], quick=quick)["clipping by lag"]
     if not by_seed:
         return []
-    measured, step = list(by_seed.values()), 4
+    measured, step = list(by_seed.values()), STEPS[-1]
     published = Effect.of([row["published"][step] for row in measured])
     lags = list(measured[0]["lags"])
     moved = {lag: Effect.of([row["lags"][lag]["move"][step] for row in measured]) for lag in lags}
@@ -190,7 +191,7 @@ def _clipping(rows: Rows, folder: Path, quick: bool) -> list[str]:
         "| --- " * 7 + "|",
     ]
     for lag in lags:
-        for kind in ("standard", "mean_revised", "ratio_norm"):
+        for kind in RATIOS:
             each = [{key: column[step] for key, column in row["lags"][lag][kind].items()} for row in measured]
             cells = [Effect.of([one[key] for one in each]).text(2) for key in ("shift", "below", "above")]
             cells.append(_told(Effect.of([one["below"] - one["above"] for one in each])))
